@@ -1,0 +1,19 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Operators of MASQuant: their schemas, fakes and per-device implementations.
+
+Importing this package registers the ``masquant::`` operator library. It knows
+plain tensors only: nothing here knows of models, modules or tensor subclasses.
+
+- ``library``: schemas and fake (shape) implementations;
+- ``reference``: the plain implementation that every lowering is tested against;
+- ``int4_packing``: two 4-bit integers per byte.
+"""
+
+from torchao_masquant.kernels import library, reference
+from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
+
+__all__ = ["library", "pack_int4", "reference", "unpack_int4"]

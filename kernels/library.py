@@ -1,0 +1,101 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Schemas and fake implementations of the ``masquant::`` operators.
+
+``masquant::linear`` is what a module calls: its ``weight`` is a tensor subclass
+that carries the quantized matrix and implements the operator by desugaring it to
+the plain-tensor operators below, in this order::
+
+    qx, sx = smooth_quantize(x, act_pre_scale, modality_ids, act_bits)
+    h      = low_rank_down(qx, sx, l1, modality_ids, ranks)       # mixed calls only
+    y      = int_linear(qx, sx, qdata, scale, h, l2, ...)
+
+All of them take tokens as one flat dimension T. A base-only call passes
+``modality_ids=None`` and runs no low-rank work at all.
+"""
+
+from typing import Optional, Sequence
+
+import torch
+
+_LIB = torch.library.Library("masquant", "DEF")
+
+_LIB.define(
+    "linear(Tensor x, Tensor weight, Tensor? modality_ids=None, Tensor? bias=None)"
+    " -> Tensor"
+)
+_LIB.define(
+    "smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? modality_ids,"
+    " int act_bits) -> (Tensor qdata, Tensor scale)"
+)
+_LIB.define(
+    "low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor modality_ids,"
+    " int[] ranks) -> Tensor"
+)
+_LIB.define(
+    "int_linear(Tensor qx, Tensor x_scale, Tensor qdata, Tensor scale,"
+    " Tensor? low_rank_hidden, Tensor? l2, Tensor? modality_bias,"
+    " Tensor? modality_ids, Tensor? bias, int weight_bits, ScalarType out_dtype)"
+    " -> Tensor"
+)
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    modality_ids: Optional[torch.Tensor] = None,
+    bias: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    raise TypeError(
+        "masquant::linear takes a MASQuantTensor as its weight, got a plain "
+        f"{weight.dtype} tensor of shape {tuple(weight.shape)}; use "
+        "torch.nn.functional.linear for an unquantized weight."
+    )
+
+
+_LIB.impl("linear", _linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("masquant::smooth_quantize")
+def _(
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor,
+    modality_ids: Optional[torch.Tensor],
+    act_bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = x.shape[0]
+    return (
+        x.new_empty((tokens, x.shape[1]), dtype=torch.int8),
+        x.new_empty((tokens, 1), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("masquant::low_rank_down")
+def _(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    l1: torch.Tensor,
+    modality_ids: torch.Tensor,
+    ranks: Sequence[int],
+) -> torch.Tensor:
+    return qdata.new_empty((qdata.shape[0], l1.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("masquant::int_linear")
+def _(
+    qx: torch.Tensor,
+    x_scale: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    low_rank_hidden: Optional[torch.Tensor],
+    l2: Optional[torch.Tensor],
+    modality_bias: Optional[torch.Tensor],
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    weight_bits: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return qx.new_empty((qx.shape[0], qdata.shape[0]), dtype=out_dtype)

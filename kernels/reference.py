@@ -1,0 +1,151 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Plain implementations of the ``masquant::`` operators, for every device.
+
+Written to be read: each function is its formula. Integers are accumulated in
+int32 (or exactly in float64 where a device has no integer matmul), everything
+else in float32. Faster lowerings register for their own dispatch key and are
+tested against these.
+"""
+
+from typing import Optional, Sequence
+
+import torch
+
+from torchao_masquant.kernels.int4_packing import unpack_int4
+from torchao_masquant.kernels.library import _LIB
+
+
+def smooth_quantize(
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor,
+    modality_ids: Optional[torch.Tensor],
+    act_bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``q = round(x * p_m / s)``, ``s = max_k |x * p_m| / (2 ** (bits - 1) - 1)``.
+
+    Divides each token by the smoothing factor of its modality and quantizes it,
+    symmetric, per token, dynamically.
+
+    Args:
+        x: (T, K) floating point.
+        act_pre_scale: (M, K) float32, reciprocal smoothing factors ``p_m``, base
+            modality first.
+        modality_ids: (T,) integers in [0, M), or None: every token is base.
+        act_bits: 2 to 8; fewer than 8 bits are still held in int8.
+
+    Returns:
+        ``qdata`` (T, K) int8 and ``scale`` (T, 1) float32.
+    """
+    quant_max = 2 ** (act_bits - 1) - 1
+    if modality_ids is None:
+        pre_scale = act_pre_scale[:1]
+    else:
+        pre_scale = act_pre_scale.index_select(0, modality_ids.long())
+    smoothed = x.float() * pre_scale
+    scale = smoothed.abs().amax(dim=-1, keepdim=True) / quant_max
+    # A token of zeros has no scale; any positive one gives back its zeros.
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    qdata = (smoothed / scale).round().clamp(-quant_max, quant_max)
+    return qdata.to(torch.int8), scale
+
+
+def low_rank_down(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    l1: torch.Tensor,
+    modality_ids: torch.Tensor,
+    ranks: Sequence[int],
+) -> torch.Tensor:
+    """``h = (s * q) L1``, the columns of other modalities set to zero.
+
+    Args:
+        qdata: (T, K) int8, smoothed and quantized tokens.
+        scale: (T, 1) float32.
+        l1: (K, R) floating point, the down-projections of the modalities 1, 2, ...
+            side by side.
+        modality_ids: (T,) integers.
+        ranks: columns of ``l1`` that belong to modality 1, 2, ...; they sum to R.
+
+    Returns:
+        (T, R) float32.
+    """
+    owner = torch.repeat_interleave(
+        torch.arange(1, len(ranks) + 1, device=l1.device),
+        torch.tensor(list(ranks), device=l1.device),
+    )
+    hidden = (qdata.float() * scale) @ l1.float()
+    # where, not a product: a token's inf or nan must not leak through 0 * inf.
+    return torch.where(modality_ids.long()[:, None] == owner, hidden, 0.0)
+
+
+def _int_matmul(qx: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:
+    """(T, K) int8 by (N, K) int8 -> (T, N) int32, exact."""
+    if qx.device.type == "cpu":
+        return torch._int_mm(qx.contiguous(), qdata.t())
+    return (qx.double() @ qdata.double().t()).to(torch.int32)
+
+
+def int_linear(
+    qx: torch.Tensor,
+    x_scale: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    low_rank_hidden: Optional[torch.Tensor],
+    l2: Optional[torch.Tensor],
+    modality_bias: Optional[torch.Tensor],
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    weight_bits: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``y = s_x s_w (q_x q_w^T) + h L2 + b_m + b``.
+
+    Args:
+        qx: (T, K) int8.
+        x_scale: (T, 1) float32.
+        qdata: (N, K) int8, or (N, ceil(K / 2)) uint8 where ``weight_bits`` is 4.
+        scale: (N, G) float32; each of the G scales serves K / G neighbours.
+        low_rank_hidden: (T, R) float32 or None.
+        l2: (R, N) floating point or None.
+        modality_bias: (M - 1, N) floating point or None: what the modalities
+            1, 2, ... add.
+        modality_ids: (T,) integers or None: every token is base.
+        bias: (N,) floating point or None.
+        weight_bits: 8 or 4.
+        out_dtype: floating point type of the result.
+
+    Returns:
+        (T, N) ``out_dtype``.
+    """
+    tokens, in_features = qx.shape
+    if weight_bits == 4:
+        qdata = unpack_int4(qdata, in_features)
+    out_features, groups = scale.shape
+    if groups == 1:
+        y = _int_matmul(qx, qdata).float() * scale.t()
+    else:
+        y = torch.zeros(tokens, out_features, device=qx.device)
+        width = in_features // groups
+        for g in range(groups):
+            columns = slice(g * width, (g + 1) * width)
+            partial = _int_matmul(qx[:, columns], qdata[:, columns])
+            y += partial.float() * scale[:, g]
+    y = y * x_scale
+    if low_rank_hidden is not None:
+        assert l2 is not None
+        y = y + low_rank_hidden @ l2.float()
+    if modality_bias is not None and modality_ids is not None:
+        padded = torch.cat((torch.zeros_like(modality_bias[:1]), modality_bias))
+        y = y + padded.float().index_select(0, modality_ids.long())
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype)
+
+
+_LIB.impl("smooth_quantize", smooth_quantize, "CompositeExplicitAutograd")
+_LIB.impl("low_rank_down", low_rank_down, "CompositeExplicitAutograd")
+_LIB.impl("int_linear", int_linear, "CompositeExplicitAutograd")

@@ -1,0 +1,18 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Tensor subclasses of MASQuant."""
+
+from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
+from torchao_masquant.tensor_subclasses.smoothed_weight import (
+    dequantize_smoothed_weight,
+    quantize_smoothed_weight,
+)
+
+__all__ = [
+    "MASQuantTensor",
+    "dequantize_smoothed_weight",
+    "quantize_smoothed_weight",
+]

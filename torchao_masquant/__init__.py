@@ -1,0 +1,35 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""MASQuant for torchao: modality-aware quantization of multimodal LLMs.
+
+    recipe = calibrate(model, samples, scheme="w4a8")
+    quantize_(model, masquant_config(recipe))
+
+Reference: "MASQuant: Modality-Aware Smoothing Quantization for Multimodal Large
+Language Models", CVPR 2026, arXiv 2603.04800.
+"""
+
+from torchao_masquant.calibration import calibrate
+from torchao_masquant.config import MASQuantConfig, masquant_config
+from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.recipe import LayerRecipe, Recipe
+from torchao_masquant.routing import Router, token_modalities
+from torchao_masquant.schemes import SCHEMES, Scheme
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+
+__all__ = [
+    "LayerRecipe",
+    "MASQuantConfig",
+    "MASQuantLinear",
+    "MASQuantTensor",
+    "Recipe",
+    "Router",
+    "SCHEMES",
+    "Scheme",
+    "calibrate",
+    "masquant_config",
+    "token_modalities",
+]

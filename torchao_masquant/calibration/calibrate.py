@@ -1,0 +1,179 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``calibrate``: from a model and data to a recipe."""
+
+import itertools
+from importlib.metadata import version
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from torchao_masquant.calibration.passes import plan_passes
+from torchao_masquant.calibration.samples import run_samples
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.modality import TEXT
+from torchao_masquant.recipe import LayerRecipe, Recipe
+from torchao_masquant.routing import Router
+from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.methods import SolverOptions
+
+__all__ = ["base_first", "calibrate", "library_versions", "solve"]
+
+_MAX_STATISTICS_BYTES = 4 << 30
+
+
+def calibrate(
+    model: nn.Module,
+    samples: Iterable[Mapping[str, Any]],
+    *,
+    scheme: str = "w4a8",
+    method: str = "masquant",
+    alpha: float = 0.5,
+    rank: Union[int, float] = 0.05,
+    base_modality: str = TEXT,
+    modalities: Optional[Sequence[str]] = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    max_statistics_bytes: int = _MAX_STATISTICS_BYTES,
+    progress: bool = True,
+) -> Recipe:
+    """Find how to quantize a multimodal model, from its activations on some data.
+
+    The model is left as it was, also where this raises. The maxima that decide the
+    smoothing factors and the covariances that whiten the compensation come from one
+    run over the data: a covariance of unsmoothed activations gives that of smoothed
+    ones (see :class:`~torchao_masquant.calibration.statistics.InputStatistics`). Where
+    the covariances of all linears do not fit ``max_statistics_bytes``, the data runs
+    several times, a part of the linears observed each time.
+
+    Args:
+        model: a transformers model whose config names its image, video and audio
+            tokens, or any module that is called with keyword inputs.
+        samples: the model's own keyword inputs, one dict a call. Padding (zeros in
+            ``attention_mask`` [batch, sequence]) is left out. Where ``input_ids`` do
+            not tell the modalities, a sample says them itself as ``modality_ids``
+            [batch, sequence], integers that index the modalities, base first.
+        scheme: "w8a8", "w4a8", "w4a6" or "w4a4".
+        method: "masquant"; or "masquant-paper" (as published, without gauge and
+            modality bias), "smoothquant" (one factor for all tokens), "rtn" (none).
+        alpha: 0..1, exponent of the activations in the smoothing factor.
+        rank: of each modality's low-rank pair: an int, or a float, the share of
+            ``min(N, K)``. Zero for no pairs.
+        base_modality: the one that the shared weight is smoothed for. Its tokens cost
+            nothing extra at run time.
+        modalities: those that the model will meet; None for all that its config
+            declares (only "text" where it has none).
+        include: patterns of the names of the linears to quantize, in place of all
+            linears of the decoder; see :func:`~torchao_masquant.selection.select_linears`.
+        exclude: patterns of names to leave out.
+        max_statistics_bytes: bound of the statistics' memory, in bytes.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The recipe, on the CPU.
+
+    Raises:
+        ValueError: an option is out of range; ``samples`` is empty; a modality has no
+            tokens; an activation is nan or inf; a linear is never called; a sample is
+            on another device.
+        TypeError: an option or a sample is of the wrong type.
+
+    Reference: MASQuant, arXiv 2603.04800, MAS (closed form) and CMC (theorem 2).
+    """
+    options = SolverOptions(scheme, method, alpha, rank)
+    linears = select_linears(model, include, exclude)
+    router = Router.for_model(model, base_first(model, base_modality, modalities))
+    router.skip_padding = True
+
+    iterator = iter(samples)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError(
+            "samples is empty: calibration needs at least one sample of every modality."
+        )
+    second_moments = options.parts.per_modality
+
+    # One sample, without covariances, shows which linears share their input.
+    probe = CalibrationSession(linears, router, second_moments=False)
+    with probe.observing(model):
+        run_samples(model, [first], progress=False, description="")
+    passes = plan_passes(probe, second_moments, max_statistics_bytes)
+
+    data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
+    if len(passes) > 1:
+        data = list(data)
+    layers: dict[str, LayerRecipe] = {}
+    for index, names in enumerate(passes, start=1):
+        session = CalibrationSession(
+            {name: linears[name] for name in names}, router, second_moments
+        )
+        of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
+        with session.observing(model):
+            run_samples(model, data, progress=progress, description=f"Calibrating{of}")
+        layers |= solve(session, options, progress=progress)
+    return Recipe(
+        options=options,
+        modalities=router.modalities,
+        layers={name: layers[name] for name in linears},
+        versions=library_versions(),
+    )
+
+
+def solve(
+    session: CalibrationSession, options: SolverOptions, *, progress: bool = False
+) -> dict[str, LayerRecipe]:
+    """Solve for all linears of a session that has seen its data.
+
+    Args:
+        session: its linears still hold their high-precision weights.
+        options: scheme, method, alpha and rank.
+        progress: show a bar on a terminal.
+
+    Returns:
+        Name of each linear to its part of a recipe, in the model's order.
+
+    Raises:
+        ValueError: a linear or a modality was left out by the data.
+    """
+    session.check_complete()
+    layers: dict[str, LayerRecipe] = {}
+    groups = session.groups()
+    # disable=None: quiet where standard error is no terminal.
+    for leader in tqdm(groups, desc="Solving", disable=None if progress else True):
+        weights = {name: session.linears[name].weight for name in groups[leader]}
+        layers |= solve_group(weights, session.statistics[leader], options)
+    return {name: layers[name] for name in session.linears}
+
+
+def base_first(
+    model: nn.Module, base_modality: str, modalities: Optional[Sequence[str]]
+) -> tuple[str, ...]:
+    """The modalities to calibrate for, base first.
+
+    Args:
+        model: its config, where it has one, declares what it can meet.
+        base_modality: must be one of them.
+        modalities: a choice among them; None for all.
+
+    Raises:
+        ValueError: the base is not among them.
+    """
+    names = tuple(modalities or Router.for_model(model).modalities)
+    if base_modality not in names:
+        raise ValueError(
+            f"base_modality {base_modality!r} is not one of the modalities {names}."
+        )
+    return (base_modality, *(m for m in names if m != base_modality))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a recipe's numbers depend on."""
+    return {
+        name: version(name)
+        for name in ("torch", "torchao", "torchao_masquant", "transformers")
+    }

@@ -1,0 +1,85 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Running calibration data through a model."""
+
+import contextlib
+import inspect
+from typing import Any, Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from torchao_masquant.routing import token_modalities
+
+__all__ = ["MODALITY_IDS", "run_samples"]
+
+#: Key of a sample under which it may carry its tokens' modality ids.
+MODALITY_IDS = "modality_ids"
+
+
+def run_samples(
+    model: nn.Module,
+    samples: Iterable[Mapping[str, Any]],
+    *,
+    progress: bool,
+    description: str,
+) -> int:
+    """Call the model with each sample, without gradients, in evaluation mode.
+
+    Args:
+        samples: keyword inputs of the model. A sample may also hold ``modality_ids``
+            [batch, sequence], where ``input_ids`` do not tell the modalities.
+        progress: show a bar on a terminal.
+        description: of the bar.
+
+    Returns:
+        How many samples there were.
+
+    Raises:
+        TypeError: a sample is no mapping.
+        ValueError: a sample's tensor is not on the model's device.
+    """
+    takes_ids = MODALITY_IDS in inspect.signature(model.forward).parameters
+    count = 0
+    # disable=None: quiet where standard error is no terminal.
+    bar = tqdm(samples, desc=description, disable=None if progress else True)
+    with torch.no_grad(), _evaluation_mode(model):
+        for count, sample in enumerate(bar, start=1):
+            _check(model, sample, count - 1)
+            inputs = dict(sample)
+            if MODALITY_IDS in inputs and not takes_ids:
+                with token_modalities(model, inputs.pop(MODALITY_IDS)):
+                    model(**inputs)
+            else:
+                model(**inputs)
+    return count
+
+
+def _check(model: nn.Module, sample: Any, index: int) -> None:
+    if not isinstance(sample, Mapping):
+        raise TypeError(
+            f"sample {index} is a {type(sample).__name__}, not a dict of the model's "
+            "keyword inputs."
+        )
+    devices = {p.device for p in model.parameters()}
+    for name, value in sample.items():
+        if isinstance(value, torch.Tensor) and value.device not in devices:
+            raise ValueError(
+                f"{name} of sample {index} is on {value.device}, the model on "
+                f"{', '.join(sorted(map(str, devices)))}: move the sample there."
+            )
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

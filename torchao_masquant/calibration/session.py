@@ -1,0 +1,155 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Observing the inputs of a model's linears while data runs through it."""
+
+import contextlib
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchao_masquant.calibration.groups import SharedInputs
+from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.routing import Router
+
+__all__ = ["CalibrationSession", "MASQuantObservedLinear"]
+
+
+class MASQuantObservedLinear(nn.Linear):
+    """``nn.Linear`` that shows its inputs to a :class:`CalibrationSession`.
+
+    Made in place from an ``nn.Linear``, and made one again, by the session.
+    """
+
+    fqn: str
+    router: Router
+    session: "CalibrationSession"
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.session.observe(self, input)
+        return F.linear(input, self.weight, self.bias)
+
+
+class CalibrationSession:
+    """Statistics of the inputs of a set of linears, one set per shared input.
+
+    Args:
+        linears: name in the model to module.
+        router: tells the modality of each token of a call.
+        second_moments: keep covariances too (8 K^2 bytes for each input and each
+            modality but the base).
+    """
+
+    def __init__(
+        self, linears: dict[str, nn.Linear], router: Router, second_moments: bool
+    ):
+        self.linears = linears
+        self.router = router
+        self.second_moments = second_moments
+        #: linear to the first linear that reads the same input
+        self.leaders: dict[str, str] = {}
+        #: leader to the statistics of its input
+        self.statistics: dict[str, InputStatistics] = {}
+        self._inputs = SharedInputs()
+
+    @contextlib.contextmanager
+    def observing(self, model: nn.Module) -> Iterator[None]:
+        """Observe calls of ``model`` inside; it is as it was afterwards, always."""
+        self.router.attach(model)
+        try:
+            for name, linear in self.linears.items():
+                self.attach_linear(name, linear)
+            yield
+        finally:
+            for linear in self.linears.values():
+                self.detach_linear(linear)
+            self.router.detach(model)
+
+    def attach_linear(self, name: str, linear: nn.Linear) -> None:
+        """Observe a linear."""
+        self.linears[name] = linear
+        linear.__class__ = MASQuantObservedLinear
+        assert isinstance(linear, MASQuantObservedLinear)
+        linear.fqn = name
+        linear.router = self.router
+        linear.session = self
+
+    @staticmethod
+    def detach_linear(linear: nn.Linear) -> None:
+        """Make an observed linear an ``nn.Linear`` again."""
+        if isinstance(linear, MASQuantObservedLinear):
+            linear.__class__ = nn.Linear
+            for name in ("fqn", "router", "session"):
+                delattr(linear, name)
+
+    @torch.no_grad()
+    def observe(self, linear: MASQuantObservedLinear, x: torch.Tensor) -> None:
+        """Add one call's input to the statistics.
+
+        Raises:
+            ValueError: the input holds nan or inf, is of the wrong width, or its
+                tokens do not match the modality ids of the call.
+            RuntimeError: the tokens are of unknown modality.
+        """
+        name = linear.fqn
+        if x.shape[-1] != linear.in_features:
+            raise ValueError(
+                f"{name}: input of shape {tuple(x.shape)} does not match its "
+                f"in_features={linear.in_features}."
+            )
+        leader = self.leaders.get(name)
+        if leader is None:
+            leader = self.leaders[name] = self._inputs.leader(name, x)
+        if leader != name:
+            return
+        statistics = self.statistics.get(name)
+        if statistics is None:
+            statistics = self.statistics[name] = InputStatistics(
+                linear.in_features,
+                self.router.modalities,
+                x.device,
+                self.second_moments,
+            )
+        ids = self.router.ids_for(name, x)
+        statistics.update(
+            name,
+            x.reshape(-1, x.shape[-1]),
+            None if ids is None else ids.reshape(-1),
+        )
+
+    def groups(self) -> dict[str, list[str]]:
+        """Leader to all linears that read its input, in the model's order."""
+        groups: dict[str, list[str]] = {}
+        for name in self.linears:
+            if name in self.leaders:
+                groups.setdefault(self.leaders[name], []).append(name)
+        return groups
+
+    def check_complete(self) -> None:
+        """Raise unless every linear saw tokens of every modality.
+
+        Raises:
+            ValueError: names the linear or the modality that the data left out.
+        """
+        if not self.leaders:
+            raise ValueError("no calibration data ran through the model.")
+        unseen = [name for name in self.linears if name not in self.leaders]
+        if unseen:
+            raise ValueError(
+                f"{unseen[0]} was never called by the calibration data "
+                f"({len(unseen)} of {len(self.linears)} linears were not): exclude it, "
+                "or add samples that use it."
+            )
+        for name, statistics in self.statistics.items():
+            for modality, moments in zip(statistics.modalities, statistics.moments):
+                if moments.count == 0:
+                    raise ValueError(
+                        f"the calibration data brings no {modality} token to {name}, so "
+                        f"{modality} tokens would be uncalibrated: add samples with "
+                        f"{modality}, or name the modalities that the model will meet "
+                        f"with modalities=(...)."
+                    )

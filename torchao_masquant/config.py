@@ -1,0 +1,367 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The torchao config of MASQuant, and what ``quantize_`` does with it."""
+
+import os
+import sys
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable, Optional, Sequence, Union
+
+import torch
+from torch import nn
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.quantization import quantize_
+from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from torchao_masquant.calibration.calibrate import base_first, solve
+from torchao_masquant.calibration.session import (
+    CalibrationSession,
+    MASQuantObservedLinear,
+)
+from torchao_masquant.convert import convert_linear, placeholder_weight
+from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.modality import TEXT
+from torchao_masquant.recipe import LayerRecipe, Recipe, weight_fingerprint
+from torchao_masquant.routing import Router, router_of
+from torchao_masquant.selection import Patterns, match_names, select_linears
+from torchao_masquant.solver.methods import SolverOptions
+
+__all__ = ["MASQuantConfig", "masquant_config"]
+
+_STEPS = (
+    QuantizationStep.PREPARE,
+    QuantizationStep.CONVERT,
+    QuantizationStep.PREPARE_FOR_LOADING,
+)
+
+
+# eq=False: two configs are the same only if they are one, so that what is planned for
+# one can be kept under it.
+@dataclass(eq=False)
+class MASQuantConfig(AOBaseConfig):
+    """
+    Configuration for MASQuant when passed into quantize_()
+
+    With a recipe (see ``masquant_config``) one call quantizes the model. Without one,
+    calibrate in torchao's steps::
+
+        quantize_(model, MASQuantConfig(step="prepare", scheme="w4a8"))
+        for sample in samples:
+            model(**sample)
+        quantize_(model, MASQuantConfig(step="convert", scheme="w4a8"))
+
+    Each step is checked for the whole model before its first linear is changed.
+
+    Args:
+        step: "prepare" (observe the linears), "convert" (quantize them), or
+            "prepare_for_loading" (give the linears quantized weights of zeros, to load
+            a quantized state_dict into, with ``assign=True``).
+        scheme: "w8a8", "w4a8", "w4a6" or "w4a4".
+        method: "masquant", "masquant-paper", "smoothquant" or "rtn".
+        alpha: 0..1, exponent of the activations in the smoothing factor.
+        rank: of each modality's low-rank pair, an int, or a float, the share of
+            ``min(N, K)``.
+        base_modality: the one that the shared weight is smoothed for.
+        modalities: those that the model will meet; None for all its config declares.
+        include: patterns of names of linears, in place of all of the decoder.
+        exclude: patterns of names to leave out.
+        recipe: what ``calibrate`` found, or the path of one; its options take the
+            place of those above.
+
+    Raises:
+        ValueError: an option is out of range, or a recipe meets another step.
+        FileNotFoundError: there is no recipe at the path.
+    """
+
+    step: Union[str, QuantizationStep]
+    scheme: str = "w4a8"
+    method: str = "masquant"
+    alpha: float = 0.5
+    rank: Union[int, float] = 0.05
+    base_modality: str = TEXT
+    modalities: Optional[Sequence[str]] = None
+    include: Patterns = None
+    exclude: Patterns = None
+    recipe: Optional[Union[Recipe, str, os.PathLike]] = None
+
+    def __post_init__(self) -> None:
+        names = [step.value for step in _STEPS]
+        step = self.step.value if isinstance(self.step, QuantizationStep) else self.step
+        if str(step).lower() not in names:
+            raise ValueError(f"unknown step {self.step!r}: choose one of {names}.")
+        self.step = str(step).lower()
+        if self.recipe is not None:
+            if self.step != QuantizationStep.CONVERT:
+                raise ValueError(
+                    f"a recipe is for step='convert', not for step={self.step!r}."
+                )
+            if not isinstance(self.recipe, Recipe):
+                self.recipe = Recipe.load(self.recipe)
+            for name, value in vars(self.recipe.options).items():
+                setattr(self, name, value)
+            self.modalities = self.recipe.modalities
+            self.base_modality = self.recipe.modalities[0]
+        self.options  # noqa: B018 -- checks them
+
+    @property
+    def options(self) -> SolverOptions:
+        """Options of the solution."""
+        return SolverOptions(self.scheme, self.method, self.alpha, self.rank)
+
+
+# A config is named in checkpoints by its class alone, looked up in these modules.
+ALLOWED_AO_MODULES.add(__name__)
+
+
+def masquant_config(
+    recipe: Union[Recipe, str, os.PathLike], **overrides: Any
+) -> MASQuantConfig:
+    """The config that quantizes a model as a recipe says::
+
+        quantize_(model, masquant_config(recipe))
+
+    Args:
+        recipe: from ``calibrate``, or the path of a saved one.
+        **overrides: ``include`` and ``exclude``, patterns of names that narrow the
+            recipe's linears down.
+
+    Raises:
+        TypeError: an option that the recipe has fixed.
+        FileNotFoundError: there is no recipe at the path.
+        ValueError: the file is no recipe.
+    """
+    fixed = sorted(set(overrides) - {"include", "exclude"})
+    if fixed:
+        raise TypeError(
+            f"masquant_config takes include and exclude beside the recipe, not "
+            f"{', '.join(fixed)}: what else there is, the recipe was made for; "
+            "calibrate again to change it."
+        )
+    return MASQuantConfig(step="convert", recipe=recipe, **overrides)
+
+
+class _Plan:
+    """What one config will do to the linears of one model, checked beforehand."""
+
+    def __init__(self, actions: dict[nn.Module, Callable[[], object]]):
+        self.actions = actions
+        self.targets = weakref.WeakSet(actions)
+
+    def apply(self, module: nn.Module) -> None:
+        # Taken out before it runs, not to be run twice.
+        action = self.actions.pop(module, None)
+        if action is not None:
+            action()
+
+    def is_stale(self, module: nn.Module) -> bool:
+        """Whether a module has come back as it was before this plan changed it."""
+        return (
+            module in self.targets
+            and module not in self.actions
+            and type(module) is nn.Linear
+        )
+
+
+_PLANS: "weakref.WeakKeyDictionary[MASQuantConfig, weakref.WeakKeyDictionary]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@register_quantize_module_handler(MASQuantConfig)
+def _masquant_transform(module: nn.Module, config: MASQuantConfig) -> nn.Module:
+    model = _model_in_quantize()
+    plans = _PLANS.setdefault(config, weakref.WeakKeyDictionary())
+    plan = plans.get(model)
+    if plan is None or plan.is_stale(module):
+        plan = plans[model] = _Plan(_plan(model, config))
+    plan.apply(module)
+    return module
+
+
+def _model_in_quantize() -> nn.Module:
+    """The model that ``quantize_`` was called with.
+
+    A handler is given one linear at a time, without the model or the linear's name.
+    MASQuant needs both: calls are routed at the model, a recipe goes by names, and
+    nothing may change before everything is checked. So it looks at its caller.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is quantize_.__code__:
+            model = frame.f_locals["model"]
+            return getattr(model, "_orig_mod", model)
+        frame = frame.f_back  # type: ignore[assignment]
+    raise RuntimeError(
+        "MASQuantConfig works through torchao.quantization.quantize_(model, config) "
+        "only, since it needs the whole model."
+    )
+
+
+def _plan(
+    model: nn.Module, config: MASQuantConfig
+) -> dict[nn.Module, Callable[[], object]]:
+    if config.step == QuantizationStep.PREPARE:
+        return _plan_prepare(model, config)
+    if config.step == QuantizationStep.PREPARE_FOR_LOADING:
+        return _plan_loading(model, config)
+    if isinstance(config.recipe, Recipe):
+        return _plan_recipe(model, config, config.recipe)
+    return _plan_observed(model, config)
+
+
+def _plan_prepare(
+    model: nn.Module, config: MASQuantConfig
+) -> dict[nn.Module, Callable[[], object]]:
+    linears = select_linears(model, config.include, config.exclude)
+    modalities = base_first(model, config.base_modality, config.modalities)
+    router = Router.for_model(model, modalities)
+    router.skip_padding = True
+    router.attach(model)
+    session = CalibrationSession({}, router, config.options.parts.per_modality)
+    return {
+        linear: partial(session.attach_linear, name, linear)
+        for name, linear in linears.items()
+    }
+
+
+def _plan_observed(
+    model: nn.Module, config: MASQuantConfig
+) -> dict[nn.Module, Callable[[], object]]:
+    session = next(
+        (m.session for m in model.modules() if isinstance(m, MASQuantObservedLinear)),
+        None,
+    )
+    if session is None:
+        raise ValueError(
+            f"{type(model).__name__} has no observed linear to convert: call "
+            "quantize_(model, MASQuantConfig(step='prepare', ...)) and run calibration "
+            "data first, or give a recipe."
+        )
+    if config.options.parts.per_modality and not session.second_moments:
+        raise ValueError(
+            f"method {config.method!r} needs covariances that step 'prepare' was not "
+            "told to keep: give both steps the same method."
+        )
+    layers = solve(session, config.options, progress=True)
+    session.router.skip_padding = False
+    if not _needs_router(session.router, layers):
+        session.router.detach(model)
+    return {
+        session.linears[name]: partial(
+            _convert_observed, session, name, layer, config, session.router
+        )
+        for name, layer in layers.items()
+    }
+
+
+def _convert_observed(
+    session: CalibrationSession,
+    name: str,
+    layer: LayerRecipe,
+    config: MASQuantConfig,
+    router: Router,
+) -> None:
+    linear = session.linears[name]
+    session.detach_linear(linear)
+    convert_linear(linear, name, layer, config.options.bits, router.modalities, router)
+
+
+def _plan_recipe(
+    model: nn.Module, config: MASQuantConfig, recipe: Recipe
+) -> dict[nn.Module, Callable[[], object]]:
+    modules = dict(model.named_modules())
+    names = match_names(list(recipe.layers), config.include, config.exclude)
+    layers = {name: recipe.layers[name] for name in names}
+    for name, layer in layers.items():
+        _check_layer(modules.get(name), name, layer)
+    router = _router_for(model, recipe.modalities, layers)
+    return {
+        modules[name]: partial(
+            convert_linear,
+            modules[name],
+            name,
+            layer,
+            config.options.bits,
+            recipe.modalities,
+            router,
+        )
+        for name, layer in layers.items()
+    }
+
+
+def _check_layer(module: Optional[nn.Module], name: str, layer: LayerRecipe) -> None:
+    """Raise unless a recipe's layer was made for this module."""
+    again = "use the model that it was made for, or calibrate again"
+    if module is None:
+        raise ValueError(
+            f"the recipe was made for another model: this one has no {name}; {again}."
+        )
+    if isinstance(module, MASQuantLinear):
+        raise ValueError(f"{name} is quantized already.")
+    if type(module) is not nn.Linear or type(module.weight.data) is not torch.Tensor:
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, not a plain nn.Linear with a plain "
+            f"weight; {again}."
+        )
+    if tuple(module.weight.shape) != tuple(layer.shape):
+        raise ValueError(
+            f"{name}: the recipe was made for a weight of shape {tuple(layer.shape)}, "
+            f"the model's is {tuple(module.weight.shape)}; {again}."
+        )
+    if module.weight.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device, without values to quantize: load the "
+            "model's weights first."
+        )
+    fingerprint = weight_fingerprint(module.weight)
+    if fingerprint != layer.fingerprint:
+        raise ValueError(
+            f"{name}: the recipe was made for a weight with fingerprint "
+            f"{layer.fingerprint}, the model's is {fingerprint}; {again}."
+        )
+
+
+def _needs_router(router: Router, layers: dict[str, LayerRecipe]) -> bool:
+    """Whether a token's modality matters: to a linear, or to refuse it."""
+    return not router.is_complete or any(
+        layer.smoothing_factor.shape[0] > 1 for layer in layers.values()
+    )
+
+
+def _router_for(
+    model: nn.Module, modalities: tuple[str, ...], layers: dict[str, LayerRecipe]
+) -> Router:
+    """The model's router, attached to it where it is needed."""
+    router = router_of(model)
+    if router is not None:
+        if router.modalities != modalities:
+            raise ValueError(
+                f"linears of the model are quantized for the modalities "
+                f"{router.modalities} already, the recipe is for {modalities}."
+            )
+        return router
+    router = Router.for_model(model, modalities)
+    if _needs_router(router, layers):
+        router.attach(model)
+    return router
+
+
+def _plan_loading(
+    model: nn.Module, config: MASQuantConfig
+) -> dict[nn.Module, Callable[[], object]]:
+    linears = select_linears(model, config.include, config.exclude)
+    modalities = base_first(model, config.base_modality, config.modalities)
+    router = Router.for_model(model, modalities)
+    router.attach(model)
+
+    def load(name: str, linear: nn.Linear) -> None:
+        weight = placeholder_weight(linear, config.options.bits, modalities)
+        MASQuantLinear.from_float(linear, weight, name, router)
+
+    return {linear: partial(load, name, linear) for name, linear in linears.items()}

@@ -1,0 +1,66 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Which token ids stand for which modality, read from a model's config."""
+
+from typing import Any, Iterator, Mapping
+
+#: The modality of every token that no placeholder id marks.
+TEXT = "text"
+
+# What a config calls the placeholder token of each kind of input. transformers
+# aliases the older ``*_token_index`` names on most, not on all, config classes.
+_PLACEHOLDER_FIELDS: Mapping[str, str] = {
+    "image_token_id": "vision",
+    "image_token_index": "vision",
+    "video_token_id": "vision",
+    "video_token_index": "vision",
+    "audio_token_id": "audio",
+    "audio_token_index": "audio",
+}
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """``config`` and the sub-configs that hold a whole model's placeholders."""
+    yield config
+    for name in ("thinker_config", "text_config"):
+        nested = getattr(config, name, None)
+        if nested is not None and nested is not config:
+            yield from _configs(nested)
+
+
+def modality_token_ids(config: Any) -> dict[str, tuple[int, ...]]:
+    """Placeholder token ids of each modality that a config declares.
+
+    Args:
+        config: a transformers config (any object with the same attributes); nested
+            ``thinker_config`` and ``text_config`` are searched too.
+
+    Returns:
+        Modality name to its placeholder token ids, in the order text, vision, audio;
+        text comes first and has none. A modality that the config does not declare is
+        left out.
+
+    Raises:
+        ValueError: one token id stands for two modalities.
+    """
+    found: dict[str, set[int]] = {}
+    for part in _configs(config):
+        for field, modality in _PLACEHOLDER_FIELDS.items():
+            token = getattr(part, field, None)
+            if isinstance(token, int) and token >= 0:
+                found.setdefault(modality, set()).add(token)
+    owners: dict[int, str] = {}
+    for modality, tokens in found.items():
+        for token in tokens:
+            if owners.setdefault(token, modality) != modality:
+                raise ValueError(
+                    f"the config marks token id {token} as both {owners[token]} and "
+                    f"{modality}; give each modality a placeholder token of its own."
+                )
+    return {
+        TEXT: (),
+        **{m: tuple(sorted(found[m])) for m in ("vision", "audio") if m in found},
+    }

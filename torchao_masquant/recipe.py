@@ -1,0 +1,210 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What calibration found: everything needed to quantize a model, but its weights."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Mapping, Optional, Union
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from torchao_masquant.solver.methods import SolverOptions
+
+__all__ = ["LayerRecipe", "Recipe", "weight_fingerprint"]
+
+_FORMAT = "torchao_masquant.recipe"
+_FORMAT_VERSION = 1
+_TENSORS = ("smoothing_factor", "l1", "l2", "modality_bias")
+
+
+def weight_fingerprint(weight: torch.Tensor) -> str:
+    """16 hex digits that tell a weight from a changed one.
+
+    Of the values, not of the type: a float32 copy of a bfloat16 weight has the same.
+
+    Args:
+        weight: any floating point tensor.
+    """
+    values = weight.detach().to("cpu", torch.float32).contiguous()
+    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
+    digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class LayerRecipe:
+    """Part of a recipe: one linear of shape (N, K), with M modalities.
+
+    Attributes:
+        shape: (N, K).
+        fingerprint: of the weight that it was made for, see :func:`weight_fingerprint`.
+        smoothing_factor: (M, K) float32, or (1, K) where all modalities share one.
+        ranks: of the pairs of modality 1, 2, ..., or empty: no pairs.
+        l1: (K, R) down-projections side by side, R the sum of ``ranks``.
+        l2: (R, N) up-projections one below the other.
+        modality_bias: (M - 1, N) what the modalities 1, 2, ... add.
+    """
+
+    shape: tuple[int, int]
+    fingerprint: str
+    smoothing_factor: torch.Tensor
+    ranks: tuple[int, ...] = ()
+    l1: Optional[torch.Tensor] = None
+    l2: Optional[torch.Tensor] = None
+    modality_bias: Optional[torch.Tensor] = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by name."""
+        found = {name: getattr(self, name) for name in _TENSORS}
+        return {name: t for name, t in found.items() if t is not None}
+
+
+@dataclass
+class Recipe:
+    """How to quantize one model: made by ``calibrate``, used by ``masquant_config``.
+
+    Attributes:
+        options: scheme, method, alpha and rank that it was solved for.
+        modalities: names, base first; modality ids index them.
+        layers: name of a linear in the model to its part.
+        versions: of the libraries that made it.
+    """
+
+    options: SolverOptions
+    modalities: tuple[str, ...]
+    layers: dict[str, LayerRecipe]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def scheme(self) -> str:
+        return self.options.scheme
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(
+            t.nbytes for layer in self.layers.values() for t in layer.tensors().values()
+        )
+
+    def __repr__(self) -> str:
+        options = self.options
+        return (
+            f"Recipe({options.method}, {options.scheme}, alpha={options.alpha}, "
+            f"rank={options.rank}, modalities={self.modalities}, "
+            f"{len(self.layers)} linears, {self.nbytes} bytes)"
+        )
+
+    def save(self, path: Union[str, os.PathLike]) -> None:
+        """Write one safetensors file; a file of that name is replaced whole.
+
+        Raises:
+            FileNotFoundError: the folder of ``path`` does not exist.
+        """
+        path = Path(path)
+        header = {
+            "options": vars(self.options),
+            "modalities": self.modalities,
+            "versions": self.versions,
+            "layers": {
+                name: {
+                    "shape": layer.shape,
+                    "fingerprint": layer.fingerprint,
+                    "ranks": layer.ranks,
+                }
+                for name, layer in self.layers.items()
+            },
+        }
+        tensors = {
+            f"{name}.{key}": tensor.contiguous()
+            for name, layer in self.layers.items()
+            for key, tensor in layer.tensors().items()
+        }
+        metadata = {
+            "format": _FORMAT,
+            "format_version": str(_FORMAT_VERSION),
+            "recipe": json.dumps(header),
+        }
+        if not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"cannot write {os.fspath(path)!r}: there is no folder "
+                f"{os.fspath(path.parent)!r}."
+            )
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Union[str, os.PathLike]) -> "Recipe":
+        """Read a recipe that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no recipe, is damaged, or is of a newer format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no recipe file {os.fspath(path)!r}.")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                header = _header(path, metadata)
+                return cls(
+                    options=SolverOptions(**header["options"]),
+                    modalities=tuple(header["modalities"]),
+                    layers={
+                        name: _load_layer(file, name, entry)
+                        for name, entry in header["layers"].items()
+                    },
+                    versions=header["versions"],
+                )
+        except (
+            safetensors.SafetensorError,
+            json.JSONDecodeError,
+            KeyError,
+            TypeError,
+        ) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} is no recipe, or a damaged one: {error}."
+            ) from error
+
+
+def _header(
+    path: Union[str, os.PathLike], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{os.fspath(path)!r} is a safetensors file, but no MASQuant recipe."
+        )
+    version = int(metadata["format_version"])
+    if version > _FORMAT_VERSION:
+        raise ValueError(
+            f"{os.fspath(path)!r} is of recipe format {version}, this version of "
+            f"torchao_masquant reads up to {_FORMAT_VERSION}: upgrade it."
+        )
+    return json.loads(metadata["recipe"])
+
+
+def _load_layer(file: Any, name: str, entry: Mapping[str, Any]) -> LayerRecipe:
+    keys = set(file.keys())
+    tensors = {
+        key: file.get_tensor(f"{name}.{key}")
+        for key in _TENSORS
+        if f"{name}.{key}" in keys
+    }
+    n, k = entry["shape"]
+    return LayerRecipe(
+        shape=(n, k),
+        fingerprint=entry["fingerprint"],
+        ranks=tuple(entry["ranks"]),
+        **tensors,
+    )

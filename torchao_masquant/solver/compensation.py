@@ -1,0 +1,106 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Cross-modal compensation: the best low-rank pair for a weight difference."""
+
+from typing import Optional
+
+import torch
+
+__all__ = ["low_rank_pair", "resolve_rank", "whitening"]
+
+# Eigenvalues below this part of the largest are rounding noise of a float64
+# covariance: it has rank min(T, K), and eigh returns its zeros as +-1e-16 relative.
+_NUMERICAL_RANGE = 1e-10
+
+
+def resolve_rank(rank: "int | float", n: int, k: int) -> int:
+    """Rank of the pair of an (N, K) weight.
+
+    Args:
+        rank: an int is the rank itself, a float the share of ``min(n, k)`` (at least
+            one where it is above zero).
+
+    Raises:
+        ValueError: ``rank`` is negative, or a share above 1.
+        TypeError: ``rank`` is no number.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise TypeError(f"rank must be an int or a float, got {rank!r}.")
+    if not rank >= 0:
+        raise ValueError(f"rank must not be negative, got {rank}.")
+    full = min(n, k)
+    if isinstance(rank, int):
+        return min(rank, full)
+    if rank > 1:
+        raise ValueError(
+            f"a rank of type float is a share of min(N, K), 0..1, got {rank}; give an "
+            "int for an absolute rank."
+        )
+    return max(1, round(rank * full)) if rank > 0 else 0
+
+
+def whitening(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``T = S^1/2 U^T`` of ``C = U S U^T``, and its pseudo-inverse.
+
+    Both on the numerical range of C alone: directions in which no token varied weigh
+    nothing, and inverting their eigenvalues would blow rounding noise up.
+
+    Args:
+        covariance: (K, K), symmetric positive semi-definite up to rounding.
+
+    Returns:
+        T (J, K) and its pseudo-inverse ``U S^-1/2`` (K, J), float64; J is the
+        numerical rank, 0 for a covariance of zeros.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(covariance.double())
+    keep = eigenvalues > _NUMERICAL_RANGE * eigenvalues[-1].clamp_min(0)
+    root = eigenvalues[keep].sqrt()
+    vectors = vectors[:, keep]
+    return (vectors * root).t(), vectors / root
+
+
+def low_rank_pair(
+    difference: torch.Tensor,
+    rank: int,
+    whitened: tuple[torch.Tensor, torch.Tensor],
+) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+    """L1, L2 that minimise ``||X (D^T - L1 L2)||_F`` at a given rank.
+
+    Theorem 2 of arXiv 2603.04800: with ``X^T X / T = U S U^T``, ``T = S^1/2 U^T`` and
+    the SVD ``T D^T = P Sig V^T`` cut to rank r, ``L1 = T^-1 P_r``, ``L2 = Sig_r V_r^T``.
+    Each column of L1 and row of L2 are then scaled against each other to equal norm,
+    which changes nothing in their product and keeps both in the range of 16-bit types.
+
+    Args:
+        difference: (N, K) the weight difference D to make up for.
+        rank: r; cut down to what the numerical rank of the covariance allows.
+        whitened: of the covariance of X, from :func:`whitening`.
+
+    Returns:
+        L1 (K, r) and L2 (r, N), float64; None where the rank comes out as zero.
+
+    Raises:
+        RuntimeError: the result is not finite.
+    """
+    transform, inverse = whitened
+    rank = min(rank, transform.shape[0], difference.shape[0])
+    if rank == 0:
+        return None
+    left, values, right = torch.linalg.svd(
+        transform @ difference.double().t(), full_matrices=False
+    )
+    l1 = inverse @ left[:, :rank]
+    l2 = values[:rank, None] * right[:rank]
+    down, up = l1.norm(dim=0), l2.norm(dim=1)
+    # A singular value of zero leaves a row of zeros, which no factor can balance.
+    balance = torch.where((down > 0) & (up > 0), (up / down).sqrt(), 1.0)
+    l1, l2 = l1 * balance, l2 / balance[:, None]
+    if not (torch.isfinite(l1).all() and torch.isfinite(l2).all()):
+        raise RuntimeError(
+            "the low-rank pair is not finite, although its covariance and weight "
+            f"difference of shape {tuple(difference.shape)} are: this is a bug."
+        )
+    return l1, l2
