@@ -13,7 +13,11 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
 - ``int4_packing``: two 4-bit integers per byte.
 """
 
-from torchao_masquant.kernels import library, reference
-from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
+# transformers looks for Hugging Face's package ``kernels`` and, from the root of a
+# checkout, imports this folder by that name. Then there is nothing to be had here, and
+# importing the rest would import transformers again from inside of itself.
+if __name__ == "torchao_masquant.kernels":
+    from torchao_masquant.kernels import library, reference
+    from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
 
-__all__ = ["library", "pack_int4", "reference", "unpack_int4"]
+    __all__ = ["library", "pack_int4", "reference", "unpack_int4"]

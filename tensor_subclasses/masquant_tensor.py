@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """The weight of a modality-aware quantized linear."""
 
+import hashlib
 import math
 from typing import Any, Optional, Sequence
 
@@ -291,6 +292,17 @@ class MASQuantTensor(TorchAOBaseTensor):
             )
         pre_scale = self.act_pre_scale[index if self.is_routed else 0]
         return (weight * pre_scale).to(output_dtype or self.dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of a compiled graph that takes this tensor: all but its values."""
+        names, attributes = self.__tensor_flatten__()
+        inner = {name: getattr(self, name) for name in names}
+        described = [
+            (name, tuple(t.shape), tuple(t.stride()), t.dtype, t.device)
+            for name, t in inner.items()
+        ]
+        key = repr((type(self).__qualname__, described, sorted(attributes.items())))
+        return hashlib.sha256(key.encode()).hexdigest()
 
     def __repr__(self) -> str:
         smoothing = (

@@ -25,7 +25,10 @@ def quantize_smoothed_weight(
     """Fold the base modality's smoothing factor into a weight and quantize it.
 
     Symmetric round-to-nearest, one scale per output channel or per group of
-    ``group_size`` neighbours of an output channel.
+    ``group_size`` neighbours of an output channel. The scale is torchao's symmetric
+    one, ``max |W / p| / (2 ** bits - 1) * 2``, and all 2 ** bits integers are used:
+    the largest positive weight is clipped by half a step, and at 4 bits the finer
+    step is worth 0.6 dB.
 
     Args:
         weight: (N, K) floating point.
@@ -39,14 +42,14 @@ def quantize_smoothed_weight(
         float32.
     """
     smoothed = weight.float() / act_pre_scale
-    quant_max = 2 ** (weight_bits - 1) - 1
+    quant_min, quant_max = -(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1
     block_size = (1, group_size or weight.shape[1])
     scale, zero_point = choose_qparams_affine(
         smoothed,
         MappingType.SYMMETRIC,
         block_size,
         torch.int8,
-        quant_min=-quant_max,
+        quant_min=quant_min,
         quant_max=quant_max,
         eps=torch.finfo(torch.float32).tiny,
         scale_dtype=torch.float32,
@@ -59,7 +62,7 @@ def quantize_smoothed_weight(
         scale,
         zero_point,
         torch.int8,
-        quant_min=-quant_max,
+        quant_min=quant_min,
         quant_max=quant_max,
     )
     return qdata, scale

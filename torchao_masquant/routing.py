@@ -29,17 +29,27 @@ __all__ = ["Router", "token_modalities"]
 _UNCALIBRATED = -1
 _PADDING = -2
 
-# Floating point inputs of a forward that are no features of an image or a sound.
-_NOT_FEATURES = ("attention_mask", "inputs_embeds", "labels", "past_key_values")
+# Inputs of a forward that are no features of an image or a sound, of a kind that
+# features may be of.
+_NOT_FEATURES = (
+    "attention_mask",
+    "inputs_embeds",
+    "labels",
+    "past_key_values",
+    "video_second_per_grid",
+)
 
 
 class _Call:
     """What the call at hand knows of its tokens."""
 
-    # False: outside of any call, or in one that could not tell.
-    known: bool = False
-    # (batch, sequence), or None where all tokens are of the base modality.
-    ids: Optional[torch.Tensor] = None
+    # Set here, not in the class: Dynamo's guards tell a first call from a second one
+    # by which attributes the instance has.
+    def __init__(self) -> None:
+        # False: outside of any call, or in one that could not tell.
+        self.known: bool = False
+        # (batch, sequence), or None where all tokens are of the base modality.
+        self.ids: Optional[torch.Tensor] = None
 
 
 class _PerThread(threading.local):
@@ -185,7 +195,7 @@ class Router:
     def ids_of(
         self,
         input_ids: torch.Tensor,
-        attention_mask: Optional[torch.Tensor] = None,
+        attention_mask: Any = None,
         carries_features: bool = True,
     ) -> Optional[torch.Tensor]:
         """Modality ids of the tokens of one call.
@@ -193,7 +203,8 @@ class Router:
         Args:
             input_ids: (batch, sequence) token ids.
             attention_mask: (batch, sequence), zero where a token is padding, which
-                counts as base; another shape is not looked at.
+                counts as base; another shape, or one mask for each kind of layer in a
+                dict, as ``generate()`` makes them, is not looked at.
             carries_features: whether the call brings images or sounds along. Looked
                 at under ``torch.compile`` only, where the graph can't depend on the
                 values of ``input_ids``: without features it is base-only, and asserts
@@ -212,7 +223,10 @@ class Router:
         for modality, tokens in self.token_ids.items():
             for token in tokens:
                 ids = ids.masked_fill(input_ids == token, self._index(modality))
-        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        if (
+            isinstance(attention_mask, torch.Tensor)
+            and attention_mask.shape == input_ids.shape
+        ):
             ids = ids.masked_fill(
                 attention_mask == 0, _PADDING if self.skip_padding else 0
             )
@@ -304,6 +318,11 @@ class Router:
             call.known, call.ids = saved
 
     def _checked(self, ids: torch.Tensor) -> Optional[torch.Tensor]:
+        if not isinstance(ids, torch.Tensor):
+            raise TypeError(
+                f"modality ids are integers that index {self.modalities}, in a tensor, "
+                f"got a {type(ids).__name__}."
+            )
         if (
             ids.dtype.is_floating_point
             or ids.dtype.is_complex
@@ -333,6 +352,11 @@ def _carries_features(arguments: Mapping[str, Any]) -> bool:
         and (
             (isinstance(value, torch.Tensor) and value.is_floating_point())
             or (isinstance(value, (list, tuple)) and len(value) > 0)
+            # What the towers made of them, by kind: generate() runs them beforehand.
+            or (
+                isinstance(value, Mapping)
+                and any(part is not None for part in value.values())
+            )
         )
         for name, value in arguments.items()
     )

@@ -101,7 +101,7 @@ def calibrate(
     # One sample, without covariances, shows which linears share their input.
     probe = CalibrationSession(linears, router, second_moments=False)
     with probe.observing(model):
-        run_samples(model, [first], progress=False, description="")
+        run_samples(model, [first], router, progress=False, description="")
     passes = plan_passes(probe, second_moments, max_statistics_bytes)
 
     data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
@@ -114,7 +114,9 @@ def calibrate(
         )
         of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
         with session.observing(model):
-            run_samples(model, data, progress=progress, description=f"Calibrating{of}")
+            run_samples(
+                model, data, router, progress=progress, description=f"Calibrating{of}"
+            )
         layers |= solve(session, options, progress=progress)
     return Recipe(
         options=options,

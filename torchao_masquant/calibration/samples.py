@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from torchao_masquant.routing import token_modalities
+from torchao_masquant.routing import Router
 
 __all__ = ["MODALITY_IDS", "run_samples"]
 
@@ -24,6 +24,7 @@ MODALITY_IDS = "modality_ids"
 def run_samples(
     model: nn.Module,
     samples: Iterable[Mapping[str, Any]],
+    router: Router,
     *,
     progress: bool,
     description: str,
@@ -33,6 +34,7 @@ def run_samples(
     Args:
         samples: keyword inputs of the model. A sample may also hold ``modality_ids``
             [batch, sequence], where ``input_ids`` do not tell the modalities.
+        router: the one that the modality ids are meant for.
         progress: show a bar on a terminal.
         description: of the bar.
 
@@ -52,7 +54,7 @@ def run_samples(
             _check(model, sample, count - 1)
             inputs = dict(sample)
             if MODALITY_IDS in inputs and not takes_ids:
-                with token_modalities(model, inputs.pop(MODALITY_IDS)):
+                with router.explicit(inputs.pop(MODALITY_IDS)):
                     model(**inputs)
             else:
                 model(**inputs)
