@@ -5,7 +5,10 @@
 # LICENSE file in the root directory of this source tree.
 """Tensor subclasses of MASQuant."""
 
-from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
+from torchao_masquant.tensor_subclasses.masquant_tensor import (
+    MASQuantTensor,
+    low_rank_dtype,
+)
 from torchao_masquant.tensor_subclasses.smoothed_weight import (
     dequantize_smoothed_weight,
     quantize_smoothed_weight,
@@ -14,5 +17,6 @@ from torchao_masquant.tensor_subclasses.smoothed_weight import (
 __all__ = [
     "MASQuantTensor",
     "dequantize_smoothed_weight",
+    "low_rank_dtype",
     "quantize_smoothed_weight",
 ]

@@ -19,9 +19,18 @@ from torchao_masquant.tensor_subclasses.smoothed_weight import (
     quantize_smoothed_weight,
 )
 
-__all__ = ["MASQuantTensor"]
+__all__ = ["MASQuantTensor", "low_rank_dtype"]
 
 aten = torch.ops.aten
+
+
+def low_rank_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """Type of a low-rank pair: the weight's own where that has 16 bits.
+
+    A pair repairs a part of the output; 8 bits of mantissa put its rounding 50 dB below
+    what it repairs, which float32 weights need no more of than bfloat16 ones.
+    """
+    return torch.bfloat16 if weight_dtype == torch.float32 else weight_dtype
 
 
 class MASQuantTensor(TorchAOBaseTensor):
@@ -43,10 +52,10 @@ class MASQuantTensor(TorchAOBaseTensor):
             all modalities share one
 
     Optional Tensor Attributes:
-        l1: (K, R) floating point, down-projections of the modalities 1, 2, ... side
-            by side
-        l2: (R, N) floating point, their up-projections, one below the other
-        modality_bias: (M - 1, N) floating point, what the modalities 1, 2, ... add
+        l1: (K, R) of 16 bits, down-projections of the modalities 1, 2, ... side by
+            side
+        l2: (R, N) of 16 bits, their up-projections, one below the other
+        modality_bias: (M - 1, N) float32, what the modalities 1, 2, ... add
 
     Non-Tensor Attributes:
         in_features: K
@@ -69,7 +78,7 @@ class MASQuantTensor(TorchAOBaseTensor):
     ]
 
     def __new__(
-        cls: type,
+        cls: "type[MASQuantTensor]",
         qdata: torch.Tensor,
         scale: torch.Tensor,
         act_pre_scale: torch.Tensor,
@@ -82,7 +91,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         l1: Optional[torch.Tensor] = None,
         l2: Optional[torch.Tensor] = None,
         modality_bias: Optional[torch.Tensor] = None,
-    ):
+    ) -> "MASQuantTensor":
         return torch.Tensor._make_wrapper_subclass(
             cls,
             (qdata.shape[0], in_features),
@@ -151,8 +160,8 @@ class MASQuantTensor(TorchAOBaseTensor):
             modality_bias: (M - 1, N).
 
         Returns:
-            The quantized weight, on ``hp_tensor``'s device; the low-rank pair and
-            the modality bias take ``hp_tensor``'s dtype.
+            The quantized weight, on ``hp_tensor``'s device. The low-rank pair is held
+            in :func:`low_rank_dtype`, the modality bias in float32.
 
         Raises:
             ValueError: a shape, a number of bits or a group size does not fit.
@@ -212,8 +221,12 @@ class MASQuantTensor(TorchAOBaseTensor):
         if weight_bits == 4:
             qdata = pack_int4(qdata)
 
-        def like_weight(t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-            return None if t is None else t.to(hp_tensor.device, hp_tensor.dtype)
+        def held(
+            t: Optional[torch.Tensor], dtype: torch.dtype
+        ) -> Optional[torch.Tensor]:
+            return None if t is None else t.to(hp_tensor.device, dtype)
+
+        pair_dtype = low_rank_dtype(hp_tensor.dtype)
 
         return cls(
             qdata,
@@ -225,9 +238,9 @@ class MASQuantTensor(TorchAOBaseTensor):
             modalities,
             ranks,
             hp_tensor.dtype,
-            l1=like_weight(l1),
-            l2=like_weight(l2),
-            modality_bias=like_weight(modality_bias),
+            l1=held(l1, pair_dtype),
+            l2=held(l2, pair_dtype),
+            modality_bias=held(modality_bias, torch.float32),
         )
 
     @property

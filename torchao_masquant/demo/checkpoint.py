@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from torchao.quantization import quantize_
 from transformers import (
+    PreTrainedModel,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
@@ -37,7 +37,7 @@ def prompts() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def save(model: nn.Module, scheme: str, folder: Path) -> int:
+def save(model: PreTrainedModel, scheme: str, folder: Path) -> int:
     """Write a quantized model and its logits on :func:`prompts`.
 
     Args:
@@ -66,7 +66,7 @@ def save(model: nn.Module, scheme: str, folder: Path) -> int:
     return (folder / _WEIGHTS).stat().st_size
 
 
-def load(folder: Path) -> nn.Module:
+def load(folder: Path) -> PreTrainedModel:
     """Read a model that :func:`save` wrote: its integers, never its full precision."""
     config = Qwen2_5OmniThinkerConfig.from_pretrained(folder)
     scheme = json.loads((folder / _QUANTIZATION).read_text())["scheme"]

@@ -15,7 +15,7 @@ from torchao_masquant.demo.compare import Row
 __all__ = ["WIDTH", "render"]
 
 #: columns of a terminal that the table needs
-WIDTH = 100
+WIDTH = 120
 
 _LABELS = {
     "rtn": "round-to-nearest",

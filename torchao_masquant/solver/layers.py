@@ -21,6 +21,7 @@ from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.smoothing import smoothing_factor
 from torchao_masquant.tensor_subclasses import (
     dequantize_smoothed_weight,
+    low_rank_dtype,
     quantize_smoothed_weight,
 )
 
@@ -91,7 +92,8 @@ def solve_group(
             )
             if pair is not None:
                 # What the model will hold; the bias makes up for its rounding too.
-                pair = (pair[0].to(weight.dtype), pair[1].to(weight.dtype))
+                dtype = low_rank_dtype(weight.dtype)
+                pair = (pair[0].to(dtype), pair[1].to(dtype))
                 difference = difference - (pair[0].double() @ pair[1].double()).t()
             pairs[name].append(pair)
             if method.centered:
@@ -120,7 +122,7 @@ def _layer(
         else (),
         l1=torch.cat([l1 for l1, _ in found], dim=1).cpu() if found else None,
         l2=torch.cat([l2 for _, l2 in found], dim=0).cpu() if found else None,
-        modality_bias=torch.stack(biases).to(weight.dtype).cpu() if biases else None,
+        modality_bias=torch.stack(biases).float().cpu() if biases else None,
     )
 
 
