@@ -30,6 +30,7 @@ from torchao_masquant.demo.compare import (
     dense_row,
 )
 from torchao_masquant.demo.table import WIDTH, render
+from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
 __all__ = ["add_arguments", "main"]
@@ -39,12 +40,27 @@ _SAVED = ("w4a8", "masquant")
 
 def _rank(text: str) -> "int | float":
     try:
-        return float(text) if "." in text else int(text)
+        rank = float(text) if "." in text else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no rank: give a share of min(N, K) such as 0.05, or a whole "
             "number."
         ) from None
+    try:
+        SolverOptions(rank=rank)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return rank
+
+
+def _output(text: str) -> Path:
+    """A file to write to; asked for before minutes are spent, not after."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"cannot write {text!r}: there is no folder {str(path.parent)!r}."
+        )
+    return path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "number (default: %(default)s)",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="also write the results to this file"
+        "--json",
+        type=_output,
+        metavar="PATH",
+        help="also write the results to this file",
     )
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="keep the saved w4a8 model here"

@@ -1,0 +1,29 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What the benchmark of compile counts promises."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_counts.py"
+
+
+@pytest.mark.slow
+def test_quantizing_adds_no_break_and_one_graph(tmp_path):
+    report = tmp_path / "counts.json"
+    runpy.run_path(str(SCRIPT))["main"](["--json", str(report)])
+    rows = json.loads(report.read_text())
+    dense = {(r["compiled"], r["calls"]): r for r in rows if r["model"] == "dense"}
+    quantized = {(r["compiled"], r["calls"]): r for r in rows if r["model"] == "w4a8"}
+    assert dense and set(dense) == set(quantized)
+    for key, row in quantized.items():
+        assert row["breaks"] == dense[key]["breaks"] == 0
+        # Base-only and mixed calls are two graphs where both kinds run.
+        extra = 1 if "both kinds" in key[1] else 0
+        assert row["graphs"] == dense[key]["graphs"] + extra, key
