@@ -42,9 +42,9 @@ typecheck: venv
 	.ci/typecheck.sh
 
 # One thread a worker: threads of workers on the same cores wait for each other.
-# Not more than four workers: each loads torch and compiles kernels.
+# Not more than four workers: each loads torch. Work stealing: a few tests are long.
 pytest: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 venv:
 	@command -v $(PYTHON) >/dev/null || { \

@@ -50,7 +50,7 @@ def smooth_quantize(
     # A token of zeros has no scale; any positive one gives back its zeros.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
     qdata = (smoothed / scale).round().clamp(-quant_max, quant_max)
-    return qdata.to(torch.int8), scale
+    return qdata.to(torch.int8, memory_format=torch.contiguous_format), scale
 
 
 def low_rank_down(
@@ -128,7 +128,7 @@ def int_linear(
     if groups == 1:
         y = _int_matmul(qx, qdata).float() * scale.t()
     else:
-        y = torch.zeros(tokens, out_features, device=qx.device)
+        y = torch.zeros(tokens, out_features, dtype=torch.float32, device=qx.device)
         width = in_features // groups
         for g in range(groups):
             columns = slice(g * width, (g + 1) * width)

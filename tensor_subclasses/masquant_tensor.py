@@ -25,12 +25,12 @@ aten = torch.ops.aten
 
 
 def low_rank_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """Type of a low-rank pair: the weight's own where that has 16 bits.
+    """Type of a low-rank pair: the weight's own where that has 16 bits, else bfloat16.
 
     A pair repairs a part of the output; 8 bits of mantissa put its rounding 50 dB below
     what it repairs, which float32 weights need no more of than bfloat16 ones.
     """
-    return torch.bfloat16 if weight_dtype == torch.float32 else weight_dtype
+    return weight_dtype if weight_dtype == torch.float16 else torch.bfloat16
 
 
 class MASQuantTensor(TorchAOBaseTensor):
@@ -150,7 +150,7 @@ class MASQuantTensor(TorchAOBaseTensor):
             hp_tensor: (N, K) floating point weight.
             weight_bits: 8 or 4.
             act_bits: 2 to 8, of the activations that will meet this weight.
-            group_size: divides K; None for one scale per output channel.
+            group_size: divides K, at least 2; None for one scale per output channel.
             modalities: M names, base first.
             smoothing_factor: (M, K), positive, or (1, K) where all modalities share
                 one; None for ones (round-to-nearest).
@@ -164,22 +164,34 @@ class MASQuantTensor(TorchAOBaseTensor):
             in :func:`low_rank_dtype`, the modality bias in float32.
 
         Raises:
-            ValueError: a shape, a number of bits or a group size does not fit.
+            TypeError: ``hp_tensor`` is not floating point.
+            ValueError: a shape, a number of bits or a group size does not fit, or a
+                pair or bias is given where tokens are not told apart.
         """
         if hp_tensor.dim() != 2:
             raise ValueError(
                 "MASQuantTensor.from_hp takes a 2-D weight (N, K), got shape "
                 f"{tuple(hp_tensor.shape)}."
             )
+        if not hp_tensor.is_floating_point():
+            raise TypeError(
+                "MASQuantTensor.from_hp takes a floating point weight, got "
+                f"{hp_tensor.dtype}."
+            )
         n, k = hp_tensor.shape
         if weight_bits not in (4, 8):
             raise ValueError(f"weight_bits must be 4 or 8, got {weight_bits}.")
         if not 2 <= act_bits <= 8:
             raise ValueError(f"act_bits must be in 2..8, got {act_bits}.")
-        if group_size is not None and (group_size < 1 or k % group_size):
+        if group_size is not None and (group_size < 2 or k % group_size):
             raise ValueError(
-                f"group_size must divide the input width, got group_size={group_size} "
-                f"for a weight of shape {(n, k)}."
+                "group_size must be at least 2 and divide the input width, got "
+                f"group_size={group_size} for a weight of shape {(n, k)}."
+            )
+        if not modalities or len(set(modalities)) != len(modalities):
+            raise ValueError(
+                "modalities must be distinct names, base first, got "
+                f"{tuple(modalities)}."
             )
         if smoothing_factor is None:
             smoothing_factor = torch.ones(1, k, device=hp_tensor.device)
@@ -206,10 +218,20 @@ class MASQuantTensor(TorchAOBaseTensor):
             raise ValueError(
                 "l1, l2 and ranks go together: give all three, or none of them."
             )
-        if rank and len(ranks) != others:
+        if rank and (len(ranks) != others or min(ranks) < 0):
             raise ValueError(
                 f"ranks must hold one rank for each of {tuple(modalities)[1:]}, got "
                 f"{tuple(ranks)}."
+            )
+        if (
+            others
+            and smoothing_factor.shape[0] == 1
+            and (rank or modality_bias is not None)
+        ):
+            raise ValueError(
+                "a low-rank pair and a modality bias need one smoothing factor for "
+                f"each of {tuple(modalities)}: with one for all, tokens are not told "
+                "apart."
             )
 
         act_pre_scale = smoothing_factor.to(
@@ -261,7 +283,9 @@ class MASQuantTensor(TorchAOBaseTensor):
     @property
     def nbytes_stored(self) -> int:
         """Bytes of all inner tensors (``nbytes`` is that of the original weight)."""
-        return sum(getattr(self, n).nbytes for n in self.__tensor_flatten__()[0])
+        inner = (getattr(self, n) for n in self.__tensor_flatten__()[0])
+        # Not nbytes, which torch.compile's tensors of symbolic shape do not have.
+        return sum(t.numel() * t.element_size() for t in inner)
 
     def int_data(self) -> torch.Tensor:
         """The integers, unpacked: (N, K) int8."""
@@ -346,13 +370,21 @@ implements = MASQuantTensor.implements
 implements_torch_function = MASQuantTensor.implements_torch_function
 
 
-@implements(torch.ops.masquant.linear.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    x, weight, modality_ids, bias = fill_defaults(args, 4, [None, None])
+def _check_weight(weight: torch.Tensor) -> None:
     if not isinstance(weight, MASQuantTensor):
         raise TypeError(
             "masquant::linear takes a MASQuantTensor as its weight, and plain tensors "
             f"as everything else; got a {type(weight).__name__} weight."
+        )
+
+
+@implements(torch.ops.masquant.linear.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    x, weight, modality_ids, bias = fill_defaults(args, 4, [None, None])
+    _check_weight(weight)
+    if not x.is_floating_point():
+        raise TypeError(
+            f"masquant::linear takes a floating point input, got {x.dtype}."
         )
     if x.shape[-1] != weight.in_features:
         raise ValueError(
@@ -361,15 +393,14 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             f"shape {tuple(weight.shape)})."
         )
     if modality_ids is not None:
-        if not weight.is_routed:
-            modality_ids = None
-        elif modality_ids.shape != x.shape[:-1]:
+        if modality_ids.shape != x.shape[:-1]:
             raise ValueError(
                 f"modality ids of shape {tuple(modality_ids.shape)} do not match the "
                 f"tokens of an input of shape {tuple(x.shape)}."
             )
-        else:
-            modality_ids = modality_ids.reshape(-1)
+        if modality_ids.is_floating_point() or modality_ids.dtype == torch.bool:
+            raise TypeError(f"modality ids are integers, got {modality_ids.dtype}.")
+        modality_ids = modality_ids.reshape(-1) if weight.is_routed else None
     tokens = x.reshape(-1, x.shape[-1])
     qx, x_scale = torch.ops.masquant.smooth_quantize(
         tokens, weight.act_pre_scale, modality_ids, weight.act_bits
@@ -401,6 +432,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     x = kwargs["input"] if "input" in kwargs else args[0]
     weight = kwargs["weight"] if "weight" in kwargs else args[1]
     bias = kwargs["bias"] if "bias" in kwargs else (args[2] if len(args) > 2 else None)
+    _check_weight(weight)
     if weight.is_routed:
         raise RuntimeError(
             "torch.nn.functional.linear does not know the modality of a token, and "
@@ -414,7 +446,15 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
 @implements([aten.t.default, aten.transpose.int])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     # No matmul of ours takes a transposed weight: it is for shape arithmetic and
-    # inspection, so it gives the (base) values in high precision.
+    # inspection, so it gives the values in high precision.
+    if args[0].is_routed:
+        # aten::linear, where it meets no __torch_function__, is a transpose and a matmul.
+        raise RuntimeError(
+            "a matmul with a transposed weight does not know the modality of a token, "
+            f"and this weight treats {args[0].modalities} differently: call its "
+            "MASQuantLinear or torch.ops.masquant.linear, or dequantize(modality=...) "
+            "before transposing."
+        )
     return func(args[0].dequantize(), *args[1:], **kwargs)
 
 
@@ -483,6 +523,30 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             modality_bias=modality_bias,
         ),
     )
+
+
+@implements(aten.copy_.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    target, source = args[:2]
+    if not all(isinstance(t, MASQuantTensor) for t in (target, source)):
+        raise ValueError(
+            "copy_ needs two MASQuantTensors of one layout: got a "
+            f"{type(source).__name__} for a {type(target).__name__}."
+        )
+    names, attributes = target.__tensor_flatten__()
+    source_names, source_attributes = source.__tensor_flatten__()
+    if (
+        names != source_names
+        or attributes != source_attributes
+        or any(getattr(target, n).shape != getattr(source, n).shape for n in names)
+    ):
+        raise ValueError(
+            f"copy_ needs two MASQuantTensors of one layout: got {source!r} for "
+            f"{target!r}."
+        )
+    for name in names:
+        getattr(target, name).copy_(getattr(source, name))
+    return target
 
 
 @implements(aten.is_pinned.default)

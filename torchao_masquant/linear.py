@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """The linear layer that a quantized model has in place of ``nn.Linear``."""
 
-from typing import Optional
+from typing import Any, Mapping, Optional
 
 import torch
 from torch import nn
@@ -24,10 +24,13 @@ class MASQuantLinear(nn.Linear):
     ids that its model's router has for the call.
     """
 
+    weight: MASQuantTensor
     #: name in the model, for messages
     fqn: str
-    #: None where the weight treats all modalities alike
+    #: its model's
     router: Optional[Router]
+    #: whether the weight treats modalities differently, so that the router is asked
+    routed: bool
 
     @classmethod
     def from_float(
@@ -64,12 +67,55 @@ class MASQuantLinear(nn.Linear):
         linear.__class__ = cls
         assert isinstance(linear, MASQuantLinear)
         linear.fqn = fqn
-        linear.router = router if weight.is_routed else None
+        linear.router = router
+        linear.routed = weight.is_routed
         return linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        ids = None if self.router is None else self.router.ids_for(self.fqn, input)
+        ids = None
+        if self.routed:
+            assert self.router is not None
+            ids = self.router.ids_for(self.fqn, input)
         return torch.ops.masquant.linear(input, self.weight, ids, self.bias)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse a weight whose modality ids would mean something else here."""
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, torch.Tensor) and not isinstance(weight, MASQuantTensor):
+            error_msgs.append(
+                f"{self.fqn} is quantized, the checkpoint's weight is not: load it into "
+                "the original model."
+            )
+            return
+        if isinstance(weight, MASQuantTensor) and weight.is_routed:
+            ours = self.router.modalities if self.router is not None else ()
+            if weight.modalities != ours:
+                error_msgs.append(
+                    f"{self.fqn}: the checkpoint was quantized for the modalities "
+                    f"{weight.modalities}, this model for {ours}: give "
+                    "step='prepare_for_loading' the checkpoint's base_modality and "
+                    "modalities."
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        self.routed = self.weight.is_routed
 
     def extra_repr(self) -> str:
         return (

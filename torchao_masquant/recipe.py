@@ -35,7 +35,7 @@ def weight_fingerprint(weight: torch.Tensor) -> str:
     """
     values = weight.detach().to("cpu", torch.float32).contiguous()
     digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    digest.update(values.view(torch.uint8).numpy())
+    digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

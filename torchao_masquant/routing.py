@@ -20,6 +20,7 @@ import threading
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from torchao_masquant.modality import TEXT, modality_token_ids
 
@@ -48,6 +49,8 @@ class _Call:
     def __init__(self) -> None:
         # False: outside of any call, or in one that could not tell.
         self.known: bool = False
+        # Whether a token_modalities block told, and not a call's input_ids.
+        self.declared: bool = False
         # (batch, sequence), or None where all tokens are of the base modality.
         self.ids: Optional[torch.Tensor] = None
 
@@ -82,7 +85,7 @@ class _RoutedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.router.call
-        saved = call.known, call.ids
+        saved = call.known, call.declared, call.ids
         arguments = dict(zip(self.names, args)) | kwargs
         input_ids = arguments.get("input_ids")
         if input_ids is not None:
@@ -91,12 +94,15 @@ class _RoutedForward:
                 arguments.get("attention_mask"),
                 carries_features=_carries_features(arguments),
             )
-            call.known = True
-        # Without input_ids, a token_modalities block around the call stays in force.
+            call.known, call.declared = True, False
+        elif not call.declared:
+            # Nothing tells; the ids of a call around this one are not its own. (A
+            # token_modalities block around it is meant for it, and stays in force.)
+            call.known, call.ids = False, None
         try:
             return self._forward()(*args, **kwargs)
         finally:
-            call.known, call.ids = saved
+            call.known, call.declared, call.ids = saved
 
 
 class Router:
@@ -182,7 +188,7 @@ class Router:
     def attach(self, model: torch.nn.Module) -> None:
         """Route every call of ``model`` that carries ``input_ids``."""
         if self.token_ids is not None:
-            model.forward = _RoutedForward(model, self)  # type: ignore[method-assign]
+            model.forward = _RoutedForward(model, self)
 
     def detach(self, model: torch.nn.Module) -> None:
         """Undo :meth:`attach`."""
@@ -190,7 +196,7 @@ class Router:
         if isinstance(forward, _RoutedForward) and forward.router is self:
             del model.forward
             if forward.replaced is not None:
-                model.forward = forward.replaced  # type: ignore[method-assign]
+                model.forward = forward.replaced
 
     def ids_of(
         self,
@@ -230,7 +236,7 @@ class Router:
             ids = ids.masked_fill(
                 attention_mask == 0, _PADDING if self.skip_padding else 0
             )
-        if torch.compiler.is_compiling():
+        if _is_traced(ids):
             return self._ids_compiled(ids, default, carries_features)
         if ids.numel() == 0:
             return None
@@ -310,12 +316,12 @@ class Router:
         if ids is not None:
             ids = self._checked(ids)
         call = self.call
-        saved = call.known, call.ids
-        call.known, call.ids = True, ids
+        saved = call.known, call.declared, call.ids
+        call.known, call.declared, call.ids = True, True, ids
         try:
             yield
         finally:
-            call.known, call.ids = saved
+            call.known, call.declared, call.ids = saved
 
     def _checked(self, ids: torch.Tensor) -> Optional[torch.Tensor]:
         if not isinstance(ids, torch.Tensor):
@@ -332,7 +338,7 @@ class Router:
                 f"modality ids are integers that index {self.modalities}, got "
                 f"{ids.dtype}."
             )
-        if torch.compiler.is_compiling() or ids.is_meta:
+        if _is_traced(ids) or ids.is_meta:
             return ids
         if ids.numel() == 0:
             return None
@@ -343,6 +349,15 @@ class Router:
                 f"0..{len(self.modalities) - 1}, got {least}..{most}."
             )
         return None if most == 0 else ids.to(torch.int64)
+
+
+def _is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a graph is being made of what happens to ``tensor``.
+
+    Not ``torch.compiler.is_compiling()``: that is true on every thread while one of
+    them compiles, in eager calls too.
+    """
+    return torch.compiler.is_dynamo_compiling() or is_fake(tensor)
 
 
 def _carries_features(arguments: Mapping[str, Any]) -> bool:
@@ -395,15 +410,14 @@ def token_modalities(
             every token is of the base modality.
 
     Raises:
-        ValueError: ``model`` has no linear that reads modality ids, or an id is out of
-            range.
+        ValueError: ``model`` has no quantized linear, or an id is out of range.
         TypeError: ids are no integers.
     """
     router = router_of(model)
     if router is None:
         raise ValueError(
-            f"{type(model).__name__} has no linear whose result depends on a token's "
-            "modality: quantize it with masquant_config(recipe) first."
+            f"{type(model).__name__} has no quantized linear to tell its tokens' "
+            "modalities: quantize it with masquant_config(recipe) first."
         )
     with router.explicit(ids):
         yield

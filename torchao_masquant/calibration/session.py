@@ -82,7 +82,7 @@ class CalibrationSession:
     def detach_linear(linear: nn.Linear) -> None:
         """Make an observed linear an ``nn.Linear`` again."""
         if isinstance(linear, MASQuantObservedLinear):
-            linear.__class__ = nn.Linear
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
             for name in ("fqn", "router", "session"):
                 delattr(linear, name)
 

@@ -6,7 +6,7 @@
 """What calibration keeps of the inputs of a linear: per modality, not per token."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -31,7 +31,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, width: int, device: torch.device, second: bool) -> "Moments":
-        zeros = dict(dtype=torch.float64, device=device)
+        zeros: dict[str, Any] = dict(dtype=torch.float64, device=device)
         return cls(
             0,
             torch.zeros(width, **zeros),

@@ -1,0 +1,144 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Which linears are quantized by default and by patterns."""
+
+import pytest
+from linear_oracle import linears_of, literal
+from tiny_models import PlainModel, omni_thinker, quantized, qwen25_vl
+from torch import nn
+
+from torchao_masquant.selection import match_names, select_linears
+
+OF_A_LAYER = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
+
+
+@pytest.mark.parametrize(
+    "make, decoder",
+    [
+        (qwen25_vl, "model.language_model"),
+        (omni_thinker, "model.language_model"),
+    ],
+)
+def test_default_is_the_decoder_without_towers_and_head(make, decoder):
+    model = make()
+    names = list(select_linears(model))
+    if not hasattr(model.model, "language_model"):
+        decoder = "model"
+    assert names == [f"{decoder}.layers.{i}.{n}" for i in range(2) for n in OF_A_LAYER]
+    everything = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert "lm_head" in everything and any("visual" in n for n in everything)
+
+
+def test_default_of_a_part_and_of_a_plain_module_is_all_of_it():
+    layer = qwen25_vl().model.language_model.layers[0]
+    assert list(select_linears(layer)) == OF_A_LAYER
+    assert list(select_linears(PlainModel())) == ["first", "second"]
+
+
+def test_selected_are_the_models_own_modules():
+    model = qwen25_vl()
+    for name, linear in select_linears(model).items():
+        assert model.get_submodule(name) is linear
+
+
+NAMES = ["a.0.q", "a.0.k", "a.10.q", "head", "tower.q"]
+
+
+@pytest.mark.parametrize(
+    "include, exclude, left",
+    [
+        (None, None, NAMES),
+        ("*.q", None, ["a.0.q", "a.10.q", "tower.q"]),
+        (["head", "a.0.*"], None, ["a.0.q", "a.0.k", "head"]),
+        (None, ["re:a\\.1.*", "tower*"], ["a.0.q", "a.0.k", "head"]),
+        ("re:a\\.\\d\\.q", None, ["a.0.q"]),
+        ("a.[0-9].q", None, ["a.0.q"]),
+        ("*", "*.q", ["a.0.k", "head"]),
+        (["*.q", "*"], (), NAMES),
+    ],
+)
+def test_patterns(include, exclude, left):
+    assert match_names(NAMES, include, exclude) == left
+
+
+def test_a_regular_expression_matches_whole_names():
+    with pytest.raises(ValueError):
+        match_names(NAMES, "re:a\\.0")
+
+
+def test_a_pattern_is_case_sensitive():
+    with pytest.raises(ValueError):
+        match_names(NAMES, "HEAD")
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("pattern", ["visual", "re:model"])
+def test_a_pattern_that_matches_nothing_raises(option, pattern):
+    message = (
+        f"{option} pattern {pattern!r} matches no linear of the model; its linears are "
+        "named like 'a.0.q'."
+    )
+    with pytest.raises(ValueError, match=literal(message)):
+        match_names(
+            NAMES, **{option: ["*", pattern] if option == "include" else pattern}
+        )
+
+
+def test_a_model_without_linears():
+    with pytest.raises(ValueError, match="matches nothing: the model has no linear"):
+        select_linears(nn.Conv2d(1, 1, 1), include="*")
+    with pytest.raises(ValueError, match="no linear is left to quantize"):
+        select_linears(nn.Conv2d(1, 1, 1))
+
+
+def test_nothing_left():
+    message = (
+        "no linear is left to quantize: look at include ('*.q') and exclude ('*')."
+    )
+    with pytest.raises(ValueError, match=literal(message)):
+        match_names(NAMES, "*.q", "*")
+
+
+def test_include_reaches_beyond_the_decoder():
+    model = qwen25_vl()
+    assert list(select_linears(model, include="lm_head")) == ["lm_head"]
+    assert all("visual" in n for n in select_linears(model, include="*visual*"))
+    # exclude narrows the default down, it does not replace it
+    chosen = select_linears(model, exclude=["*.down_proj", "re:.*layers\\.0.*"])
+    assert [n.split("layers.")[1] for n in chosen] == [
+        f"1.{n}" for n in OF_A_LAYER[:-1]
+    ]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_of_linear_is_refused():
+    model = PlainModel()
+    model.second = Doubled(24, 12)
+    with pytest.raises(ValueError, match="^second is a Doubled, not a plain nn.Linear"):
+        select_linears(model)
+    assert list(select_linears(model, exclude="second")) == ["first"]
+
+
+def test_what_is_quantized_already_is_refused():
+    model = quantized(PlainModel())
+    with pytest.raises(ValueError, match="^first is a MASQuantLinear, not a plain"):
+        select_linears(model)
+
+
+def test_quantized_are_those_selected(vl):
+    assert list(linears_of(vl)) == list(select_linears(qwen25_vl()))
