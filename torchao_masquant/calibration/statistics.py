@@ -12,6 +12,9 @@ import torch
 
 __all__ = ["InputStatistics", "Moments"]
 
+# Of a sum of float64 squares over a million tokens, with room to spare.
+_ROUNDING = 1e-11
+
 
 @dataclass
 class Moments:
@@ -55,13 +58,19 @@ class Moments:
         return self.sum / self.count
 
     def covariance(self, centered: bool = True) -> torch.Tensor:
-        """(K, K) float64, ``E[x x^T]``, less ``E[x] E[x]^T`` where centered."""
+        """(K, K) float64, ``E[x x^T]``, less ``E[x] E[x]^T`` where centered.
+
+        A channel that is constant to within rounding has no covariance: what the
+        subtraction leaves of it is noise, and whitening would blow it up.
+        """
         assert self.outer is not None
         second = self.outer / self.count
-        if centered:
-            mean = self.mean()
-            second = second - torch.outer(mean, mean)
-        return second
+        if not centered:
+            return second
+        mean = self.mean()
+        covariance = second - torch.outer(mean, mean)
+        varies = covariance.diagonal() > _ROUNDING * second.diagonal()
+        return covariance * torch.outer(varies, varies)
 
 
 class InputStatistics:

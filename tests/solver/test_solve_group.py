@@ -1,0 +1,231 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Closed-form MASQuant, published and ours, against float64 formulas."""
+
+import numpy as np
+import pytest
+import torch
+from solver_oracle import check_rounded, smooth, truncated
+
+from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.tensor_subclasses import quantize_smoothed_weight
+
+K, WIDTHS, TOKENS = 24, {"q": 20, "k": 12, "v": 12}, 200
+
+
+def _data(modalities, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = []
+    for index in range(modalities):
+        x = torch.randn(TOKENS, K, generator=generator)
+        if index:
+            x = x * (0.2 * index) * torch.rand(K, generator=generator)
+            x[:, index] += 15 * index
+        tokens.append(x)
+    weights = {
+        name: torch.randn(n, K, generator=generator) * 0.1 for name, n in WIDTHS.items()
+    }
+    return tokens, weights
+
+
+def _statistics(tokens):
+    names = ("text", "vision", "audio")[: len(tokens)]
+    statistics = InputStatistics(K, names, torch.device("cpu"), second_moments=True)
+    for start in range(0, TOKENS, 64):
+        chunk = [x[start : start + 64] for x in tokens]
+        ids = torch.cat([torch.full((len(c),), i) for i, c in enumerate(chunk)])
+        statistics.update("q", torch.cat(chunk), ids)
+    return statistics
+
+
+def _solve(tokens, weights, **options):
+    return solve_group(weights, _statistics(tokens), SolverOptions(**options))
+
+
+def _shared(weight, base, bits):
+    """Q(W * s_base) of a float32 weight, checked, in float64."""
+    integers, scale = quantize_smoothed_weight(
+        weight, torch.from_numpy(base).float().reciprocal(), bits
+    )
+    smoothed = weight.double().numpy() * base
+    return check_rounded(
+        integers.double().numpy(), scale.double().numpy(), smoothed, bits
+    )
+
+
+def _factors(tokens, weights, alpha=0.5):
+    weight_absmax = np.max(
+        [w.abs().amax(0).double().numpy() for w in weights.values()], 0
+    )
+    return [
+        smooth(x.abs().amax(0).double().numpy(), weight_absmax, alpha) for x in tokens
+    ]
+
+
+def _gauge(x, weights, shared, s):
+    """One g for all linears, by stacking them into one least-squares problem."""
+    centered = x - x.mean(0)
+    columns, targets = [], []
+    for name, weight in weights.items():
+        y = centered @ weight.T
+        norm = np.linalg.norm(y)
+        columns.append(((centered / s) @ shared[name].T / norm).ravel())
+        targets.append((y / norm).ravel())
+    return np.linalg.lstsq(
+        np.concatenate(columns)[:, None], np.concatenate(targets), rcond=None
+    )[0][0]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize("method", ["masquant", "masquant-paper"])
+def test_equals_the_formulas(method, modalities, scheme):
+    tokens, weights = _data(modalities)
+    rank = 5
+    layers = _solve(tokens, weights, scheme=scheme, method=method, rank=rank)
+
+    exact = {name: w.double().numpy() for name, w in weights.items()}
+    s = _factors(tokens, weights)
+    bits = int(scheme[1])
+    shared = {name: _shared(w, s[0], bits) for name, w in weights.items()}
+    for index in range(1, modalities):
+        x = tokens[index].double().numpy()
+        if method == "masquant":
+            s[index] = s[index] / _gauge(x, exact, shared, s[index])
+        smoothed = x / s[index]
+        if method == "masquant":
+            mean = smoothed.mean(0)
+            whitened = smoothed - mean
+        else:
+            whitened = smoothed
+        for name, layer in layers.items():
+            difference = exact[name] * s[index] - shared[name]
+            product = truncated(whitened, difference, rank)
+            start = sum(layer.ranks[: index - 1])
+            columns = slice(start, start + layer.ranks[index - 1])
+            l1, l2 = layer.l1[:, columns].double(), layer.l2[columns].double()
+            assert l1.shape[1] == rank
+            ours = whitened @ (l1 @ l2).numpy()
+            expected = whitened @ product
+            # bfloat16 pair: two roundings of 2^-9 of each term, rank terms a sum.
+            bound = 2 * 2**-9 * (np.abs(whitened @ l1.numpy()) @ l2.abs().numpy())
+            bound += 2**-8 * np.abs(whitened) @ (l1.abs() @ l2.abs()).numpy()
+            assert (np.abs(ours - expected) <= bound + 1e-5).all()
+            if method == "masquant":
+                left = mean @ (difference.T - (l1 @ l2).numpy())
+                bias = layer.modality_bias[index - 1].double().numpy()
+                # Float32 bias; the rest are float64 sums of ~200 products.
+                np.testing.assert_allclose(bias, left, rtol=1e-6, atol=1e-6)
+            else:
+                assert layer.modality_bias is None
+    stacked = np.stack(s)
+    for layer in layers.values():
+        np.testing.assert_allclose(layer.smoothing_factor, stacked, rtol=1e-6)
+
+
+def test_bias_takes_the_mean_of_the_error():
+    tokens, weights = _data(3)
+    layers = _solve(tokens, weights, rank=2)
+    base = layers["q"].smoothing_factor[0].double().numpy()
+    for index in (1, 2):
+        x = tokens[index].double().numpy()
+        s = layers["q"].smoothing_factor[index].double().numpy()
+        for name, layer in layers.items():
+            w = weights[name].double().numpy()
+            columns = slice(2 * (index - 1), 2 * index)
+            pair = (layer.l1[:, columns].double() @ layer.l2[columns].double()).numpy()
+            approximate = (x / s) @ (_shared(weights[name], base, 4).T + pair)
+            approximate += layer.modality_bias[index - 1].double().numpy()
+            error = (approximate - x @ w.T).mean(0)
+            # 1e-6 of the outputs: float32 factors and float32 bias.
+            assert np.abs(error).max() < 1e-6 * np.abs(x @ w.T).max()
+
+
+@pytest.mark.parametrize("constant", [1e-3, 0.5, 7.3])
+def test_gauge_makes_the_overall_factor_irrelevant(constant):
+    """Scaling s_m by a constant first changes nothing in ours, much in the published."""
+    tokens, weights = _data(2)
+    original = _solve(tokens, weights, rank=4)["q"]
+    # Scaling all activations of a modality by c^2 scales its factor by c (alpha 0.5).
+    # Scaling them back is then a change of the factor's constant alone.
+    louder = [tokens[0], tokens[1] * constant]
+    scaled = _solve(louder, weights, rank=4)["q"]
+    ratio = scaled.smoothing_factor[1] / original.smoothing_factor[1]
+    # The weight that a token meets is the same, so its s_m must follow the activations.
+    np.testing.assert_allclose((ratio / ratio[0]).numpy(), np.ones(K), rtol=1e-5)
+    x = tokens[1].double()
+
+    def output(layer, x):
+        s = layer.smoothing_factor.double()
+        q = torch.from_numpy(_shared(weights["q"], s[0].numpy(), 4))
+        pair = layer.l1.double() @ layer.l2.double()
+        return (x / s[1]) @ (q.t() + pair) + layer.modality_bias[0].double()
+
+    # bfloat16 pairs of another scale round otherwise: 2^-8 of their part.
+    first = output(original, x)
+    second = output(scaled, x * constant) / constant
+    assert (first - second).norm() < 2**-6 * first.norm()
+
+
+@pytest.mark.parametrize("constant", [0.37, 1.0, 1234.5])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_integers_do_not_depend_on_the_gauge(constant, bits):
+    """Q(x / s) and Q(c x / s) are the same integers: what makes c free."""
+    x = torch.randn(50, 32, dtype=torch.float64)
+    # float32 rounding moves a value by 1e-7: keep those that lie on a boundary out.
+    levels = x / x.abs().amax(1, keepdim=True) * (2 ** (bits - 1) - 1)
+    clear = ((levels - levels.floor() - 0.5).abs() > 1e-4).all(1)
+    x = x[clear].float()
+    assert len(x) > 10
+    factor = torch.rand(1, 32) + 0.5
+    quantize = torch.ops.masquant.smooth_quantize
+    x = x / factor
+    first, scale = quantize(x, torch.ones(1, 32), None, bits)
+    second, scaled = quantize(x, torch.full((1, 32), constant), None, bits)
+    differ = first != second
+    assert differ.float().mean() < 1e-3
+    torch.testing.assert_close(scaled, scale * constant, rtol=1e-6, atol=0)
+
+
+def test_baselines_share_one_factor():
+    tokens, weights = _data(3)
+    layers = _solve(tokens, weights, method="smoothquant")
+    absmax = np.max([x.abs().amax(0).double().numpy() for x in tokens], 0)
+    weight_absmax = np.max(
+        [w.abs().amax(0).double().numpy() for w in weights.values()], 0
+    )
+    for layer in layers.values():
+        np.testing.assert_allclose(
+            layer.smoothing_factor[0], smooth(absmax, weight_absmax, 0.5), rtol=1e-6
+        )
+        assert layer.l1 is None and layer.modality_bias is None and layer.ranks == ()
+    for layer in _solve(tokens, weights, method="rtn").values():
+        assert torch.equal(layer.smoothing_factor, torch.ones(1, K))
+
+
+def test_ugly_inputs_stay_finite():
+    """A dead channel, one of 1e4, one token, a constant modality, rank beyond all."""
+    tokens, weights = _data(3)
+    tokens = [x.clone() for x in tokens]
+    for x in tokens:
+        x[:, 5] = 0
+    tokens[1][:, 7] = 1e4
+    tokens[2][:] = tokens[2][0]
+    weights["q"][:, 9] = 0
+    weights["k"][3] = 0
+    for method in ("masquant", "masquant-paper"):
+        for rank in (0, 1, 1000):
+            layers = _solve(tokens, weights, method=method, rank=rank, scheme="w4a4")
+            for layer in layers.values():
+                for tensor in layer.tensors().values():
+                    assert torch.isfinite(tensor).all()
+                assert sum(layer.ranks) == (
+                    0 if layer.l1 is None else layer.l1.shape[1]
+                )
+    # A modality that never varies has nothing to whiten by: centred, no pair is left.
+    assert _solve(tokens, weights, rank=4)["q"].ranks == (4, 0)
