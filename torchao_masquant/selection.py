@@ -97,7 +97,8 @@ def select_linears(
         Name in ``model`` to module, in the model's order.
 
     Raises:
-        ValueError: a pattern matches nothing, or nothing is left to quantize.
+        ValueError: a pattern matches nothing, nothing is left to quantize, or a linear
+            is no plain one of the decoder.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     inside = {id(module) for module in _decoder(model).modules()}
@@ -107,6 +108,11 @@ def select_linears(
     names = match_names(list(linears), include, exclude, default)
     selected = {name: linears[name] for name in names}
     for name, linear in selected.items():
+        if id(linear) not in inside or linear is head:
+            raise ValueError(
+                f"{name} is not part of the decoder, so what it is called with are not "
+                "the call's tokens, whose modalities are known: leave it out."
+            )
         # A subclass may compute something else than x W^T + b.
         if type(linear) is not nn.Linear:
             raise ValueError(

@@ -103,7 +103,8 @@ def integers(tensor: MASQuantTensor) -> np.ndarray:
     if tensor.weight_bits == 8:
         return stored.astype(np.int64)
     pairs = stored[..., None].astype(np.int64) >> np.array([0, 4]) & 15
-    values = pairs.reshape(stored.shape[0], -1)[:, : tensor.in_features]
+    values = pairs.reshape(stored.shape[0], 2 * stored.shape[1])
+    values = values[:, : tensor.in_features]
     return np.where(values > 7, values - 16, values)
 
 

@@ -1,0 +1,270 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``calibrate``: what it finds, what it refuses, and that it leaves the model alone."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from torchao_masquant import Recipe, calibrate
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.testing import digits
+
+NAMES = ("text", "radar")
+
+
+class Block(nn.Module):
+    """Names that say nothing; ``pear``, ``fig`` and ``plum`` read one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.plum, self.fig, self.pear = (nn.Linear(8, 8) for _ in range(3))
+        self.nut = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        flat = x.reshape(-1, 8)
+        y = torch.sigmoid(self.pear(x)) * self.fig(x) + self.plum(flat).view_as(x)
+        return x + self.nut(torch.tanh(y))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.unused = nn.Linear(8, 8)
+        self.fail = False
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        if self.fail:
+            raise RuntimeError("the model itself fails")
+        return x
+
+
+def _sample(seed=0, tokens=10):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, tokens, 8, generator=generator)
+    ids = (torch.arange(tokens) >= 6).long().expand(2, -1)
+    x[ids == 1, 2] += 20
+    return {"x": x, "modality_ids": ids}
+
+
+SAMPLES = [_sample(seed) for seed in range(6)]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model().train()
+
+
+def _calibrate(model, samples=SAMPLES, **options):
+    options = {"modalities": NAMES, "exclude": "unused", "progress": False} | options
+    return calibrate(model, samples, **options)
+
+
+def _snapshot(model):
+    return {
+        name: (type(m), m.training, set(m.__dict__), [id(p) for p in m.parameters()])
+        for name, m in model.named_modules()
+    }
+
+
+def _same(first: Recipe, second: Recipe):
+    assert first.options == second.options
+    assert list(first.layers) == list(second.layers)
+    for name, layer in first.layers.items():
+        other = second.layers[name]
+        assert layer.ranks == other.ranks and layer.fingerprint == other.fingerprint
+        assert layer.tensors().keys() == other.tensors().keys()
+        for key, tensor in layer.tensors().items():
+            assert torch.equal(tensor, other.tensors()[key]), (name, key)
+
+
+def test_linears_that_read_one_tensor_share_their_factor(model):
+    layers = _calibrate(model).layers
+    assert list(layers) == [
+        f"blocks.{i}.{name}"
+        for i in range(2)
+        for name in ("plum", "fig", "pear", "nut")
+    ]
+    factor = {name: layer.smoothing_factor for name, layer in layers.items()}
+    for i in range(2):
+        assert torch.equal(factor[f"blocks.{i}.plum"], factor[f"blocks.{i}.fig"])
+        assert torch.equal(factor[f"blocks.{i}.plum"], factor[f"blocks.{i}.pear"])
+        assert not torch.equal(factor[f"blocks.{i}.plum"], factor[f"blocks.{i}.nut"])
+    assert not torch.equal(factor["blocks.0.plum"], factor["blocks.1.plum"])
+
+
+def test_several_passes_and_a_generator_change_nothing(model):
+    once = _calibrate(model)
+    _same(once, _calibrate(model))
+    _same(once, _calibrate(model, (s for s in SAMPLES)))
+    _same(once, _calibrate(model, (s for s in SAMPLES), max_statistics_bytes=1))
+
+
+@pytest.mark.parametrize("passes_bytes", [1, 4 << 30])
+def test_statistics_stay_within_their_bound(model, passes_bytes, monkeypatch):
+    most = 0
+    original = CalibrationSession.check_complete
+
+    def watch(session):
+        nonlocal most
+        most = max(most, len(session.statistics))
+        original(session)
+
+    monkeypatch.setattr(CalibrationSession, "check_complete", watch)
+    _calibrate(model, max_statistics_bytes=passes_bytes)
+    assert most == (1 if passes_bytes == 1 else 4)
+
+
+def test_the_model_is_left_as_it_was(model):
+    model.blocks[0].eval()
+    before = _snapshot(model)
+    _calibrate(model)
+    assert _snapshot(model) == before
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def _bad(**changes):
+    return [SAMPLES[0], SAMPLES[1] | changes]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scheme": "w2a2"}, ValueError, "unknown scheme 'w2a2': choose one of w8a8"),
+        ({"method": "awq"}, ValueError, "unknown method 'awq': choose one of masquant"),
+        ({"alpha": 1.5}, ValueError, "alpha must lie in 0..1, got 1.5"),
+        ({"alpha": -0.1}, ValueError, "alpha must lie in 0..1, got -0.1"),
+        ({"alpha": float("nan")}, ValueError, "alpha must lie in 0..1, got nan"),
+        ({"alpha": "half"}, TypeError, "alpha must be a number, got 'half'"),
+        ({"rank": -1}, ValueError, "rank must not be negative, got -1"),
+        ({"rank": 2.5}, ValueError, "a rank of type float is a share"),
+        ({"samples": []}, ValueError, "samples is empty"),
+        ({"samples": [SAMPLES[0], 3]}, TypeError, "sample 1 is a int, not a dict"),
+        ({"base_modality": "sonar"}, ValueError, "base_modality 'sonar' is not one of"),
+        ({"include": "*.pork"}, ValueError, "include pattern '*.pork' matches no"),
+        ({"exclude": "lm_head"}, ValueError, "exclude pattern 'lm_head' matches no"),
+        ({"exclude": "*"}, ValueError, "no linear is left to quantize"),
+        ({"exclude": None}, ValueError, "unused was never called by the calibration"),
+        (
+            {"modalities": ("text", "radar", "sonar")},
+            ValueError,
+            "the calibration data brings no sonar token to blocks.0.pear, so sonar "
+            "tokens would be uncalibrated",
+        ),
+        (
+            {"samples": _bad(x=torch.full((2, 10, 8), torch.nan))},
+            ValueError,
+            "blocks.0.pear: its input holds nan or inf in text tokens",
+        ),
+        (
+            {"samples": _bad(x=torch.zeros(2, 10, 8, device="meta"))},
+            ValueError,
+            "x of sample 1 is on meta, the model on cpu: move the sample there",
+        ),
+        (
+            {"samples": _bad(x=torch.zeros(2, 10, 9))},
+            (ValueError, RuntimeError),
+            "shape",
+        ),
+        (
+            {"samples": _bad(modality_ids=torch.ones(2, 11, dtype=torch.long))},
+            ValueError,
+            "blocks.0.pear: input of shape (2, 10, 8) does not match the modality ids of "
+            "the call, of shape (2, 11)",
+        ),
+        (
+            {"samples": _bad(modality_ids=torch.full((2, 10), 2))},
+            ValueError,
+            "they lie in 0..1, got 2..2",
+        ),
+        (
+            {"samples": [{"x": SAMPLES[0]["x"]}]},
+            RuntimeError,
+            "blocks.0.pear: the modality of its tokens is not known",
+        ),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_changes_nothing(model, options, error, message):
+    before = _snapshot(model)
+    with pytest.raises(error, match=re.escape(message)):
+        _calibrate(model, **options)
+    assert _snapshot(model) == before
+
+
+def test_an_exception_of_the_model_leaves_it_as_it_was(model):
+    model.fail = True
+    before = _snapshot(model)
+    with pytest.raises(RuntimeError, match="the model itself fails"):
+        _calibrate(model)
+    assert _snapshot(model) == before
+
+
+def test_an_input_of_the_wrong_width_names_the_linear():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(x[..., :5])
+
+    with pytest.raises(ValueError, match=r"inner: input of shape .* in_features=8"):
+        calibrate(Broken(), [{"x": torch.randn(1, 2, 8)}], progress=False)
+
+
+def test_another_base_comes_first(model):
+    recipe = _calibrate(model, base_modality="radar", method="masquant-paper")
+    assert recipe.modalities == ("radar", "text")
+    # ids still index the modalities, base first: 0 is radar now.
+    flipped = [s | {"modality_ids": 1 - s["modality_ids"]} for s in SAMPLES]
+    flipped = _calibrate(model, flipped, base_modality="radar", method="masquant-paper")
+    plain = _calibrate(model, method="masquant-paper")
+    first = flipped.layers["blocks.0.nut"].smoothing_factor
+    assert torch.equal(first, plain.layers["blocks.0.nut"].smoothing_factor.flip(0))
+
+
+def test_text_alone_has_one_factor_and_no_pair():
+    model = nn.Sequential(nn.Linear(4, 4))
+    recipe = calibrate(model, [{"input": torch.randn(3, 4)}], progress=False)
+    (layer,) = recipe.layers.values()
+    assert recipe.modalities == ("text",)
+    assert layer.smoothing_factor.shape == (1, 4) and layer.l1 is None
+
+
+def test_padding_is_left_out():
+    model = digits.load_model("plain")
+    samples = digits.calibration_samples(8)
+    recipe = calibrate(model, samples, progress=False)
+    padded = []
+    for sample in samples:
+        sample = dict(sample)
+        pad = torch.full((1, 5), digits.TOKEN_ID["<pad>"])
+        zeros = torch.zeros(1, 5, dtype=sample["attention_mask"].dtype)
+        # On the right: causal attention then leaves the others' activations alone.
+        sample["input_ids"] = torch.cat((sample["input_ids"], pad), 1)
+        sample["attention_mask"] = torch.cat((sample["attention_mask"], zeros), 1)
+        padded.append(sample)
+    again = calibrate(model, padded, progress=False)
+    for name, layer in recipe.layers.items():
+        # Sums in another order: attention over 5 masked tokens more, in float32.
+        torch.testing.assert_close(
+            again.layers[name].smoothing_factor,
+            layer.smoothing_factor,
+            rtol=2e-3,
+            atol=1e-6,
+        )
+
+
+def test_quiet_where_there_is_no_terminal(model, capfd):
+    _calibrate(model, progress=True)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
