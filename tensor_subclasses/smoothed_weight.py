@@ -40,7 +40,15 @@ def quantize_smoothed_weight(
     Returns:
         ``qdata`` (N, K) int8 (unpacked, also for 4 bits) and ``scale`` (N, G)
         float32.
+
+    Raises:
+        ValueError: the weight has a single input channel.
     """
+    if weight.shape[1] < 2:
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} has too few input channels to be "
+            "quantized: exclude its linear."
+        )
     smoothed = weight.float() / act_pre_scale
     quant_min, quant_max = -(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1
     block_size = (1, group_size or weight.shape[1])

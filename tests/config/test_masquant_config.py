@@ -290,6 +290,19 @@ def test_a_saved_state_loads_bit_identical(samples, method, tmp_path):
     assert torch.equal(_logits(model), _logits(loaded))
 
 
+def test_placeholders_do_not_take_the_default_dtype():
+    """from_pretrained builds a bfloat16 model under a bfloat16 default."""
+    default = torch.get_default_dtype()
+    model = digits.load_model("plain")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        quantize_(model, MASQuantConfig(step="prepare_for_loading"))
+    finally:
+        torch.set_default_dtype(default)
+    weight = model.model.language_model.layers[0].mlp.up_proj.weight
+    assert weight.scale.dtype == weight.act_pre_scale.dtype == torch.float32
+
+
 def test_a_state_of_other_modalities_is_refused(model, samples, recipe):
     state = copy.deepcopy(model)
     quantize_(state, masquant_config(recipe))

@@ -229,3 +229,8 @@ def test_ugly_inputs_stay_finite():
                 )
     # A modality that never varies has nothing to whiten by: centred, no pair is left.
     assert _solve(tokens, weights, rank=4)["q"].ranks == (4, 0)
+
+
+def test_a_single_input_channel_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(4, 1\) has too few input channels"):
+        quantize_smoothed_weight(torch.randn(4, 1), torch.ones(1), 8)
