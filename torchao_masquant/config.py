@@ -107,6 +107,9 @@ class MASQuantConfig(AOBaseConfig):
                 setattr(self, name, value)
             self.modalities = self.recipe.modalities
             self.base_modality = self.recipe.modalities[0]
+        if self.modalities is not None and not isinstance(self.modalities, str):
+            # What torchao writes to JSON; it refuses tuples.
+            self.modalities = list(self.modalities)
         self.options  # noqa: B018 -- checks them
 
     @property
@@ -143,6 +146,11 @@ def masquant_config(
             f"{', '.join(fixed)}: what else there is, the recipe was made for; "
             "calibrate again to change it."
         )
+    if not isinstance(recipe, (Recipe, str, os.PathLike)):
+        raise TypeError(
+            "masquant_config takes a recipe from calibrate(), or the path of one, got "
+            f"a {type(recipe).__name__}."
+        )
     return MASQuantConfig(step="convert", recipe=recipe, **overrides)
 
 
@@ -150,8 +158,13 @@ class _Plan:
     """What one config will do to the linears of one model, checked beforehand."""
 
     def __init__(self, actions: dict[nn.Module, Callable[[], object]]):
-        self.actions = actions
-        self.targets = weakref.WeakSet(actions)
+        self.actions: dict[nn.Module, Callable[[], object]] = {}
+        self.targets: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.add(actions)
+
+    def add(self, actions: dict[nn.Module, Callable[[], object]]) -> None:
+        self.actions |= actions
+        self.targets.update(actions)
 
     def apply(self, module: nn.Module) -> None:
         # Taken out before it runs, not to be run twice.
@@ -179,7 +192,14 @@ def _masquant_transform(module: nn.Module, config: MASQuantConfig) -> nn.Module:
     plans = _PLANS.setdefault(config, weakref.WeakKeyDictionary())
     plan = plans.get(model)
     if plan is None or plan.is_stale(module):
-        plan = plans[model] = _Plan(_plan(model, config))
+        plan = plans[model] = _Plan(_plan(model, config, module))
+    elif (
+        config.step == QuantizationStep.CONVERT
+        and isinstance(module, MASQuantObservedLinear)
+        and module not in plan.targets
+    ):
+        # Observed by another "prepare" step than those before it.
+        plan.add(_plan_observed(model, config, module.session))
     plan.apply(module)
     return module
 
@@ -204,7 +224,7 @@ def _model_in_quantize() -> nn.Module:
 
 
 def _plan(
-    model: nn.Module, config: MASQuantConfig
+    model: nn.Module, config: MASQuantConfig, module: nn.Module
 ) -> dict[nn.Module, Callable[[], object]]:
     if config.step == QuantizationStep.PREPARE:
         return _plan_prepare(model, config)
@@ -212,7 +232,15 @@ def _plan(
         return _plan_loading(model, config)
     if isinstance(config.recipe, Recipe):
         return _plan_recipe(model, config, config.recipe)
-    return _plan_observed(model, config)
+    observed = [m for m in model.modules() if isinstance(m, MASQuantObservedLinear)]
+    if not observed:
+        raise ValueError(
+            f"{type(model).__name__} has no observed linear to convert: call "
+            "quantize_(model, MASQuantConfig(step='prepare', ...)) and run calibration "
+            "data first, or give a recipe."
+        )
+    first = module if isinstance(module, MASQuantObservedLinear) else observed[0]
+    return _plan_observed(model, config, first.session)
 
 
 def _plan_prepare(
@@ -220,9 +248,15 @@ def _plan_prepare(
 ) -> dict[nn.Module, Callable[[], object]]:
     linears = select_linears(model, config.include, config.exclude)
     modalities = base_first(model, config.base_modality, config.modalities)
-    router = Router.for_model(model, modalities)
-    router.skip_padding = True
-    router.attach(model)
+    # Another part of the model may be observed already, by another config.
+    router = next(
+        (m.router for m in model.modules() if isinstance(m, MASQuantObservedLinear)),
+        None,
+    )
+    if router is None or router.modalities != modalities:
+        router = Router.for_model(model, modalities)
+        router.skip_padding = True
+        router.attach(model)
     session = CalibrationSession({}, router, config.options.parts.per_modality)
     return {
         linear: partial(session.attach_linear, name, linear)
@@ -231,30 +265,24 @@ def _plan_prepare(
 
 
 def _plan_observed(
-    model: nn.Module, config: MASQuantConfig
+    model: nn.Module, config: MASQuantConfig, session: CalibrationSession
 ) -> dict[nn.Module, Callable[[], object]]:
-    session = next(
-        (m.session for m in model.modules() if isinstance(m, MASQuantObservedLinear)),
-        None,
-    )
-    if session is None:
-        raise ValueError(
-            f"{type(model).__name__} has no observed linear to convert: call "
-            "quantize_(model, MASQuantConfig(step='prepare', ...)) and run calibration "
-            "data first, or give a recipe."
-        )
     if config.options.parts.per_modality and not session.second_moments:
         raise ValueError(
             f"method {config.method!r} needs covariances that step 'prepare' was not "
             "told to keep: give both steps the same method."
         )
     layers = solve(session, config.options, progress=True)
-    session.router.skip_padding = False
-    if not _needs_router(session.router, layers):
-        session.router.detach(model)
+    router = session.router
+    router.detach(model)
+    mine = set(session.linears.values())
+    if _needs_router(router, layers) or any(
+        getattr(m, "router", None) is router and m not in mine for m in model.modules()
+    ):
+        router.attach(model)
     return {
         session.linears[name]: partial(
-            _convert_observed, session, name, layer, config, session.router
+            _convert_observed, session, name, layer, config, router
         )
         for name, layer in layers.items()
     }
@@ -268,6 +296,8 @@ def _convert_observed(
     router: Router,
 ) -> None:
     linear = session.linears[name]
+    # From now on padding is base, as quantized linears want it.
+    router.skip_padding = False
     session.detach_linear(linear)
     convert_linear(linear, name, layer, config.options.bits, router.modalities, router)
 
@@ -345,9 +375,11 @@ def _router_for(
                 f"linears of the model are quantized for the modalities "
                 f"{router.modalities} already, the recipe is for {modalities}."
             )
-        return router
-    router = Router.for_model(model, modalities)
+    else:
+        router = Router.for_model(model, modalities)
     if _needs_router(router, layers):
+        # Not twice, where it is attached already.
+        router.detach(model)
         router.attach(model)
     return router
 

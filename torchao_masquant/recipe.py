@@ -61,6 +61,38 @@ class LayerRecipe:
     l2: Optional[torch.Tensor] = None
     modality_bias: Optional[torch.Tensor] = None
 
+    def check(self, name: str, modalities: int) -> None:
+        """Raise unless all parts fit each other.
+
+        Args:
+            name: of the linear, for the message.
+            modalities: M.
+
+        Raises:
+            ValueError: a shape is wrong, or a part is missing.
+        """
+        n, k = self.shape
+        rank = sum(self.ranks)
+        rows = self.smoothing_factor.shape[0]
+        expected: dict[str, Optional[tuple[int, ...]]] = {
+            "smoothing_factor": (modalities if rows > 1 else 1, k),
+            "l1": (k, rank) if rank else None,
+            "l2": (rank, n) if rank else None,
+        }
+        if self.modality_bias is not None:
+            expected["modality_bias"] = (modalities - 1, n)
+        if rank and len(self.ranks) != modalities - 1:
+            raise ValueError(
+                f"{name} has {len(self.ranks)} ranks for {modalities} modalities"
+            )
+        for key, shape in expected.items():
+            tensor = getattr(self, key)
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != shape:
+                raise ValueError(
+                    f"{key} of {name} is of shape {found}, it should be {shape}"
+                )
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by name."""
         found = {name: getattr(self, name) for name in _TENSORS}
@@ -82,6 +114,10 @@ class Recipe:
     modalities: tuple[str, ...]
     layers: dict[str, LayerRecipe]
     versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, layer in self.layers.items():
+            layer.check(name, len(self.modalities))
 
     @property
     def scheme(self) -> str:
@@ -156,8 +192,7 @@ class Recipe:
             raise FileNotFoundError(f"there is no recipe file {os.fspath(path)!r}.")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                header = _header(path, metadata)
+                header = _header(path, file.metadata() or {})
                 return cls(
                     options=SolverOptions(**header["options"]),
                     modalities=tuple(header["modalities"]),
@@ -167,27 +202,33 @@ class Recipe:
                     },
                     versions=header["versions"],
                 )
+        except _UnreadableError:
+            raise
         except (
             safetensors.SafetensorError,
-            json.JSONDecodeError,
             KeyError,
             TypeError,
+            ValueError,
         ) as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is no recipe, or a damaged one: {error}."
             ) from error
 
 
+class _UnreadableError(ValueError):
+    """A file that is whole, but not for this version to read."""
+
+
 def _header(
     path: Union[str, os.PathLike], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
     if metadata.get("format") != _FORMAT:
-        raise ValueError(
+        raise _UnreadableError(
             f"{os.fspath(path)!r} is a safetensors file, but no MASQuant recipe."
         )
     version = int(metadata["format_version"])
     if version > _FORMAT_VERSION:
-        raise ValueError(
+        raise _UnreadableError(
             f"{os.fspath(path)!r} is of recipe format {version}, this version of "
             f"torchao_masquant reads up to {_FORMAT_VERSION}: upgrade it."
         )

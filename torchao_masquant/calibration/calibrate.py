@@ -86,7 +86,14 @@ def calibrate(
     Reference: MASQuant, arXiv 2603.04800, MAS (closed form) and CMC (theorem 2).
     """
     options = SolverOptions(scheme, method, alpha, rank)
+    model = getattr(model, "_orig_mod", model)
     linears = select_linears(model, include, exclude)
+    for name, linear in linears.items():
+        if linear.weight.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, without values to calibrate for: load "
+                "the model's weights first."
+            )
     router = Router.for_model(model, base_first(model, base_modality, modalities))
     router.skip_padding = True
 
@@ -164,8 +171,16 @@ def base_first(
 
     Raises:
         ValueError: the base is not among them.
+        TypeError: ``modalities`` is one string.
     """
-    names = tuple(modalities or Router.for_model(model).modalities)
+    if isinstance(modalities, str):
+        raise TypeError(
+            f"modalities are a sequence of names, got the string {modalities!r}: write "
+            f"({modalities!r},)."
+        )
+    if modalities is None:
+        modalities = Router.for_model(model).modalities
+    names = tuple(modalities)
     if base_modality not in names:
         raise ValueError(
             f"base_modality {base_modality!r} is not one of the modalities {names}."

@@ -22,8 +22,18 @@ class SharedInputs:
     """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         # Memory that an input occupied, to the linear that read it first.
         self._first_reader: dict[tuple, tuple[StorageWeakRef, str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references to storages are freed by hand: a copy would free them twice.
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
 
     def leader(self, name: str, x: torch.Tensor) -> str:
         """The linear that was first to read ``x``: ``name`` itself, or one before it."""
@@ -41,13 +51,26 @@ class SharedInputs:
 
 
 def _memory(x: torch.Tensor, storage: StorageWeakRef) -> tuple[Any, ...]:
+    # Inference tensors count no versions, and may be written to all the same.
+    version = x.double().sum().item() if x.is_inference() else x._version
     return (
         storage.cdata,
         x.storage_offset(),
-        x.numel(),
+        _rows(x),
         x.shape[-1],
         x.stride(-1),
         x.dtype,
-        # Inference tensors count no versions: nothing may write to them in place.
-        0 if x.is_inference() else x._version,
+        version,
     )
+
+
+def _rows(x: torch.Tensor) -> tuple[tuple[int, int], ...]:
+    """Where the rows of ``x`` lie, however they are counted: (number, stride), ..."""
+    rows: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()):
+        if size == 1:
+            continue
+        if rows and rows[-1][1] == size * stride:
+            size *= rows.pop()[0]
+        rows.append((size, stride))
+    return tuple(rows)

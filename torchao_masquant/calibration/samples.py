@@ -54,11 +54,19 @@ def run_samples(
             _check(model, sample, count - 1)
             inputs = dict(sample)
             if MODALITY_IDS in inputs and not takes_ids:
-                with router.explicit(inputs.pop(MODALITY_IDS)):
+                ids = inputs.pop(MODALITY_IDS)
+                with router.explicit(ids):
+                    _leave_padding_out(router, ids, inputs.get("attention_mask"))
                     model(**inputs)
             else:
                 model(**inputs)
     return count
+
+
+def _leave_padding_out(router: Router, ids: torch.Tensor, mask: Any) -> None:
+    """Mark the padding among declared ids, as the router does among its own."""
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        router.call.ids = ids.long().masked_fill(mask == 0, -2)
 
 
 def _check(model: nn.Module, sample: Any, index: int) -> None:

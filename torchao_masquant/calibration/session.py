@@ -55,6 +55,8 @@ class CalibrationSession:
         #: leader to the statistics of its input
         self.statistics: dict[str, InputStatistics] = {}
         self._inputs = SharedInputs()
+        # leader to the first reader of what it read last
+        self._reading: dict[str, str] = {}
 
     @contextlib.contextmanager
     def observing(self, model: nn.Module) -> Iterator[None]:
@@ -86,13 +88,16 @@ class CalibrationSession:
             for name in ("fqn", "router", "session"):
                 delattr(linear, name)
 
+    # Opaque to Dynamo, where a part of the model is compiled.
+    @torch.compiler.disable
     @torch.no_grad()
     def observe(self, linear: MASQuantObservedLinear, x: torch.Tensor) -> None:
         """Add one call's input to the statistics.
 
         Raises:
             ValueError: the input holds nan or inf, is of the wrong width, or its
-                tokens do not match the modality ids of the call.
+                tokens do not match the modality ids of the call; or the linear shared
+                its input with another one before, and does not any more.
             RuntimeError: the tokens are of unknown modality.
         """
         name = linear.fqn
@@ -101,11 +106,17 @@ class CalibrationSession:
                 f"{name}: input of shape {tuple(x.shape)} does not match its "
                 f"in_features={linear.in_features}."
             )
-        leader = self.leaders.get(name)
-        if leader is None:
-            leader = self.leaders[name] = self._inputs.leader(name, x)
+        reader = self._inputs.leader(name, x)
+        leader = self.leaders.setdefault(name, reader)
         if leader != name:
+            if reader != self._reading[leader]:
+                raise ValueError(
+                    f"{name} read the same tensor as {leader} when it was first "
+                    "called, and another one later, so that neither one smoothing "
+                    f"factor nor two suit them: exclude {name} or {leader}."
+                )
             return
+        self._reading[name] = reader
         statistics = self.statistics.get(name)
         if statistics is None:
             statistics = self.statistics[name] = InputStatistics(

@@ -43,7 +43,13 @@ def solve_group(
 
     Returns:
         Name to the layer's part of a recipe, on the CPU.
+
+    Raises:
+        ValueError: a weight holds nan or inf.
     """
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name}: its weight holds nan or inf.")
     method = options.parts
     if not method.per_modality:
         factor = _shared_factor(weights, statistics, options)

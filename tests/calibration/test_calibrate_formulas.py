@@ -1,0 +1,281 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``calibrate`` on real model classes against formulas on inputs seen by hooks.
+
+The inputs of the linears are recorded by hooks of the tests' own, the modality of each
+token is told from ``input_ids`` by a plain loop, and everything else is float64 linear
+algebra on the recorded tokens: no covariances, no whitening.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from linear_oracle import ids_by_hand
+from torch import nn
+from torchao.quantization import quantize_
+
+from torchao_masquant import calibrate, masquant_config
+from torchao_masquant.testing import digits
+
+LAYER = "model.language_model.layers.1."
+PARTS = {
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+}
+FLOAT32 = 2.0**-24
+
+
+def _tokens(model, samples, names, modalities, placeholders):
+    """Name of each linear to its input tokens (T, K) per modality, padding left out."""
+    seen = {name: [[] for _ in modalities] for name in names}
+    ids = None
+
+    def hook(name):
+        def record(module, args):
+            x = args[0].detach().double().reshape(-1, args[0].shape[-1])
+            for index, chunks in enumerate(seen[name]):
+                chunks.append(x[ids.reshape(-1) == index].numpy())
+
+        return record
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook(name))
+        for name in names
+    ]
+    for sample in samples:
+        ids = ids_by_hand(
+            modalities,
+            placeholders,
+            sample["input_ids"],
+            sample.get("attention_mask"),
+            padding=-1,
+        )
+        with torch.no_grad():
+            model(**sample)
+    for handle in handles:
+        handle.remove()
+    return {n: [np.concatenate(c) for c in per] for n, per in seen.items()}
+
+
+def _rounded(weight, base, bits):
+    """What the integers of a quantized weight stand for; checked to be the nearest."""
+    integers = weight.int_data().double().numpy()
+    scale = weight.scale.double().numpy()
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    step = np.abs(base).max(1, keepdims=True) / ((high - low) / 2)
+    np.testing.assert_allclose(scale, step, rtol=8 * FLOAT32)
+    assert integers.min() >= low and integers.max() <= high
+    # Half a step; the largest value is half a step beyond the end. Float32 rounds a
+    # value of up to 128 steps in the product, its reciprocal factor and the division.
+    assert (np.abs(integers - base / step) <= 0.5 + 128 * 8 * FLOAT32).all()
+    return integers * scale
+
+
+def _check_group(model, dense, recipe, names, tokens, method, bits, alpha, rank):
+    weights = [dense.get_submodule(n).weight.data.double().numpy() for n in names]
+    largest = np.max([np.abs(w).max(0) for w in weights], 0)
+    factors = [
+        np.maximum(
+            np.abs(x).max(0) ** alpha / np.maximum(largest, 1e-5) ** (1 - alpha), 1e-5
+        )
+        for x in tokens
+    ]
+    assert all((np.abs(x).max(0) > 0).all() for x in tokens)
+    layers = [recipe.layers[n] for n in names]
+    if not method.startswith("masquant"):
+        loudest = np.max([np.abs(x).max(0) for x in tokens], 0)
+        expected = loudest**alpha / np.maximum(largest, 1e-5) ** (1 - alpha)
+        expected = np.maximum(expected, 1e-5) if method == "smoothquant" else 1 + 0 * expected
+        for layer in layers:
+            np.testing.assert_allclose(
+                layer.smoothing_factor[0], expected, rtol=2 * FLOAT32
+            )
+        return
+
+    shared = [
+        _rounded(model.get_submodule(n).weight.data, w * factors[0], bits)
+        for n, w in zip(names, weights)
+    ]
+    for index, (x, factor) in enumerate(zip(tokens, factors)):
+        if index and method == "masquant":
+            centered = x - x.mean(0)
+            dense_out = [centered @ w.T for w in weights]
+            ours_out = [(centered / factor) @ q.T for q in shared]
+            sizes = [np.linalg.norm(y) for y in dense_out]
+            g = np.linalg.lstsq(
+                np.concatenate([y.ravel() / s for y, s in zip(ours_out, sizes)])[:, None],
+                np.concatenate([y.ravel() / s for y, s in zip(dense_out, sizes)]),
+                rcond=None,
+            )[0][0]
+            factor = factor / g
+        for layer in layers:
+            # One rounding to float32; g from a covariance of means up to 1e2 times the
+            # variation: 1e4 * 2^-53 of cancellation, far below it.
+            np.testing.assert_allclose(
+                layer.smoothing_factor[index], factor, rtol=4 * FLOAT32
+            )
+        if index == 0:
+            continue
+        smoothed = x / factor
+        mean = smoothed.mean(0)
+        weighted = smoothed - mean if method == "masquant" else smoothed
+        for layer, w, q in zip(layers, weights, shared):
+            n, k = w.shape
+            r = min(n, k, max(1, round(rank * min(n, k))))
+            start = sum(layer.ranks[: index - 1])
+            assert layer.ranks[index - 1] == r
+            l1 = layer.l1[:, start : start + r].double().numpy()
+            l2 = layer.l2[start : start + r].double().numpy()
+            difference = w * factor - q
+            target = weighted @ difference.T
+            error = np.linalg.norm(target - weighted @ l1 @ l2)
+            tail = np.linalg.norm(np.linalg.svd(target, compute_uv=False)[r:])
+            # bfloat16 halves, 2^-9 each; directions below 1e-5 of the largest are left.
+            rounding = np.linalg.norm(2.1 * 2**-9 * np.abs(weighted @ l1) @ np.abs(l2))
+            rounding = max(
+                rounding,
+                np.linalg.norm(
+                    2.1 * 2**-9 * np.abs(weighted) @ (np.abs(l1) @ np.abs(l2))
+                ),
+            )
+            dropped = 1e-5 * np.linalg.norm(weighted, 2) * np.linalg.norm(difference)
+            assert tail * (1 - 1e-9) <= error <= tail + rounding + dropped
+            if method == "masquant-paper":
+                assert layer.modality_bias is None
+                continue
+            # The mean of what is left over the calibration tokens is zero.
+            left = mean @ (difference.T - l1 @ l2)
+            size = np.abs(mean) @ (np.abs(difference.T) + np.abs(l1) @ np.abs(l2))
+            bias = layer.modality_bias[index - 1].double().numpy()
+            assert (np.abs(bias - left) <= 4 * FLOAT32 * (size + np.abs(left))).all()
+
+
+def _digits(dtype):
+    placeholders = {
+        digits.TOKEN_ID["<image>"]: "vision",
+        digits.TOKEN_ID["<video>"]: "vision",
+        digits.TOKEN_ID["<audio>"]: "audio",
+    }
+    return digits.load_model("outliers", dtype), placeholders
+
+
+CASES = [
+    ("masquant", "w4a8", torch.float32),
+    ("masquant", "w8a8", torch.bfloat16),
+    ("masquant-paper", "w4a4", torch.bfloat16),
+    ("masquant-paper", "w8a8", torch.float32),
+    ("smoothquant", "w4a6", torch.float32),
+    ("rtn", "w8a8", torch.float32),
+]
+
+
+@pytest.mark.parametrize("modalities", [None, ("text", "vision")])
+@pytest.mark.parametrize(("method", "scheme", "dtype"), CASES)
+def test_equals_the_formulas_on_the_digits_model(method, scheme, dtype, modalities):
+    model, placeholders = _digits(dtype)
+    samples = digits.calibration_samples(24)
+    if modalities:
+        samples = [s for s in samples if "input_features" not in s]
+    cast = [
+        {k: v.to(dtype) if v.is_floating_point() else v for k, v in s.items()}
+        for s in samples
+    ]
+    recipe = calibrate(
+        model,
+        cast,
+        scheme=scheme,
+        method=method,
+        alpha=0.6,
+        rank=0.05,
+        modalities=modalities,
+        include=f"{LAYER}*",
+        progress=False,
+    )
+    assert recipe.modalities == (modalities or ("text", "vision", "audio"))
+    assert list(recipe.layers) == [
+        n for n, m in model.named_modules() if n.startswith(LAYER) and type(m) is nn.Linear
+    ]
+    tokens = _tokens(model, cast, recipe.layers, recipe.modalities, placeholders)
+    quantized = copy.deepcopy(model)
+    quantize_(quantized, masquant_config(recipe))
+    for part in PARTS:
+        names = [LAYER + name for name in part]
+        for other in names[1:]:
+            for a, b in zip(tokens[names[0]], tokens[other]):
+                np.testing.assert_array_equal(a, b)
+        _check_group(
+            quantized,
+            model,
+            recipe,
+            names,
+            tokens[names[0]],
+            method,
+            int(scheme[1]),
+            0.6,
+            0.05,
+        )
+
+
+def test_padded_batches_of_several_sequences():
+    """Left padding, several sequences a call: the padding counts for nothing."""
+    model = tiny_models.qwen25_vl()
+    samples = [
+        tiny_models.batch(
+            [tiny_models.BOS, *tiny_models.words(9, s), "image", "video"],
+            [tiny_models.BOS, "small image", *tiny_models.words(3, s + 50)],
+            [*tiny_models.words(14, s + 70)],
+            seed=s,
+        )
+        for s in range(5)
+    ]
+    assert any((s["attention_mask"] == 0).any() for s in samples)
+    recipe = calibrate(model, samples, method="smoothquant", progress=False)
+    mine = calibrate(model, samples, method="masquant-paper", rank=0, progress=False)
+    tokens = _tokens(
+        model, samples, recipe.layers, recipe.modalities, tiny_models.PLACEHOLDERS
+    )
+    for name, layer in mine.layers.items():
+        group = [n for n in tokens if mine.layers[n].fingerprint and _same(tokens, n, name)]
+        largest = np.max(
+            [model.get_submodule(n).weight.abs().amax(0).detach().numpy() for n in group], 0
+        ).astype(np.float64)
+        for index, x in enumerate(tokens[name]):
+            expected = np.sqrt(np.abs(x).max(0)) / np.sqrt(np.maximum(largest, 1e-5))
+            np.testing.assert_allclose(
+                layer.smoothing_factor[index], expected, rtol=2 * FLOAT32
+            )
+
+
+def _same(tokens, first, second):
+    return all(
+        a.shape == b.shape and np.array_equal(a, b)
+        for a, b in zip(tokens[first], tokens[second])
+    )
+
+
+@pytest.mark.parametrize("model", ["omni_thinker", "qwen25_vl"])
+def test_groups_of_real_decoders(model):
+    model = getattr(tiny_models, model)()
+    layers = tiny_models.recipe_of(model, method="masquant-paper", rank=0).layers
+    for layer in (0, 1):
+        factors = {
+            name.split(f"layers.{layer}.")[1]: part.smoothing_factor
+            for name, part in layers.items()
+            if f"layers.{layer}." in name
+        }
+        found = {
+            tuple(b for b in factors if _equal(factors[a], factors[b])) for a in factors
+        }
+        assert found == PARTS
+
+
+def _equal(a, b):
+    return a.shape == b.shape and torch.equal(a, b)
