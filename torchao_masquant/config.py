@@ -243,20 +243,10 @@ def _plan(
     return _plan_observed(model, config, first.session)
 
 
-def _check_untouched(model: nn.Module) -> None:
-    """Raise where linears of the model have a router: a call is told to one alone."""
-    if router_of(model) is not None:
-        raise ValueError(
-            f"{type(model).__name__} has linears that are observed or quantized already: "
-            "name all that are to be in one step."
-        )
-
-
 def _plan_prepare(
     model: nn.Module, config: MASQuantConfig
 ) -> dict[nn.Module, Callable[[], object]]:
     linears = select_linears(model, config.include, config.exclude)
-    _check_untouched(model)
     modalities = base_first(model, config.base_modality, config.modalities)
     # Another part of the model may be observed already, by another config.
     router = next(
@@ -398,7 +388,6 @@ def _plan_loading(
     model: nn.Module, config: MASQuantConfig
 ) -> dict[nn.Module, Callable[[], object]]:
     linears = select_linears(model, config.include, config.exclude)
-    _check_untouched(model)
     modalities = base_first(model, config.base_modality, config.modalities)
     router = Router.for_model(model, modalities)
     router.attach(model)

@@ -130,15 +130,6 @@ def test_prepare_twice(model):
         quantize_(model, MASQuantConfig(step="prepare"))
 
 
-@pytest.mark.parametrize("step", ["prepare", "prepare_for_loading"])
-def test_a_second_part_of_an_observed_model(model, step):
-    quantize_(model, MASQuantConfig(step="prepare", include=LAST))
-    before = _kinds(model)
-    with pytest.raises(ValueError, match="observed or quantized already: name all"):
-        quantize_(model, MASQuantConfig(step=step, exclude=LAST))
-    assert _kinds(model) == before
-
-
 def _changed_weight(model):
     model.model.language_model.layers[3].mlp.down_proj.weight.data[5, 5] += 1
 
