@@ -389,8 +389,11 @@ def _plan_loading(
 ) -> dict[nn.Module, Callable[[], object]]:
     linears = select_linears(model, config.include, config.exclude)
     modalities = base_first(model, config.base_modality, config.modalities)
-    router = Router.for_model(model, modalities)
-    router.attach(model)
+    # Another part of the model may be made ready already, by another config.
+    router = router_of(model)
+    if router is None or router.modalities != modalities:
+        router = Router.for_model(model, modalities)
+        router.attach(model)
 
     def load(name: str, linear: nn.Linear) -> None:
         weight = placeholder_weight(linear, config.options.bits, modalities)

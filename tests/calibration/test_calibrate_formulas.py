@@ -93,7 +93,9 @@ def _check_group(model, dense, recipe, names, tokens, method, bits, alpha, rank)
     if not method.startswith("masquant"):
         loudest = np.max([np.abs(x).max(0) for x in tokens], 0)
         expected = loudest**alpha / np.maximum(largest, 1e-5) ** (1 - alpha)
-        expected = np.maximum(expected, 1e-5) if method == "smoothquant" else 1 + 0 * expected
+        expected = (
+            np.maximum(expected, 1e-5) if method == "smoothquant" else 1 + 0 * expected
+        )
         for layer in layers:
             np.testing.assert_allclose(
                 layer.smoothing_factor[0], expected, rtol=2 * FLOAT32
@@ -111,7 +113,9 @@ def _check_group(model, dense, recipe, names, tokens, method, bits, alpha, rank)
             ours_out = [(centered / factor) @ q.T for q in shared]
             sizes = [np.linalg.norm(y) for y in dense_out]
             g = np.linalg.lstsq(
-                np.concatenate([y.ravel() / s for y, s in zip(ours_out, sizes)])[:, None],
+                np.concatenate([y.ravel() / s for y, s in zip(ours_out, sizes)])[
+                    :, None
+                ],
                 np.concatenate([y.ravel() / s for y, s in zip(dense_out, sizes)]),
                 rcond=None,
             )[0][0]
@@ -201,7 +205,9 @@ def test_equals_the_formulas_on_the_digits_model(method, scheme, dtype, modaliti
     )
     assert recipe.modalities == (modalities or ("text", "vision", "audio"))
     assert list(recipe.layers) == [
-        n for n, m in model.named_modules() if n.startswith(LAYER) and type(m) is nn.Linear
+        n
+        for n, m in model.named_modules()
+        if n.startswith(LAYER) and type(m) is nn.Linear
     ]
     tokens = _tokens(model, cast, recipe.layers, recipe.modalities, placeholders)
     quantized = copy.deepcopy(model)
@@ -243,9 +249,15 @@ def test_padded_batches_of_several_sequences():
         model, samples, recipe.layers, recipe.modalities, tiny_models.PLACEHOLDERS
     )
     for name, layer in mine.layers.items():
-        group = [n for n in tokens if mine.layers[n].fingerprint and _same(tokens, n, name)]
+        group = [
+            n for n in tokens if mine.layers[n].fingerprint and _same(tokens, n, name)
+        ]
         largest = np.max(
-            [model.get_submodule(n).weight.abs().amax(0).detach().numpy() for n in group], 0
+            [
+                model.get_submodule(n).weight.abs().amax(0).detach().numpy()
+                for n in group
+            ],
+            0,
         ).astype(np.float64)
         for index, x in enumerate(tokens[name]):
             expected = np.sqrt(np.abs(x).max(0)) / np.sqrt(np.maximum(largest, 1e-5))

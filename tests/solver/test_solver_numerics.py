@@ -192,13 +192,14 @@ def test_one_gauge_for_all_linears_of_an_input():
     curvature, slope = (high - 2 * middle + low) / 2, (4 * middle - high - 3 * low) / 2
     found = gauge(weights, shared, factor, covariance)
     assert found == pytest.approx(-slope / (2 * curvature), rel=1e-9)
-    singles = [
-        gauge([w], [v], factor, covariance) for w, v in zip(weights, shared)
-    ]
+    singles = [gauge([w], [v], factor, covariance) for w, v in zip(weights, shared)]
     assert min(singles) < found < max(singles)
     # Scaling a linear's weights and integers together changes nothing in the joint g.
     again = gauge(
-        [weights[0] * 1e4, *weights[1:]], [shared[0] * 1e4, *shared[1:]], factor, covariance
+        [weights[0] * 1e4, *weights[1:]],
+        [shared[0] * 1e4, *shared[1:]],
+        factor,
+        covariance,
     )
     assert again == pytest.approx(found, rel=1e-12)
 
