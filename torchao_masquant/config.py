@@ -393,7 +393,9 @@ def _plan_loading(
     router = router_of(model)
     if router is None or router.modalities != modalities:
         router = Router.for_model(model, modalities)
-        router.attach(model)
+    # The other part may not have needed it. Not twice, where it is attached already.
+    router.detach(model)
+    router.attach(model)
 
     def load(name: str, linear: nn.Linear) -> None:
         weight = placeholder_weight(linear, config.options.bits, modalities)

@@ -158,11 +158,16 @@ class Recipe:
                 for name, layer in self.layers.items()
             },
         }
-        tensors = {
-            f"{name}.{key}": tensor.contiguous()
-            for name, layer in self.layers.items()
-            for key, tensor in layer.tensors().items()
-        }
+        tensors: dict[str, torch.Tensor] = {}
+        storages = set()
+        for name, layer in self.layers.items():
+            for key, tensor in layer.tensors().items():
+                tensor = tensor.contiguous()
+                # safetensors refuses tensors that share memory.
+                if tensor.untyped_storage().data_ptr() in storages:
+                    tensor = tensor.clone()
+                storages.add(tensor.untyped_storage().data_ptr())
+                tensors[f"{name}.{key}"] = tensor
         metadata = {
             "format": _FORMAT,
             "format_version": str(_FORMAT_VERSION),

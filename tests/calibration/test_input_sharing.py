@@ -211,6 +211,8 @@ def test_a_layer_called_several_times_a_pass():
     )
 
 
+# Traced, the weak references would be made and dropped half built.
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_compiled_layer_is_observed():
     """Regional compilation: Dynamo leaves the observation alone."""
 

@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchao.quantization import quantize_
 
-from torchao_masquant import LayerRecipe, Recipe, masquant_config
+from torchao_masquant import (
+    LayerRecipe,
+    Recipe,
+    calibrate,
+    masquant_config,
+    token_modalities,
+)
 from torchao_masquant.recipe import weight_fingerprint
 
 NAMES = ("text", "vision", "audio")
@@ -205,12 +211,11 @@ def test_a_single_linear_as_the_model(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 10, 16, generator=generator)
     ids = (torch.arange(10) > 5).long().expand(2, -1)
-    from torchao_masquant import calibrate, token_modalities
-
     recipe = calibrate(
         linear,
         [{"input": x, "modality_ids": ids}],
         scheme="w8a8",
+        rank=8,
         modalities=("text", "vision"),
         progress=False,
     )

@@ -33,7 +33,7 @@ from torchao_masquant.tensor_subclasses import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (1, 2), (5, 33), (6, 16), (32, 128)]
+SHAPES = [(1, 2), (3, 2), (5, 33), (6, 16), (32, 128)]
 
 
 def assert_quantized(
@@ -77,6 +77,12 @@ def test_integers_and_scales(
         f64(t.act_pre_scale), 1 / f64(case.smoothing_factor), rtol=UNIT
     )
     np.testing.assert_array_equal(t.int_data().numpy(), integers(t))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_single_input_channel_is_refused(scheme: str) -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 1\) has too few input channels"):
+        make(scheme, shape=(4, 1))
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 6, 12, 24])

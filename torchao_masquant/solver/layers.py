@@ -28,6 +28,7 @@ from torchao_masquant.tensor_subclasses import (
 __all__ = ["solve_group"]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def solve_group(
     weights: dict[str, torch.Tensor],
