@@ -13,8 +13,10 @@ the plain-tensor operators below, in this order::
     h      = low_rank_down(qx, sx, l1, modality_ids, ranks)       # mixed calls only
     y      = int_linear(qx, sx, qdata, scale, h, l2, ...)
 
-All of them take tokens as one flat dimension T. A base-only call passes
-``modality_ids=None`` and runs no low-rank work at all.
+or, where activations are not quantized, to ``weight_only_linear`` alone. All of them
+take tokens as one flat dimension T. A base-only call passes ``modality_ids=None`` and
+runs no low-rank work at all. A pair of int8 comes with one ``low_rank_scale`` for both
+of its sides, which multiplies what is between them.
 """
 
 from typing import Any, Optional, Sequence
@@ -33,13 +35,19 @@ _LIB.define(
 )
 _LIB.define(
     "low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor modality_ids,"
-    " int[] ranks) -> Tensor"
+    " int[] ranks, Tensor? low_rank_scale=None) -> Tensor"
 )
 _LIB.define(
     "int_linear(Tensor qx, Tensor x_scale, Tensor qdata, Tensor scale,"
     " Tensor? low_rank_hidden, Tensor? l2, Tensor? modality_bias,"
     " Tensor? modality_ids, Tensor? bias, int weight_bits, ScalarType out_dtype)"
     " -> Tensor"
+)
+_LIB.define(
+    "weight_only_linear(Tensor x, Tensor act_pre_scale, Tensor qdata, Tensor scale,"
+    " Tensor? zero_point, Tensor? l1, Tensor? l2, Tensor? modality_bias,"
+    " Tensor? modality_ids, Tensor? bias, int[] ranks, int weight_bits,"
+    " ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor"
 )
 # Stands in a backward pass for a gradient that there is not. An operator and not an
 # exception raised at once: torch.compile traces the backward pass of any model with a
@@ -122,6 +130,7 @@ def _(
     l1: torch.Tensor,
     modality_ids: torch.Tensor,
     ranks: Sequence[int],
+    low_rank_scale: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     return qdata.new_empty((qdata.shape[0], l1.shape[1]), dtype=torch.float32)
 
@@ -141,3 +150,23 @@ def _(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     return qx.new_empty((qx.shape[0], qdata.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("masquant::weight_only_linear")
+def _(
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    l1: Optional[torch.Tensor],
+    l2: Optional[torch.Tensor],
+    modality_bias: Optional[torch.Tensor],
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    ranks: Sequence[int],
+    weight_bits: int,
+    out_dtype: torch.dtype,
+    low_rank_scale: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], qdata.shape[0]), dtype=out_dtype)

@@ -19,6 +19,19 @@ from torchao_masquant.kernels.int4_packing import unpack_int4
 from torchao_masquant.kernels.library import _LIB
 
 
+def _smooth(
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor,
+    modality_ids: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """(T, K) float32 ``x * p_m``."""
+    if modality_ids is None:
+        pre_scale = act_pre_scale[:1]
+    else:
+        pre_scale = act_pre_scale.index_select(0, modality_ids.long())
+    return x.float() * pre_scale
+
+
 def smooth_quantize(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor,
@@ -41,11 +54,7 @@ def smooth_quantize(
         ``qdata`` (T, K) int8 and ``scale`` (T, 1) float32.
     """
     quant_max = 2 ** (act_bits - 1) - 1
-    if modality_ids is None:
-        pre_scale = act_pre_scale[:1]
-    else:
-        pre_scale = act_pre_scale.index_select(0, modality_ids.long())
-    smoothed = x.float() * pre_scale
+    smoothed = _smooth(x, act_pre_scale, modality_ids)
     scale = smoothed.abs().amax(dim=-1, keepdim=True) / quant_max
     # A token of zeros has no scale; any positive one gives back its zeros.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
@@ -59,25 +68,43 @@ def low_rank_down(
     l1: torch.Tensor,
     modality_ids: torch.Tensor,
     ranks: Sequence[int],
+    low_rank_scale: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """``h = (s * q) L1``, the columns of other modalities set to zero.
+    """``h = (s * q) L1 * s_r``, the columns of other modalities set to zero.
 
     Args:
         qdata: (T, K) int8, smoothed and quantized tokens.
         scale: (T, 1) float32.
-        l1: (K, R) floating point, the down-projections of the modalities 1, 2, ...
-            side by side.
+        l1: (K, R) floating point or int8, the down-projections of the modalities
+            1, 2, ... side by side.
         modality_ids: (T,) integers.
         ranks: columns of ``l1`` that belong to modality 1, 2, ...; they sum to R.
+        low_rank_scale: (R,) float32 ``s_r`` where the pair is int8, that of both of
+            its sides; None for ones.
 
     Returns:
         (T, R) float32.
     """
+    return _low_rank_hidden(
+        qdata.float() * scale, l1, modality_ids, ranks, low_rank_scale
+    )
+
+
+def _low_rank_hidden(
+    smoothed: torch.Tensor,
+    l1: torch.Tensor,
+    modality_ids: torch.Tensor,
+    ranks: Sequence[int],
+    low_rank_scale: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """(T, R) float32, of (T, K) float32 smoothed tokens."""
     owner = torch.repeat_interleave(
         torch.arange(1, len(ranks) + 1, device=l1.device),
         torch.tensor(list(ranks), device=l1.device),
     )
-    hidden = (qdata.float() * scale) @ l1.float()
+    hidden = smoothed @ l1.float()
+    if low_rank_scale is not None:
+        hidden = hidden * low_rank_scale
     # where, not a product: a token's inf or nan must not leak through 0 * inf.
     return torch.where(modality_ids.long()[:, None] == owner, hidden, 0.0)
 
@@ -107,22 +134,23 @@ def int_linear(
     Args:
         qx: (T, K) int8.
         x_scale: (T, 1) float32.
-        qdata: (N, K) int8, or (N, ceil(K / 2)) uint8 where ``weight_bits`` is 4.
+        qdata: (N, K) int8, or (N, ceil(K / 2)) uint8 where ``weight_bits`` is at most
+            4.
         scale: (N, G) float32; each of the G scales serves K / G neighbours.
         low_rank_hidden: (T, R) float32 or None.
-        l2: (R, N) floating point or None.
+        l2: (R, N) floating point or int8, or None.
         modality_bias: (M - 1, N) floating point or None: what the modalities
             1, 2, ... add.
         modality_ids: (T,) integers or None: every token is base.
         bias: (N,) floating point or None.
-        weight_bits: 8 or 4.
+        weight_bits: 8, 4 or 3.
         out_dtype: floating point type of the result.
 
     Returns:
         (T, N) ``out_dtype``.
     """
     tokens, in_features = qx.shape
-    if weight_bits == 4:
+    if weight_bits <= 4:
         qdata = unpack_int4(qdata, in_features)
     out_features, groups = scale.shape
     if groups == 1:
@@ -138,14 +166,82 @@ def int_linear(
     if low_rank_hidden is not None:
         assert l2 is not None
         y = y + low_rank_hidden @ l2.float()
+    return _add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)
+
+
+def _add_biases(
+    y: torch.Tensor,
+    modality_bias: Optional[torch.Tensor],
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+) -> torch.Tensor:
     if modality_bias is not None and modality_ids is not None:
         padded = torch.cat((torch.zeros_like(modality_bias[:1]), modality_bias))
         y = y + padded.float().index_select(0, modality_ids.long())
     if bias is not None:
         y = y + bias.float()
-    return y.to(out_dtype)
+    return y
+
+
+def weight_only_linear(
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    l1: Optional[torch.Tensor],
+    l2: Optional[torch.Tensor],
+    modality_bias: Optional[torch.Tensor],
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    ranks: Sequence[int],
+    weight_bits: int,
+    out_dtype: torch.dtype,
+    low_rank_scale: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """``y = (x p_m) (s_w (q_w - z))^T + (x p_m) L1_m * s_r L2_m + b_m + b``.
+
+    Args:
+        x: (T, K) floating point.
+        act_pre_scale: (M, K) float32, reciprocal smoothing factors ``p_m``, base
+            modality first.
+        qdata: (N, K) int8, or (N, ceil(K / 2)) uint8 where ``weight_bits`` is at most
+            4.
+        scale: (N, G) float32; each of the G scales serves K / G neighbours.
+        zero_point: (N, G) int8, or None for zeros.
+        l1: (K, R) floating point or int8, or None.
+        l2: (R, N) floating point or int8, or None.
+        modality_bias: (M - 1, N) floating point or None: what the modalities
+            1, 2, ... add.
+        modality_ids: (T,) integers or None: every token is base, and no low-rank work
+            is done.
+        bias: (N,) floating point or None.
+        ranks: columns of ``l1`` that belong to modality 1, 2, ...; they sum to R.
+        weight_bits: 8, 4 or 3.
+        out_dtype: floating point type of the result.
+        low_rank_scale: (R,) float32 ``s_r`` where the pair is int8; None for ones.
+
+    Returns:
+        (T, N) ``out_dtype``.
+    """
+    in_features = x.shape[1]
+    if weight_bits <= 4:
+        qdata = unpack_int4(qdata, in_features)
+    groups = scale.shape[1]
+    weight = qdata.float().unflatten(1, (groups, in_features // groups))
+    if zero_point is not None:
+        weight = weight - zero_point.float()[..., None]
+    weight = (weight * scale[..., None]).flatten(1)
+    smoothed = _smooth(x, act_pre_scale, modality_ids)
+    y = smoothed @ weight.t()
+    if l1 is not None and modality_ids is not None:
+        assert l2 is not None
+        hidden = _low_rank_hidden(smoothed, l1, modality_ids, ranks, low_rank_scale)
+        y = y + hidden @ l2.float()
+    return _add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)
 
 
 _LIB.impl("smooth_quantize", smooth_quantize, "CompositeExplicitAutograd")
 _LIB.impl("low_rank_down", low_rank_down, "CompositeExplicitAutograd")
 _LIB.impl("int_linear", int_linear, "CompositeExplicitAutograd")
+_LIB.impl("weight_only_linear", weight_only_linear, "CompositeExplicitAutograd")

@@ -5,18 +5,22 @@
 # LICENSE file in the root directory of this source tree.
 """Tensor subclasses of MASQuant."""
 
-from torchao_masquant.tensor_subclasses.masquant_tensor import (
-    MASQuantTensor,
+from torchao_masquant.tensor_subclasses.low_rank_pair import (
     low_rank_dtype,
+    quantize_low_rank_pair,
 )
+from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
 from torchao_masquant.tensor_subclasses.smoothed_weight import (
+    check_group_size,
     dequantize_smoothed_weight,
     quantize_smoothed_weight,
 )
 
 __all__ = [
     "MASQuantTensor",
+    "check_group_size",
     "dequantize_smoothed_weight",
     "low_rank_dtype",
+    "quantize_low_rank_pair",
     "quantize_smoothed_weight",
 ]

@@ -14,23 +14,19 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor, fill_defaults
 
 from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
+from torchao_masquant.tensor_subclasses.checks import check_integers, check_parts
+from torchao_masquant.tensor_subclasses.low_rank_pair import (
+    low_rank_dtype,
+    quantize_low_rank_pair,
+)
 from torchao_masquant.tensor_subclasses.smoothed_weight import (
     dequantize_smoothed_weight,
     quantize_smoothed_weight,
 )
 
-__all__ = ["MASQuantTensor", "low_rank_dtype"]
+__all__ = ["MASQuantTensor"]
 
 aten = torch.ops.aten
-
-
-def low_rank_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """Type of a low-rank pair: the weight's own where that has 16 bits, else bfloat16.
-
-    A pair repairs a part of the output; 8 bits of mantissa put its rounding 50 dB below
-    what it repairs, which float32 weights need no more of than bfloat16 ones.
-    """
-    return weight_dtype if weight_dtype == torch.float16 else torch.bfloat16
 
 
 class MASQuantTensor(TorchAOBaseTensor):
@@ -41,33 +37,47 @@ class MASQuantTensor(TorchAOBaseTensor):
 
         y = Q(x * p_m) Q(W / p_0)^T + [m > 0] (x * p_m) L1_m L2_m + b_m
 
+    with ``Q(x * p_m)`` being ``x * p_m`` itself where ``act_bits`` is 16.
+
     M modalities, base first; an (N, K) weight; R is the sum of ``ranks``.
 
     Tensor Attributes:
-        qdata: the integers of ``Q(W / p_0)``, symmetric: (N, K) int8, or
-            (N, ceil(K / 2)) uint8, two per byte, where ``weight_bits`` is 4
+        qdata: the integers of ``Q(W / p_0)``, signed: (N, K) int8, or
+            (N, ceil(K / 2)) uint8, two per byte, where ``weight_bits`` is 4 or 3
         scale: (N, G) float32, each serving K / G neighbours of an output channel;
             G is 1 for one scale per output channel
         act_pre_scale: reciprocal smoothing factors, (M, K) float32, or (1, K) where
             all modalities share one
 
     Optional Tensor Attributes:
-        l1: (K, R) of 16 bits, down-projections of the modalities 1, 2, ... side by
-            side
-        l2: (R, N) of 16 bits, their up-projections, one below the other
+        l1: (K, R) of 16 bits or int8, down-projections of the modalities 1, 2, ...
+            side by side
+        l2: (R, N) of l1's type, their up-projections, one below the other
         modality_bias: (M - 1, N) float32, what the modalities 1, 2, ... add
+        zero_point: (N, G) int8, the integers that stand for zero; None: symmetric.
+            Unsigned integers of b bits are held less 2 ** (b - 1), and so are their
+            zero points: uint4 0..15 is -8..7, packed as symmetric ones are
+        low_rank_scale: (R,) float32, of the pair where it is int8:
+            ``L1 L2 = (l1 * low_rank_scale) l2``
 
     Non-Tensor Attributes:
         in_features: K
-        weight_bits: 8 or 4
-        act_bits: 2 to 8, for the dynamic per-token quantization of the activations
+        weight_bits: 8, 4 or 3; 3 bits take the room of 4
+        act_bits: 2 to 8, for the dynamic per-token quantization of the activations, or
+            16: they are not quantized
         modalities: names of the M modalities, base first
         ranks: rank of the low-rank pair of modality 1, 2, ...
         dtype: of the original weight
     """
 
     tensor_data_names = ["qdata", "scale", "act_pre_scale"]
-    optional_tensor_data_names = ["l1", "l2", "modality_bias"]
+    optional_tensor_data_names = [
+        "l1",
+        "l2",
+        "modality_bias",
+        "zero_point",
+        "low_rank_scale",
+    ]
     tensor_attribute_names = [
         "in_features",
         "weight_bits",
@@ -91,6 +101,8 @@ class MASQuantTensor(TorchAOBaseTensor):
         l1: Optional[torch.Tensor] = None,
         l2: Optional[torch.Tensor] = None,
         modality_bias: Optional[torch.Tensor] = None,
+        zero_point: Optional[torch.Tensor] = None,
+        low_rank_scale: Optional[torch.Tensor] = None,
     ) -> "MASQuantTensor":
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -114,8 +126,16 @@ class MASQuantTensor(TorchAOBaseTensor):
         l1: Optional[torch.Tensor] = None,
         l2: Optional[torch.Tensor] = None,
         modality_bias: Optional[torch.Tensor] = None,
+        zero_point: Optional[torch.Tensor] = None,
+        low_rank_scale: Optional[torch.Tensor] = None,
     ):
         super().__init__()
+        if zero_point is not None and act_bits != 16:
+            raise ValueError(
+                "asymmetric weights are for activations that are not quantized "
+                f"(act_bits=16), got act_bits={act_bits}: quantize the weight "
+                "symmetrically."
+            )
         self.qdata = qdata
         self.scale = scale
         self.act_pre_scale = act_pre_scale
@@ -128,6 +148,8 @@ class MASQuantTensor(TorchAOBaseTensor):
         self.l1 = l1
         self.l2 = l2
         self.modality_bias = modality_bias
+        self.zero_point = zero_point
+        self.low_rank_scale = low_rank_scale
 
     @classmethod
     def from_hp(
@@ -137,20 +159,24 @@ class MASQuantTensor(TorchAOBaseTensor):
         weight_bits: int = 8,
         act_bits: int = 8,
         group_size: Optional[int] = None,
+        symmetric: bool = True,
         modalities: Sequence[str] = ("text",),
         smoothing_factor: Optional[torch.Tensor] = None,
         ranks: Sequence[int] = (),
         l1: Optional[torch.Tensor] = None,
         l2: Optional[torch.Tensor] = None,
         modality_bias: Optional[torch.Tensor] = None,
+        low_rank_bits: int = 16,
     ) -> "MASQuantTensor":
         """Quantize a high-precision weight, smoothed for the base modality.
 
         Args:
             hp_tensor: (N, K) floating point weight.
-            weight_bits: 8 or 4.
-            act_bits: 2 to 8, of the activations that will meet this weight.
+            weight_bits: 8, 4 or 3.
+            act_bits: 2 to 8, of the activations that will meet this weight, or 16:
+                they are not quantized.
             group_size: divides K, at least 2; None for one scale per output channel.
+            symmetric: False for zero points; needs ``act_bits`` of 16.
             modalities: M names, base first.
             smoothing_factor: (M, K), positive, or (1, K) where all modalities share
                 one; None for ones (round-to-nearest).
@@ -158,10 +184,12 @@ class MASQuantTensor(TorchAOBaseTensor):
             l1: (K, R) down-projections.
             l2: (R, N) up-projections.
             modality_bias: (M - 1, N).
+            low_rank_bits: 16: the pair is held in :func:`low_rank_dtype`; 8: it is
+                quantized (:func:`quantize_low_rank_pair`).
 
         Returns:
-            The quantized weight, on ``hp_tensor``'s device. The low-rank pair is held
-            in :func:`low_rank_dtype`, the modality bias in float32.
+            The quantized weight, on ``hp_tensor``'s device; the modality bias is held
+            in float32.
 
         Raises:
             TypeError: ``hp_tensor`` is not floating point.
@@ -179,96 +207,155 @@ class MASQuantTensor(TorchAOBaseTensor):
                 f"{hp_tensor.dtype}."
             )
         n, k = hp_tensor.shape
-        if weight_bits not in (4, 8):
-            raise ValueError(f"weight_bits must be 4 or 8, got {weight_bits}.")
-        if not 2 <= act_bits <= 8:
-            raise ValueError(f"act_bits must be in 2..8, got {act_bits}.")
-        if group_size is not None and (group_size < 2 or k % group_size):
-            raise ValueError(
-                "group_size must be at least 2 and divide the input width, got "
-                f"group_size={group_size} for a weight of shape {(n, k)}."
-            )
-        if not modalities or len(set(modalities)) != len(modalities):
-            raise ValueError(
-                "modalities must be distinct names, base first, got "
-                f"{tuple(modalities)}."
-            )
         if smoothing_factor is None:
             smoothing_factor = torch.ones(1, k, device=hp_tensor.device)
-        others = len(modalities) - 1
-        rank = sum(ranks)
-        if tuple(smoothing_factor.shape) not in ((1, k), (others + 1, k)):
-            raise ValueError(
-                f"smoothing_factor must have shape {(others + 1, k)} for modalities "
-                f"{tuple(modalities)} and a weight of shape {(n, k)}, or (1, {k}), got "
-                f"{tuple(smoothing_factor.shape)}."
-            )
-        for name, tensor, shape in (
-            ("l1", l1, (k, rank)),
-            ("l2", l2, (rank, n)),
-            ("modality_bias", modality_bias, (others, n)),
-        ):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} must have shape {shape} for a weight of shape {(n, k)}, "
-                    f"modalities {tuple(modalities)} and ranks {tuple(ranks)}, got "
-                    f"{tuple(tensor.shape)}."
-                )
-        if (l1 is None) != (l2 is None) or (l1 is None) != (rank == 0):
-            raise ValueError(
-                "l1, l2 and ranks go together: give all three, or none of them."
-            )
-        if rank and (len(ranks) != others or min(ranks) < 0):
-            raise ValueError(
-                f"ranks must hold one rank for each of {tuple(modalities)[1:]}, got "
-                f"{tuple(ranks)}."
-            )
-        if (
-            others
-            and smoothing_factor.shape[0] == 1
-            and (rank or modality_bias is not None)
-        ):
-            raise ValueError(
-                "a low-rank pair and a modality bias need one smoothing factor for "
-                f"each of {tuple(modalities)}: with one for all, tokens are not told "
-                "apart."
-            )
-
-        act_pre_scale = smoothing_factor.to(
-            hp_tensor.device, torch.float32
-        ).reciprocal()
-        qdata, scale = quantize_smoothed_weight(
-            hp_tensor, act_pre_scale[0], weight_bits, group_size
+        parts: dict[str, Any] = dict(
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            modalities=modalities,
+            smoothing_factor=smoothing_factor,
+            ranks=ranks,
+            l1=l1,
+            l2=l2,
+            modality_bias=modality_bias,
+            low_rank_bits=low_rank_bits,
         )
-        if weight_bits == 4:
-            qdata = pack_int4(qdata)
+        check_parts((n, k), **parts)
+        act_pre_scale = smoothing_factor[0].to(hp_tensor.device, torch.float32)
+        qdata, scale, zero_point = quantize_smoothed_weight(
+            hp_tensor,
+            act_pre_scale.reciprocal(),
+            weight_bits,
+            group_size,
+            symmetric=symmetric,
+        )
+        return cls._assemble(qdata, scale, zero_point, dtype=hp_tensor.dtype, **parts)
+
+    @classmethod
+    def from_integers(
+        cls,
+        qdata: torch.Tensor,
+        scale: torch.Tensor,
+        *,
+        zero_point: Optional[torch.Tensor] = None,
+        weight_bits: int,
+        act_bits: int,
+        modalities: Sequence[str],
+        smoothing_factor: torch.Tensor,
+        dtype: torch.dtype,
+        ranks: Sequence[int] = (),
+        l1: Optional[torch.Tensor] = None,
+        l2: Optional[torch.Tensor] = None,
+        modality_bias: Optional[torch.Tensor] = None,
+        low_rank_bits: int = 16,
+    ) -> "MASQuantTensor":
+        """Take integers that are ready, however they were rounded.
+
+        Args:
+            qdata: (N, K) int8, unpacked, of ``W / p_0``; signed, see
+                ``zero_point`` of the class.
+            scale: (N, G) floating point, positive and finite.
+            zero_point: (N, G) integers, signed as ``qdata``; None: symmetric.
+            dtype: of the original weight.
+
+        All else is as in :meth:`from_hp`.
+
+        Returns:
+            The quantized weight, on ``qdata``'s device.
+
+        Raises:
+            TypeError: integers or scales are of the wrong type.
+            ValueError: a shape or a number of bits does not fit, integers do not fit
+                their bits, or a pair or bias is given where tokens are not told apart.
+        """
+        parts: dict[str, Any] = dict(
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            modalities=modalities,
+            smoothing_factor=smoothing_factor,
+            ranks=ranks,
+            l1=l1,
+            l2=l2,
+            modality_bias=modality_bias,
+            low_rank_bits=low_rank_bits,
+        )
+        if qdata.dim() != 2:
+            raise ValueError(
+                "MASQuantTensor.from_integers takes 2-D integers (N, K), got shape "
+                f"{tuple(qdata.shape)}."
+            )
+        check_parts((qdata.shape[0], qdata.shape[1]), **parts)
+        check_integers(qdata, scale, zero_point, weight_bits)
+        return cls._assemble(qdata, scale, zero_point, dtype=dtype, **parts)
+
+    @classmethod
+    def _assemble(
+        cls,
+        qdata: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: Optional[torch.Tensor],
+        *,
+        weight_bits: int,
+        act_bits: int,
+        modalities: Sequence[str],
+        smoothing_factor: torch.Tensor,
+        dtype: torch.dtype,
+        ranks: Sequence[int],
+        l1: Optional[torch.Tensor],
+        l2: Optional[torch.Tensor],
+        modality_bias: Optional[torch.Tensor],
+        low_rank_bits: int,
+    ) -> "MASQuantTensor":
+        device = qdata.device
 
         def held(
             t: Optional[torch.Tensor], dtype: torch.dtype
         ) -> Optional[torch.Tensor]:
-            return None if t is None else t.to(hp_tensor.device, dtype)
+            return None if t is None else t.to(device, dtype)
 
-        pair_dtype = low_rank_dtype(hp_tensor.dtype)
-
+        low_rank_scale = None
+        if low_rank_bits == 8 and l1 is not None and l2 is not None:
+            l1, l2, low_rank_scale = quantize_low_rank_pair(
+                l1.to(device), l2.to(device)
+            )
+        else:
+            l1, l2 = held(l1, low_rank_dtype(dtype)), held(l2, low_rank_dtype(dtype))
         return cls(
-            qdata,
-            scale,
-            act_pre_scale,
-            k,
+            pack_int4(qdata) if weight_bits <= 4 else qdata,
+            scale.to(device, torch.float32),
+            smoothing_factor.to(device, torch.float32).reciprocal(),
+            qdata.shape[1],
             weight_bits,
             act_bits,
             modalities,
             ranks,
-            hp_tensor.dtype,
-            l1=held(l1, pair_dtype),
-            l2=held(l2, pair_dtype),
+            dtype,
+            l1=l1,
+            l2=l2,
             modality_bias=held(modality_bias, torch.float32),
+            zero_point=held(zero_point, torch.int8),
+            low_rank_scale=low_rank_scale,
         )
 
     @property
     def is_routed(self) -> bool:
         """Whether the result depends on the modality of a token."""
         return self.act_pre_scale.shape[0] > 1
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations are not quantized."""
+        return self.act_bits == 16
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the integer 0 stands for zero everywhere."""
+        return self.zero_point is None
+
+    @property
+    def low_rank_bits(self) -> int:
+        """16 or 8, of the low-rank pair; 16 where there is none."""
+        return 16 if self.low_rank_scale is None else 8
 
     @property
     def smoothing_factor(self) -> torch.Tensor:
@@ -289,7 +376,7 @@ class MASQuantTensor(TorchAOBaseTensor):
 
     def int_data(self) -> torch.Tensor:
         """The integers, unpacked: (N, K) int8."""
-        if self.weight_bits == 4:
+        if self.weight_bits <= 4:
             return unpack_int4(self.qdata, self.in_features)
         return self.qdata
 
@@ -320,13 +407,16 @@ class MASQuantTensor(TorchAOBaseTensor):
                     f"not {modality!r}."
                 )
             index = self.modalities.index(modality)
-        weight = dequantize_smoothed_weight(self.int_data(), self.scale)
+        weight = dequantize_smoothed_weight(
+            self.int_data(), self.scale, zero_point=self.zero_point
+        )
         if index and self.l1 is not None and self.l2 is not None:
             start = sum(self.ranks[: index - 1])
             columns = slice(start, start + self.ranks[index - 1])
-            weight = (
-                weight + (self.l1[:, columns].float() @ self.l2[columns].float()).t()
-            )
+            down = self.l1[:, columns].float()
+            if self.low_rank_scale is not None:
+                down = down * self.low_rank_scale[columns]
+            weight = weight + (down @ self.l2[columns].float()).t()
         pre_scale = self.act_pre_scale[index if self.is_routed else 0]
         return (weight * pre_scale).to(output_dtype or self.dtype)
 
@@ -354,8 +444,12 @@ class MASQuantTensor(TorchAOBaseTensor):
         ]
         if self.scale.shape[1] > 1:
             parts.append(f"group_size={self.group_size}")
+        if not self.symmetric:
+            parts.append("asymmetric")
         if self.ranks and sum(self.ranks):
             parts.append(f"ranks={dict(zip(self.modalities[1:], self.ranks))}")
+        if self.low_rank_scale is not None:
+            parts.append(f"low_rank_bits={self.low_rank_bits}")
         if self.modality_bias is not None:
             parts.append("modality_bias")
         parts += [
@@ -402,13 +496,38 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             raise TypeError(f"modality ids are integers, got {modality_ids.dtype}.")
         modality_ids = modality_ids.reshape(-1) if weight.is_routed else None
     tokens = x.reshape(-1, x.shape[-1])
+    # A base-only call hands no pair on.
+    paired = modality_ids is not None and weight.l1 is not None
+    if weight.weight_only:
+        y = torch.ops.masquant.weight_only_linear(
+            tokens,
+            weight.act_pre_scale,
+            weight.qdata,
+            weight.scale,
+            weight.zero_point,
+            weight.l1 if paired else None,
+            weight.l2 if paired else None,
+            weight.modality_bias if modality_ids is not None else None,
+            modality_ids,
+            bias,
+            weight.ranks,
+            weight.weight_bits,
+            x.dtype,
+            weight.low_rank_scale if paired else None,
+        )
+        return y.reshape(*x.shape[:-1], weight.shape[0])
     qx, x_scale = torch.ops.masquant.smooth_quantize(
         tokens, weight.act_pre_scale, modality_ids, weight.act_bits
     )
     hidden = None
-    if modality_ids is not None and weight.l1 is not None:
+    if paired:
         hidden = torch.ops.masquant.low_rank_down(
-            qx, x_scale, weight.l1, modality_ids, weight.ranks
+            qx,
+            x_scale,
+            weight.l1,
+            modality_ids,
+            weight.ranks,
+            weight.low_rank_scale,
         )
     y = torch.ops.masquant.int_linear(
         qx,
@@ -416,7 +535,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         weight.qdata,
         weight.scale,
         hidden,
-        weight.l2 if hidden is not None else None,
+        weight.l2 if paired else None,
         weight.modality_bias if modality_ids is not None else None,
         modality_ids,
         bias,
@@ -475,16 +594,19 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
 
     qdata, scale, pre_scale = self.qdata, self.scale, self.act_pre_scale
     l1, l2, modality_bias = self.l1, self.l2, self.modality_bias
+    zero_point = self.zero_point
     in_features = self.in_features
     if dim == 0:
         qdata = aten.slice.Tensor(qdata, 0, start, end)
         scale = aten.slice.Tensor(scale, 0, start, end)
+        if zero_point is not None:
+            zero_point = aten.slice.Tensor(zero_point, 0, start, end)
         if l2 is not None:
             l2 = aten.slice.Tensor(l2, 1, start, end)
         if modality_bias is not None:
             modality_bias = aten.slice.Tensor(modality_bias, 1, start, end)
     else:
-        per_byte = 2 if self.weight_bits == 4 else 1
+        per_byte = 2 if self.weight_bits <= 4 else 1
         group_size = self.group_size if scale.shape[1] > 1 else 1
         multiple = math.lcm(group_size, per_byte)
         if start % multiple or (end % multiple and end != size):
@@ -497,7 +619,10 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             qdata, 1, start // per_byte, (end + per_byte - 1) // per_byte
         )
         if scale.shape[1] > 1:
-            scale = aten.slice.Tensor(scale, 1, start // group_size, end // group_size)
+            groups = start // group_size, end // group_size
+            scale = aten.slice.Tensor(scale, 1, *groups)
+            if zero_point is not None:
+                zero_point = aten.slice.Tensor(zero_point, 1, *groups)
         pre_scale = aten.slice.Tensor(pre_scale, 1, start, end)
         if l1 is not None:
             l1 = aten.slice.Tensor(l1, 0, start, end)
@@ -521,6 +646,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             l1=l1,
             l2=l2,
             modality_bias=modality_bias,
+            zero_point=zero_point,
+            low_rank_scale=self.low_rank_scale,
         ),
     )
 

@@ -68,15 +68,20 @@ def expected(
     """
     weight = linear.weight.data
     x = x.double()
-    quant_max = 2 ** (weight.act_bits - 1) - 1
     smoothed = x * weight.act_pre_scale.double()[ids]
-    step = smoothed.abs().amax(-1, keepdim=True) / quant_max
-    levels = smoothed / step
-    q = levels.round()
-    near = (levels - levels.floor() - 0.5).abs() < 1e-3
-    groups = weight.scale.shape[1]
-    scale = weight.scale.double().repeat_interleave(weight.in_features // groups, 1)
-    base = weight.int_data().double() * scale
+    if weight.act_bits == 16:
+        q, step, near = smoothed, torch.ones(1, 1), torch.zeros_like(smoothed)
+    else:
+        quant_max = 2 ** (weight.act_bits - 1) - 1
+        step = smoothed.abs().amax(-1, keepdim=True) / quant_max
+        levels = smoothed / step
+        q = levels.round()
+        near = ((levels - levels.floor() - 0.5).abs() < 1e-3).double()
+    width = weight.in_features // weight.scale.shape[1]
+    base = weight.int_data().double()
+    if weight.zero_point is not None:
+        base -= weight.zero_point.double().repeat_interleave(width, 1)
+    base *= weight.scale.double().repeat_interleave(width, 1)
 
     y = torch.empty(x.shape[0], base.shape[0], dtype=torch.float64)
     bound = torch.empty_like(y)
@@ -86,7 +91,10 @@ def expected(
         if index and weight.l1 is not None:
             columns = slice(start, start + weight.ranks[index - 1])
             start = columns.stop
-            pair = weight.l1[:, columns].double() @ weight.l2[columns].double()
+            down = weight.l1[:, columns].double()
+            if weight.low_rank_scale is not None:
+                down *= weight.low_rank_scale.double()[columns]
+            pair = down @ weight.l2[columns].double()
             matrix = base + pair.t()
         rows = ids == index
         y[rows] = (q * step)[rows] @ matrix.t()

@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """From an ``nn.Linear`` and its part of a recipe to a quantized linear."""
 
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import Scheme
-from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
 
 __all__ = ["convert_linear", "placeholder_weight"]
 
@@ -26,22 +26,28 @@ def convert_linear(
     scheme: Scheme,
     modalities: Sequence[str],
     router: Optional[Router],
+    low_rank_bits: int = 16,
 ) -> MASQuantLinear:
     """Quantize one linear in place.
 
     Args:
         linear: (N, K) floating point.
         fqn: its name in the model.
-        layer: made for its weight.
-        scheme: numbers of bits.
+        layer: made for its weight; its integers, where it has them, take the place of
+            rounding to nearest.
+        scheme: integer formats.
         modalities: names, base first.
         router: its model's.
+        low_rank_bits: 16 or 8, of the low-rank pairs.
 
     Returns:
         ``linear`` itself, quantized.
+
+    Raises:
+        ValueError: the weight does not fit the scheme or the recipe; names ``fqn``.
     """
-    weight = MASQuantTensor.from_hp(
-        linear.weight.data,
+    weight = linear.weight.data
+    parts: dict[str, Any] = dict(
         weight_bits=scheme.weight_bits,
         act_bits=scheme.act_bits,
         modalities=modalities,
@@ -50,8 +56,29 @@ def convert_linear(
         l1=layer.l1,
         l2=layer.l2,
         modality_bias=layer.modality_bias,
+        low_rank_bits=low_rank_bits,
     )
-    return MASQuantLinear.from_float(linear, weight, fqn, router)
+    try:
+        if layer.qdata is None:
+            quantized = MASQuantTensor.from_hp(
+                weight,
+                group_size=scheme.group_size,
+                symmetric=scheme.symmetric,
+                **parts,
+            )
+        elif layer.scale is None:
+            raise ValueError("its recipe has integers without a scale.")
+        else:
+            quantized = MASQuantTensor.from_integers(
+                layer.qdata.to(weight.device),
+                layer.scale,
+                zero_point=layer.zero_point,
+                dtype=weight.dtype,
+                **parts,
+            )
+    except ValueError as error:
+        raise ValueError(f"{fqn}: {error}") from error
+    return MASQuantLinear.from_float(linear, quantized, fqn, router)
 
 
 def placeholder_weight(
@@ -60,17 +87,22 @@ def placeholder_weight(
     """A quantized weight of zeros, to be replaced by one from a checkpoint.
 
     Made without touching the weight's values, also on the meta device.
+
+    Raises:
+        ValueError: the scheme's group size does not divide the input width.
     """
     n, k = linear.weight.shape
     device = linear.weight.device
-    packed = scheme.weight_bits == 4
+    check_group_size(scheme.group_size, (n, k))
+    groups = 1 if scheme.group_size is None else k // scheme.group_size
+    packed = scheme.weight_bits <= 4
     return MASQuantTensor(
         torch.zeros(
             (n, (k + 1) // 2 if packed else k),
             dtype=torch.uint8 if packed else torch.int8,
             device=device,
         ),
-        torch.zeros((n, 1), dtype=torch.float32, device=device),
+        torch.zeros((n, groups), dtype=torch.float32, device=device),
         torch.ones((len(modalities), k), dtype=torch.float32, device=device),
         k,
         scheme.weight_bits,
@@ -78,4 +110,7 @@ def placeholder_weight(
         modalities,
         (),
         linear.weight.dtype,
+        zero_point=None
+        if scheme.symmetric
+        else torch.zeros((n, groups), dtype=torch.int8, device=device),
     )

@@ -51,6 +51,10 @@ class LayerRecipe:
         l1: (K, R) down-projections side by side, R the sum of ``ranks``.
         l2: (R, N) up-projections one below the other.
         modality_bias: (M - 1, N) what the modalities 1, 2, ... add.
+        qdata: (N, K) int8, unpacked integers of the weight where they are not those of
+            round-to-nearest; None: the weight is rounded when it is converted.
+        scale: (N, G) float32 of ``qdata``.
+        zero_point: (N, G) of ``qdata`` where it is asymmetric.
     """
 
     shape: tuple[int, int]
@@ -60,6 +64,9 @@ class LayerRecipe:
     l1: Optional[torch.Tensor] = None
     l2: Optional[torch.Tensor] = None
     modality_bias: Optional[torch.Tensor] = None
+    qdata: Optional[torch.Tensor] = None
+    scale: Optional[torch.Tensor] = None
+    zero_point: Optional[torch.Tensor] = None
 
     def check(self, name: str, modalities: int) -> None:
         """Raise unless all parts fit each other.

@@ -34,11 +34,11 @@ def integers(
     )
     least, most = -(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1)
     weight = rng.integers(least, most, (out_features, in_features)).astype(np.int8)
-    stored = packed(weight) if weight_bits == 4 else torch.from_numpy(weight)
+    stored = packed(weight) if weight_bits <= 4 else torch.from_numpy(weight)
     return qx, weight, stored
 
 
-@pytest.mark.parametrize("weight_bits", [8, 4])
+@pytest.mark.parametrize("weight_bits", [8, 4, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_integer_part_is_exact(shape: tuple[int, int, int], weight_bits: int) -> None:
     """Scales of one: K * 127 * 128 stays below 2 ** 24, where float32 is exact."""
@@ -84,7 +84,9 @@ def test_extreme_integers_do_not_overflow() -> None:
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight_bits", [8, 4])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("parts", ["bare", "bias", "pair", "modality bias", "all"])
+@pytest.mark.parametrize(
+    "parts", ["bare", "bias", "pair", "int8 pair", "modality bias", "all"]
+)
 def test_against_float64(
     parts: str, groups: int, weight_bits: int, out_dtype: torch.dtype
 ) -> None:
@@ -103,6 +105,9 @@ def test_against_float64(
                 torch.float16 if out_dtype == torch.float16 else torch.bfloat16
             ),
         )
+    if parts == "int8 pair":
+        hidden = torch.randn(tokens, rank) / 127
+        l2 = torch.randint(-127, 128, (rank, out_features), dtype=torch.int8)
     if parts in ("modality bias", "all"):
         modality_bias = torch.randn(2, out_features)
     if parts in ("bias", "all"):

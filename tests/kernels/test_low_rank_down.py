@@ -56,6 +56,24 @@ def test_against_float64(
         assert (hidden.numpy()[mask] != 0).all()
 
 
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 33), (12, 31), (40, 128)], ids=str)
+def test_int8_against_float64(shape: tuple[int, int], ranks: tuple[int, ...]) -> None:
+    q, scale, _, ids = inputs(*shape, ranks)
+    l1 = torch.randint(-127, 128, (shape[1], sum(ranks)), dtype=torch.int8)
+    low_rank_scale = torch.rand(sum(ranks)) / 127 + 1e-4
+    hidden = low_rank_down(q, scale, l1, ids, ranks, low_rank_scale)
+    assert hidden.shape == (shape[0], sum(ranks)) and hidden.dtype == torch.float32
+    mask = own_columns(ids, ranks)
+    assert (hidden.numpy()[~mask] == 0).all()
+    down = f64(l1) * f64(low_rank_scale)
+    tokens = f64(q) * f64(scale)
+    error = np.abs(f64(hidden) - tokens @ down)
+    # One product with each scale, then K products and as many sums.
+    tolerance = (shape[1] + 3) * UNIT * (np.abs(tokens) @ np.abs(down))
+    assert (error <= tolerance)[mask].all()
+
+
 def test_ids_of_int32() -> None:
     q, scale, l1, ids = inputs(12, 16, (2, 5))
     a = low_rank_down(q, scale, l1, ids, (2, 5))

@@ -20,9 +20,13 @@ QX = (X * 60).round().to(torch.int8)
 X_SCALE = torch.full((5, 1), 0.25)
 Q8 = torch.arange(-42, 42).reshape(7, 12).to(torch.int8)
 Q4 = torch.arange(42).reshape(7, 6).to(torch.uint8)
+ZERO = torch.ones(7, 1, dtype=torch.int8)
 SCALE = torch.full((7, 1), 0.5)
 GROUPED = torch.full((7, 3), 0.5)
 L1, L2 = torch.ones(12, 4), torch.ones(4, 7)
+I1 = torch.ones(12, 4, dtype=torch.int8)
+I2 = torch.ones(4, 7, dtype=torch.int8)
+LOW_RANK_SCALE = torch.full((4,), 0.5)
 HIDDEN = torch.ones(5, 4)
 EXTRA = torch.ones(2, 7)
 BIAS = torch.ones(7)
@@ -42,6 +46,7 @@ DOWN = {
     "two pairs": (QX, X_SCALE, L1, IDS, [3, 1]),
     "one pair": (QX, X_SCALE, L1, IDS, [0, 4]),
     "16 bits": (QX, X_SCALE, L1.bfloat16(), IDS, [2, 2]),
+    "8 bits": (QX, X_SCALE, I1, IDS, [2, 2], LOW_RANK_SCALE),
     "no tokens": (QX[:0], X_SCALE[:0], L1, IDS[:0], [2, 2]),
     "transposed": (
         QX.t().contiguous().t(),
@@ -94,6 +99,19 @@ LINEAR = {
         8,
         torch.float32,
     ),
+    "3 bits, int8 pair": (
+        QX,
+        X_SCALE,
+        Q4,
+        SCALE,
+        HIDDEN,
+        I2,
+        EXTRA,
+        IDS,
+        BIAS,
+        3,
+        torch.float32,
+    ),
     "no tokens": (
         QX[:0],
         X_SCALE[:0],
@@ -121,12 +139,81 @@ LINEAR = {
         torch.float32,
     ),
 }
+GROUPED_ZERO = torch.ones(7, 3, dtype=torch.int8)
+NOTHING = (None, None, None, None, None)
+WEIGHT_ONLY = {
+    "bare": (X, PRE_SCALE[:1], Q8, SCALE, None, *NOTHING, [], 8, torch.float32),
+    "4 bits": (X, PRE_SCALE, Q4, SCALE, ZERO, *NOTHING, [], 4, torch.float32),
+    "all": (
+        X.bfloat16(),
+        PRE_SCALE,
+        Q4,
+        GROUPED,
+        GROUPED_ZERO,
+        L1.bfloat16(),
+        L2.bfloat16(),
+        EXTRA,
+        IDS,
+        BIAS.bfloat16(),
+        [1, 3],
+        4,
+        torch.bfloat16,
+    ),
+    "int8 pair": (
+        X,
+        PRE_SCALE,
+        Q8,
+        GROUPED,
+        GROUPED_ZERO,
+        I1,
+        I2,
+        EXTRA,
+        IDS.int(),
+        BIAS,
+        [1, 3],
+        8,
+        torch.float16,
+        LOW_RANK_SCALE,
+    ),
+    "one token": (X[:1], PRE_SCALE, Q4, SCALE, None, *NOTHING, [], 3, torch.float32),
+    "no tokens": (
+        X[:0],
+        PRE_SCALE,
+        Q4,
+        SCALE,
+        ZERO,
+        L1,
+        L2,
+        EXTRA,
+        IDS[:0],
+        BIAS,
+        [2, 2],
+        4,
+        torch.float32,
+    ),
+    "transposed": (
+        X.t().contiguous().t(),
+        PRE_SCALE,
+        Q8.t().contiguous().t(),
+        SCALE,
+        ZERO,
+        L1.t().contiguous().t(),
+        L2.t().contiguous().t(),
+        EXTRA,
+        IDS,
+        None,
+        [2, 2],
+        8,
+        torch.float32,
+    ),
+}
 SAMPLES = [
     pytest.param(op, args, id=f"{op._schema.name.split('::')[1]}-{name}")
     for op, samples in (
         (ops.smooth_quantize.default, QUANTIZE),
         (ops.low_rank_down.default, DOWN),
         (ops.int_linear.default, LINEAR),
+        (ops.weight_only_linear.default, WEIGHT_ONLY),
     )
     for name, args in samples.items()
 ]
@@ -168,15 +255,25 @@ def test_schemas() -> None:
     """Saved programs hold them: a change here breaks what users have exported."""
     assert [
         str(getattr(ops, name).default._schema)
-        for name in ("linear", "smooth_quantize", "low_rank_down", "int_linear")
+        for name in (
+            "linear",
+            "smooth_quantize",
+            "low_rank_down",
+            "int_linear",
+            "weight_only_linear",
+        )
     ] == [
         "masquant::linear(Tensor x, Tensor weight, Tensor? modality_ids=None, "
         "Tensor? bias=None) -> Tensor",
         "masquant::smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? "
         "modality_ids, int act_bits) -> (Tensor qdata, Tensor scale)",
         "masquant::low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor "
-        "modality_ids, int[] ranks) -> Tensor",
+        "modality_ids, int[] ranks, Tensor? low_rank_scale=None) -> Tensor",
         "masquant::int_linear(Tensor qx, Tensor x_scale, Tensor qdata, Tensor scale, "
         "Tensor? low_rank_hidden, Tensor? l2, Tensor? modality_bias, Tensor? "
         "modality_ids, Tensor? bias, int weight_bits, ScalarType out_dtype) -> Tensor",
+        "masquant::weight_only_linear(Tensor x, Tensor act_pre_scale, Tensor qdata, "
+        "Tensor scale, Tensor? zero_point, Tensor? l1, Tensor? l2, Tensor? "
+        "modality_bias, Tensor? modality_ids, Tensor? bias, int[] ranks, int "
+        "weight_bits, ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor",
     ]

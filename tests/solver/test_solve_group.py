@@ -49,7 +49,7 @@ def _solve(tokens, weights, **options):
 
 def _shared(weight, base, bits):
     """Q(W * s_base) of a float32 weight, checked, in float64."""
-    integers, scale = quantize_smoothed_weight(
+    integers, scale, _ = quantize_smoothed_weight(
         weight, torch.from_numpy(base).float().reciprocal(), bits
     )
     smoothed = weight.double().numpy() * base

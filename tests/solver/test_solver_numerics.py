@@ -232,6 +232,7 @@ def _problem(dtype=torch.float32, modalities=3, seed=0):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_constant_of_a_factor_is_free(monkeypatch, scheme, constants):
     """Whatever s_m is multiplied by before solving, everything comes out the same."""
+    monkeypatch.setitem(globals(), "K", SCHEMES[scheme].group_size or K)
     tokens, weights, statistics = _problem()
     options = SolverOptions(scheme, "masquant", rank=3)
     plain = solve_group(weights, statistics, options)
@@ -277,7 +278,8 @@ def test_the_published_method_does_depend_on_it(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_scheme_and_type(method, scheme, dtype):
+def test_every_method_scheme_and_type(monkeypatch, method, scheme, dtype):
+    monkeypatch.setitem(globals(), "K", SCHEMES[scheme].group_size or K)
     _, weights, statistics = _problem(dtype)
     layers = solve_group(weights, statistics, SolverOptions(scheme, method, rank=2))
     pair_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16

@@ -26,7 +26,14 @@ OUT = {
     torch.float16: (2.0**-11, 2.0**-24),
 }
 
-SCHEMES = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a6": (4, 6), "w4a4": (4, 4)}
+SCHEMES = {
+    "w8a8": (8, 8),
+    "w4a8": (4, 8),
+    "w4a6": (4, 6),
+    "w4a4": (4, 4),
+    "w3a3": (3, 3),
+    "w4a16": (4, 16),
+}
 
 NAMES = ("text", "vision", "audio", "touch")
 
@@ -52,9 +59,12 @@ def make(
     ranks: Sequence[int] = (2, 3),
     with_bias: bool = True,
     group_size: Optional[int] = None,
+    symmetric: Optional[bool] = None,
+    low_rank_bits: int = 16,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
+    """``symmetric``: None for zero points where activations are not quantized."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
@@ -72,12 +82,14 @@ def make(
         weight_bits=weight_bits,
         act_bits=act_bits,
         group_size=group_size,
+        symmetric=act_bits != 16 if symmetric is None else symmetric,
         modalities=NAMES[:modalities],
         smoothing_factor=smoothing_factor,
         ranks=ranks,
         l1=l1,
         l2=l2,
         modality_bias=bias,
+        low_rank_bits=low_rank_bits,
     )
     return Case(weight, smoothing_factor, tuple(ranks), l1, l2, bias, tensor)
 
@@ -111,7 +123,10 @@ def integers(tensor: MASQuantTensor) -> np.ndarray:
 def smoothed_f64(tensor: MASQuantTensor) -> np.ndarray:
     """(N, K) what the integers stand for."""
     width = tensor.in_features // tensor.scale.shape[1]
-    return integers(tensor) * np.repeat(f64(tensor.scale), width, axis=1)
+    levels = integers(tensor)
+    if tensor.zero_point is not None:
+        levels = levels - np.repeat(tensor.zero_point.numpy(), width, 1).astype(int)
+    return levels * np.repeat(f64(tensor.scale), width, axis=1)
 
 
 def pair_f64(tensor: MASQuantTensor, modality: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +136,10 @@ def pair_f64(tensor: MASQuantTensor, modality: int) -> tuple[np.ndarray, np.ndar
         return np.zeros((k, 0)), np.zeros((0, n))
     start = sum(tensor.ranks[: modality - 1])
     own = slice(start, start + tensor.ranks[modality - 1])
-    return f64(tensor.l1)[:, own], f64(tensor.l2)[own]
+    down = f64(tensor.l1)[:, own]
+    if tensor.low_rank_scale is not None:
+        down = down * f64(tensor.low_rank_scale)[own]
+    return down, f64(tensor.l2)[own]
 
 
 def linear_f64(
@@ -132,12 +150,15 @@ def linear_f64(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(T, N) ``Q(x p_m) Q(W / p_0)^T + (x p_m) L1_m L2_m + b_m + bias``.
 
-    The low-rank branch reads the quantized activations. Token by token.
+    The low-rank branch reads the quantized activations, where they are quantized.
+    Token by token.
 
     Returns:
         The result and how far the operator may be from it before it rounds to the
         output's type.
     """
+    if tensor.act_bits == 16:
+        return weight_only_f64(tensor, x, ids, bias)
     quant_max = 2 ** (tensor.act_bits - 1) - 1
     base = smoothed_f64(tensor)
     pre_scale = f64(tensor.act_pre_scale)
@@ -174,10 +195,41 @@ def linear_f64(
         if bias is not None:
             out[t] += f64(bias)
             size += np.abs(f64(bias))
-        # K and R products and sums of the low-rank branch; of a group the conversion
-        # of its sum, two scales and an addition; three additions of the terms.
-        bound[t] += (in_features + rank + groups + 6) * UNIT * size
+        # K and R products and sums of the low-rank branch and the scale in between; of
+        # a group the conversion of its sum, two scales and an addition; three additions
+        # of the terms.
+        bound[t] += (in_features + rank + groups + 7) * UNIT * size
     return out, bound
+
+
+def weight_only_f64(
+    tensor: MASQuantTensor,
+    x: torch.Tensor,
+    ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`linear_f64` of activations that are not quantized."""
+    base, pre_scale = smoothed_f64(tensor), f64(tensor.act_pre_scale)
+    x = x.reshape(-1, x.shape[-1])
+    flat = [0] * x.shape[0] if ids is None else ids.reshape(-1).tolist()
+    out = np.zeros((x.shape[0], tensor.shape[0]))
+    size = np.zeros_like(out)
+    for t, m in enumerate(flat):
+        smoothed = f64(x[t]) * pre_scale[m]
+        down, up = pair_f64(tensor, m)
+        out[t] = base @ smoothed + (smoothed @ down) @ up
+        size[t] = np.abs(base) @ np.abs(smoothed)
+        size[t] += (np.abs(smoothed) @ np.abs(down)) @ np.abs(up)
+        if m > 0 and tensor.modality_bias is not None:
+            out[t] += f64(tensor.modality_bias)[m - 1]
+            size[t] += np.abs(f64(tensor.modality_bias)[m - 1])
+    if bias is not None:
+        out += f64(bias)
+        size += np.abs(f64(bias))
+    rank = 0 if tensor.l1 is None else tensor.l1.shape[1]
+    # The smoothing and the weight's scale, K products and sums, the pair's scale, R
+    # products and sums, three additions of the terms.
+    return out, (tensor.in_features + rank + 8) * UNIT * size
 
 
 def assert_linear(
@@ -203,15 +255,15 @@ def assert_same_linear(
     x: torch.Tensor,
     ids: Optional[torch.Tensor],
 ) -> None:
-    """Two results that differ in the order of the pair's float32 sums only.
+    """Two results that differ in the order of float32 sums only.
 
-    Each is within ``(K + R) UNIT`` of the pair's part, and a few ``UNIT`` of the sum.
-    Integers are equal: no rounding tie is forgiven.
+    Those are the pair's, and those of activations that are not quantized: each is
+    within ``(K + R) UNIT`` of what it sums, and a few ``UNIT`` of the whole. Integers are equal: no rounding tie is forgiven.
     """
     q = smooth_levels_size(tensor, x, ids)
     assert y.shape == other.shape == q.shape
     rank = 0 if tensor.l1 is None else tensor.l1.shape[1]
-    bound = 2 * (tensor.in_features + rank + 6) * UNIT * q
+    bound = 2 * (tensor.in_features + rank + 8) * UNIT * q
     error = np.abs(f64(y) - f64(other))
     assert (error <= bound).all(), (error / bound).max()
 

@@ -41,10 +41,11 @@ def module() -> MASQuantLinear:
     return made
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "base"])
-def test_backward_to_the_input_raises(mixed: bool) -> None:
+def test_backward_to_the_input_raises(mixed: bool, scheme: str) -> None:
     x = torch.randn(5, 16, requires_grad=True)
-    y = linear(x, make().tensor, ids_for(5) if mixed else None, None)
+    y = linear(x, make(scheme).tensor, ids_for(5) if mixed else None, None)
     assert y.requires_grad
     with pytest.raises(RuntimeError, match=NO_GRADIENT):
         # With a part that does have a gradient: the sum's must not be given alone.
@@ -141,21 +142,22 @@ def test_no_warning_in_place_of_an_error() -> None:
             y.sum().backward()
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_leaves_the_input_as_it_comes(dtype: torch.dtype) -> None:
+def test_autocast_leaves_the_input_as_it_comes(dtype: torch.dtype, scheme: str) -> None:
     """No operator that autocast knows: the output has its input's type.
 
     Its inputs come in autocast's type from the operators before it, so a model's
     activations stay narrow; a float32 input is not narrowed.
     """
-    tensor, ids = make().tensor, ids_for(5)
+    tensor, ids = make(scheme).tensor, ids_for(5)
     x = torch.randn(5, 16).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = linear(x, tensor, ids, torch.ones(6))
     assert y.dtype == dtype
     assert torch.equal(y, linear(x, tensor, ids, torch.ones(6)))
     assert_linear(y, tensor, x, ids, torch.ones(6))
-    plain = unrouted()
+    plain = unrouted(scheme)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = F.linear(x, plain)
     assert torch.equal(y, linear(x, plain, None, None))

@@ -54,9 +54,10 @@ def assert_near(y: torch.Tensor, eager: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "base"])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
-def test_function(scheme: str, mixed: bool) -> None:
-    tensor = make(scheme, group_size=4).tensor
+@pytest.mark.parametrize("low_rank_bits", [16, 8])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w3a3", "w4a16"])
+def test_function(scheme: str, low_rank_bits: int, mixed: bool) -> None:
+    tensor = make(scheme, group_size=4, low_rank_bits=low_rank_bits).tensor
     x, ids, bias = torch.randn(2, 5, 16), ids_for(2, 5), torch.randn(6)
     given = ids if mixed else None
     f, counter = compiled(lambda x, w, i, b: linear(x, w, i, b))
@@ -66,9 +67,10 @@ def test_function(scheme: str, mixed: bool) -> None:
     assert_linear(y, tensor, x, given, bias)
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits(dtype: torch.dtype) -> None:
-    tensor = make("w4a8", dtype=dtype).tensor
+def test_16_bits(dtype: torch.dtype, scheme: str) -> None:
+    tensor = make(scheme, dtype=dtype).tensor
     x, ids = torch.randn(9, 16).to(dtype), ids_for(9)
     f, _ = compiled(lambda x, i: linear(x, tensor, i, None))
     assert_linear(f(x, ids), tensor, x, ids)
@@ -84,9 +86,10 @@ def test_values_of_ids_are_not_baked_in() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "base"])
-def test_one_graph_for_all_lengths(mixed: bool) -> None:
-    tensor = make().tensor
+def test_one_graph_for_all_lengths(mixed: bool, scheme: str) -> None:
+    tensor = make(scheme, low_rank_bits=8).tensor
     f, counter = compiled(lambda x, i: linear(x, tensor, i, None), dynamic=True)
     for length in (7, 9, 2, 40):
         x = torch.randn(length, 16)
@@ -176,10 +179,11 @@ def test_input_that_is_not_contiguous(mixed: bool) -> None:
     assert_near(f(x, given), linear(x.t(), tensor, given, None))
 
 
-def test_a_graph_that_makes_the_subclass() -> None:
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+def test_a_graph_that_makes_the_subclass(scheme: str) -> None:
     """Flattened on the way in, rebuilt on the way out (copies: a graph that returns a
     view of a subclass it was given needs as_strided, which torchao has for none)."""
-    tensor = make("w4a8").tensor
+    tensor = make(scheme, group_size=4, low_rank_bits=8).tensor
     f, counter = compiled(lambda w: (w.clone(), w[2:5].clone(), w[:, 4:8].clone()))
     for out, eager in zip(f(tensor), (tensor, tensor[2:5], tensor[:, 4:8])):
         assert isinstance(out, MASQuantTensor)
@@ -200,8 +204,9 @@ def test_repr_with_symbolic_sizes() -> None:
     assert " bytes, dtype=torch.float32" in repr(tensor)
 
 
-def test_slices_inside_of_a_graph() -> None:
-    tensor = make("w4a8").tensor
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+def test_slices_inside_of_a_graph(scheme: str) -> None:
+    tensor = make(scheme, group_size=4).tensor
     x, ids = torch.randn(5, 8), ids_for(5)
     f, _ = compiled(lambda x, w, i: linear(x, w[:4, 8:], i, None))
     assert_near(f(x, tensor, ids), linear(x, tensor[:4, 8:], ids, None))
@@ -233,9 +238,12 @@ class WithIds(nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "base"])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
-def test_export(scheme: str, mixed: bool, strict: bool) -> None:
-    tensor = make(scheme).tensor
+@pytest.mark.parametrize(
+    "scheme, low_rank_bits",
+    [("w8a8", 16), ("w4a8", 16), ("w4a8", 8), ("w4a16", 16), ("w4a16", 8)],
+)
+def test_export(scheme: str, low_rank_bits: int, mixed: bool, strict: bool) -> None:
+    tensor = make(scheme, low_rank_bits=low_rank_bits).tensor
     module = WithIds(tensor)
     length = torch.export.Dim("length", min=2, max=64)
     args = (torch.randn(9, 16), ids_for(9)) if mixed else (torch.randn(9, 16),)
@@ -250,10 +258,13 @@ def test_export(scheme: str, mixed: bool, strict: bool) -> None:
     operators = {
         str(n.target) for n in lowered.graph.nodes if "masquant" in str(n.target)
     }
-    wanted = {"masquant.smooth_quantize.default", "masquant.int_linear.default"}
-    assert operators == wanted | (
-        {"masquant.low_rank_down.default"} if mixed else set()
-    )
+    if tensor.weight_only:
+        wanted = {"masquant.weight_only_linear.default"}
+    else:
+        wanted = {"masquant.smooth_quantize.default", "masquant.int_linear.default"}
+        if mixed:
+            wanted.add("masquant.low_rank_down.default")
+    assert operators == wanted
     for run in (program, lowered, torch.export.load(buffer)):
         for count in (9, 2, 40):
             x = torch.randn(count, 16)

@@ -6,7 +6,7 @@
 """``masquant::linear`` on a MASQuantTensor, eager."""
 
 import re
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -19,6 +19,8 @@ from tensor_oracle import (
     make,
     unrouted,
 )
+
+from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 linear = torch.ops.masquant.linear
 
@@ -61,11 +63,13 @@ def test_against_float64(
     ],
     ids=str,
 )
+@pytest.mark.parametrize("low_rank_bits", [16, 8])
 @pytest.mark.parametrize("group_size", [None, 6])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w4a16"])
 def test_parts(
     scheme: str,
     group_size: Optional[int],
+    low_rank_bits: int,
     modalities: int,
     ranks: tuple[int, ...],
     with_bias: bool,
@@ -77,9 +81,80 @@ def test_parts(
         ranks=ranks,
         with_bias=with_bias,
         group_size=group_size,
+        low_rank_bits=low_rank_bits,
     ).tensor
     x, ids = tokens(15, 24), ids_for(15, modalities=modalities)
     assert_linear(linear(x, tensor, ids, None), tensor, x, ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ragged", RAGGED, ids=str)
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+def test_pairs_of_8_bits_against_float64(
+    scheme: str, ragged: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    count, width, out = ragged
+    tensor = make(scheme, shape=(out, width), dtype=dtype, low_rank_bits=8).tensor
+    assert tensor.l1.dtype == tensor.l2.dtype == torch.int8
+    x, ids = tokens(count, width, dtype), ids_for(count)
+    assert_linear(linear(x, tensor, ids, None), tensor, x, ids)
+    assert_linear(linear(x, tensor, None, None), tensor, x, None)
+
+
+@pytest.mark.parametrize("weight_bits", [8, 4, 3])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_weight_only(
+    group_size: Optional[int], symmetric: bool, weight_bits: int
+) -> None:
+    """Activations as they are: the dequantized weight is all there is to it."""
+    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    tensor = MASQuantTensor.from_hp(
+        weight,
+        weight_bits=weight_bits,
+        act_bits=16,
+        group_size=group_size,
+        symmetric=symmetric,
+    )
+    assert tensor.weight_only and tensor.symmetric == symmetric
+    x = tokens(9, 32)
+    y = F.linear(x, tensor)
+    assert_linear(y, tensor, x, None)
+    dense = F.linear(x.double(), tensor.dequantize(torch.float64))
+    torch.testing.assert_close(y.double(), dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheme, names",
+    [
+        ("w4a8", {"smooth_quantize", "int_linear"}),
+        ("w4a16", {"weight_only_linear"}),
+    ],
+)
+def test_a_base_call_hands_no_pair_on(
+    scheme: str, names: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No low-rank work, whatever an operator would do with a pair."""
+    seen: list[tuple[str, Any]] = []
+    every = ("smooth_quantize", "low_rank_down", "int_linear", "weight_only_linear")
+    for name in every:
+        operator = getattr(torch.ops.masquant, name)
+        monkeypatch.setattr(
+            torch.ops.masquant,
+            name,
+            lambda *args, name=name, operator=operator: (
+                seen.extend((name, a) for a in args) or operator(*args)
+            ),
+        )
+    tensor = make(scheme, low_rank_bits=8).tensor
+    pair = {
+        id(getattr(tensor, n)) for n in ("l1", "l2", "low_rank_scale", "modality_bias")
+    }
+    linear(tokens(9, 16), tensor, None, None)
+    assert {name for name, _ in seen} == names
+    assert not pair & {id(a) for _, a in seen}
+    linear(tokens(9, 16), tensor, ids_for(9), None)
+    assert pair <= {id(a) for _, a in seen}
 
 
 def test_type_of_the_weight_and_of_the_input_may_differ() -> None:
@@ -88,7 +163,7 @@ def test_type_of_the_weight_and_of_the_input_may_differ() -> None:
     assert_linear(linear(x, tensor, ids, None), tensor, x, ids)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
 @pytest.mark.parametrize("group_size", [None, 4])
 def test_mixed_equals_per_modality_row_by_row(
     scheme: str, group_size: Optional[int]
@@ -129,9 +204,10 @@ def test_modalities_differ() -> None:
         assert (ys[a] - ys[b]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
 @pytest.mark.parametrize("shape", [(4,), (2, 5), (2, 3, 4), (1, 1), (2, 0)], ids=str)
-def test_leading_dimensions(shape: tuple[int, ...]) -> None:
-    tensor = make().tensor
+def test_leading_dimensions(shape: tuple[int, ...], scheme: str) -> None:
+    tensor = make(scheme).tensor
     x = torch.randn(*shape, 16, generator=torch.Generator().manual_seed(1))
     ids = ids_for(*shape)
     bias = torch.ones(6)
@@ -171,8 +247,10 @@ def test_keyword_arguments() -> None:
     assert torch.equal(linear(x, tensor, ids), linear(x, tensor, ids, None))
 
 
-def test_a_broken_token_stays_alone() -> None:
-    tensor = make().tensor
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("low_rank_bits", [16, 8])
+def test_a_broken_token_stays_alone(low_rank_bits: int, scheme: str) -> None:
+    tensor = make(scheme, low_rank_bits=low_rank_bits).tensor
     x, ids = tokens(9, 16), ids_for(9)
     clean = linear(x, tensor, ids, None)
     for value in (float("nan"), float("inf")):
@@ -278,10 +356,11 @@ def test_ids_that_are_no_integers(dtype: torch.dtype, routed: bool) -> None:
         linear(torch.randn(4, 16), tensor, torch.zeros(4, dtype=dtype), None)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3], [0, -1, 0, 0]], ids=str)
-def test_ids_out_of_range_raise(ids: list[int]) -> None:
+def test_ids_out_of_range_raise(ids: list[int], scheme: str) -> None:
     with pytest.raises(IndexError):
-        linear(torch.randn(4, 16), make().tensor, torch.tensor(ids), None)
+        linear(torch.randn(4, 16), make(scheme).tensor, torch.tensor(ids), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool])

@@ -39,25 +39,45 @@ SHAPES = [(1, 2), (3, 2), (5, 33), (6, 16), (32, 128)]
 def assert_quantized(
     tensor: MASQuantTensor, weight: torch.Tensor, smoothing_factor: torch.Tensor
 ) -> None:
-    """``scale = max |W s_0| / (2 ** bits - 1) * 2`` and ``q = round(W s_0 / scale)``."""
+    """``q = round(W s_0 / scale) + z``, with torchao's scales and zero points.
+
+    ``scale = max |W s_0| / (2 ** bits - 1) * 2`` and ``z = 0`` where symmetric, else
+    ``scale = (max - min) / (2 ** bits - 1)`` of a range with zero in it, and
+    ``z = q_min - round(min / scale)``.
+    """
     bits = tensor.weight_bits
     groups = tensor.scale.shape[1]
     smoothed = f64(weight) * f64(smoothing_factor)[0]
     grouped = smoothed.reshape(weight.shape[0], groups, -1)
-    scale = np.abs(grouped).max(-1) / ((2**bits - 1) / 2)
-    # Two reciprocals' worth of rounding in W / (1 / s), one more in the division.
-    np.testing.assert_allclose(f64(tensor.scale), scale, rtol=3.01 * UNIT)
-    levels = (grouped / scale[..., None]).reshape(smoothed.shape)
+    low, high = grouped.min(-1).clip(max=0), grouped.max(-1).clip(min=0)
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    zero_point = np.zeros_like(low)
+    if tensor.zero_point is None:
+        scale = np.maximum(-low, high) / ((2**bits - 1) / 2)
+    else:
+        scale = (high - low) / (2**bits - 1)
+        zero_point = tensor.zero_point.numpy().astype(float)
+        assert tensor.zero_point.dtype == torch.int8
+        assert zero_point.min() >= least and zero_point.max() <= most
+        # Behind the quotient: 2 roundings of the weight, 4 of the scale, its own.
+        off = np.abs(zero_point - (least - low / scale))
+        assert (off <= 0.5 + 7 * UNIT * np.abs(low / scale)).all()
+    # Two reciprocals' worth of rounding in W / (1 / s), one in the difference of the
+    # range's ends, one in the division.
+    np.testing.assert_allclose(f64(tensor.scale), scale, rtol=4.01 * UNIT)
+    levels = (grouped / scale[..., None]).reshape(smoothed.shape)
+    shift = np.repeat(zero_point, smoothed.shape[1] // groups, axis=1)
     q = integers(tensor)
-    # Behind a level: 2 roundings of the weight, 3 of the scale, its reciprocal and
+    # Behind a level: 2 roundings of the weight, 4 of the scale, its reciprocal and
     # their product.
-    slack = 7 * UNIT * np.abs(levels)
+    slack = 8 * UNIT * np.abs(levels)
     tie = np.abs(levels - np.floor(levels) - 0.5) <= slack
-    wrong = (q != np.clip(np.round(levels), least, most)) & ~tie
+    wrong = (q != np.clip(np.round(levels) + shift, least, most)) & ~tie
     assert not wrong.any(), (q[wrong], levels[wrong])
-    assert (np.abs(q - np.clip(levels, least, most)) <= 0.5 + 7 * UNIT * 128).all()
-    # The largest weight of a group is a tie by construction: +-(2 ** bits - 1) / 2.
+    error = np.abs(q - np.clip(levels + shift, least, most))
+    assert (error <= 0.5 + 8 * UNIT * 256).all()
+    # The largest weight of a symmetric group is a tie by construction:
+    # +-(2 ** bits - 1) / 2.
     assert tie.sum() <= groups * weight.shape[0] + 0.01 * tie.size
 
 
@@ -86,7 +106,7 @@ def test_a_single_input_channel_is_refused(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 6, 12, 24])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w3a3", "w4a16"])
 def test_groups(scheme: str, group_size: int) -> None:
     case = make(scheme, shape=(5, 24), group_size=group_size)
     assert case.tensor.scale.shape == (5, 24 // group_size)
@@ -112,10 +132,14 @@ def test_a_non_contiguous_weight(group_size: Optional[int]) -> None:
 def test_rows_of_zeros() -> None:
     weight = torch.randn(4, 16)
     weight[1] = 0
-    for bits in (8, 4):
-        tensor = MASQuantTensor.from_hp(weight, weight_bits=bits)
-        assert (integers(tensor)[1] == 0).all()
-        assert torch.isfinite(tensor.scale).all() and (tensor.scale > 0).all()
+    for bits in (8, 4, 3):
+        for symmetric in (True, False):
+            tensor = MASQuantTensor.from_hp(
+                weight, weight_bits=bits, act_bits=16, symmetric=symmetric
+            )
+            assert (smoothed_f64(tensor)[1] == 0).all()
+            assert (tensor.dequantize()[1] == 0).all()
+            assert torch.isfinite(tensor.scale).all() and (tensor.scale > 0).all()
 
 
 def test_without_smoothing() -> None:
@@ -153,7 +177,7 @@ def test_dequantize(
     assert torch.equal(t.dequantize(), t.dequantize(modality="text"))
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w3a3", "w4a16"])
 def test_dequantized_weight_is_near_the_original(scheme: str) -> None:
     """Half a step from it at most; the largest positive weights one whole half more."""
     case = make(scheme, shape=(16, 64))
@@ -225,6 +249,9 @@ def test_smoothing_factor_is_given_back() -> None:
         ("w4a8", (6, 16), None, 48 + 24 + 192 + 2 * 5 * 22 + 48),
         ("w4a8", (6, 15), None, 48 + 24 + 180 + 2 * 5 * 21 + 48),
         ("w4a8", (6, 16), 4, 48 + 96 + 192 + 2 * 5 * 22 + 48),
+        ("w3a3", (6, 16), None, 48 + 24 + 192 + 2 * 5 * 22 + 48),
+        # and zero points
+        ("w4a16", (6, 16), 4, 48 + 96 + 192 + 2 * 5 * 22 + 48 + 24),
     ],
 )
 def test_nbytes_stored(
@@ -239,6 +266,14 @@ def test_nbytes_of_a_weight_without_a_pair() -> None:
     assert unrouted("w4a8", shape=(6, 16)).nbytes_stored == 48 + 24 + 64
 
 
+def test_nbytes_of_a_pair_of_8_bits() -> None:
+    """Half of 16 bits, and a float32 scale per component."""
+    wide, narrow = make(), make(low_rank_bits=8)
+    saved = wide.tensor.nbytes_stored - narrow.tensor.nbytes_stored
+    assert saved == 5 * 22 - 4 * 5
+    assert (wide.tensor.low_rank_bits, narrow.tensor.low_rank_bits) == (16, 8)
+
+
 WEIGHT = torch.ones(6, 8)
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
@@ -251,8 +286,24 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         dict(hp_tensor=torch.ones(6, 8, dtype=torch.int8)),
         "MASQuantTensor.from_hp takes a floating point weight, got torch.int8.",
     ),
-    ("weight bits", dict(weight_bits=6), "weight_bits must be 4 or 8, got 6."),
-    ("act bits", dict(act_bits=9), "act_bits must be in 2..8, got 9."),
+    ("weight bits", dict(weight_bits=6), "weight_bits must be 3, 4 or 8, got 6."),
+    (
+        "act bits",
+        dict(act_bits=9),
+        "act_bits must be in 2..8, or 16 for activations that are not quantized, got "
+        "9.",
+    ),
+    (
+        "low-rank bits",
+        dict(low_rank_bits=4),
+        "low_rank_bits must be 8 or 16, got 4.",
+    ),
+    (
+        "zero points where activations are quantized",
+        dict(symmetric=False, weight_bits=4),
+        "asymmetric weights are for activations that are not quantized (act_bits=16), "
+        "got act_bits=8: quantize the weight symmetrically.",
+    ),
     (
         # torchao's primitives take a block of one element for the whole tensor.
         "group size 1",
@@ -260,7 +311,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "group_size must be at least 2 and divide the input width, got group_size=1 "
         "for a weight of shape (6, 8).",
     ),
-    ("one act bit", dict(act_bits=1), "act_bits must be in 2..8, got 1."),
+    (
+        "one act bit",
+        dict(act_bits=1),
+        "act_bits must be in 2..8, or 16 for activations that are not quantized, got "
+        "1.",
+    ),
     (
         "group size",
         dict(group_size=3),
@@ -400,13 +456,95 @@ def test_dequantize_of_an_unknown_modality() -> None:
 def test_smoothed_weight_round_trip() -> None:
     """The two public functions, without a tensor around them."""
     weight, pre_scale = torch.randn(4, 12), torch.rand(12) + 0.5
-    q, scale = quantize_smoothed_weight(weight, pre_scale, 4, 3)
+    q, scale, zero_point = quantize_smoothed_weight(weight, pre_scale, 4, 3)
+    assert zero_point is None
     assert q.shape == (4, 12) and q.dtype == torch.int8 and scale.shape == (4, 4)
     assert q.min() >= -8 and q.max() <= 7
     back = dequantize_smoothed_weight(q, scale, torch.float16)
     assert back.dtype == torch.float16
     expected = q.numpy() * np.repeat(f64(scale), 3, axis=1)
     np.testing.assert_allclose(f64(back), expected, rtol=2.0**-11 + 2 * UNIT)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("group_size", [None, 3])
+def test_asymmetric_round_trip(group_size: Optional[int], bits: int) -> None:
+    """Weights of one sign use all integers, which symmetric ones cannot."""
+    generator = torch.Generator().manual_seed(0)
+    pre_scale = torch.rand(12, generator=generator) + 0.5
+    for sign in (1, -1):
+        weight = sign * (torch.rand(40, 12, generator=generator) + 0.1)
+        q, scale, zero_point = quantize_smoothed_weight(
+            weight, pre_scale, bits, group_size, symmetric=False
+        )
+        assert zero_point is not None and zero_point.dtype == torch.int8
+        assert zero_point.shape == scale.shape == (40, 4 if group_size else 1)
+        least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        assert (zero_point == (least if sign > 0 else most)).all()
+        assert q.min() >= least and q.max() <= most
+        width = 12 // scale.shape[1]
+        expected = q.numpy() - np.repeat(zero_point.numpy(), width, 1).astype(float)
+        expected *= np.repeat(f64(scale), width, 1)
+        for dtype in DTYPES:
+            back = dequantize_smoothed_weight(q, scale, dtype, zero_point)
+            assert back.dtype == dtype
+            np.testing.assert_allclose(f64(back), expected, rtol=OUT[dtype][0] + UNIT)
+        step = np.repeat(f64(scale), width, 1)
+        smoothed = f64(weight) / f64(pre_scale)
+        assert (np.abs(expected - smoothed) <= 0.5 * step * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("per_group", [True, False])
+def test_clip(symmetric: bool, per_group: bool) -> None:
+    """The factor is the scale's, and weights beyond the range take its ends."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 24, generator=generator)
+    clip = torch.rand(6, 3 if per_group else 1, generator=generator) * 0.8 + 0.2
+    args = (weight, torch.ones(24), 4, 8)
+    whole = quantize_smoothed_weight(*args, symmetric=symmetric)
+    q, scale, zero_point = quantize_smoothed_weight(
+        *args, symmetric=symmetric, clip=clip
+    )
+    # A product with each end of the range, and as many divisions and sums as before.
+    np.testing.assert_allclose(
+        f64(scale), f64(whole[1]) * f64(clip), rtol=6 * UNIT, atol=0
+    )
+    shift = np.zeros((6, 24))
+    if zero_point is not None:
+        # A range that shrinks towards zero keeps zero where it is.
+        assert whole[2] is not None and (zero_point - whole[2]).abs().max() <= 1
+        shift = np.repeat(zero_point.numpy(), 8, 1).astype(float)
+    levels = f64(weight) / np.repeat(f64(scale), 8, 1) + shift
+    assert (np.abs(q.numpy() - np.clip(levels, -8, 7)) <= 0.5 + 1e-5).all()
+    # Something was clipped.
+    assert levels.max() > 8.5
+    for a, b in zip(
+        quantize_smoothed_weight(*args, symmetric=symmetric, clip=torch.ones(6, 1)),
+        whole,
+    ):
+        assert a is b or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.01, float("nan")])
+def test_clip_out_of_range(value: float) -> None:
+    clip = torch.full((6, 1), 0.5)
+    clip[3] = value
+    with pytest.raises(ValueError, match=re.escape("must lie in (0, 1].")):
+        quantize_smoothed_weight(WEIGHT, torch.ones(8), 4, clip=clip)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (6, 3), (2, 2)], ids=str)
+def test_clip_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
+    message = (
+        "clip must have shape (6, 2) or (6, 1) for a weight of shape (6, 8) with "
+        f"group_size=4, got {shape}."
+    )
+    with pytest.raises(ValueError) as raised:
+        quantize_smoothed_weight(
+            WEIGHT, torch.ones(8), 4, 4, clip=torch.full(shape, 0.5)
+        )
+    assert str(raised.value) == message
 
 
 class TestRepr(expecttest.TestCase):
@@ -421,6 +559,12 @@ class TestRepr(expecttest.TestCase):
         self.assertExpectedInline(
             repr(tensor),
             """MASQuantTensor(shape=(6, 16), w4a8, one smoothing factor for all modalities, group_size=8, 160 bytes, dtype=torch.bfloat16, device=cpu)""",
+        )
+
+    def test_asymmetric_and_a_pair_of_8_bits(self) -> None:
+        self.assertExpectedInline(
+            repr(make("w4a16", group_size=8, low_rank_bits=8).tensor),
+            """MASQuantTensor(shape=(6, 16), w4a16, modalities=('text', 'vision', 'audio'), group_size=8, asymmetric, ranks={'vision': 2, 'audio': 3}, low_rank_bits=8, modality_bias, 478 bytes, dtype=torch.float32, device=cpu)""",
         )
 
     def test_without_pair_and_modality_bias(self) -> None:

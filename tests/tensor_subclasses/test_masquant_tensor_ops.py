@@ -42,11 +42,24 @@ CASES: dict[str, Callable[[], MASQuantTensor]] = {
     **{scheme: lambda scheme=scheme: make(scheme).tensor for scheme in SCHEMES},
     "odd width": lambda: make("w4a8", shape=(5, 15)).tensor,
     "groups": lambda: make("w4a8", group_size=4).tensor,
+    "asymmetric groups": lambda: make("w4a16", group_size=4).tensor,
+    "asymmetric 3 bits": lambda: made_of_3_bits(),
+    "pair of 8 bits": lambda: make("w4a8", low_rank_bits=8).tensor,
+    "weight-only, pair of 8 bits": lambda: make("w4a16", low_rank_bits=8).tensor,
     "no pair": lambda: make(ranks=()).tensor,
     "no modality bias": lambda: make(with_bias=False).tensor,
     "unrouted": unrouted,
     "bfloat16": lambda: make(dtype=torch.bfloat16).tensor,
 }
+
+
+def made_of_3_bits() -> MASQuantTensor:
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    return MASQuantTensor.from_hp(
+        weight, weight_bits=3, act_bits=16, symmetric=False, group_size=2
+    )
+
+
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -157,6 +170,9 @@ def test_copy_(name: str) -> None:
         make(group_size=4),
         make(modalities=2, ranks=(5,)),
         make(dtype=torch.bfloat16),
+        make(low_rank_bits=8),
+        make("w4a16"),
+        make("w4a16", symmetric=True),
     ],
     ids=lambda case: repr(case.tensor)[15:60],
 )
@@ -200,7 +216,8 @@ def test_flatten_and_unflatten(name: str) -> None:
     tensor = CASES[name]()
     names, attributes = tensor.__tensor_flatten__()
     assert names[:3] == ["qdata", "scale", "act_pre_scale"]
-    assert [n for n in ("l1", "l2", "modality_bias") if n in names] == names[3:]
+    optional = ("l1", "l2", "modality_bias", "zero_point", "low_rank_scale")
+    assert [n for n in optional if getattr(tensor, n) is not None] == names[3:]
     rebuilt = MASQuantTensor.__tensor_unflatten__(
         inner_tensors(tensor), attributes, tensor.shape, tensor.stride()
     )
@@ -223,6 +240,11 @@ def test_key_of_compiled_graphs() -> None:
         make(with_bias=False),
         make(group_size=4),
         make(dtype=torch.bfloat16),
+        make(low_rank_bits=8),
+        make("w3a3"),
+        make("w4a16"),
+        make("w4a16", symmetric=True),
+        make("w4a16", group_size=4),
     ]
     keys = [key(case.tensor) for case in (make(), *others)]
     assert len(set(keys)) == len(keys)
@@ -298,16 +320,30 @@ def test_outputs_of_column_slices_add_up() -> None:
     assert_same_linear(sum(parts), whole, tensor, x, ids)
 
 
-def test_slices_are_views() -> None:
+def test_outputs_of_column_slices_of_a_weight_only_tensor_add_up() -> None:
+    """Nothing is rounded on the way: any token, to the order of sums."""
+    tensor = make("w4a16", group_size=4, low_rank_bits=8).tensor
+    ids = ids_for(9)
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+    whole = linear(x, tensor, ids, None)
+    parts = [
+        linear(x[:, a:b], tensor[:, a:b], ids, None)
+        for a, b in ((0, 4), (4, 12), (12, 16))
+    ]
+    assert_same_linear(sum(parts), whole, tensor, x, ids)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+def test_slices_are_views(scheme: str) -> None:
     for part_of in (lambda t: t[2:4], lambda t: t[:, 4:8]):
-        tensor = make(group_size=4).tensor
+        tensor = make(scheme, group_size=4, low_rank_bits=8).tensor
         part = part_of(tensor)
         shared = storages(tensor)
         for name, t in inner_tensors(part).items():
             if name == "modality_bias" and part.shape[0] == 6:
                 continue  # zeros of its own, where column 0 is another slice's
             assert t.untyped_storage().data_ptr() in shared, name
-        part.qdata.zero_()
+        part.scale.zero_()
         assert (part_of(tensor).dequantize() == 0).all()
         assert (tensor.dequantize() != 0).any()
 
@@ -321,7 +357,7 @@ def test_narrow_is_slicing() -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w3a3", "w4a16"])
 def test_loading_shards_as_vllm_does(scheme: str, dim: int) -> None:
     """``param.data.narrow(...).copy_(loaded.narrow(...))`` fills the parameter."""
     parameter = nn.Parameter(make(scheme, shape=(8, 16), seed=1).tensor, False)
@@ -358,6 +394,8 @@ def test_merging_projections_as_vllm_does() -> None:
         ("w8a8", 4, (4, 6), 4, "8-bit integers, group size 4"),
         ("w4a8", 8, (4, 8), 8, "4-bit integers, group size 8"),
         ("w8a8", 2, (1, 4), 2, "8-bit integers, group size 2"),
+        ("w3a3", None, (1, 8), 2, "3-bit integers, group size 16"),
+        ("w4a16", 4, (2, 8), 4, "4-bit integers, group size 4"),
     ],
 )
 def test_slices_between_groups_or_bytes_raise(

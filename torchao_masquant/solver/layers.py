@@ -70,12 +70,17 @@ def solve_group(
     ]
     # The integers are made from the float32 factor, as they will be at convert.
     pre_scale = factors[0].float().reciprocal()
-    shared = {
-        name: dequantize_smoothed_weight(
-            *quantize_smoothed_weight(weight, pre_scale, options.bits.weight_bits)
+    bits = options.bits
+    shared = {}
+    for name, weight in weights.items():
+        qdata, scale, zero_point = quantize_smoothed_weight(
+            weight,
+            pre_scale,
+            bits.weight_bits,
+            bits.group_size,
+            symmetric=bits.symmetric,
         )
-        for name, weight in weights.items()
-    }
+        shared[name] = dequantize_smoothed_weight(qdata, scale, zero_point=zero_point)
 
     pairs: dict[str, list[Optional[tuple[torch.Tensor, torch.Tensor]]]] = {
         name: [] for name in weights
