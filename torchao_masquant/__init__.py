@@ -14,6 +14,7 @@ Language Models", CVPR 2026, arXiv 2603.04800.
 
 from torchao_masquant.calibration import calibrate
 from torchao_masquant.config import MASQuantConfig, masquant_config
+from torchao_masquant.evaluation import Analysis, Evaluation, analyze, evaluate
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router, token_modalities
@@ -21,6 +22,8 @@ from torchao_masquant.schemes import SCHEMES, Scheme
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = [
+    "Analysis",
+    "Evaluation",
     "LayerRecipe",
     "MASQuantConfig",
     "MASQuantLinear",
@@ -29,7 +32,9 @@ __all__ = [
     "Router",
     "SCHEMES",
     "Scheme",
+    "analyze",
     "calibrate",
+    "evaluate",
     "masquant_config",
     "token_modalities",
 ]

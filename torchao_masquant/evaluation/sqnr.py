@@ -6,7 +6,6 @@
 """Signal-to-quantization-noise ratio of each linear, per modality."""
 
 import contextlib
-import math
 from dataclasses import dataclass
 from typing import Any, Iterable, Iterator, Mapping
 
@@ -15,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchao_masquant.calibration.samples import run_samples
+from torchao_masquant.evaluation.decibel import decibel
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.routing import Router, router_of, token_modalities
 
-__all__ = ["SQNR", "linear_sqnr"]
+__all__ = ["SQNR", "LinearComparison", "linear_sqnr"]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class SQNR:
     @property
     def plain(self) -> float:
         """``10 log10(E|y|^2 / E|y_hat - y|^2)``, in dB."""
-        return _decibel(self.energy, self.noise)
+        return decibel(self.energy, self.noise)
 
     @property
     def centered(self) -> float:
@@ -51,13 +51,80 @@ class SQNR:
         is a constant.
         """
         constant = (self.total.square().sum() / max(self.count, 1)).item()
-        return _decibel(self.energy - constant, self.noise)
+        return decibel(self.energy - constant, self.noise)
 
 
-def _decibel(signal: float, noise: float) -> float:
-    if signal <= 0:
-        return -math.inf if noise > 0 else math.nan
-    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
+class LinearComparison:
+    """Compares quantized linears with their originals while the original model runs.
+
+    Args:
+        model: in high precision.
+        quantized: ``model`` quantized; its linears are called one by one.
+
+    Raises:
+        ValueError: ``quantized`` has no quantized linear, or one that ``model`` lacks.
+    """
+
+    def __init__(self, model: nn.Module, quantized: nn.Module):
+        self.model = model
+        self.linears = {
+            name: module
+            for name, module in quantized.named_modules()
+            if isinstance(module, MASQuantLinear)
+        }
+        if not self.linears:
+            raise ValueError(f"{type(quantized).__name__} has no quantized linear.")
+        self.originals = dict(model.named_modules())
+        missing = [name for name in self.linears if name not in self.originals]
+        if missing:
+            raise ValueError(f"the original model has no {missing[0]} to compare with.")
+        self.modalities = next(iter(self.linears.values())).weight.modalities
+        #: of the original model; padding is left out
+        self.router = Router.for_model(model, self.modalities)
+        self.router.skip_padding = True
+        #: linear to modality to ratio; a modality without tokens is left out
+        self.results: dict[str, dict[str, SQNR]] = {name: {} for name in self.linears}
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """Compare on every call of the original model inside."""
+        hooks = [
+            self.originals[name].register_forward_pre_hook(
+                lambda module, args, name=name: self._compare(name, module, args[0])
+            )
+            for name in self.linears
+        ]
+        self.router.attach(self.model)
+        try:
+            yield
+        finally:
+            self.router.detach(self.model)
+            for hook in hooks:
+                hook.remove()
+
+    def _compare(self, name: str, original: nn.Module, x: torch.Tensor) -> None:
+        assert isinstance(original, nn.Linear)
+        linear = self.linears[name]
+        ids = self.router.ids_for(name, x)
+        if ids is None:
+            ids = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+        # In float32, so that the type of the activations is no part of the noise.
+        x = x.float()
+        bias = None if original.bias is None else original.bias.float()
+        y = F.linear(x, original.weight.float(), bias)
+        with _routed(linear, ids.clamp_min(0)):
+            noise = linear(x).double() - y.double()
+        for index, modality in enumerate(self.modalities):
+            tokens = y[ids == index].double()
+            if tokens.shape[0] == 0:
+                continue
+            sums = self.results[name].setdefault(
+                modality, SQNR(0, torch.zeros_like(tokens[0]))
+            )
+            sums.count += tokens.shape[0]
+            sums.total += tokens.sum(0)
+            sums.energy += tokens.square().sum().item()
+            sums.noise += noise[ids == index].square().sum().item()
 
 
 @torch.no_grad()
@@ -83,61 +150,16 @@ def linear_sqnr(
     Raises:
         ValueError: ``quantized`` has no quantized linear, or one that ``model`` lacks.
     """
-    linears = {
-        name: module
-        for name, module in quantized.named_modules()
-        if isinstance(module, MASQuantLinear)
-    }
-    if not linears:
-        raise ValueError(f"{type(quantized).__name__} has no quantized linear.")
-    originals = dict(model.named_modules())
-    missing = [name for name in linears if name not in originals]
-    if missing:
-        raise ValueError(f"the original model has no {missing[0]} to compare with.")
-
-    modalities = next(iter(linears.values())).weight.modalities
-    router = Router.for_model(model, modalities)
-    router.skip_padding = True
-    results: dict[str, dict[str, SQNR]] = {name: {} for name in linears}
-
-    def compare(name: str, original: nn.Module, x: torch.Tensor) -> None:
-        assert isinstance(original, nn.Linear)
-        linear = linears[name]
-        ids = router.ids_for(name, x)
-        if ids is None:
-            ids = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-        # In float32, so that the type of the activations is no part of the noise.
-        x = x.float()
-        bias = None if original.bias is None else original.bias.float()
-        y = F.linear(x, original.weight.float(), bias)
-        with _routed(linear, ids.clamp_min(0)):
-            noise = linear(x).double() - y.double()
-        for index, modality in enumerate(modalities):
-            tokens = y[ids == index].double()
-            if tokens.shape[0] == 0:
-                continue
-            sums = results[name].setdefault(
-                modality, SQNR(0, torch.zeros_like(tokens[0]))
-            )
-            sums.count += tokens.shape[0]
-            sums.total += tokens.sum(0)
-            sums.energy += tokens.square().sum().item()
-            sums.noise += noise[ids == index].square().sum().item()
-
-    hooks = [
-        originals[name].register_forward_pre_hook(
-            lambda module, args, name=name: compare(name, module, args[0])
+    comparison = LinearComparison(model, quantized)
+    with comparison.observing():
+        run_samples(
+            model,
+            samples,
+            comparison.router,
+            progress=progress,
+            description="Comparing",
         )
-        for name in linears
-    ]
-    router.attach(model)
-    try:
-        run_samples(model, samples, router, progress=progress, description="Comparing")
-    finally:
-        router.detach(model)
-        for hook in hooks:
-            hook.remove()
-    return results
+    return comparison.results
 
 
 @contextlib.contextmanager

@@ -1,0 +1,162 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What people see of a result."""
+
+import builtins
+import io
+import re
+import warnings
+
+import pytest
+import records
+from rich.console import Console
+
+from torchao_masquant.evaluation.plotting import by_place, style_of
+from torchao_masquant.evaluation.tables import WIDTH, short_names
+
+
+def test_an_evaluation_shows_its_numbers():
+    text = str(records.evaluation())
+    assert "w4a8: 2 KiB of weights in the decoder (reference: 8 KiB)" in text
+    for cell in ("75.0 (25.0)", "1.500 (2.000)", "1.25e-01", "inf", "50.0", "4.482"):
+        assert cell in text
+    assert "text+vision" in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_an_evaluation_without_a_reference_shows_no_empty_columns():
+    text = str(records.evaluation(reference=False))
+    assert "75.0" in text
+    assert "KL" not in text and "SQNR" not in text and "None" not in text
+
+
+def test_an_analysis_shows_its_numbers():
+    analysis = records.analysis()
+    text = str(analysis)
+    assert "in model.layers" in text and "0.q" in text
+    assert f"correlation {analysis.correlation:.3f} (theorem 1)" in text
+    assert re.search(r"masquant-paper +vision +-inf +10\.0", text)
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_an_analysis_of_one_modality_has_no_tables_of_pairs():
+    text = str(records.analysis(modalities=("text",), losses=False))
+    assert "largest value" in text
+    assert "rank" not in text and "loss" not in text and "nan" not in text
+
+
+@pytest.mark.parametrize("record", [records.evaluation(), records.analysis()])
+def test_rich_prints_what_str_gives(record):
+    file = io.StringIO()
+    Console(file=file, width=WIDTH, no_color=True).print(record)
+    printed = "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+    assert printed == str(record)
+
+
+@pytest.mark.parametrize(
+    "names, path, short",
+    [
+        ([], "", []),
+        (["a.b.c"], "a.b", ["c"]),
+        (["a.b.c", "a.d"], "a", ["b.c", "d"]),
+        (["a.b", "a.b.c"], "a", ["b", "b.c"]),
+        (["lay.x", "layer.x"], "", ["lay.x", "layer.x"]),
+    ],
+)
+def test_the_shared_path_of_names_is_told_once(names, path, short):
+    assert short_names(names) == (path, short)
+
+
+def _texts(figure):
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def _drawn(figure) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # Such as a glyph that is missing, or a layout without room.
+        warnings.simplefilter("error")
+        figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def test_the_figure_of_an_evaluation():
+    figures = records.evaluation().figures()
+    assert list(figures) == ["sqnr_by_layer"]
+    assert _drawn(figures["sqnr_by_layer"]).startswith(b"\x89PNG")
+    texts = _texts(figures["sqnr_by_layer"])
+    assert {"attn.q", "mlp.up", "output SQNR, dB", "decoder layer"} <= set(texts)
+    (line, *_) = figures["sqnr_by_layer"].axes[0].lines
+    assert list(line.get_xdata()) == [0, 1, 2]
+    assert list(line.get_ydata()) == [20.0, 20.0, 20.0]
+    assert records.evaluation(reference=False).figures() == {}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("model.layers.0.q", "model.layers.1.q"), ("first", "second")],
+    ids=["layers", "no layers"],
+)
+def test_the_figures_of_an_analysis(names):
+    analysis = records.analysis(names)
+    figures = analysis.figures()
+    expected = ["ranges", "dominance", "theorem_1", "effective_ranks", "sqnr_by_rank"]
+    assert list(figures) == expected
+    for figure in figures.values():
+        assert _drawn(figure).startswith(b"\x89PNG")
+        for axis in figure.axes:
+            assert axis.get_ylabel()
+    title = figures["theorem_1"].axes[0].get_title()
+    assert title == f"theorem 1: correlation {analysis.correlation:.3f}"
+    points = figures["theorem_1"].axes[0].collections[0].get_offsets()
+    assert points.tolist() == [[0.0, 0.0], [1.0, 2.0]]
+
+
+def test_figures_of_one_modality_leave_out_what_is_not_there():
+    figures = records.analysis(modalities=("text",), losses=False).figures()
+    assert list(figures) == ["ranges", "dominance"]
+    for figure in figures.values():
+        _drawn(figure)
+
+
+def test_figures_do_not_pile_up():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    records.analysis().figures()
+    assert pyplot.get_fignums() == []
+
+
+def test_a_missing_matplotlib_is_told_in_a_sentence(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for record in (records.evaluation(), records.analysis()):
+        with pytest.raises(ImportError, match=r"torchao_masquant\[report\]"):
+            record.figures()
+
+
+def test_a_modality_looks_the_same_whatever_the_others():
+    assert (
+        style_of("audio", ("text", "audio")).color
+        == style_of("audio", ("text", "vision", "audio")).color
+    )
+    colors = {style_of(m, records.MODALITIES).color for m in records.MODALITIES}
+    assert len(colors) == 3
+
+
+def test_linears_are_sorted_by_kind_and_layer():
+    names = ["m.layers.0.q", "m.layers.0.up", "m.layers.10.q", "head", "other"]
+    assert by_place(names) == {
+        "q": [(0, "m.layers.0.q"), (10, "m.layers.10.q")],
+        "up": [(0, "m.layers.0.up")],
+        "": [(0, "head"), (1, "other")],
+    }

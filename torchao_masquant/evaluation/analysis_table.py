@@ -1,0 +1,103 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""An analysis as tables."""
+
+import math
+import statistics
+from typing import Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from torchao_masquant.evaluation.analysis import Analysis
+from torchao_masquant.evaluation.tables import new_table, number, short_names
+
+__all__ = ["render"]
+
+
+def render(analysis: Analysis) -> RenderableType:
+    """Lay an analysis out: what theorem 1 says, ranks, and a line for each input."""
+    parts: list[RenderableType] = [
+        Text(
+            f"{analysis.model}, {analysis.scheme}, alpha {analysis.alpha:g}; "
+            f"{' / '.join(analysis.modalities)}"
+        ),
+        _inputs(analysis),
+    ]
+    if not math.isnan(analysis.correlation):
+        parts.append(
+            Text(
+                "Loss by the unified factor, predicted against measured: correlation "
+                f"{analysis.correlation:.3f} (theorem 1), "
+                f"{analysis.correlation_per_token:.3f} (scale per token)"
+            )
+        )
+    if len(analysis.modalities) > 1:
+        parts += [_effective_ranks(analysis), _curves(analysis)]
+    return Group(*parts)
+
+
+def _cells(values: Sequence[float], pattern: str, factor: float = 1.0) -> str:
+    return " ".join(f"{number(value, pattern, factor):>6}" for value in values)
+
+
+def _inputs(analysis: Analysis) -> RenderableType:
+    lossy = any(i.losses for i in analysis.inputs.values())
+    names = " ".join(f"{m:>6}" for m in analysis.modalities)
+    path, inputs = short_names(list(analysis.inputs))
+    table = new_table(
+        "By input, named by the first linear that reads it"
+        + (f", in {path}" if path else ""),
+        ["input"],
+        [f"largest value\n{names}", f"sets the factor, %\n{names}"]
+        + ([f"loss, dB\n{names}", f"predicted, dB\n{names}"] if lossy else []),
+    )
+    for name, study in zip(inputs, analysis.inputs.values()):
+        ranges = [study.ranges[m] for m in analysis.modalities]
+        losses = [study.losses[m] for m in analysis.modalities if m in study.losses]
+        table.add_row(
+            name,
+            _cells([r.absmax for r in ranges], ".3g"),
+            _cells([r.dominance for r in ranges], ".0f", 100),
+            *(
+                [
+                    _cells([loss.measured for loss in losses], ".1f"),
+                    _cells([loss.predicted for loss in losses], ".1f"),
+                ]
+                if lossy
+                else []
+            ),
+        )
+    return table
+
+
+def _effective_ranks(analysis: Analysis) -> RenderableType:
+    table = new_table(
+        "Effective rank of the weight difference, mean over the linears",
+        ["modality"],
+        ["plain", "whitened", "of at most"],
+    )
+    for modality in analysis.modalities[1:]:
+        ranks = [ranks[modality] for ranks in analysis.effective_ranks.values()]
+        table.add_row(
+            modality,
+            number(statistics.mean(r.plain for r in ranks), ".1f"),
+            number(statistics.mean(r.whitened for r in ranks), ".1f"),
+            number(statistics.mean(r.full for r in ranks), ".1f"),
+        )
+    return table
+
+
+def _curves(analysis: Analysis) -> RenderableType:
+    table = new_table(
+        "Centred SQNR by rank of the pair, share of min(N, K), in dB",
+        ["method", "modality"],
+        [f"{100 * rank:g} %" for rank in analysis.ranks],
+    )
+    for method, curves in analysis.sqnr_by_rank.items():
+        for modality, values in curves.items():
+            table.add_row(method, modality, *(number(v, ".1f") for v in values))
+    return table

@@ -1,0 +1,178 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``analyze``: what a dense model's modalities mean for quantizing it."""
+
+import itertools
+import statistics
+from typing import Any, Iterable, Mapping, Optional, Sequence
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from torchao_masquant.calibration.calibrate import base_first
+from torchao_masquant.calibration.passes import plan_passes
+from torchao_masquant.calibration.samples import run_samples
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.evaluation.analysis import Analysis
+from torchao_masquant.evaluation.compensation_curves import GAUGED, PUBLISHED
+from torchao_masquant.evaluation.input_study import InputStudy, study_input
+from torchao_masquant.evaluation.token_session import TokenSession
+from torchao_masquant.modality import TEXT
+from torchao_masquant.routing import Router
+from torchao_masquant.schemes import get_scheme
+from torchao_masquant.selection import Patterns, select_linears
+
+__all__ = ["analyze"]
+
+#: tokens of each modality and input that are quantized to measure the loss
+_TOKENS = 512
+_RANKS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
+_MAX_STATISTICS_BYTES = 4 << 30
+
+
+def analyze(
+    model: nn.Module,
+    samples: Iterable[Mapping[str, Any]],
+    *,
+    scheme: str = "w4a8",
+    alpha: float = 0.5,
+    ranks: Sequence[float] = _RANKS,
+    modalities: Optional[Sequence[str]] = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    max_statistics_bytes: int = _MAX_STATISTICS_BYTES,
+    progress: bool = True,
+) -> Analysis:
+    """Find how the modalities differ at each linear, and what that costs.
+
+    The model is left as it was. The data runs once, or several times where the
+    covariances of all linears do not fit ``max_statistics_bytes``.
+
+    Args:
+        model: dense; see :func:`~torchao_masquant.calibrate`.
+        samples: the model's own keyword inputs, as for ``calibrate``.
+        scheme: whose bits to analyze for; see :data:`torchao_masquant.SCHEMES`. With
+            16-bit activations there is no loss of activations to measure.
+        alpha: 0..1, exponent of the activations in the smoothing factors.
+        ranks: of the low-rank pairs, shares of ``min(N, K)``, 0.0 to 1.0.
+        modalities: names, base first; None for all that the model's config declares.
+        include: patterns of names of linears, in place of all of the decoder.
+        exclude: patterns of names to leave out.
+        max_statistics_bytes: bound of the statistics' memory, in bytes.
+        progress: show bars on a terminal.
+
+    Returns:
+        The analysis.
+
+    Raises:
+        ValueError: an option is out of range; ``samples`` is empty; a modality has no
+            tokens; an activation or a weight is nan or inf; a linear is never called,
+            or quantized already.
+        TypeError: an option or a sample is of the wrong type.
+
+    Reference: MASQuant, arXiv 2603.04800, theorems 1 and 2.
+    """
+    bits = get_scheme(scheme)
+    _check_alpha(alpha)
+    shares = _checked_shares(ranks)
+    model = getattr(model, "_orig_mod", model)
+    linears = select_linears(model, include, exclude)
+    for name, linear in linears.items():
+        if linear.weight.is_meta or not torch.isfinite(linear.weight).all():
+            raise ValueError(
+                f"{name}: its weight holds no values, nan or inf: load the model's "
+                "weights first, or exclude it."
+            )
+    base = TEXT if modalities is None else next(iter(modalities), TEXT)
+    router = Router.for_model(model, base_first(model, base, modalities))
+    router.skip_padding = True
+
+    iterator = iter(samples)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError(
+            "samples is empty: the analysis needs at least one sample of every "
+            "modality."
+        )
+    # One sample, without covariances, shows which linears share their input.
+    probe = CalibrationSession(linears, router, second_moments=False)
+    with probe.observing(model):
+        run_samples(model, [first], router, progress=False, description="")
+    passes = plan_passes(probe, True, max_statistics_bytes)
+
+    data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
+    if len(passes) > 1:
+        data = list(data)
+    studies: dict[str, InputStudy] = {}
+    for index, names in enumerate(passes, start=1):
+        session = TokenSession({n: linears[n] for n in names}, router, _TOKENS)
+        of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
+        with session.observing(model):
+            run_samples(
+                model, data, router, progress=progress, description=f"Observing{of}"
+            )
+        session.check_complete()
+        # disable=None: quiet where standard error is no terminal.
+        bar = tqdm(
+            session.groups().items(),
+            desc=f"Analyzing{of}",
+            disable=None if progress else True,
+        )
+        for leader, members in bar:
+            studies[leader] = study_input(session, leader, members, bits, alpha, shares)
+
+    others = router.modalities[1:]
+    curves = {
+        name: {m: study.curves[m][name] for m in others}
+        for study in studies.values()
+        for name in study.input.linears
+    }
+    return Analysis(
+        model=type(model).__name__,
+        scheme=scheme,
+        alpha=float(alpha),
+        modalities=router.modalities,
+        inputs={name: studies[name].input for name in linears if name in studies},
+        effective_ranks={
+            name: {m: curves[name][m].rank for m in others} for name in linears
+        },
+        ranks=shares,
+        sqnr_by_rank={
+            method: {
+                m: tuple(
+                    statistics.mean(curves[name][m].sqnr[method][i] for name in linears)
+                    for i in range(len(shares))
+                )
+                for m in others
+            }
+            for method in (PUBLISHED, GAUGED)
+        },
+    )
+
+
+def _check_alpha(alpha: Any) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha must be a number, got {alpha!r}.")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in 0..1, got {alpha}.")
+
+
+def _checked_shares(ranks: Any) -> tuple[float, ...]:
+    """Shares of ``min(N, K)``, ascending, each once."""
+    if isinstance(ranks, (str, int, float)) or not ranks:
+        raise ValueError(
+            f"ranks is a sequence of shares of min(N, K) such as (0.0, 0.05), got "
+            f"{ranks!r}."
+        )
+    for rank in ranks:
+        # 1 could mean a rank of one, or all of it.
+        if rank != 0 and not isinstance(rank, float) or not 0 <= rank <= 1:
+            raise ValueError(
+                f"ranks are shares of min(N, K), of type float and in 0..1, got "
+                f"{rank!r}."
+            )
+    return tuple(sorted({float(rank) for rank in ranks}))

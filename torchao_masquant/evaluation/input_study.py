@@ -1,0 +1,95 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""All that an analysis says of one input and of the linears that read it."""
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+
+from torchao_masquant.evaluation.analysis import InputAnalysis, SmoothingLoss
+from torchao_masquant.evaluation.compensation_curves import (
+    CompensationCurve,
+    compensation_curves,
+    shared_weight,
+)
+from torchao_masquant.evaluation.ranges import modality_ranges
+from torchao_masquant.evaluation.smoothing_loss import smoothing_loss
+from torchao_masquant.evaluation.token_session import TokenSession
+from torchao_masquant.schemes import Scheme
+from torchao_masquant.solver.smoothing import smoothing_factor
+
+__all__ = ["InputStudy", "study_input"]
+
+
+@dataclass(frozen=True)
+class InputStudy:
+    """Of one input.
+
+    Attributes:
+        input: ranges and losses.
+        curves: modality (all but the base) to linear to its curves.
+    """
+
+    input: InputAnalysis
+    curves: dict[str, dict[str, CompensationCurve]]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def study_input(
+    session: TokenSession,
+    leader: str,
+    names: Sequence[str],
+    scheme: Scheme,
+    alpha: float,
+    ranks: Sequence[float],
+) -> InputStudy:
+    """Study one input.
+
+    Args:
+        session: has seen its data.
+        leader: the first linear that reads the input.
+        names: all linears that do.
+        scheme: integer formats.
+        alpha: exponent of the activations in the smoothing factors.
+        ranks: shares of ``min(N, K)``.
+    """
+    statistics = session.statistics[leader]
+    weights = {name: session.linears[name].weight.detach() for name in names}
+    weight_absmax = torch.stack([w.abs().amax(0) for w in weights.values()]).amax(0)
+    ranges = [moments.absmax for moments in statistics.moments]
+    own = [smoothing_factor(absmax, weight_absmax, alpha) for absmax in ranges]
+    unified = smoothing_factor(torch.stack(ranges).amax(0), weight_absmax, alpha)
+
+    losses: dict[str, SmoothingLoss] = {}
+    if not scheme.weight_only:
+        losses = {
+            modality: smoothing_loss(
+                session.tokens(leader, index),
+                ranges[index],
+                own[index],
+                unified,
+                scheme.act_bits,
+            )
+            for index, modality in enumerate(statistics.modalities)
+        }
+    shared = {n: shared_weight(w, own[0], scheme) for n, w in weights.items()}
+    return InputStudy(
+        InputAnalysis(
+            linears=tuple(names),
+            in_features=statistics.moments[0].absmax.numel(),
+            ranges=modality_ranges(statistics),
+            losses=losses,
+        ),
+        {
+            modality: compensation_curves(
+                weights, shared, own[index], statistics.moments[index], ranks
+            )
+            for index, modality in enumerate(statistics.modalities)
+            if index > 0
+        },
+    )

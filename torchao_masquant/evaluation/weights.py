@@ -1,0 +1,77 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What the weights of a model's decoder are, and what they weigh."""
+
+from typing import Optional
+
+import torch
+from torch import nn
+
+from torchao_masquant.linear import MASQuantLinear
+
+__all__ = ["method_of", "quantized_linears", "scheme_of", "weight_bytes"]
+
+
+def quantized_linears(model: nn.Module) -> dict[str, MASQuantLinear]:
+    """Name to module of the quantized linears."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, MASQuantLinear)}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights of the decoder's linears, as they are held.
+
+    Biases, ``lm_head`` and the towers in front of the decoder are not counted. A weight
+    that several linears share counts once.
+    """
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    part = decoder if isinstance(decoder, nn.Module) else model
+    weights = {
+        id(m.weight): m.weight
+        for m in part.modules()
+        if isinstance(m, nn.Linear) and m is not head
+    }
+    return sum(_bytes_held(weight.data) for weight in weights.values())
+
+
+def _bytes_held(tensor: torch.Tensor) -> int:
+    """Of a tensor, or of the plain tensors inside of a subclass."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes_held(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def scheme_of(model: nn.Module) -> Optional[str]:
+    """Name of the scheme of a model's quantized linears.
+
+    Returns:
+        "mixed" where they differ; None where there are none.
+    """
+    found = {
+        (linear.weight.weight_bits, linear.weight.act_bits)
+        for linear in quantized_linears(model).values()
+    }
+    if not found:
+        return None
+    if len(found) > 1:
+        return "mixed"
+    weight_bits, act_bits = found.pop()
+    return f"w{weight_bits}a{act_bits}"
+
+
+def method_of(model: nn.Module) -> Optional[str]:
+    """Method that a model's own config says it was quantized by, where it does.
+
+    transformers keeps the torchao config of a quantized model there; quantize_() by
+    itself leaves no trace, and the weights of two methods can look alike.
+    """
+    config = getattr(model, "config", None)
+    quantization = getattr(config, "quantization_config", None)
+    method = getattr(getattr(quantization, "quant_type", None), "method", None)
+    return method if isinstance(method, str) else None
