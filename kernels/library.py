@@ -9,7 +9,7 @@
 that carries the quantized matrix and implements the operator by desugaring it to
 the plain-tensor operators below, in this order::
 
-    qx, sx = smooth_quantize(x, act_pre_scale, modality_ids, act_bits)
+    qx, sx = smooth_quantize(x, act_pre_scale, modality_ids, act_bits, act_shift)
     h      = low_rank_down(qx, sx, l1, modality_ids, ranks)       # mixed calls only
     y      = int_linear(qx, sx, qdata, scale, h, l2, ...)
 
@@ -31,7 +31,7 @@ _LIB.define(
 )
 _LIB.define(
     "smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? modality_ids,"
-    " int act_bits) -> (Tensor qdata, Tensor scale)"
+    " int act_bits, Tensor? act_shift=None) -> (Tensor qdata, Tensor scale)"
 )
 _LIB.define(
     "low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor modality_ids,"
@@ -115,6 +115,7 @@ def _(
     act_pre_scale: torch.Tensor,
     modality_ids: Optional[torch.Tensor],
     act_bits: int,
+    act_shift: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = x.shape[0]
     return (

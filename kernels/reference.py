@@ -23,13 +23,22 @@ def _smooth(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor,
     modality_ids: Optional[torch.Tensor],
+    act_shift: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """(T, K) float32 ``x * p_m``."""
+    """(T, K) float32 ``x * p_m - o_m``."""
+    smoothed = x.float() * _rows(act_pre_scale, modality_ids)
+    if act_shift is not None:
+        smoothed = smoothed - _rows(act_shift, modality_ids)
+    return smoothed
+
+
+def _rows(
+    per_modality: torch.Tensor, modality_ids: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """Of (M, L), each token's row (T, L), or the base's (1, L) for all."""
     if modality_ids is None:
-        pre_scale = act_pre_scale[:1]
-    else:
-        pre_scale = act_pre_scale.index_select(0, modality_ids.long())
-    return x.float() * pre_scale
+        return per_modality[:1]
+    return per_modality.index_select(0, modality_ids.long())
 
 
 def smooth_quantize(
@@ -37,11 +46,12 @@ def smooth_quantize(
     act_pre_scale: torch.Tensor,
     modality_ids: Optional[torch.Tensor],
     act_bits: int,
+    act_shift: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``q = round(x * p_m / s)``, ``s = max_k |x * p_m| / (2 ** (bits - 1) - 1)``.
+    """``q = round(v / s)``, ``v = x * p_m - o_m``, ``s = max_k |v| / (2 ** (bits - 1) - 1)``.
 
-    Divides each token by the smoothing factor of its modality and quantizes it,
-    symmetric, per token, dynamically.
+    Divides each token by the smoothing factor of its modality, moves it by the
+    modality's shift, and quantizes it, symmetric, per token, dynamically.
 
     Args:
         x: (T, K) floating point.
@@ -49,12 +59,13 @@ def smooth_quantize(
             modality first.
         modality_ids: (T,) integers in [0, M), or None: every token is base.
         act_bits: 2 to 8; fewer than 8 bits are still held in int8.
+        act_shift: (M, K) float32 ``o_m``, or None for zeros.
 
     Returns:
         ``qdata`` (T, K) int8 and ``scale`` (T, 1) float32.
     """
     quant_max = 2 ** (act_bits - 1) - 1
-    smoothed = _smooth(x, act_pre_scale, modality_ids)
+    smoothed = _smooth(x, act_pre_scale, modality_ids, act_shift)
     scale = smoothed.abs().amax(dim=-1, keepdim=True) / quant_max
     # A token of zeros has no scale; any positive one gives back its zeros.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
@@ -139,8 +150,7 @@ def int_linear(
         scale: (N, G) float32; each of the G scales serves K / G neighbours.
         low_rank_hidden: (T, R) float32 or None.
         l2: (R, N) floating point or int8, or None.
-        modality_bias: (M - 1, N) floating point or None: what the modalities
-            1, 2, ... add.
+        modality_bias: (M, N) floating point or None: what each modality adds.
         modality_ids: (T,) integers or None: every token is base.
         bias: (N,) floating point or None.
         weight_bits: 8, 4 or 3.
@@ -175,9 +185,8 @@ def _add_biases(
     modality_ids: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    if modality_bias is not None and modality_ids is not None:
-        padded = torch.cat((torch.zeros_like(modality_bias[:1]), modality_bias))
-        y = y + padded.float().index_select(0, modality_ids.long())
+    if modality_bias is not None:
+        y = y + _rows(modality_bias.float(), modality_ids)
     if bias is not None:
         y = y + bias.float()
     return y
@@ -211,8 +220,7 @@ def weight_only_linear(
         zero_point: (N, G) int8, or None for zeros.
         l1: (K, R) floating point or int8, or None.
         l2: (R, N) floating point or int8, or None.
-        modality_bias: (M - 1, N) floating point or None: what the modalities
-            1, 2, ... add.
+        modality_bias: (M, N) floating point or None: what each modality adds.
         modality_ids: (T,) integers or None: every token is base, and no low-rank work
             is done.
         bias: (N,) floating point or None.

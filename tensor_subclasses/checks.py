@@ -23,6 +23,7 @@ def check_parts(
     l1: Optional[torch.Tensor],
     l2: Optional[torch.Tensor],
     modality_bias: Optional[torch.Tensor],
+    act_shift: Optional[torch.Tensor],
     low_rank_bits: int,
 ) -> None:
     """Raise unless all that goes with a weight fits it.
@@ -32,8 +33,9 @@ def check_parts(
         weight_bits: see :class:`MASQuantTensor`, as all below.
 
     Raises:
-        ValueError: a shape or a number of bits does not fit, or a pair or bias is
-            given where tokens are not told apart.
+        ValueError: a shape or a number of bits does not fit, a pair, bias or shift is
+            given where tokens are not told apart, or a shift where activations are not
+            quantized.
     """
     n, k = shape
     if weight_bits not in (3, 4, 8):
@@ -60,7 +62,8 @@ def check_parts(
     for name, tensor, expected in (
         ("l1", l1, (k, rank)),
         ("l2", l2, (rank, n)),
-        ("modality_bias", modality_bias, (others, n)),
+        ("modality_bias", modality_bias, (others + 1, n)),
+        ("act_shift", act_shift, (others + 1, k)),
     ):
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(
@@ -80,12 +83,17 @@ def check_parts(
     if (
         others
         and smoothing_factor.shape[0] == 1
-        and (rank or modality_bias is not None)
+        and (rank or modality_bias is not None or act_shift is not None)
     ):
         raise ValueError(
-            "a low-rank pair and a modality bias need one smoothing factor for "
+            "a low-rank pair, a modality bias and a shift need one smoothing factor for "
             f"each of {tuple(modalities)}: with one for all, tokens are not told "
             "apart."
+        )
+    if act_shift is not None and act_bits == 16:
+        raise ValueError(
+            "a shift is for activations that are quantized: with act_bits=16 it changes "
+            "nothing."
         )
 
 

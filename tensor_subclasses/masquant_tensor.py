@@ -33,11 +33,13 @@ class MASQuantTensor(TorchAOBaseTensor):
     """
     Weight quantized once, used by several modalities (MASQuant, arXiv 2603.04800).
 
-    A token ``x`` of modality ``m`` sees, with ``p_m = act_pre_scale[m]``::
+    A token ``x`` of modality ``m`` sees, with ``p_m = act_pre_scale[m]`` and
+    ``o_m = act_shift[m]``::
 
-        y = Q(x * p_m) Q(W / p_0)^T + [m > 0] (x * p_m) L1_m L2_m + b_m
+        v = Q(x * p_m - o_m)
+        y = v Q(W / p_0)^T + [m > 0] v L1_m L2_m + b_m
 
-    with ``Q(x * p_m)`` being ``x * p_m`` itself where ``act_bits`` is 16.
+    with ``v`` being ``x * p_m`` itself where ``act_bits`` is 16.
 
     M modalities, base first; an (N, K) weight; R is the sum of ``ranks``.
 
@@ -53,7 +55,9 @@ class MASQuantTensor(TorchAOBaseTensor):
         l1: (K, R) of 16 bits or int8, down-projections of the modalities 1, 2, ...
             side by side
         l2: (R, N) of l1's type, their up-projections, one below the other
-        modality_bias: (M - 1, N) float32, what the modalities 1, 2, ... add
+        modality_bias: (M, N) float32, what each modality adds
+        act_shift: (M, K) float32, what is taken off the smoothed activations; its
+            product with the weight is part of ``modality_bias``
         zero_point: (N, G) int8, the integers that stand for zero; None: symmetric.
             Unsigned integers of b bits are held less 2 ** (b - 1), and so are their
             zero points: uint4 0..15 is -8..7, packed as symmetric ones are
@@ -77,6 +81,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         "modality_bias",
         "zero_point",
         "low_rank_scale",
+        "act_shift",
     ]
     tensor_attribute_names = [
         "in_features",
@@ -103,6 +108,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         modality_bias: Optional[torch.Tensor] = None,
         zero_point: Optional[torch.Tensor] = None,
         low_rank_scale: Optional[torch.Tensor] = None,
+        act_shift: Optional[torch.Tensor] = None,
     ) -> "MASQuantTensor":
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -128,6 +134,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         modality_bias: Optional[torch.Tensor] = None,
         zero_point: Optional[torch.Tensor] = None,
         low_rank_scale: Optional[torch.Tensor] = None,
+        act_shift: Optional[torch.Tensor] = None,
     ):
         super().__init__()
         if zero_point is not None and act_bits != 16:
@@ -150,6 +157,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         self.modality_bias = modality_bias
         self.zero_point = zero_point
         self.low_rank_scale = low_rank_scale
+        self.act_shift = act_shift
 
     @classmethod
     def from_hp(
@@ -166,6 +174,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         l1: Optional[torch.Tensor] = None,
         l2: Optional[torch.Tensor] = None,
         modality_bias: Optional[torch.Tensor] = None,
+        act_shift: Optional[torch.Tensor] = None,
         low_rank_bits: int = 16,
     ) -> "MASQuantTensor":
         """Quantize a high-precision weight, smoothed for the base modality.
@@ -183,18 +192,20 @@ class MASQuantTensor(TorchAOBaseTensor):
             ranks: rank of the pair of modality 1, 2, ...; their sum is R.
             l1: (K, R) down-projections.
             l2: (R, N) up-projections.
-            modality_bias: (M - 1, N).
+            modality_bias: (M, N).
+            act_shift: (M, K), of the smoothed activations; the caller makes up for it
+                in ``modality_bias``.
             low_rank_bits: 16: the pair is held in :func:`low_rank_dtype`; 8: it is
                 quantized (:func:`quantize_low_rank_pair`).
 
         Returns:
-            The quantized weight, on ``hp_tensor``'s device; the modality bias is held
-            in float32.
+            The quantized weight, on ``hp_tensor``'s device; the modality bias and
+            the shift are held in float32.
 
         Raises:
             TypeError: ``hp_tensor`` is not floating point.
             ValueError: a shape, a number of bits or a group size does not fit, or a
-                pair or bias is given where tokens are not told apart.
+                pair, bias or shift is given where tokens are not told apart.
         """
         if hp_tensor.dim() != 2:
             raise ValueError(
@@ -218,6 +229,7 @@ class MASQuantTensor(TorchAOBaseTensor):
             l1=l1,
             l2=l2,
             modality_bias=modality_bias,
+            act_shift=act_shift,
             low_rank_bits=low_rank_bits,
         )
         check_parts((n, k), **parts)
@@ -247,6 +259,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         l1: Optional[torch.Tensor] = None,
         l2: Optional[torch.Tensor] = None,
         modality_bias: Optional[torch.Tensor] = None,
+        act_shift: Optional[torch.Tensor] = None,
         low_rank_bits: int = 16,
     ) -> "MASQuantTensor":
         """Take integers that are ready, however they were rounded.
@@ -266,7 +279,8 @@ class MASQuantTensor(TorchAOBaseTensor):
         Raises:
             TypeError: integers or scales are of the wrong type.
             ValueError: a shape or a number of bits does not fit, integers do not fit
-                their bits, or a pair or bias is given where tokens are not told apart.
+                their bits, or a pair, bias or shift is given where tokens are not told
+                apart.
         """
         parts: dict[str, Any] = dict(
             weight_bits=weight_bits,
@@ -277,6 +291,7 @@ class MASQuantTensor(TorchAOBaseTensor):
             l1=l1,
             l2=l2,
             modality_bias=modality_bias,
+            act_shift=act_shift,
             low_rank_bits=low_rank_bits,
         )
         if qdata.dim() != 2:
@@ -304,6 +319,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         l1: Optional[torch.Tensor],
         l2: Optional[torch.Tensor],
         modality_bias: Optional[torch.Tensor],
+        act_shift: Optional[torch.Tensor],
         low_rank_bits: int,
     ) -> "MASQuantTensor":
         device = qdata.device
@@ -335,6 +351,7 @@ class MASQuantTensor(TorchAOBaseTensor):
             modality_bias=held(modality_bias, torch.float32),
             zero_point=held(zero_point, torch.int8),
             low_rank_scale=low_rank_scale,
+            act_shift=held(act_shift, torch.float32),
         )
 
     @property
@@ -394,7 +411,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         Returns:
             (N, K): ``Q(W / p_0) * p_0`` for the base, and
             ``(Q(W / p_0) + (L1_m L2_m)^T) * p_m`` for another modality. The
-            modality bias is no part of it.
+            modality bias and the shift are no part of it.
 
         Raises:
             ValueError: the tensor knows no such modality.
@@ -452,6 +469,8 @@ class MASQuantTensor(TorchAOBaseTensor):
             parts.append(f"low_rank_bits={self.low_rank_bits}")
         if self.modality_bias is not None:
             parts.append("modality_bias")
+        if self.act_shift is not None:
+            parts.append("act_shift")
         parts += [
             f"{self.nbytes_stored} bytes",
             f"dtype={self.dtype}",
@@ -507,7 +526,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             weight.zero_point,
             weight.l1 if paired else None,
             weight.l2 if paired else None,
-            weight.modality_bias if modality_ids is not None else None,
+            weight.modality_bias,
             modality_ids,
             bias,
             weight.ranks,
@@ -517,7 +536,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
     qx, x_scale = torch.ops.masquant.smooth_quantize(
-        tokens, weight.act_pre_scale, modality_ids, weight.act_bits
+        tokens, weight.act_pre_scale, modality_ids, weight.act_bits, weight.act_shift
     )
     hidden = None
     if paired:
@@ -536,7 +555,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         weight.scale,
         hidden,
         weight.l2 if paired else None,
-        weight.modality_bias if modality_ids is not None else None,
+        weight.modality_bias,
         modality_ids,
         bias,
         weight.weight_bits,
@@ -594,7 +613,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
 
     qdata, scale, pre_scale = self.qdata, self.scale, self.act_pre_scale
     l1, l2, modality_bias = self.l1, self.l2, self.modality_bias
-    zero_point = self.zero_point
+    zero_point, act_shift = self.zero_point, self.act_shift
     in_features = self.in_features
     if dim == 0:
         qdata = aten.slice.Tensor(qdata, 0, start, end)
@@ -624,6 +643,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             if zero_point is not None:
                 zero_point = aten.slice.Tensor(zero_point, 1, *groups)
         pre_scale = aten.slice.Tensor(pre_scale, 1, start, end)
+        if act_shift is not None:
+            act_shift = aten.slice.Tensor(act_shift, 1, start, end)
         if l1 is not None:
             l1 = aten.slice.Tensor(l1, 0, start, end)
         if modality_bias is not None and start > 0:
@@ -648,6 +669,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             modality_bias=modality_bias,
             zero_point=zero_point,
             low_rank_scale=self.low_rank_scale,
+            act_shift=act_shift,
         ),
     )
 

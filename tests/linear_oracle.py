@@ -69,6 +69,8 @@ def expected(
     weight = linear.weight.data
     x = x.double()
     smoothed = x * weight.act_pre_scale.double()[ids]
+    if weight.act_shift is not None:
+        smoothed = smoothed - weight.act_shift.double()[ids]
     if weight.act_bits == 16:
         q, step, near = smoothed, torch.ones(1, 1), torch.zeros_like(smoothed)
     else:
@@ -100,8 +102,9 @@ def expected(
         y[rows] = (q * step)[rows] @ matrix.t()
         bound[rows] = (near * step)[rows] @ matrix.abs().t()
         bound[rows] += 1e-5 * ((q * step)[rows].abs() @ matrix.abs().t())
-        if index and weight.modality_bias is not None:
-            y[rows] += weight.modality_bias[index - 1].double()
+        if weight.modality_bias is not None:
+            y[rows] += weight.modality_bias[index].double()
+            bound[rows] += 1e-5 * weight.modality_bias[index].double().abs()
     if linear.bias is not None:
         y += linear.bias.double()
     return y, bound + 1e-5 * y.abs() + 1e-6

@@ -5,12 +5,13 @@
 # LICENSE file in the root directory of this source tree.
 """The torchao config of MASQuant, and what ``quantize_`` does with it."""
 
+import dataclasses
 import os
 import sys
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
@@ -62,11 +63,18 @@ class MASQuantConfig(AOBaseConfig):
         step: "prepare" (observe the linears), "convert" (quantize them), or
             "prepare_for_loading" (give the linears quantized weights of zeros, to load
             a quantized state_dict into, with ``assign=True``).
-        scheme: "w8a8", "w4a8", "w4a6" or "w4a4".
+        scheme: "w8a8", "w4a8", "w4a6", "w4a4", "w4a16" or "w3a3".
         method: "masquant", "masquant-paper", "smoothquant" or "rtn".
-        alpha: 0..1, exponent of the activations in the smoothing factor.
+        alpha: 0..1, exponent of the activations in the smoothing factor, or "auto".
+        separation: 0..1 or "auto", see :func:`~torchao_masquant.calibrate`.
         rank: of each modality's low-rank pair, an int, or a float, the share of
-            ``min(N, K)``.
+            ``min(N, K)``, or "auto".
+        group_size: of the weight, in place of the scheme's.
+        shift: see there, as the four below.
+        rounding: "gptq" or "nearest".
+        clip: search the part of the weight's range that its scales are made for.
+        low_rank_bits: 16 or 8.
+        modality_weights: name of a modality to what its error weighs.
         base_modality: the one that the shared weight is smoothed for.
         modalities: those that the model will meet; None for all its config declares.
         include: patterns of names of linears, in place of all of the decoder.
@@ -82,8 +90,15 @@ class MASQuantConfig(AOBaseConfig):
     step: Union[str, QuantizationStep]
     scheme: str = "w4a8"
     method: str = "masquant"
-    alpha: float = 0.5
-    rank: Union[int, float] = 0.05
+    alpha: Union[float, str, None] = None
+    separation: Union[float, str, None] = None
+    rank: Union[int, float, str] = 0.05
+    group_size: Optional[int] = None
+    shift: Optional[bool] = None
+    rounding: Optional[str] = None
+    clip: Optional[bool] = None
+    low_rank_bits: int = 16
+    modality_weights: Optional[Mapping[str, float]] = None
     base_modality: str = TEXT
     modalities: Optional[Sequence[str]] = None
     include: Patterns = None
@@ -115,7 +130,8 @@ class MASQuantConfig(AOBaseConfig):
     @property
     def options(self) -> SolverOptions:
         """Options of the solution."""
-        return SolverOptions(self.scheme, self.method, self.alpha, self.rank)
+        names = [field.name for field in dataclasses.fields(SolverOptions)]
+        return SolverOptions(**{name: getattr(self, name) for name in names})
 
 
 # A config is named in checkpoints by its class alone, looked up in these modules.
@@ -299,7 +315,15 @@ def _convert_observed(
     # From now on padding is base, as quantized linears want it.
     router.skip_padding = False
     session.detach_linear(linear)
-    convert_linear(linear, name, layer, config.options.bits, router.modalities, router)
+    convert_linear(
+        linear,
+        name,
+        layer,
+        config.options.bits,
+        router.modalities,
+        router,
+        config.options.low_rank_bits,
+    )
 
 
 def _plan_recipe(
@@ -320,6 +344,7 @@ def _plan_recipe(
             config.options.bits,
             recipe.modalities,
             router,
+            config.options.low_rank_bits,
         )
         for name, layer in layers.items()
     }

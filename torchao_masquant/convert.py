@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """From an ``nn.Linear`` and its part of a recipe to a quantized linear."""
 
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 from torch import nn
@@ -46,36 +46,10 @@ def convert_linear(
     Raises:
         ValueError: the weight does not fit the scheme or the recipe; names ``fqn``.
     """
-    weight = linear.weight.data
-    parts: dict[str, Any] = dict(
-        weight_bits=scheme.weight_bits,
-        act_bits=scheme.act_bits,
-        modalities=modalities,
-        smoothing_factor=layer.smoothing_factor,
-        ranks=layer.ranks,
-        l1=layer.l1,
-        l2=layer.l2,
-        modality_bias=layer.modality_bias,
-        low_rank_bits=low_rank_bits,
-    )
     try:
-        if layer.qdata is None:
-            quantized = MASQuantTensor.from_hp(
-                weight,
-                group_size=scheme.group_size,
-                symmetric=scheme.symmetric,
-                **parts,
-            )
-        elif layer.scale is None:
-            raise ValueError("its recipe has integers without a scale.")
-        else:
-            quantized = MASQuantTensor.from_integers(
-                layer.qdata.to(weight.device),
-                layer.scale,
-                zero_point=layer.zero_point,
-                dtype=weight.dtype,
-                **parts,
-            )
+        quantized = layer.quantize(
+            linear.weight.data, scheme, modalities, low_rank_bits
+        )
     except ValueError as error:
         raise ValueError(f"{fqn}: {error}") from error
     return MASQuantLinear.from_float(linear, quantized, fqn, router)

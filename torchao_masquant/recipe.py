@@ -10,19 +10,30 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional, Union
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 
+from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["LayerRecipe", "Recipe", "weight_fingerprint"]
 
 _FORMAT = "torchao_masquant.recipe"
-_FORMAT_VERSION = 1
-_TENSORS = ("smoothing_factor", "l1", "l2", "modality_bias")
+_FORMAT_VERSION = 2
+_TENSORS = (
+    "smoothing_factor",
+    "l1",
+    "l2",
+    "modality_bias",
+    "act_shift",
+    "qdata",
+    "scale",
+    "zero_point",
+)
 
 
 def weight_fingerprint(weight: torch.Tensor) -> str:
@@ -50,7 +61,9 @@ class LayerRecipe:
         ranks: of the pairs of modality 1, 2, ..., or empty: no pairs.
         l1: (K, R) down-projections side by side, R the sum of ``ranks``.
         l2: (R, N) up-projections one below the other.
-        modality_bias: (M - 1, N) what the modalities 1, 2, ... add.
+        modality_bias: (M, N) what each modality adds.
+        act_shift: (M, K) float32, what is taken off the smoothed activations; its
+            product with the weight is part of ``modality_bias``.
         qdata: (N, K) int8, unpacked integers of the weight where they are not those of
             round-to-nearest; None: the weight is rounded when it is converted.
         scale: (N, G) float32 of ``qdata``.
@@ -64,6 +77,7 @@ class LayerRecipe:
     l1: Optional[torch.Tensor] = None
     l2: Optional[torch.Tensor] = None
     modality_bias: Optional[torch.Tensor] = None
+    act_shift: Optional[torch.Tensor] = None
     qdata: Optional[torch.Tensor] = None
     scale: Optional[torch.Tensor] = None
     zero_point: Optional[torch.Tensor] = None
@@ -87,7 +101,15 @@ class LayerRecipe:
             "l2": (rank, n) if rank else None,
         }
         if self.modality_bias is not None:
-            expected["modality_bias"] = (modalities - 1, n)
+            expected["modality_bias"] = (modalities, n)
+        if self.act_shift is not None:
+            expected["act_shift"] = (modalities, k)
+        if self.qdata is not None:
+            groups = 0 if self.scale is None else self.scale.shape[-1]
+            expected["qdata"] = (n, k)
+            expected["scale"] = (n, groups)
+            if self.zero_point is not None:
+                expected["zero_point"] = (n, groups)
         if rank and len(self.ranks) != modalities - 1:
             raise ValueError(
                 f"{name} has {len(self.ranks)} ranks for {modalities} modalities"
@@ -99,6 +121,53 @@ class LayerRecipe:
                 raise ValueError(
                     f"{key} of {name} is of shape {found}, it should be {shape}"
                 )
+
+    def quantize(
+        self,
+        weight: torch.Tensor,
+        scheme: Scheme,
+        modalities: Sequence[str],
+        low_rank_bits: int = 16,
+    ) -> MASQuantTensor:
+        """The quantized weight.
+
+        Args:
+            weight: (N, K) floating point, the one that this part was made for.
+            scheme: integer formats.
+            modalities: names, base first.
+            low_rank_bits: 16 or 8, of the low-rank pairs.
+
+        Raises:
+            ValueError: the weight does not fit the scheme or this part.
+        """
+        parts: dict[str, Any] = dict(
+            weight_bits=scheme.weight_bits,
+            act_bits=scheme.act_bits,
+            modalities=modalities,
+            smoothing_factor=self.smoothing_factor,
+            ranks=self.ranks,
+            l1=self.l1,
+            l2=self.l2,
+            modality_bias=self.modality_bias,
+            act_shift=self.act_shift,
+            low_rank_bits=low_rank_bits,
+        )
+        if self.qdata is None:
+            return MASQuantTensor.from_hp(
+                weight,
+                group_size=scheme.group_size,
+                symmetric=scheme.symmetric,
+                **parts,
+            )
+        if self.scale is None:
+            raise ValueError("its recipe has integers without a scale.")
+        return MASQuantTensor.from_integers(
+            self.qdata.to(weight.device),
+            self.scale,
+            zero_point=self.zero_point,
+            dtype=weight.dtype,
+            **parts,
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by name."""
@@ -239,10 +308,11 @@ def _header(
             f"{os.fspath(path)!r} is a safetensors file, but no MASQuant recipe."
         )
     version = int(metadata["format_version"])
-    if version > _FORMAT_VERSION:
+    if version != _FORMAT_VERSION:
+        advice = "upgrade it" if version > _FORMAT_VERSION else "calibrate again"
         raise _UnreadableError(
             f"{os.fspath(path)!r} is of recipe format {version}, this version of "
-            f"torchao_masquant reads up to {_FORMAT_VERSION}: upgrade it."
+            f"torchao_masquant reads {_FORMAT_VERSION}: {advice}."
         )
     return json.loads(metadata["recipe"])
 

@@ -109,7 +109,7 @@ def test_against_float64(
         hidden = torch.randn(tokens, rank) / 127
         l2 = torch.randint(-127, 128, (rank, out_features), dtype=torch.int8)
     if parts in ("modality bias", "all"):
-        modality_bias = torch.randn(2, out_features)
+        modality_bias = torch.randn(3, out_features)
     if parts in ("bias", "all"):
         bias = torch.randn(out_features).to(out_dtype)
     terms: list[Any] = [scale, hidden, l2, modality_bias, ids, bias]
@@ -134,11 +134,11 @@ def test_groups_of_odd_width(shape: tuple[int, int, int], weight_bits: int) -> N
     assert_within(y, expected, size, 3 + groups)
 
 
-def test_modality_bias_needs_ids() -> None:
-    """A base-only call adds none, and base tokens of a mixed call get none."""
+def test_modality_bias_of_the_base_without_ids() -> None:
+    """A base-only call adds the first row, and so do base tokens of a mixed call."""
     qx, weight, stored = integers(6, 16, 5, 8)
     x_scale, scale = torch.rand(6, 1), torch.rand(5, 1)
-    modality_bias = torch.full((2, 5), 1e6)
+    modality_bias = torch.tensor([[0.0], [1e6], [2e6]]).expand(3, 5)
     rest = (8, torch.float32)
     bare = int_linear(qx, x_scale, stored, scale, None, None, None, None, None, *rest)
     without_ids = int_linear(

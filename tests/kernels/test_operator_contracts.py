@@ -28,7 +28,8 @@ I1 = torch.ones(12, 4, dtype=torch.int8)
 I2 = torch.ones(4, 7, dtype=torch.int8)
 LOW_RANK_SCALE = torch.full((4,), 0.5)
 HIDDEN = torch.ones(5, 4)
-EXTRA = torch.ones(2, 7)
+EXTRA = torch.ones(3, 7)
+SHIFT = torch.ones(3, 12)
 BIAS = torch.ones(7)
 
 QUANTIZE = {
@@ -41,6 +42,8 @@ QUANTIZE = {
     "transposed": (X.t().contiguous().t(), PRE_SCALE, IDS, 8),
     "transposed, no ids": (X.t().contiguous().t(), PRE_SCALE, None, 8),
     "strided": (torch.stack((X, X), -1)[..., 0], PRE_SCALE, IDS, 8),
+    "shift": (X, PRE_SCALE, IDS, 8, SHIFT),
+    "shift, no ids": (X, PRE_SCALE, None, 8, SHIFT),
 }
 DOWN = {
     "two pairs": (QX, X_SCALE, L1, IDS, [3, 1]),
@@ -266,7 +269,8 @@ def test_schemas() -> None:
         "masquant::linear(Tensor x, Tensor weight, Tensor? modality_ids=None, "
         "Tensor? bias=None) -> Tensor",
         "masquant::smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? "
-        "modality_ids, int act_bits) -> (Tensor qdata, Tensor scale)",
+        "modality_ids, int act_bits, Tensor? act_shift=None) -> (Tensor qdata, Tensor "
+        "scale)",
         "masquant::low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor "
         "modality_ids, int[] ranks, Tensor? low_rank_scale=None) -> Tensor",
         "masquant::int_linear(Tensor qx, Tensor x_scale, Tensor qdata, Tensor scale, "

@@ -51,6 +51,37 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e4])
+@pytest.mark.parametrize("act_bits", [8, 4])
+def test_shift(act_bits: int, size: float, dtype: torch.dtype) -> None:
+    """Also one far larger than what is left of a token when it is taken off."""
+    x, pre_scale, ids = inputs(16, 48, 3)
+    shift = size * torch.randn(3, 48)
+    x = ((x + shift[ids]) / pre_scale[ids]).clamp(-6e4, 6e4).to(dtype)
+    for given in (ids, None):
+        q, scale = smooth_quantize(x, pre_scale, given, act_bits, shift)
+        expected = smooth_quantize_f64(x, pre_scale, given, act_bits, shift)
+        # A shift of 1e4 leaves float32 eleven bits of a level.
+        assert_integers(q, expected, ties=1.0 if size == 1e4 else 0.01)
+        quant_max = 2 ** (act_bits - 1) - 1
+        slack = expected.slack.max(-1, keepdims=True) * expected.scale / quant_max
+        assert (np.abs(f64(scale) - expected.scale) <= slack).all()
+
+
+def test_no_shift_is_a_shift_of_zero() -> None:
+    x, pre_scale, ids = inputs(16, 48, 3)
+    bare = smooth_quantize(x, pre_scale, ids, 8)
+    for a, b in zip(bare, smooth_quantize(x, pre_scale, ids, 8, torch.zeros(3, 48))):
+        assert torch.equal(a, b)
+
+
+def test_a_token_that_the_shift_takes_whole() -> None:
+    shift = torch.randn(1, 8)
+    q, scale = smooth_quantize(shift.clone(), torch.ones(1, 8), None, 8, shift)
+    assert not q.any() and scale.isfinite().all() and (scale > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_input_types(dtype: torch.dtype) -> None:
     """The types are widened exactly: nothing is rounded to 16 bits on the way."""
     x, pre_scale, ids = inputs(16, 48, 3, dtype)

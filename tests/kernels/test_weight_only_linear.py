@@ -53,7 +53,7 @@ class Problem:
         self.scale = torch.rand(out_features, groups) / 2**weight_bits + 1e-3
         self.zero_point = torch.from_numpy(zero_point) if asymmetric else None
         self.bias = torch.randn(out_features).to(dtype)
-        self.modality_bias = torch.randn(len(ranks), out_features)
+        self.modality_bias = torch.randn(len(ranks) + 1, out_features)
         self.ids = ids_for(tokens, len(ranks) + 1)
         rank = sum(ranks)
         self.low_rank_scale: Optional[torch.Tensor] = None
@@ -105,8 +105,8 @@ class Problem:
                 a, b = down[:, own], up[own]
                 low = (smoothed @ a) @ b
                 terms.append((low, (np.abs(smoothed) @ np.abs(a)) @ np.abs(b)))
-                extra = f64(self.modality_bias)[m - 1]
-                terms.append((extra, np.abs(extra)))
+            extra = f64(self.modality_bias)[m]
+            terms.append((extra, np.abs(extra)))
             terms.append((f64(self.bias), np.abs(f64(self.bias))))
             y[t] = sum(term for term, _ in terms)
             size[t] = sum(magnitude for _, magnitude in terms)
@@ -173,9 +173,7 @@ def test_zero_points_are_subtracted_exactly() -> None:
 
 def test_a_base_call_leaves_the_pair_alone() -> None:
     problem = Problem((9, 16, 5), 4)
-    bare = weight_only_linear(
-        *problem.args(ids=None, l1=None, l2=None, modality_bias=None)
-    )
+    bare = weight_only_linear(*problem.args(ids=None, l1=None, l2=None))
     broken = torch.full_like(problem.l1, float("nan"))
     y = weight_only_linear(*problem.args(ids=None, l1=broken))
     assert torch.equal(y, bare)

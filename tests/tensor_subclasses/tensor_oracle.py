@@ -48,6 +48,7 @@ class Case:
     l1: Optional[torch.Tensor]
     l2: Optional[torch.Tensor]
     modality_bias: Optional[torch.Tensor]
+    act_shift: Optional[torch.Tensor]
     tensor: MASQuantTensor
 
 
@@ -58,13 +59,15 @@ def make(
     modalities: int = 3,
     ranks: Sequence[int] = (2, 3),
     with_bias: bool = True,
+    with_shift: Optional[bool] = None,
     group_size: Optional[int] = None,
     symmetric: Optional[bool] = None,
     low_rank_bits: int = 16,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
-    """``symmetric``: None for zero points where activations are not quantized."""
+    """``symmetric`` and ``with_shift``: None for zero points, and no shift, where
+    activations are not quantized."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
@@ -76,7 +79,10 @@ def make(
     smoothing_factor = normal(modalities, k).exp()
     rank = sum(ranks)
     l1, l2 = (normal(k, rank) / 4, normal(rank, n) / 4) if rank else (None, None)
-    bias = normal(modalities - 1, n) if with_bias and modalities > 1 else None
+    bias = normal(modalities, n) if with_bias else None
+    shift = None
+    if with_shift or (with_shift is None and with_bias and act_bits != 16):
+        shift = normal(modalities, k)
     tensor = MASQuantTensor.from_hp(
         weight,
         weight_bits=weight_bits,
@@ -89,9 +95,10 @@ def make(
         l1=l1,
         l2=l2,
         modality_bias=bias,
+        act_shift=shift,
         low_rank_bits=low_rank_bits,
     )
-    return Case(weight, smoothing_factor, tuple(ranks), l1, l2, bias, tensor)
+    return Case(weight, smoothing_factor, tuple(ranks), l1, l2, bias, shift, tensor)
 
 
 def unrouted(scheme: str = "w8a8", **kwargs: object) -> MASQuantTensor:
@@ -148,7 +155,7 @@ def linear_f64(
     ids: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(T, N) ``Q(x p_m) Q(W / p_0)^T + (x p_m) L1_m L2_m + b_m + bias``.
+    """(T, N) ``v Q(W / p_0)^T + v L1_m L2_m + b_m + bias``, ``v = Q(x p_m - o_m)``.
 
     The low-rank branch reads the quantized activations, where they are quantized.
     Token by token.
@@ -171,12 +178,15 @@ def linear_f64(
     weights = integers(tensor).reshape(tensor.shape[0], groups, -1)
     weight_scale = f64(tensor.scale)
     for t, m in enumerate(flat):
-        smoothed = f64(x[t]) * pre_scale[m]
+        smoothed, slack = smooth_f64(tensor, x[t], m)
         scale = np.abs(smoothed).max() / quant_max
         levels = smoothed / scale
         q = np.round(levels)
-        # Four float32 operations lie behind a level: it may round the other way.
-        tie = np.abs(levels - np.floor(levels) - 0.5) <= 4 * UNIT * np.abs(levels)
+        # Of a level, which may round the other way: what it was smoothed with, and the
+        # product and the division behind the scale and the division by it.
+        wide = slack.max() / scale * np.abs(levels) / quant_max
+        wide = slack / scale + wide + 3 * UNIT * np.abs(levels)
+        tie = np.abs(levels - np.floor(levels) - 0.5) <= wide
         down, up = pair_f64(tensor, m)
         # Integers are summed as integers: where they cancel, they cancel exactly.
         parts = np.stack(
@@ -189,9 +199,9 @@ def linear_f64(
         out[t] = main + low
         size = np.abs(parts).sum(0) + (np.abs(q * scale) @ np.abs(down)) @ np.abs(up)
         bound[t] = tie * scale @ (np.abs(base) + np.abs(down @ up).T).T
-        if m > 0 and tensor.modality_bias is not None:
-            out[t] += f64(tensor.modality_bias)[m - 1]
-            size += np.abs(f64(tensor.modality_bias)[m - 1])
+        if tensor.modality_bias is not None:
+            out[t] += f64(tensor.modality_bias)[m]
+            size += np.abs(f64(tensor.modality_bias)[m])
         if bias is not None:
             out[t] += f64(bias)
             size += np.abs(f64(bias))
@@ -200,6 +210,18 @@ def linear_f64(
         # of the terms.
         bound[t] += (in_features + rank + groups + 7) * UNIT * size
     return out, bound
+
+
+def smooth_f64(
+    tensor: MASQuantTensor, x: torch.Tensor, modality: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(K,) ``x p_m - o_m`` of one token, and how far float32 may be from it."""
+    smoothed = f64(x) * f64(tensor.act_pre_scale)[modality]
+    slack = UNIT * np.abs(smoothed)
+    if tensor.act_shift is not None:
+        smoothed = smoothed - f64(tensor.act_shift)[modality]
+        slack = slack + UNIT * np.abs(smoothed)
+    return smoothed, slack
 
 
 def weight_only_f64(
@@ -220,9 +242,9 @@ def weight_only_f64(
         out[t] = base @ smoothed + (smoothed @ down) @ up
         size[t] = np.abs(base) @ np.abs(smoothed)
         size[t] += (np.abs(smoothed) @ np.abs(down)) @ np.abs(up)
-        if m > 0 and tensor.modality_bias is not None:
-            out[t] += f64(tensor.modality_bias)[m - 1]
-            size[t] += np.abs(f64(tensor.modality_bias)[m - 1])
+        if tensor.modality_bias is not None:
+            out[t] += f64(tensor.modality_bias)[m]
+            size[t] += np.abs(f64(tensor.modality_bias)[m])
     if bias is not None:
         out += f64(bias)
         size += np.abs(f64(bias))
@@ -274,14 +296,16 @@ def smooth_levels_size(
     """(T, N) the sum of the magnitudes of all terms of a result."""
     rows = np.zeros(x.shape[0], dtype=int) if ids is None else ids.numpy()
     smoothed = np.abs(f64(x) * f64(tensor.act_pre_scale)[rows])
+    if tensor.act_shift is not None:
+        smoothed = smoothed + np.abs(f64(tensor.act_shift)[rows])
     # Rounding moves a value by at most half a step.
     smoothed += smoothed.max(-1, keepdims=True) / (2**tensor.act_bits - 2)
     size = smoothed @ np.abs(smoothed_f64(tensor)).T
     for t, m in enumerate(rows.tolist()):
         down, up = pair_f64(tensor, m)
         size[t] += smoothed[t] @ np.abs(down) @ np.abs(up)
-        if m > 0 and tensor.modality_bias is not None:
-            size[t] += np.abs(f64(tensor.modality_bias)[m - 1])
+        if tensor.modality_bias is not None:
+            size[t] += np.abs(f64(tensor.modality_bias)[m])
     return size
 
 

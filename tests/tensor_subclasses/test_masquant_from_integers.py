@@ -59,6 +59,7 @@ def test_from_hp_is_quantize_and_from_integers(
         l1=case.l1,
         l2=case.l2,
         modality_bias=case.modality_bias,
+        act_shift=case.act_shift,
         low_rank_bits=low_rank_bits,
     )
     assert_same(ready, case.tensor)

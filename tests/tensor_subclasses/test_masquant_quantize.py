@@ -374,10 +374,26 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         dict(
             modalities=NAMES[:3],
             smoothing_factor=torch.ones(3, 8),
-            modality_bias=torch.ones(3, 6),
+            modality_bias=torch.ones(2, 6),
         ),
-        "modality_bias must have shape (2, 6) for a weight of shape (6, 8), "
-        "modalities ('text', 'vision', 'audio') and ranks (), got (3, 6).",
+        "modality_bias must have shape (3, 6) for a weight of shape (6, 8), "
+        "modalities ('text', 'vision', 'audio') and ranks (), got (2, 6).",
+    ),
+    (
+        "shift",
+        dict(
+            modalities=NAMES[:2],
+            smoothing_factor=torch.ones(2, 8),
+            act_shift=torch.ones(1, 8),
+        ),
+        "act_shift must have shape (2, 8) for a weight of shape (6, 8), "
+        "modalities ('text', 'vision') and ranks (), got (1, 8).",
+    ),
+    (
+        "a shift of what is not quantized",
+        dict(act_bits=16, act_shift=torch.ones(1, 8)),
+        "a shift is for activations that are quantized: with act_bits=16 it changes "
+        "nothing.",
     ),
     (
         "half a pair",
@@ -425,14 +441,20 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             l1=torch.ones(8, 2),
             l2=torch.ones(2, 6),
         ),
-        "a low-rank pair and a modality bias need one smoothing factor for each of "
-        "('text', 'vision'): with one for all, tokens are not told apart.",
+        "a low-rank pair, a modality bias and a shift need one smoothing factor for "
+        "each of ('text', 'vision'): with one for all, tokens are not told apart.",
     ),
     (
         "a modality bias that no token would meet",
-        dict(modalities=NAMES[:2], modality_bias=torch.ones(1, 6)),
-        "a low-rank pair and a modality bias need one smoothing factor for each of "
-        "('text', 'vision'): with one for all, tokens are not told apart.",
+        dict(modalities=NAMES[:2], modality_bias=torch.ones(2, 6)),
+        "a low-rank pair, a modality bias and a shift need one smoothing factor for "
+        "each of ('text', 'vision'): with one for all, tokens are not told apart.",
+    ),
+    (
+        "a shift that no token would meet",
+        dict(modalities=NAMES[:2], act_shift=torch.ones(2, 8)),
+        "a low-rank pair, a modality bias and a shift need one smoothing factor for "
+        "each of ('text', 'vision'): with one for all, tokens are not told apart.",
     ),
 ]
 

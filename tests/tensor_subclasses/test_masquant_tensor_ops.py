@@ -216,7 +216,14 @@ def test_flatten_and_unflatten(name: str) -> None:
     tensor = CASES[name]()
     names, attributes = tensor.__tensor_flatten__()
     assert names[:3] == ["qdata", "scale", "act_pre_scale"]
-    optional = ("l1", "l2", "modality_bias", "zero_point", "low_rank_scale")
+    optional = (
+        "l1",
+        "l2",
+        "modality_bias",
+        "zero_point",
+        "low_rank_scale",
+        "act_shift",
+    )
     assert [n for n in optional if getattr(tensor, n) is not None] == names[3:]
     rebuilt = MASQuantTensor.__tensor_unflatten__(
         inner_tensors(tensor), attributes, tensor.shape, tensor.stride()

@@ -20,7 +20,9 @@ from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Patterns, select_linears
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.methods import AUTO, SolverOptions
+from torchao_masquant.solver.ranks import spend_ranks
+from torchao_masquant.tensor_subclasses import check_group_size
 
 __all__ = ["base_first", "calibrate", "library_versions", "solve"]
 
@@ -33,8 +35,15 @@ def calibrate(
     *,
     scheme: str = "w4a8",
     method: str = "masquant",
-    alpha: float = 0.5,
-    rank: Union[int, float] = 0.05,
+    alpha: Union[float, str, None] = None,
+    separation: Union[float, str, None] = None,
+    rank: Union[int, float, str] = 0.05,
+    group_size: Optional[int] = None,
+    shift: Optional[bool] = None,
+    rounding: Optional[str] = None,
+    clip: Optional[bool] = None,
+    low_rank_bits: int = 16,
+    modality_weights: Optional[Mapping[str, float]] = None,
     base_modality: str = TEXT,
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,
@@ -58,12 +67,30 @@ def calibrate(
             ``attention_mask`` [batch, sequence]) is left out. Where ``input_ids`` do
             not tell the modalities, a sample says them itself as ``modality_ids``
             [batch, sequence], integers that index the modalities, base first.
-        scheme: "w8a8", "w4a8", "w4a6" or "w4a4".
-        method: "masquant"; or "masquant-paper" (as published, without gauge and
-            modality bias), "smoothquant" (one factor for all tokens), "rtn" (none).
-        alpha: 0..1, exponent of the activations in the smoothing factor.
+        scheme: "w8a8", "w4a8", "w4a6", "w4a4", "w4a16" (weights alone), or "w3a3"
+            (simulated).
+        method: "masquant"; or "masquant-paper" (as published: without shift, gauge,
+            modality bias and joint rounding), "smoothquant" (one factor for all
+            tokens), "rtn" (none).
+        alpha: 0..1, exponent of the activations in the smoothing factor; "auto": for
+            each input the best of three, judged by sampled tokens. None: "auto" for
+            "masquant", 0.5 for the other methods.
+        separation: 0..1, how far a modality's range, which its factor is made for, goes
+            from that of all tokens (0, as in SmoothQuant) to its own (1, as
+            published); "auto" and None as for ``alpha``, 1 for the other methods.
         rank: of each modality's low-rank pair: an int, or a float, the share of
-            ``min(N, K)``. Zero for no pairs.
+            ``min(N, K)``; zero for no pairs. "auto": the bytes of a share of 0.05,
+            spent on the linears and modalities where they gain most.
+        group_size: of the weight, in place of the scheme's; None for the scheme's own.
+        shift: take each modality's mean off its activations before they are rounded;
+            None for what the method does ("masquant" does).
+        rounding: of the shared weight, "gptq" (for all modalities jointly) or
+            "nearest"; None for what the method does ("masquant": "gptq").
+        clip: search the part of the weight's range that its scales are made for; None
+            for what the method does ("masquant" does).
+        low_rank_bits: 16 or 8, of the low-rank pairs.
+        modality_weights: name of a modality to what its error weighs where modalities
+            compete for the shared weight; those left out weigh 1 (the base) or 0.3.
         base_modality: the one that the shared weight is smoothed for. Its tokens cost
             nothing extra at run time.
         modalities: those that the model will meet; None for all that its config
@@ -85,7 +112,19 @@ def calibrate(
 
     Reference: MASQuant, arXiv 2603.04800, MAS (closed form) and CMC (theorem 2).
     """
-    options = SolverOptions(scheme, method, alpha, rank)
+    options = SolverOptions(
+        scheme=scheme,
+        method=method,
+        alpha=alpha,
+        separation=separation,
+        rank=rank,
+        group_size=group_size,
+        shift=shift,
+        rounding=rounding,
+        clip=clip,
+        low_rank_bits=low_rank_bits,
+        modality_weights=modality_weights,
+    )
     model = getattr(model, "_orig_mod", model)
     linears = select_linears(model, include, exclude)
     for name, linear in linears.items():
@@ -147,15 +186,38 @@ def solve(
         Name of each linear to its part of a recipe, in the model's order.
 
     Raises:
-        ValueError: a linear or a modality was left out by the data.
+        ValueError: a linear or a modality was left out by the data; a group size does
+            not divide the width of a linear.
     """
     session.check_complete()
+    unknown = set(options.modality_weights or {}) - set(session.router.modalities)
+    if unknown:
+        raise ValueError(
+            f"modality_weights name {sorted(unknown)[0]!r}, which is not one of the "
+            f"modalities {session.router.modalities}."
+        )
+    for name, linear in session.linears.items():
+        try:
+            check_group_size(options.bits.group_size, tuple(linear.weight.shape))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     layers: dict[str, LayerRecipe] = {}
-    groups = session.groups()
+    groups = [
+        ({name: session.linears[name].weight for name in names}, leader)
+        for leader, names in session.groups().items()
+    ]
+    ranks = None
+    if options.parts.per_modality and options.rank == AUTO:
+        ranks = spend_ranks(
+            [(weights, session.statistics[leader]) for weights, leader in groups],
+            options,
+            progress=progress,
+        )
     # disable=None: quiet where standard error is no terminal.
-    for leader in tqdm(groups, desc="Solving", disable=None if progress else True):
-        weights = {name: session.linears[name].weight for name in groups[leader]}
-        layers |= solve_group(weights, session.statistics[leader], options)
+    for weights, leader in tqdm(
+        groups, desc="Solving", disable=None if progress else True
+    ):
+        layers |= solve_group(weights, session.statistics[leader], options, ranks)
     return {name: layers[name] for name in session.linears}
 
 

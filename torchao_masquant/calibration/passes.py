@@ -6,6 +6,7 @@
 """How many linears are observed at a time, so that their statistics fit in memory."""
 
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
 
 __all__ = ["plan_passes"]
 
@@ -30,12 +31,12 @@ def plan_passes(
     passes: list[list[str]] = []
     chosen: list[str] = []
     used = 0
-    others = len(session.router.modalities) - 1
+    modalities = len(session.router.modalities)
     for leader, names in session.groups().items():
         width = session.linears[leader].in_features
-        needed = 16 * width * (others + 1)
+        needed = 24 * width * modalities
         if second_moments:
-            needed += 8 * width * width * others
+            needed += (8 * width + 4 * SAMPLE_TOKENS) * width * modalities
         if chosen and used + needed > max_bytes:
             passes.append(chosen)
             chosen, used = [], 0

@@ -41,7 +41,7 @@ class CalibrationSession:
         linears: name in the model to module.
         router: tells the modality of each token of a call.
         second_moments: keep covariances too (8 K^2 bytes for each input and each
-            modality but the base).
+            modality).
     """
 
     def __init__(

@@ -10,7 +10,10 @@ from typing import Any, Optional
 
 import torch
 
-__all__ = ["InputStatistics", "Moments"]
+__all__ = ["InputStatistics", "Moments", "SAMPLE_TOKENS"]
+
+#: Tokens of a modality that are kept to judge solutions by, at most.
+SAMPLE_TOKENS = 256
 
 # Of a sum of float64 squares over a million tokens, with room to spare.
 _ROUNDING = 1e-11
@@ -22,36 +25,64 @@ class Moments:
 
     Attributes:
         count: T, number of tokens.
-        absmax: (K,) float64, ``max_t |x|``.
+        amin: (K,) float64, ``min_t x``; inf without a token.
+        amax: (K,) float64, ``max_t x``; -inf without a token.
         sum: (K,) float64, ``sum_t x``.
         outer: (K, K) float64, ``sum_t x x^T``; None where it is not needed.
+        sample: (S, K) float32, some of the tokens, S at most ``SAMPLE_TOKENS``; none
+            where ``outer`` is None.
     """
 
     count: int
-    absmax: torch.Tensor
+    amin: torch.Tensor
+    amax: torch.Tensor
     sum: torch.Tensor
     outer: Optional[torch.Tensor]
+    sample: torch.Tensor
 
     @classmethod
     def zeros(cls, width: int, device: torch.device, second: bool) -> "Moments":
         zeros: dict[str, Any] = dict(dtype=torch.float64, device=device)
         return cls(
             0,
-            torch.zeros(width, **zeros),
+            torch.full((width,), float("inf"), **zeros),
+            torch.full((width,), float("-inf"), **zeros),
             torch.zeros(width, **zeros),
             torch.zeros(width, width, **zeros) if second else None,
+            torch.zeros(0, width, device=device),
         )
 
     def update(self, x: torch.Tensor) -> None:
         """Add tokens (T, K) of any floating point type."""
         if x.shape[0] == 0:
             return
+        self._take_sample(x)
         x = x.double()
         self.count += x.shape[0]
-        self.absmax = torch.maximum(self.absmax, x.abs().amax(0))
+        self.amin = torch.minimum(self.amin, x.amin(0))
+        self.amax = torch.maximum(self.amax, x.amax(0))
         self.sum += x.sum(0)
         if self.outer is not None:
             self.outer.addmm_(x.t(), x)
+
+    def _take_sample(self, x: torch.Tensor) -> None:
+        """Keep every ``2 ** j``-th token of all, j as small as their number allows."""
+        if self.outer is None:
+            return
+        old, new = _stride(self.count), _stride(self.count + x.shape[0])
+        kept, more = self.sample[:: new // old], x[-self.count % new :: new]
+        self.sample = torch.cat((kept, more.float()))
+
+    def absmax(self, center: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """(K,) float64, ``max_t |x - center|``; zeros without a token.
+
+        Args:
+            center: (K,), None for zeros.
+        """
+        if self.count == 0:
+            return torch.zeros_like(self.sum)
+        shift = torch.zeros_like(self.sum) if center is None else center
+        return torch.maximum(self.amax - shift, shift - self.amin)
 
     def mean(self) -> torch.Tensor:
         """(K,) float64, ``E[x]``."""
@@ -73,6 +104,13 @@ class Moments:
         return covariance * torch.outer(varies, varies)
 
 
+def _stride(count: int) -> int:
+    stride = 1
+    while count > stride * SAMPLE_TOKENS:
+        stride *= 2
+    return stride
+
+
 class InputStatistics:
     """Moments of one input tensor that one or more linears are fed.
 
@@ -84,8 +122,8 @@ class InputStatistics:
     Args:
         width: K.
         modalities: names, base first.
-        second_moments: keep ``sum x x^T`` of the modalities other than the base:
-            8 K^2 bytes each.
+        second_moments: keep ``sum x x^T``, 8 K^2 bytes for each modality, and a sample
+            of tokens.
     """
 
     def __init__(
@@ -97,8 +135,7 @@ class InputStatistics:
     ):
         self.modalities = modalities
         self.moments = [
-            Moments.zeros(width, device, second_moments and index > 0)
-            for index in range(len(modalities))
+            Moments.zeros(width, device, second_moments) for _ in modalities
         ]
 
     def update(

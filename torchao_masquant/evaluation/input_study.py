@@ -61,7 +61,7 @@ def study_input(
     statistics = session.statistics[leader]
     weights = {name: session.linears[name].weight.detach() for name in names}
     weight_absmax = torch.stack([w.abs().amax(0) for w in weights.values()]).amax(0)
-    ranges = [moments.absmax for moments in statistics.moments]
+    ranges = [moments.absmax() for moments in statistics.moments]
     own = [smoothing_factor(absmax, weight_absmax, alpha) for absmax in ranges]
     unified = smoothing_factor(torch.stack(ranges).amax(0), weight_absmax, alpha)
 
@@ -81,7 +81,7 @@ def study_input(
     return InputStudy(
         InputAnalysis(
             linears=tuple(names),
-            in_features=statistics.moments[0].absmax.numel(),
+            in_features=statistics.moments[0].sum.numel(),
             ranges=modality_ranges(statistics),
             losses=losses,
         ),

@@ -24,7 +24,7 @@ def modality_ranges(statistics: InputStatistics) -> dict[str, ModalityRange]:
     Returns:
         Modality to range.
     """
-    absmax = torch.stack([m.absmax for m in statistics.moments]).cpu()
+    absmax = torch.stack([m.absmax() for m in statistics.moments]).cpu()
     shares = _dominance(absmax)
     levels = torch.tensor([0.05, 0.5, 0.95], dtype=absmax.dtype)
     ranges = {}

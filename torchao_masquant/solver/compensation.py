@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 
-__all__ = ["low_rank_pair", "resolve_rank", "whitening"]
+__all__ = ["low_rank_pair", "resolve_rank", "smoothed", "whitening"]
 
 # Eigenvalues below this part of the largest are rounding noise of a float64
 # covariance: it has rank min(T, K), and eigh returns its zeros as +-1e-16 relative.
@@ -43,23 +43,44 @@ def resolve_rank(rank: "int | float", n: int, k: int) -> int:
 
 
 def whitening(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``T = S^1/2 U^T`` of ``C = U S U^T``, and its pseudo-inverse.
+    """T with ``T^T T = C``, and an R with ``T R = I``.
 
-    Both on the numerical range of C alone: directions in which no token varied weigh
-    nothing, and inverting their eigenvalues would blow rounding noise up.
+    With ``C = D U S U^T D``, D the standard deviations of the channels, these are
+    ``T = S^1/2 U^T D`` and ``R = D^-1 U S^-1/2``. D makes them the same for a covariance
+    and for that of ``x / s``, whatever s, but for the division: see :func:`smoothed`.
+
+    Both on the numerical range of the correlations alone: directions in which no token
+    varied weigh nothing, and inverting their eigenvalues would blow rounding noise up.
 
     Args:
         covariance: (K, K), symmetric positive semi-definite up to rounding.
 
     Returns:
-        T (J, K) and its pseudo-inverse ``U S^-1/2`` (K, J), float64; J is the
-        numerical rank, 0 for a covariance of zeros.
+        T (J, K) and R (K, J), float64; J is the numerical rank, 0 for a covariance of
+        zeros.
     """
-    eigenvalues, vectors = torch.linalg.eigh(covariance.double())
+    covariance = covariance.double()
+    deviation = covariance.diagonal().clamp_min(0).sqrt()
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    eigenvalues, vectors = torch.linalg.eigh(
+        covariance / torch.outer(deviation, deviation)
+    )
     keep = eigenvalues > _NUMERICAL_RANGE * eigenvalues[-1].clamp_min(0)
     root = eigenvalues[keep].sqrt()
     vectors = vectors[:, keep]
-    return (vectors * root).t(), vectors / root
+    return (vectors * root).t() * deviation, vectors / root / deviation[:, None]
+
+
+def smoothed(
+    whitened: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the whitening of x that of ``x / s``.
+
+    Args:
+        whitened: T (J, K) and R (K, J).
+        factor: (K,) s.
+    """
+    return whitened[0] / factor, whitened[1] * factor[:, None]
 
 
 def low_rank_pair(
@@ -69,8 +90,9 @@ def low_rank_pair(
 ) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
     """L1, L2 that minimise ``||X (D^T - L1 L2)||_F`` at a given rank.
 
-    Theorem 2 of arXiv 2603.04800: with ``X^T X / T = U S U^T``, ``T = S^1/2 U^T`` and
-    the SVD ``T D^T = P Sig V^T`` cut to rank r, ``L1 = T^-1 P_r``, ``L2 = Sig_r V_r^T``.
+    Theorem 2 of arXiv 2603.04800, for any whitening ``T^T T = X^T X / n``, ``T R = I``:
+    with the SVD ``T D^T = P Sig V^T`` cut to rank r, ``L1 = R P_r``,
+    ``L2 = Sig_r V_r^T``.
     Each column of L1 and row of L2 are then scaled against each other to equal norm,
     which changes nothing in their product and keeps both in the range of 16-bit types.
 

@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Solving for the linears that share one input."""
 
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 
@@ -14,18 +14,27 @@ from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.compensation import (
     low_rank_pair,
     resolve_rank,
+    smoothed,
     whitening,
 )
 from torchao_masquant.solver.gauge import gauge
+from torchao_masquant.solver.judge import mean_log_error
 from torchao_masquant.solver.methods import SolverOptions
-from torchao_masquant.solver.smoothing import smoothing_factor
-from torchao_masquant.tensor_subclasses import (
-    dequantize_smoothed_weight,
-    low_rank_dtype,
-    quantize_smoothed_weight,
+from torchao_masquant.solver.shared_weight import (
+    SharedWeight,
+    round_jointly,
+    round_to_nearest,
 )
+from torchao_masquant.solver.smoothing import smoothing_factor
+from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
 
 __all__ = ["solve_group"]
+
+# Of the range of a channel: a bfloat16 activation is known to no better than this, so
+# that what a shift leaves of a constant is not smoothed as if it were a signal.
+_RESOLUTION = 2.0**-8
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.inference_mode(False)
@@ -34,13 +43,15 @@ def solve_group(
     weights: dict[str, torch.Tensor],
     statistics: InputStatistics,
     options: SolverOptions,
+    ranks: "Optional[dict[str, Sequence[int]]]" = None,
 ) -> dict[str, LayerRecipe]:
-    """Smoothing factors, gauges and pairs of the linears that share one input.
+    """All that quantizes the linears that share one input.
 
     Args:
         weights: name to (N_i, K) floating point weight.
         statistics: of the shared input.
         options: scheme, method, alpha and rank.
+        ranks: name to the rank of modality 1, 2, ..., in place of the options'.
 
     Returns:
         Name to the layer's part of a recipe, on the CPU.
@@ -51,91 +62,184 @@ def solve_group(
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}: its weight holds nan or inf.")
-    method = options.parts
-    if not method.per_modality:
-        factor = _shared_factor(weights, statistics, options)
-        return {
-            name: LayerRecipe(
-                shape=(weight.shape[0], weight.shape[1]),
-                fingerprint=weight_fingerprint(weight),
-                smoothing_factor=factor.float()[None].cpu(),
-            )
-            for name, weight in weights.items()
+    if not options.parts.per_modality:
+        return _shared_factor(weights, statistics, options)
+    # They serve every exponent, gauge and rounding: see solver.compensation.whitening.
+    covariances = [m.covariance(options.parts.centered) for m in statistics.moments]
+    whitenings = [whitening(covariance) for covariance in covariances[1:]]
+    alphas, separations = options.alphas, options.separations
+    tried: list[tuple[float, float, float, dict[str, LayerRecipe]]] = []
+
+    def attempt(alpha: float, separation: float) -> None:
+        layers = _PerModality(
+            weights,
+            statistics,
+            options,
+            alpha,
+            separation,
+            ranks,
+            covariances,
+            whitenings,
+        ).solve()
+        error = 0.0
+        if len(alphas) + len(separations) > 2:
+            error = mean_log_error(weights, layers, statistics, options)
+        tried.append((error, alpha, separation, layers))
+
+    for alpha in alphas:
+        attempt(alpha, separations[0])
+    # min takes the first of equals: the modality's own range, the smaller exponent.
+    best_alpha = min(tried, key=lambda t: t[0])[1]
+    for separation in separations[1:]:
+        attempt(best_alpha, separation)
+    return min(tried, key=lambda t: t[0])[3]
+
+
+class _PerModality:
+    """MAS and CMC: a smoothing factor, a gauge, a shift and a pair per modality."""
+
+    def __init__(
+        self,
+        weights: dict[str, torch.Tensor],
+        statistics: InputStatistics,
+        options: SolverOptions,
+        alpha: float,
+        separation: float,
+        ranks: "Optional[dict[str, Sequence[int]]]",
+        covariances: Sequence[torch.Tensor],
+        whitenings: Sequence[_Pair],
+    ):
+        self.covariances, self.whitenings = covariances, whitenings
+        self.weights, self.options, self.method = weights, options, options.parts
+        self.moments = statistics.moments
+        self.importances = options.weights_of(statistics.modalities)
+        self.ranks = ranks or {
+            name: [resolve_rank(options.uniform_rank, *w.shape)]
+            * (len(self.moments) - 1)
+            for name, w in weights.items()
         }
+        self.means = [m.mean() for m in self.moments]
+        self.shifts = [
+            mean if self.method.shift else torch.zeros_like(mean) for mean in self.means
+        ]
+        weight_absmax = _weight_absmax(weights)
+        ranges = [
+            torch.maximum(m.absmax(shift), _RESOLUTION * m.absmax())
+            for m, shift in zip(self.moments, self.shifts)
+        ]
+        unified = torch.stack(ranges).amax(0)
+        if options.bits.weight_only:
+            # Activations that are not rounded gain nothing from a factor of their own.
+            separation = 0.0
+        ranges = [r**separation * unified ** (1 - separation) for r in ranges]
+        self.factors = [smoothing_factor(r, weight_absmax, alpha) for r in ranges]
+        self.pairs: dict[str, list[Optional[_Pair]]] = {}
 
-    weight_absmax = _weight_absmax(weights)
-    factors = [
-        smoothing_factor(m.absmax, weight_absmax, options.alpha)
-        for m in statistics.moments
-    ]
-    # The integers are made from the float32 factor, as they will be at convert.
-    pre_scale = factors[0].float().reciprocal()
-    bits = options.bits
-    shared = {}
-    for name, weight in weights.items():
-        qdata, scale, zero_point = quantize_smoothed_weight(
-            weight,
-            pre_scale,
-            bits.weight_bits,
-            bits.group_size,
-            symmetric=bits.symmetric,
-        )
-        shared[name] = dequantize_smoothed_weight(qdata, scale, zero_point=zero_point)
+    def solve(self) -> dict[str, LayerRecipe]:
+        shared = {
+            name: round_to_nearest(
+                weight, self.factors[0], self.options.bits, self._importance()
+            )
+            for name, weight in self.weights.items()
+        }
+        self._compensate(shared)
+        if self.method.rounding == "gptq":
+            for name, weight in self.weights.items():
+                shared[name] = round_jointly(
+                    weight,
+                    self.factors,
+                    self.pairs[name],
+                    self.covariances,
+                    self.importances,
+                    shared[name],
+                    self.options.bits,
+                )
+            self._compensate(shared)
+        return {name: self._layer(name, shared[name]) for name in self.weights}
 
-    pairs: dict[str, list[Optional[tuple[torch.Tensor, torch.Tensor]]]] = {
-        name: [] for name in weights
-    }
-    biases: dict[str, list[torch.Tensor]] = {name: [] for name in weights}
-    for index, moments in enumerate(statistics.moments[1:], start=1):
-        covariance = moments.covariance(method.centered)
-        if method.gauge:
-            factors[index] /= gauge(
-                list(weights.values()),
-                list(shared.values()),
-                factors[index],
-                covariance,
+    def _importance(self) -> Optional[torch.Tensor]:
+        """(K,) how much an error of each input channel weighs, to clip by."""
+        if not self.method.clip:
+            return None
+        total = torch.zeros_like(self.factors[0])
+        for importance, factor, covariance in zip(
+            self.importances, self.factors, self.covariances
+        ):
+            energy = sum(
+                ((w.double() @ covariance) * w).sum() for w in self.weights.values()
             )
-        factor = factors[index]
-        whitened = whitening(covariance / torch.outer(factor, factor))
-        for name, weight in weights.items():
-            difference = weight.double() * factor - shared[name].double()
-            pair = low_rank_pair(
-                difference, resolve_rank(options.rank, *weight.shape), whitened
-            )
+            if energy > 0:
+                total += importance / energy * covariance.diagonal() / factor**2
+        return total if total.any() else torch.ones_like(total)
+
+    def _compensate(self, shared: dict[str, SharedWeight]) -> None:
+        """Gauge and pairs for these integers."""
+        values = {name: s.dequantize() for name, s in shared.items()}
+        self.pairs = {name: [None] for name in self.weights}
+        for index in range(1, len(self.moments)):
+            covariance = self.covariances[index]
+            if self.method.gauge:
+                self.factors[index] = self.factors[index] / gauge(
+                    list(self.weights.values()),
+                    list(values.values()),
+                    self.factors[index],
+                    covariance,
+                )
+            factor = self.factors[index]
+            whitened = smoothed(self.whitenings[index - 1], factor)
+            for name, weight in self.weights.items():
+                difference = weight.double() * factor - values[name]
+                pair = low_rank_pair(difference, self.ranks[name][index - 1], whitened)
+                self.pairs[name].append(self._held(pair, weight.dtype))
+
+    def _held(self, pair: Optional[_Pair], dtype: torch.dtype) -> Optional[_Pair]:
+        """The pair as the model will hold it: what comes after makes up for that."""
+        if pair is None:
+            return None
+        if self.options.low_rank_bits == 8:
+            l1, l2, scale = quantize_low_rank_pair(*pair)
+            return l1.float() * scale, l2.float()
+        held = low_rank_dtype(dtype)
+        return pair[0].to(held), pair[1].to(held)
+
+    def _layer(self, name: str, shared: SharedWeight) -> LayerRecipe:
+        weight, pairs = self.weights[name].double(), self.pairs[name]
+        values = shared.dequantize()
+        biases = []
+        for factor, shift, mean, pair in zip(
+            self.factors, self.shifts, self.means, pairs
+        ):
+            met = values
             if pair is not None:
-                # What the model will hold; the bias makes up for its rounding too.
-                dtype = low_rank_dtype(weight.dtype)
-                pair = (pair[0].to(dtype), pair[1].to(dtype))
-                difference = difference - (pair[0].double() @ pair[1].double()).t()
-            pairs[name].append(pair)
-            if method.centered:
-                biases[name].append(difference @ (moments.mean() / factor))
-
-    smoothing = torch.stack(factors).float().cpu()
-    return {
-        name: _layer(weight, smoothing, pairs[name], biases[name])
-        for name, weight in weights.items()
-    }
-
-
-def _layer(
-    weight: torch.Tensor,
-    smoothing: torch.Tensor,
-    pairs: list[Optional[tuple[torch.Tensor, torch.Tensor]]],
-    biases: list[torch.Tensor],
-) -> LayerRecipe:
-    found = [pair for pair in pairs if pair is not None]
-    return LayerRecipe(
-        shape=(weight.shape[0], weight.shape[1]),
-        fingerprint=weight_fingerprint(weight),
-        smoothing_factor=smoothing.clone(),
-        ranks=tuple(0 if pair is None else pair[0].shape[1] for pair in pairs)
-        if found
-        else (),
-        l1=torch.cat([l1 for l1, _ in found], dim=1).cpu() if found else None,
-        l2=torch.cat([l2 for _, l2 in found], dim=0).cpu() if found else None,
-        modality_bias=torch.stack(biases).float().cpu() if biases else None,
-    )
+                met = met + (pair[0].double() @ pair[1].double()).t()
+            biases.append(weight @ mean - met @ ((mean - shift) / factor))
+        found = [pair for pair in pairs if pair is not None]
+        ready = self.method.rounding == "gptq" or self.method.clip
+        return LayerRecipe(
+            shape=(weight.shape[0], weight.shape[1]),
+            fingerprint=weight_fingerprint(self.weights[name]),
+            smoothing_factor=torch.stack(self.factors).float().cpu(),
+            ranks=tuple(0 if p is None else p[0].shape[1] for p in pairs[1:])
+            if found
+            else (),
+            l1=torch.cat([l1 for l1, _ in found], dim=1).cpu() if found else None,
+            l2=torch.cat([l2 for _, l2 in found], dim=0).cpu() if found else None,
+            modality_bias=torch.stack(biases).float().cpu()
+            if self.method.centered
+            else None,
+            act_shift=torch.stack(
+                [shift / factor for shift, factor in zip(self.shifts, self.factors)]
+            )
+            .float()
+            .cpu()
+            if self.method.shift
+            else None,
+            qdata=shared.qdata.cpu() if ready else None,
+            scale=shared.scale.cpu() if ready else None,
+            zero_point=shared.zero_point.cpu()
+            if ready and shared.zero_point is not None
+            else None,
+        )
 
 
 def _weight_absmax(weights: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -147,9 +251,17 @@ def _shared_factor(
     weights: dict[str, torch.Tensor],
     statistics: InputStatistics,
     options: SolverOptions,
-) -> torch.Tensor:
-    """(K,) float64: one factor for all tokens, whatever their modality."""
-    absmax = torch.stack([m.absmax for m in statistics.moments]).amax(0)
-    if not options.parts.smooth:
-        return torch.ones_like(absmax)
-    return smoothing_factor(absmax, _weight_absmax(weights), options.alpha)
+) -> dict[str, LayerRecipe]:
+    """One factor for all tokens, whatever their modality."""
+    absmax = torch.stack([m.absmax() for m in statistics.moments]).amax(0)
+    factor = torch.ones_like(absmax)
+    if options.parts.smooth:
+        factor = smoothing_factor(absmax, _weight_absmax(weights), options.alphas[0])
+    return {
+        name: LayerRecipe(
+            shape=(weight.shape[0], weight.shape[1]),
+            fingerprint=weight_fingerprint(weight),
+            smoothing_factor=factor.float()[None].cpu(),
+        )
+        for name, weight in weights.items()
+    }

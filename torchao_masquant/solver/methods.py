@@ -5,13 +5,37 @@
 # LICENSE file in the root directory of this source tree.
 """What is solved for: the method and its options."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Union
+from typing import Mapping, Optional, Sequence, Union
 
 from torchao_masquant.schemes import Scheme, get_scheme
 from torchao_masquant.solver.compensation import resolve_rank
 
-__all__ = ["METHODS", "Method", "SolverOptions"]
+__all__ = [
+    "ALPHAS",
+    "AUTO",
+    "METHODS",
+    "Method",
+    "SEPARATIONS",
+    "SolverOptions",
+]
+
+#: Value of ``alpha`` and ``rank`` that leaves the choice to the solver.
+AUTO = "auto"
+
+#: What ``alpha="auto"`` chooses from, for each input.
+ALPHAS = (0.3, 0.5, 0.7)
+
+#: What ``separation="auto"`` chooses from, for each input.
+SEPARATIONS = (1.0, 0.5, 0.0)
+
+# The base modality has no pair that could make up for what it meets. On the small model
+# anything from 0.1 to 1 is good; at 0.3 no modality is behind at any scheme.
+_WEIGHT_OF_OTHERS = 0.3
+
+_ROUNDINGS = ("gptq", "nearest")
 
 
 @dataclass(frozen=True)
@@ -25,16 +49,33 @@ class Method:
         gauge: fit each modality's overall factor (:func:`solver.gauge.gauge`).
         centered: whiten by the centred covariance and let a bias per modality take
             the mean of what the pair leaves.
+        shift: take each modality's mean off its activations before they are rounded;
+            its product with the weight joins the modality's bias.
+        rounding: of the shared weight, "gptq" (for all modalities jointly, see
+            :func:`solver.shared_weight.round_jointly`) or "nearest".
+        clip: make the weight's scales for a part of its range, where that leaves a
+            smaller error.
     """
 
     smooth: bool
     per_modality: bool = False
     gauge: bool = False
     centered: bool = False
+    shift: bool = False
+    rounding: str = "nearest"
+    clip: bool = False
 
 
 METHODS = {
-    "masquant": Method(smooth=True, per_modality=True, gauge=True, centered=True),
+    "masquant": Method(
+        smooth=True,
+        per_modality=True,
+        gauge=True,
+        centered=True,
+        shift=True,
+        rounding="gptq",
+        clip=True,
+    ),
     # As in arXiv 2603.04800, sections on MAS (closed form) and CMC.
     "masquant-paper": Method(smooth=True, per_modality=True),
     "smoothquant": Method(smooth=True),
@@ -49,20 +90,41 @@ class SolverOptions:
     Attributes:
         scheme: name of a scheme in :data:`torchao_masquant.SCHEMES`.
         method: a key of :data:`METHODS`.
-        alpha: 0..1, exponent of the activations in the smoothing factor.
+        alpha: 0..1, exponent of the activations in the smoothing factor; "auto": for
+            each input that of :data:`ALPHAS` whose solution hears and sees best on
+            sampled tokens. None: "auto" for method "masquant", 0.5 for the others.
+        separation: 0..1, how far the range that a modality's factor is made for goes from
+            that of all tokens (0) to the modality's own (1), geometrically; "auto": for
+            each input that of :data:`SEPARATIONS` that is best on sampled tokens. None:
+            "auto" for method "masquant", 1 for the others.
         rank: of each modality's pair, an absolute int or a share (float) of
-            ``min(N, K)``.
+            ``min(N, K)``; "auto": the bytes of a share of 0.05, spent where they
+            gain most.
+        group_size: of the weight, in place of the scheme's.
+        shift: None for what the method does, as below.
+        rounding: "gptq" or "nearest".
+        clip: see :class:`Method`.
+        low_rank_bits: 16 or 8, of the low-rank pairs.
+        modality_weights: name to what a modality's error weighs in "gptq", "clip" and
+            "auto"; those left out weigh 1 (the base) or 0.3.
 
     Raises:
-        ValueError: an unknown scheme or method, alpha outside 0..1, a negative rank or
-            a share above 1.
+        ValueError: an unknown scheme or method, an option that is out of range or that
+            the method does not have.
         TypeError: alpha or rank is no number.
     """
 
     scheme: str = "w4a8"
     method: str = "masquant"
-    alpha: float = 0.5
-    rank: Union[int, float] = 0.05
+    alpha: Union[float, str, None] = None
+    separation: Union[float, str, None] = None
+    rank: Union[int, float, str] = 0.05
+    group_size: Optional[int] = None
+    shift: Optional[bool] = None
+    rounding: Optional[str] = None
+    clip: Optional[bool] = None
+    low_rank_bits: int = 16
+    modality_weights: Optional[Mapping[str, float]] = None
 
     def __post_init__(self) -> None:
         get_scheme(self.scheme)
@@ -70,16 +132,93 @@ class SolverOptions:
             raise ValueError(
                 f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}."
             )
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
-            raise TypeError(f"alpha must be a number, got {self.alpha!r}.")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must lie in 0..1, got {self.alpha}.")
-        resolve_rank(self.rank, 1, 1)
+        for name in ("alpha", "separation"):
+            self._check_share(name, getattr(self, name))
+        if self.rank != AUTO:
+            resolve_rank(self.rank, 1, 1)  # type: ignore[arg-type]
+        if self.group_size is not None and self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, got {self.group_size}.")
+        if self.rounding not in (None, *_ROUNDINGS):
+            raise ValueError(
+                f"unknown rounding {self.rounding!r}: choose one of {_ROUNDINGS}."
+            )
+        if self.low_rank_bits not in (8, 16):
+            raise ValueError(
+                f"low_rank_bits must be 8 or 16, got {self.low_rank_bits}."
+            )
+        for name, weight in (self.modality_weights or {}).items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(
+                    f"modality_weights of {name!r} must be finite and not negative, got "
+                    f"{weight}."
+                )
+        if not METHODS[self.method].centered and (
+            self.shift
+            or self.clip
+            or self.rounding == "gptq"
+            or AUTO in (self.alpha, self.rank, self.separation)
+        ):
+            raise ValueError(
+                f"method {self.method!r} is kept as it was published: shift, gptq, clip "
+                "and auto are for method 'masquant'."
+            )
+
+    @staticmethod
+    def _check_share(name: str, value: Union[float, str, None]) -> None:
+        if value is None or value == AUTO:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or 'auto', got {value!r}.")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in 0..1, got {value}.")
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Exponents to choose from."""
+        return self._choice(self.alpha, ALPHAS, 0.5)
+
+    @property
+    def separations(self) -> tuple[float, ...]:
+        """Separations to choose from."""
+        return self._choice(self.separation, SEPARATIONS, 1.0)
+
+    def _choice(
+        self, given: Union[float, str, None], auto: tuple[float, ...], published: float
+    ) -> tuple[float, ...]:
+        if given is None:
+            given = AUTO if METHODS[self.method].centered else published
+        return auto if isinstance(given, str) else (float(given),)
+
+    @property
+    def uniform_rank(self) -> Union[int, float]:
+        """The rank where it is the same rule for all linears."""
+        assert not isinstance(self.rank, str)
+        return self.rank
 
     @property
     def bits(self) -> Scheme:
-        return get_scheme(self.scheme)
+        scheme = get_scheme(self.scheme)
+        if self.group_size is None:
+            return scheme
+        return dataclasses.replace(scheme, group_size=self.group_size)
 
     @property
     def parts(self) -> Method:
-        return METHODS[self.method]
+        method = METHODS[self.method]
+        given = {
+            name: value
+            for name in ("shift", "rounding", "clip")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.bits.weight_only:
+            # Nothing to round: a shift would change nothing.
+            given["shift"] = False
+        return dataclasses.replace(method, **given)
+
+    def weights_of(self, modalities: Sequence[str]) -> list[float]:
+        """What the error of each modality weighs, base first."""
+        given = self.modality_weights or {}
+        return [
+            float(given.get(name, _WEIGHT_OF_OTHERS if index else 1.0))
+            for index, name in enumerate(modalities)
+        ]

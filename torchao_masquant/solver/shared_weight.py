@@ -1,0 +1,165 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The one set of integers that all modalities of a linear share."""
+
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+import torch
+
+from torchao_masquant.schemes import Scheme
+from torchao_masquant.solver.rounding import gptq_round
+from torchao_masquant.tensor_subclasses import (
+    dequantize_smoothed_weight,
+    quantize_smoothed_weight,
+)
+
+__all__ = ["SharedWeight", "round_jointly", "round_to_nearest"]
+
+# Of the mean diagonal of a Hessian, added to it: GPTQ's own choice.
+_DAMPING = 0.01
+
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+
+
+@dataclass
+class SharedWeight:
+    """Integers for ``W * s_base`` and what they stand for.
+
+    Attributes:
+        qdata: (N, K) int8.
+        scale: (N, G) float32.
+        zero_point: (N, G) int8, None where symmetric.
+    """
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    zero_point: Optional[torch.Tensor]
+
+    def dequantize(self) -> torch.Tensor:
+        """(N, K) float64."""
+        return dequantize_smoothed_weight(
+            self.qdata, self.scale, zero_point=self.zero_point
+        ).double()
+
+
+def round_to_nearest(
+    weight: torch.Tensor,
+    base_factor: torch.Tensor,
+    bits: Scheme,
+    importance: Optional[torch.Tensor] = None,
+) -> SharedWeight:
+    """Round each weight on its own, as converting without ready integers does.
+
+    Args:
+        weight: (N, K) floating point.
+        base_factor: (K,) ``s_base``; in float32, as it will be held.
+        bits: integer formats.
+        importance: (K,) float64, how much the square of an error of an input channel
+            weighs; if given, each scale is made for that share of its range that makes
+            the weighted error least (a search over 0.6 to 1). None: the whole range.
+    """
+    pre_scale = base_factor.float().reciprocal()
+    n, k = weight.shape
+    groups = 1 if bits.group_size is None else k // bits.group_size
+
+    def rounded(clip: Optional[torch.Tensor]) -> SharedWeight:
+        return SharedWeight(
+            *quantize_smoothed_weight(
+                weight,
+                pre_scale,
+                bits.weight_bits,
+                bits.group_size,
+                symmetric=bits.symmetric,
+                clip=clip,
+            )
+        )
+
+    if importance is None:
+        return rounded(None)
+    target = weight.float() / pre_scale
+    best = torch.full((n, groups), float("inf"), device=weight.device)
+    chosen = torch.ones(n, groups, device=weight.device)
+    for clip in _CLIPS:
+        clips = torch.full_like(chosen, clip)
+        error = (rounded(clips).dequantize().float() - target).square()
+        loss = (error * importance.float()).unflatten(1, (groups, k // groups)).sum(-1)
+        better = loss < best
+        best, chosen = (
+            torch.where(better, loss, best),
+            torch.where(better, clip, chosen),
+        )
+    return rounded(chosen)
+
+
+def round_jointly(
+    weight: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    pairs: Sequence[Optional[tuple[torch.Tensor, torch.Tensor]]],
+    covariances: Sequence[torch.Tensor],
+    importances: Sequence[float],
+    start: SharedWeight,
+    bits: Scheme,
+) -> SharedWeight:
+    """Integers that serve all modalities: GPTQ with a modality-balanced Hessian.
+
+    Modality m meets ``V + P_m`` where it should meet ``W s_m``. With C_m its smoothed
+    covariance, E_m the energy of its output and v_m its weight, the sum over modalities
+    of ``v_m / E_m tr((W s_m - P_m - V) C_m (...)^T)`` is, up to a constant,
+    ``tr((T - V) H (T - V)^T)`` with
+
+        H = sum_m v_m / E_m C_m,    T H = sum_m v_m / E_m (W s_m - P_m) C_m
+
+    so that one GPTQ of the target T is the least-squares rounding for all of them.
+    Directions that no modality uses have no target of their own: the damping draws
+    them to ``W s_base``.
+
+    Args:
+        weight: (N, K) W.
+        factors: (K,) ``s_m`` of each modality, base first.
+        pairs: L1 (K, r), L2 (r, N) of each modality, None where it has none.
+        covariances: (K, K) float64 centred covariance of ``x`` of each modality.
+        importances: v_m.
+        start: whose scales are kept.
+        bits: integer formats.
+
+    Returns:
+        The new integers; ``start`` itself where no modality varies at all.
+    """
+    weight = weight.double()
+    hessian = torch.zeros_like(covariances[0])
+    aim = torch.zeros_like(weight)
+    for factor, pair, covariance, importance in zip(
+        factors, pairs, covariances, importances
+    ):
+        energy = ((weight @ covariance) * weight).sum()
+        if not energy > 0 or not importance > 0:
+            continue
+        smoothed = covariance / torch.outer(factor, factor) * (importance / energy)
+        wanted = weight * factor
+        if pair is not None:
+            wanted = wanted - (pair[0].double() @ pair[1].double()).t()
+        hessian += smoothed
+        aim += wanted @ smoothed
+    ridge = _DAMPING * hessian.diagonal().mean()
+    if not ridge > 0:
+        return start
+    damped = hessian.clone()
+    damped.diagonal().add_(ridge)
+    target = torch.linalg.solve(damped, (aim + ridge * weight * factors[0]).t()).t()
+    zero_point = start.zero_point
+    qdata = gptq_round(
+        target,
+        hessian,
+        start.scale.double(),
+        torch.zeros_like(start.scale.double())
+        if zero_point is None
+        else zero_point.double(),
+        -(2 ** (bits.weight_bits - 1)),
+        2 ** (bits.weight_bits - 1) - 1,
+        _DAMPING,
+    )
+    return SharedWeight(qdata, start.scale, zero_point)
