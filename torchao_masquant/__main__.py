@@ -3,31 +3,56 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""``python -m torchao_masquant``."""
+"""``python -m torchao_masquant``, and the command ``masquant``."""
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Optional, Sequence
 
-from torchao_masquant.demo.main import add_arguments, main
+import torchao_masquant.demo.main as demo
+import torchao_masquant.report.main as report
 
 
 def _parser() -> argparse.ArgumentParser:
+    as_module = Path(sys.argv[0]).name == "__main__.py"
     parser = argparse.ArgumentParser(
-        prog="python -m torchao_masquant",
+        prog="python -m torchao_masquant" if as_module else None,
         description="Modality-aware quantization of multimodal LLMs.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add_arguments(
-        commands.add_parser(
-            "demo",
-            help="quantize a small model that sees, hears and reads, and compare",
-            description="Quantize a small trained model that sees, hears and reads, in "
-            "each scheme by each method; print one table; save the w4a8 model, load it "
-            "in a new process and compile it.",
-        )
+    command = commands.add_parser(
+        "demo",
+        help="quantize a small model that sees, hears and reads, and compare",
+        description="Quantize a small trained model that sees, hears and reads, in "
+        "each scheme by each method; print one table; save the w4a8 model, load it "
+        "in a new process and compile it.",
     )
+    demo.add_arguments(command)
+    command.set_defaults(run=demo.main)
+    command = commands.add_parser(
+        "report",
+        help="one HTML page about how a model was quantized",
+        description="Write one self-contained HTML page from a recipe, an analysis, "
+        "evaluations and benchmark results, or from whatever there is of them.",
+    )
+    report.add_arguments(command)
+    command.set_defaults(run=report.main)
     return parser
 
 
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: of the command line; None for the process's own.
+
+    Returns:
+        Exit code.
+    """
+    parsed = _parser().parse_args(arguments)
+    return parsed.run(parsed)
+
+
 if __name__ == "__main__":
-    sys.exit(main(_parser().parse_args()))
+    sys.exit(main())

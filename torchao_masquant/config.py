@@ -75,6 +75,8 @@ class MASQuantConfig(AOBaseConfig):
         clip: search the part of the weight's range that its scales are made for.
         low_rank_bits: 16 or 8.
         modality_weights: name of a modality to what its error weighs.
+        epochs: of learning; only a recipe from ``calibrate`` has learned anything.
+        lr: its learning rate.
         base_modality: the one that the shared weight is smoothed for.
         modalities: those that the model will meet; None for all its config declares.
         include: patterns of names of linears, in place of all of the decoder.
@@ -99,6 +101,8 @@ class MASQuantConfig(AOBaseConfig):
     clip: Optional[bool] = None
     low_rank_bits: int = 16
     modality_weights: Optional[Mapping[str, float]] = None
+    epochs: int = 0
+    lr: float = 1e-3
     base_modality: str = TEXT
     modalities: Optional[Sequence[str]] = None
     include: Patterns = None
@@ -125,6 +129,11 @@ class MASQuantConfig(AOBaseConfig):
         if self.modalities is not None and not isinstance(self.modalities, str):
             # What torchao writes to JSON; it refuses tuples.
             self.modalities = list(self.modalities)
+        if self.recipe is None and self.epochs:
+            raise ValueError(
+                "learning needs the samples: call calibrate(model, samples, epochs=...) "
+                "and quantize with its recipe."
+            )
         self.options  # noqa: B018 -- checks them
 
     @property

@@ -144,7 +144,7 @@ def _bad(**changes):
         ({"alpha": 1.5}, ValueError, "alpha must lie in 0..1, got 1.5"),
         ({"alpha": -0.1}, ValueError, "alpha must lie in 0..1, got -0.1"),
         ({"alpha": float("nan")}, ValueError, "alpha must lie in 0..1, got nan"),
-        ({"alpha": "half"}, TypeError, "alpha must be a number, got 'half'"),
+        ({"alpha": "half"}, TypeError, "alpha must be a number or 'auto', got 'half'"),
         ({"rank": -1}, ValueError, "rank must not be negative, got -1"),
         ({"rank": 2.5}, ValueError, "a rank of type float is a share"),
         ({"samples": []}, ValueError, "samples is empty"),

@@ -186,7 +186,7 @@ def test_a_layer_called_several_times_a_pass():
 
     torch.manual_seed(0)
     model = Model()
-    layers = _calibrate(model).layers
+    layers = _calibrate(model, method="masquant-paper").layers
     assert torch.equal(layers["up"].smoothing_factor, layers["gate"].smoothing_factor)
     assert not torch.equal(
         layers["up"].smoothing_factor, layers["down"].smoothing_factor

@@ -11,9 +11,15 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torchao_masquant.calibration.groups import SharedInputs
-from torchao_masquant.calibration.statistics import InputStatistics, Moments
+from torchao_masquant.calibration.statistics import (
+    SAMPLE_TOKENS,
+    InputStatistics,
+    Moments,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -26,7 +32,11 @@ def test_moments_equal_numpy_over_chunks(dtype, mean):
         moments.update(chunk)
     exact = x.double().numpy()
     assert moments.count == 301
-    np.testing.assert_array_equal(moments.absmax, np.abs(exact).max(0))
+    np.testing.assert_array_equal(moments.absmax(), np.abs(exact).max(0))
+    for center in (exact.mean(0), np.full(7, -1e3), np.full(7, 1e3)):
+        np.testing.assert_array_equal(
+            moments.absmax(torch.from_numpy(center)), np.abs(exact - center).max(0)
+        )
     np.testing.assert_allclose(moments.mean(), exact.mean(0), rtol=1e-12, atol=1e-12)
     uncentered = exact.T @ exact / 301
     np.testing.assert_allclose(
@@ -55,9 +65,30 @@ def test_tokens_go_to_their_modality_and_padding_nowhere():
     statistics.update("layer", x[:1], None)
     text, vision = statistics.moments
     assert (text.count, vision.count) == (3, 1)
-    assert text.absmax.tolist() == [4, 0] and vision.absmax.tolist() == [2, 0]
-    # The base needs no covariance: it has no pair.
-    assert text.outer is None and vision.outer is not None
+    assert text.absmax().tolist() == [4, 0] and vision.absmax().tolist() == [2, 0]
+    assert text.sample.tolist() == [[1, 0], [4, 0], [1, 0]]
+    assert vision.sample.tolist() == [[2, 0]]
+
+
+def test_without_tokens():
+    moments = Moments.zeros(3, torch.device("cpu"), second=True)
+    assert not moments.absmax().any() and not moments.absmax(torch.ones(3)).any()
+    assert moments.sample.shape == (0, 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 700), max_size=8))
+def test_sample_is_of_every_so_manieth_token(sizes):
+    """However the tokens come in calls, and never more than its bound."""
+    moments = Moments.zeros(1, torch.device("cpu"), second=True)
+    tokens = torch.arange(sum(sizes), dtype=torch.float32)[:, None]
+    for chunk in tokens.split(sizes) if sizes else ():
+        moments.update(chunk)
+    stride = 1
+    while len(tokens) > stride * SAMPLE_TOKENS:
+        stride *= 2
+    assert torch.equal(moments.sample, tokens[::stride])
+    assert len(moments.sample) <= SAMPLE_TOKENS
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -74,8 +74,13 @@ def test_the_file_survives_an_edit(path, recipe):
         ({"format": None}, "PATH is a safetensors file, but no MASQuant recipe."),
         (
             {"format_version": "7"},
-            "PATH is of recipe format 7, this version of torchao_masquant reads up to 1: "
+            "PATH is of recipe format 7, this version of torchao_masquant reads 2: "
             "upgrade it.",
+        ),
+        (
+            {"format_version": "1"},
+            "PATH is of recipe format 1, this version of torchao_masquant reads 2: "
+            "calibrate again.",
         ),
         (
             {"format_version": None},
@@ -132,8 +137,8 @@ def _drop(key):
         (None, _drop("first.smoothing_factor"), "missing 1 required positional"),
         (
             None,
-            lambda t: t.update({"first.modality_bias": torch.zeros(2, 23)}),
-            "modality_bias of first is of shape (2, 23), it should be (2, 24)",
+            lambda t: t.update({"first.modality_bias": torch.zeros(3, 23)}),
+            "modality_bias of first is of shape (3, 23), it should be (3, 24)",
         ),
     ],
 )

@@ -47,7 +47,7 @@ def problem(
         ranks=(2, 3),
         l1=torch.randn(k, 5) / 16,
         l2=torch.randn(5, n) / 16,
-        modality_bias=torch.randn(2, n) / 16,
+        modality_bias=torch.randn(3, n) / 16,
     )
 
 

@@ -16,7 +16,7 @@ from torchao_masquant import SCHEMES, Analysis, analyze
 from torchao_masquant.evaluation.compensation_curves import effective_rank
 from torchao_masquant.evaluation.smoothing_loss import activation_sqnr
 from torchao_masquant.evaluation.token_session import TokenSession
-from torchao_masquant.solver.compensation import low_rank_pair, whitening
+from torchao_masquant.solver.compensation import low_rank_pair
 from torchao_masquant.testing import digits
 
 MODALITIES = ("text", "vision", "audio")
@@ -208,11 +208,11 @@ def _curve(expected, index, method):
     y = x @ weight.T
     signal = ((y - y.mean(0)) ** 2).sum()
     difference = torch.from_numpy(weight * s - expected.shared)
-    whitened = whitening(torch.from_numpy(covariance / np.outer(s, s)))
+    smoothed = torch.from_numpy(covariance / np.outer(s, s))
     ratios = []
     for rank in RANKS:
         count = max(1, round(rank * min(weight.shape))) if rank else 0
-        pair = low_rank_pair(difference, count, whitened)
+        pair = low_rank_pair(difference, count, smoothed)
         left = difference if pair is None else difference - (pair[0] @ pair[1]).T
         error = (x / s) @ left.numpy().T
         if centered:

@@ -60,6 +60,8 @@ def _effective(weight, x, modality):
     """float64 output of a quantized weight for tokens of one modality, by formula."""
     pre_scale = weight.act_pre_scale[modality if weight.is_routed else 0].double()
     smoothed = (x.float() * pre_scale.float()).double()
+    if weight.act_shift is not None:
+        smoothed = smoothed - weight.act_shift[modality].double()
     quant_max = 2 ** (weight.act_bits - 1) - 1
     scale = smoothed.abs().amax(-1, keepdim=True) / quant_max
     x_hat = (smoothed / scale).round() * scale
@@ -68,7 +70,8 @@ def _effective(weight, x, modality):
         start = sum(weight.ranks[: modality - 1])
         columns = slice(start, start + weight.ranks[modality - 1])
         y = y + x_hat @ weight.l1[:, columns].double() @ weight.l2[columns].double()
-        y = y + weight.modality_bias[modality - 1].double()
+    if weight.modality_bias is not None:
+        y = y + weight.modality_bias[modality].double()
     return y
 
 

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchao_masquant.solver.compensation import (
+    error_spectrum,
     low_rank_pair,
     resolve_rank,
+    smoothed,
     whitening,
 )
 from torchao_masquant.solver.gauge import gauge
@@ -40,7 +42,7 @@ def test_no_other_pair_of_the_same_rank_is_better(seed, rank, tokens):
     """Theorem 2, with full and with singular covariances."""
     x, difference = _problem(seed, tokens)
     covariance = x.t() @ x / len(x)
-    l1, l2 = low_rank_pair(difference, rank, whitening(covariance))
+    l1, l2 = low_rank_pair(difference, rank, covariance)
     ours = _error(x, difference, l1, l2)
     slack = 1e-9 * (x @ difference.t()).norm().item()
 
@@ -70,23 +72,61 @@ def test_whitening_inverts_on_the_range_only():
     )
     torch.testing.assert_close(transform.t() @ transform, covariance)
     assert whitening(torch.zeros(4, 4))[0].shape == (0, 4)
-    assert low_rank_pair(torch.ones(3, 4), 2, whitening(torch.zeros(4, 4))) is None
+    assert low_rank_pair(torch.ones(3, 4), 2, torch.zeros(4, 4)) is None
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_pair_is_balanced_whatever_the_scale(scale):
     x, difference = _problem(1)
-    l1, l2 = low_rank_pair(difference, 4, whitening(x.t() @ x * scale))
+    l1, l2 = low_rank_pair(difference, 4, x.t() @ x * scale)
     torch.testing.assert_close(l1.norm(dim=0), l2.norm(dim=1))
 
 
 def test_zero_difference_and_rank_zero():
     x, difference = _problem(2)
-    whitened = whitening(x.t() @ x)
-    l1, l2 = low_rank_pair(torch.zeros_like(difference), 3, whitened)
-    assert torch.isfinite(l1).all() and not (l1 @ l2).any()
-    assert low_rank_pair(difference, 0, whitened) is None
-    assert low_rank_pair(difference, 999, whitened)[0].shape[1] == 9
+    covariance = x.t() @ x
+    assert low_rank_pair(torch.zeros_like(difference), 3, covariance) is None
+    assert low_rank_pair(difference, 0, covariance) is None
+    assert low_rank_pair(difference, 999, covariance)[0].shape[1] == 9
+
+
+@pytest.mark.parametrize("tokens", [60, 8])
+def test_of_more_outputs_than_inputs_and_of_fewer(tokens):
+    """The two ways to the same error, a whitening that is handed over and one found."""
+    for outputs in (3, 12, 30):
+        x, _ = _problem(3, tokens)
+        generator = torch.Generator().manual_seed(outputs)
+        shape = (outputs, x.shape[1])
+        difference = torch.randn(shape, generator=generator, dtype=torch.float64)
+        covariance = x.t() @ x / len(x)
+        tail = torch.linalg.svdvals(x @ difference.t())[2:].norm().item()
+        for whitened in (None, whitening(covariance)):
+            pair = low_rank_pair(difference, 2, covariance, whitened)
+            assert _error(x, difference, *pair) == pytest.approx(tail, rel=1e-7)
+            spectrum = error_spectrum(difference, covariance, whitened)
+            expected = torch.linalg.svdvals(x @ difference.t()).square() / len(x)
+            count = min(len(spectrum), len(expected))
+            torch.testing.assert_close(
+                spectrum[:count],
+                expected[:count],
+                rtol=0,
+                atol=1e-12 * expected[0].item(),
+            )
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e6])
+def test_whitening_of_smoothed_tokens(spread):
+    """From that of the tokens as they came, whatever the scales of their channels."""
+    x, _ = _problem(4)
+    x = x * torch.logspace(0, 1, x.shape[1], base=spread, dtype=torch.float64)
+    factor = torch.logspace(-2, 2, x.shape[1], dtype=torch.float64)
+    transform, inverse = smoothed(whitening(x.t() @ x), factor)
+    covariance = (x / factor).t() @ (x / factor)
+    size = covariance.diagonal().sqrt()
+    left = (transform.t() @ transform - covariance) / torch.outer(size, size)
+    assert left.abs().max() < 1e-12
+    identity = torch.eye(len(transform), dtype=torch.float64)
+    torch.testing.assert_close(transform @ inverse, identity, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,6 @@ def linear_f64(
         return weight_only_f64(tensor, x, ids, bias)
     quant_max = 2 ** (tensor.act_bits - 1) - 1
     base = smoothed_f64(tensor)
-    pre_scale = f64(tensor.act_pre_scale)
     x = x.reshape(-1, x.shape[-1])
     flat = [0] * x.shape[0] if ids is None else ids.reshape(-1).tolist()
     out = np.zeros((x.shape[0], tensor.shape[0]))

@@ -147,9 +147,7 @@ def test_a_base_call_hands_no_pair_on(
             ),
         )
     tensor = make(scheme, low_rank_bits=8).tensor
-    pair = {
-        id(getattr(tensor, n)) for n in ("l1", "l2", "low_rank_scale", "modality_bias")
-    }
+    pair = {id(getattr(tensor, n)) for n in ("l1", "l2", "low_rank_scale")}
     linear(tokens(9, 16), tensor, None, None)
     assert {name for name, _ in seen} == names
     assert not pair & {id(a) for _, a in seen}

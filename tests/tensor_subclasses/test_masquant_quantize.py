@@ -244,14 +244,14 @@ def test_smoothing_factor_is_given_back() -> None:
 @pytest.mark.parametrize(
     "scheme, shape, group_size, bytes_stored",
     [
-        # integers + scales + pre-scales + pair in 16 bits + modality bias
-        ("w8a8", (6, 16), None, 96 + 24 + 192 + 2 * 5 * 22 + 48),
-        ("w4a8", (6, 16), None, 48 + 24 + 192 + 2 * 5 * 22 + 48),
-        ("w4a8", (6, 15), None, 48 + 24 + 180 + 2 * 5 * 21 + 48),
-        ("w4a8", (6, 16), 4, 48 + 96 + 192 + 2 * 5 * 22 + 48),
-        ("w3a3", (6, 16), None, 48 + 24 + 192 + 2 * 5 * 22 + 48),
-        # and zero points
-        ("w4a16", (6, 16), 4, 48 + 96 + 192 + 2 * 5 * 22 + 48 + 24),
+        # integers + scales + pre-scales and shifts + pair in 16 bits + modality bias
+        ("w8a8", (6, 16), None, 96 + 24 + 2 * 192 + 2 * 5 * 22 + 72),
+        ("w4a8", (6, 16), None, 48 + 24 + 2 * 192 + 2 * 5 * 22 + 72),
+        ("w4a8", (6, 15), None, 48 + 24 + 2 * 180 + 2 * 5 * 21 + 72),
+        ("w4a8", (6, 16), 4, 48 + 96 + 2 * 192 + 2 * 5 * 22 + 72),
+        ("w3a3", (6, 16), None, 48 + 24 + 2 * 192 + 2 * 5 * 22 + 72),
+        # and zero points, but no shifts
+        ("w4a16", (6, 16), 4, 48 + 96 + 192 + 2 * 5 * 22 + 72 + 24),
     ],
 )
 def test_nbytes_stored(
@@ -573,7 +573,7 @@ class TestRepr(expecttest.TestCase):
     def test_routed(self) -> None:
         self.assertExpectedInline(
             repr(make("w4a6").tensor),
-            """MASQuantTensor(shape=(6, 16), w4a6, modalities=('text', 'vision', 'audio'), ranks={'vision': 2, 'audio': 3}, modality_bias, 532 bytes, dtype=torch.float32, device=cpu)""",
+            """MASQuantTensor(shape=(6, 16), w4a6, modalities=('text', 'vision', 'audio'), ranks={'vision': 2, 'audio': 3}, modality_bias, act_shift, 748 bytes, dtype=torch.float32, device=cpu)""",
         )
 
     def test_groups_and_one_smoothing_factor(self) -> None:
@@ -586,7 +586,7 @@ class TestRepr(expecttest.TestCase):
     def test_asymmetric_and_a_pair_of_8_bits(self) -> None:
         self.assertExpectedInline(
             repr(make("w4a16", group_size=8, low_rank_bits=8).tensor),
-            """MASQuantTensor(shape=(6, 16), w4a16, modalities=('text', 'vision', 'audio'), group_size=8, asymmetric, ranks={'vision': 2, 'audio': 3}, low_rank_bits=8, modality_bias, 478 bytes, dtype=torch.float32, device=cpu)""",
+            """MASQuantTensor(shape=(6, 16), w4a16, modalities=('text', 'vision', 'audio'), group_size=8, asymmetric, ranks={'vision': 2, 'audio': 3}, low_rank_bits=8, modality_bias, 502 bytes, dtype=torch.float32, device=cpu)""",
         )
 
     def test_without_pair_and_modality_bias(self) -> None:

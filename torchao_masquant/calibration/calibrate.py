@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from torchao_masquant.calibration.passes import plan_passes
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.learning import learn
 from torchao_masquant.modality import TEXT
 from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router
@@ -44,6 +45,8 @@ def calibrate(
     clip: Optional[bool] = None,
     low_rank_bits: int = 16,
     modality_weights: Optional[Mapping[str, float]] = None,
+    epochs: int = 0,
+    lr: float = 1e-3,
     base_modality: str = TEXT,
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,
@@ -91,6 +94,10 @@ def calibrate(
         low_rank_bits: 16 or 8, of the low-rank pairs.
         modality_weights: name of a modality to what its error weighs where modalities
             compete for the shared weight; those left out weigh 1 (the base) or 0.3.
+        epochs: of learning after the closed form: the data runs so often through each
+            block of the decoder, for gradients of all but the integers (see
+            :func:`torchao_masquant.learning.learn`). Zero for none.
+        lr: learning rate, relative to the size of what is learned.
         base_modality: the one that the shared weight is smoothed for. Its tokens cost
             nothing extra at run time.
         modalities: those that the model will meet; None for all that its config
@@ -124,6 +131,8 @@ def calibrate(
         clip=clip,
         low_rank_bits=low_rank_bits,
         modality_weights=modality_weights,
+        epochs=epochs,
+        lr=lr,
     )
     model = getattr(model, "_orig_mod", model)
     linears = select_linears(model, include, exclude)
@@ -151,7 +160,7 @@ def calibrate(
     passes = plan_passes(probe, second_moments, max_statistics_bytes)
 
     data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
-    if len(passes) > 1:
+    if len(passes) > 1 or epochs:
         data = list(data)
     layers: dict[str, LayerRecipe] = {}
     for index, names in enumerate(passes, start=1):
@@ -164,6 +173,8 @@ def calibrate(
                 model, data, router, progress=progress, description=f"Calibrating{of}"
             )
         layers |= solve(session, options, progress=progress)
+    if epochs:
+        layers = learn(model, data, layers, router, options, progress=progress)
     return Recipe(
         options=options,
         modalities=router.modalities,
@@ -198,7 +209,9 @@ def solve(
         )
     for name, linear in session.linears.items():
         try:
-            check_group_size(options.bits.group_size, tuple(linear.weight.shape))
+            check_group_size(
+                options.bits.group_size, (linear.out_features, linear.in_features)
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     layers: dict[str, LayerRecipe] = {}

@@ -49,7 +49,7 @@ class Moments:
             torch.full((width,), float("-inf"), **zeros),
             torch.zeros(width, **zeros),
             torch.zeros(width, width, **zeros) if second else None,
-            torch.zeros(0, width, device=device),
+            torch.zeros(0, width, dtype=torch.float32, device=device),
         )
 
     def update(self, x: torch.Tensor) -> None:

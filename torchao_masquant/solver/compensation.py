@@ -9,7 +9,13 @@ from typing import Optional
 
 import torch
 
-__all__ = ["low_rank_pair", "resolve_rank", "smoothed", "whitening"]
+__all__ = [
+    "error_spectrum",
+    "low_rank_pair",
+    "resolve_rank",
+    "smoothed",
+    "whitening",
+]
 
 # Eigenvalues below this part of the largest are rounding noise of a float64
 # covariance: it has rank min(T, K), and eigh returns its zeros as +-1e-16 relative.
@@ -83,23 +89,45 @@ def smoothed(
     return whitened[0] / factor, whitened[1] * factor[:, None]
 
 
+def error_spectrum(
+    difference: torch.Tensor,
+    covariance: torch.Tensor,
+    whitened: Optional[tuple[torch.Tensor, torch.Tensor]] = None,
+) -> torch.Tensor:
+    """What each component of a pair would take off ``E ||x D^T||^2``, largest first.
+
+    The squared singular values of ``C^1/2 D^T``; see :func:`low_rank_pair` for the
+    arguments.
+
+    Returns:
+        (min(N, J),) float64, non-negative.
+    """
+    return _components(difference.double(), covariance, whitened)[0]
+
+
 def low_rank_pair(
     difference: torch.Tensor,
     rank: int,
-    whitened: tuple[torch.Tensor, torch.Tensor],
+    covariance: torch.Tensor,
+    whitened: Optional[tuple[torch.Tensor, torch.Tensor]] = None,
 ) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
-    """L1, L2 that minimise ``||X (D^T - L1 L2)||_F`` at a given rank.
+    """L1, L2 that minimise ``tr((D - (L1 L2)^T) C (D - (L1 L2)^T)^T)`` at a given rank.
 
-    Theorem 2 of arXiv 2603.04800, for any whitening ``T^T T = X^T X / n``, ``T R = I``:
-    with the SVD ``T D^T = P Sig V^T`` cut to rank r, ``L1 = R P_r``,
-    ``L2 = Sig_r V_r^T``.
+    Theorem 2 of arXiv 2603.04800: for any whitening ``T^T T = C``, ``T R = I``, with the
+    SVD ``T D^T = P Sig V^T`` cut to rank r, ``L1 = R P_r`` and ``L2 = Sig_r V_r^T``.
+    Where the weight has no more outputs than inputs the same product follows without
+    inverting anything: ``L2 = V_r^T``, the principal components of the error of the
+    output (eigenvectors of ``D C D^T``), and ``L1 = D^T V_r``. So no decomposition is
+    ever larger than ``min(N, K)``, and directions that no token used cannot blow up.
+
     Each column of L1 and row of L2 are then scaled against each other to equal norm,
     which changes nothing in their product and keeps both in the range of 16-bit types.
 
     Args:
         difference: (N, K) the weight difference D to make up for.
-        rank: r; cut down to what the numerical rank of the covariance allows.
-        whitened: of the covariance of X, from :func:`whitening`.
+        rank: r; cut down to the numerical rank of what there is to make up for.
+        covariance: (K, K) C, of the tokens that will meet the pair.
+        whitened: its :func:`whitening`, looked at where N > K; None: found here.
 
     Returns:
         L1 (K, r) and L2 (r, N), float64; None where the rank comes out as zero.
@@ -107,17 +135,14 @@ def low_rank_pair(
     Raises:
         RuntimeError: the result is not finite.
     """
-    transform, inverse = whitened
-    rank = min(rank, transform.shape[0], difference.shape[0])
+    difference = difference.double()
+    values, left, right = _components(difference, covariance, whitened)
+    rank = min(rank, int((values > 0).sum()))
     if rank == 0:
         return None
-    left, values, right = torch.linalg.svd(
-        transform @ difference.double().t(), full_matrices=False
-    )
-    l1 = inverse @ left[:, :rank]
-    l2 = values[:rank, None] * right[:rank]
+    l1, l2 = left[:, :rank], right[:rank]
     down, up = l1.norm(dim=0), l2.norm(dim=1)
-    # A singular value of zero leaves a row of zeros, which no factor can balance.
+    # A norm of zero leaves nothing to balance.
     balance = torch.where((down > 0) & (up > 0), (up / down).sqrt(), 1.0)
     l1, l2 = l1 * balance, l2 / balance[:, None]
     if not (torch.isfinite(l1).all() and torch.isfinite(l2).all()):
@@ -126,3 +151,30 @@ def low_rank_pair(
             f"difference of shape {tuple(difference.shape)} are: this is a bug."
         )
     return l1, l2
+
+
+def _components(
+    difference: torch.Tensor,
+    covariance: torch.Tensor,
+    whitened: Optional[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Energies (r,), down-projections (K, r), up-projections (r, N), largest first."""
+    n, k = difference.shape
+    if n <= k:
+        gram = difference @ covariance.double() @ difference.t()
+        values, basis = _eigen(gram)
+        return values, difference.t() @ basis, basis.t()
+    transform, inverse = whitening(covariance) if whitened is None else whitened
+    aim = transform @ difference.t()
+    values, basis = _eigen(aim @ aim.t())
+    return values, inverse @ basis, basis.t() @ aim
+
+
+def _eigen(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, largest first, those within rounding noise as zeros, and vectors."""
+    if gram.shape[0] == 0:
+        return gram.new_zeros(0), gram
+    values, vectors = torch.linalg.eigh((gram + gram.t()) / 2)
+    values, vectors = values.flip(0), vectors.flip(1)
+    noise = gram.shape[0] * torch.finfo(gram.dtype).eps * values[0].clamp_min(0)
+    return torch.where(values > noise, values, 0.0), vectors

@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Solving for the linears that share one input."""
 
-from typing import Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 
@@ -43,7 +43,7 @@ def solve_group(
     weights: dict[str, torch.Tensor],
     statistics: InputStatistics,
     options: SolverOptions,
-    ranks: "Optional[dict[str, Sequence[int]]]" = None,
+    ranks: Optional[Mapping[str, Sequence[int]]] = None,
 ) -> dict[str, LayerRecipe]:
     """All that quantizes the linears that share one input.
 
@@ -66,7 +66,8 @@ def solve_group(
         return _shared_factor(weights, statistics, options)
     # They serve every exponent, gauge and rounding: see solver.compensation.whitening.
     covariances = [m.covariance(options.parts.centered) for m in statistics.moments]
-    whitenings = [whitening(covariance) for covariance in covariances[1:]]
+    wide = any(weight.shape[0] > weight.shape[1] for weight in weights.values())
+    whitenings = [whitening(c) if wide else None for c in covariances[1:]]
     alphas, separations = options.alphas, options.separations
     tried: list[tuple[float, float, float, dict[str, LayerRecipe]]] = []
 
@@ -105,9 +106,9 @@ class _PerModality:
         options: SolverOptions,
         alpha: float,
         separation: float,
-        ranks: "Optional[dict[str, Sequence[int]]]",
+        ranks: Optional[Mapping[str, Sequence[int]]],
         covariances: Sequence[torch.Tensor],
-        whitenings: Sequence[_Pair],
+        whitenings: Sequence[Optional[_Pair]],
     ):
         self.covariances, self.whitenings = covariances, whitenings
         self.weights, self.options, self.method = weights, options, options.parts
@@ -136,12 +137,11 @@ class _PerModality:
         self.pairs: dict[str, list[Optional[_Pair]]] = {}
 
     def solve(self) -> dict[str, LayerRecipe]:
-        shared = {
-            name: round_to_nearest(
-                weight, self.factors[0], self.options.bits, self._importance()
-            )
-            for name, weight in self.weights.items()
-        }
+        shared = self._round(None)
+        if self.method.clip:
+            # What a modality's error weighs depends on its gauge.
+            self._fit_gauges({name: s.dequantize() for name, s in shared.items()})
+            shared = self._round(self._importance())
         self._compensate(shared)
         if self.method.rounding == "gptq":
             for name, weight in self.weights.items():
@@ -157,10 +157,16 @@ class _PerModality:
             self._compensate(shared)
         return {name: self._layer(name, shared[name]) for name in self.weights}
 
-    def _importance(self) -> Optional[torch.Tensor]:
+    def _round(self, importance: Optional[torch.Tensor]) -> dict[str, SharedWeight]:
+        return {
+            name: round_to_nearest(
+                weight, self.factors[0], self.options.bits, importance
+            )
+            for name, weight in self.weights.items()
+        }
+
+    def _importance(self) -> torch.Tensor:
         """(K,) how much an error of each input channel weighs, to clip by."""
-        if not self.method.clip:
-            return None
         total = torch.zeros_like(self.factors[0])
         for importance, factor, covariance in zip(
             self.importances, self.factors, self.covariances
@@ -172,24 +178,34 @@ class _PerModality:
                 total += importance / energy * covariance.diagonal() / factor**2
         return total if total.any() else torch.ones_like(total)
 
+    def _fit_gauges(self, values: dict[str, torch.Tensor]) -> None:
+        if not self.method.gauge:
+            return
+        for index in range(1, len(self.moments)):
+            self.factors[index] = self.factors[index] / gauge(
+                list(self.weights.values()),
+                list(values.values()),
+                self.factors[index],
+                self.covariances[index],
+            )
+
     def _compensate(self, shared: dict[str, SharedWeight]) -> None:
         """Gauge and pairs for these integers."""
         values = {name: s.dequantize() for name, s in shared.items()}
+        self._fit_gauges(values)
         self.pairs = {name: [None] for name in self.weights}
         for index in range(1, len(self.moments)):
             covariance = self.covariances[index]
-            if self.method.gauge:
-                self.factors[index] = self.factors[index] / gauge(
-                    list(self.weights.values()),
-                    list(values.values()),
-                    self.factors[index],
-                    covariance,
-                )
             factor = self.factors[index]
-            whitened = smoothed(self.whitenings[index - 1], factor)
+            met = covariance / torch.outer(factor, factor)
+            whitened = self.whitenings[index - 1]
+            if whitened is not None:
+                whitened = smoothed(whitened, factor)
             for name, weight in self.weights.items():
                 difference = weight.double() * factor - values[name]
-                pair = low_rank_pair(difference, self.ranks[name][index - 1], whitened)
+                pair = low_rank_pair(
+                    difference, self.ranks[name][index - 1], met, whitened
+                )
                 self.pairs[name].append(self._held(pair, weight.dtype))
 
     def _held(self, pair: Optional[_Pair], dtype: torch.dtype) -> Optional[_Pair]:

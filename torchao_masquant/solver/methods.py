@@ -107,6 +107,9 @@ class SolverOptions:
         low_rank_bits: 16 or 8, of the low-rank pairs.
         modality_weights: name to what a modality's error weighs in "gptq", "clip" and
             "auto"; those left out weigh 1 (the base) or 0.3.
+        epochs: of learning (:mod:`torchao_masquant.learning`) after the closed form;
+            zero for none.
+        lr: its learning rate, relative to the size of what is learned.
 
     Raises:
         ValueError: an unknown scheme or method, an option that is out of range or that
@@ -125,6 +128,8 @@ class SolverOptions:
     clip: Optional[bool] = None
     low_rank_bits: int = 16
     modality_weights: Optional[Mapping[str, float]] = None
+    epochs: int = 0
+    lr: float = 1e-3
 
     def __post_init__(self) -> None:
         get_scheme(self.scheme)
@@ -152,15 +157,22 @@ class SolverOptions:
                     f"modality_weights of {name!r} must be finite and not negative, got "
                     f"{weight}."
                 )
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int):
+            raise TypeError(f"epochs must be an int, got {self.epochs!r}.")
+        if self.epochs < 0:
+            raise ValueError(f"epochs must not be negative, got {self.epochs}.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr must be positive and finite, got {self.lr}.")
         if not METHODS[self.method].centered and (
             self.shift
             or self.clip
+            or self.epochs
             or self.rounding == "gptq"
             or AUTO in (self.alpha, self.rank, self.separation)
         ):
             raise ValueError(
-                f"method {self.method!r} is kept as it was published: shift, gptq, clip "
-                "and auto are for method 'masquant'."
+                f"method {self.method!r} is kept as it was published: shift, gptq, "
+                "clip, learning and auto are for method 'masquant'."
             )
 
     @staticmethod

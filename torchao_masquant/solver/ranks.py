@@ -8,14 +8,14 @@
 import dataclasses
 import heapq
 import math
-from typing import Sequence
+from typing import Optional, Sequence
 
 import torch
 from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.solver.compensation import resolve_rank, smoothed, whitening
+from torchao_masquant.solver.compensation import error_spectrum, resolve_rank
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import SolverOptions
 
@@ -120,23 +120,22 @@ def _spectrum(
     statistics: InputStatistics,
     index: int,
     options: SolverOptions,
-) -> "tuple[list[float], float] | None":
-    """Squared singular values of the whitened difference, and the noise beside them.
+) -> Optional[tuple[list[float], float]]:
+    """What components of a pair would take off, and the noise beside that.
 
     None where the modality does not vary.
     """
     moments = statistics.moments[index]
     weight = weight.double()
     covariance = moments.covariance()
-    factor = layer.smoothing_factor[index].to(weight.device).double()
     quantized = layer.quantize(
         weight.float(), options.bits, statistics.modalities, options.low_rank_bits
     )
     met = quantized.dequantize(torch.float32, statistics.modalities[index]).double()
-    transform, _ = smoothed(whitening(covariance), factor)
-    if transform.shape[0] == 0:
+    # Of the unsmoothed input and weight: the factor cancels.
+    values = error_spectrum(weight - met, covariance)
+    if not values.any():
         return None
-    values = torch.linalg.svdvals(transform @ ((weight - met) * factor).t()).square()
     tokens = moments.sample
     ids = torch.full((tokens.shape[0],), index, device=tokens.device)
     rounded = torch.ops.masquant.linear(tokens, quantized, ids, None).double()

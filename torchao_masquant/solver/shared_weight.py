@@ -81,8 +81,8 @@ def round_to_nearest(
     if importance is None:
         return rounded(None)
     target = weight.float() / pre_scale
-    best = torch.full((n, groups), float("inf"), device=weight.device)
-    chosen = torch.ones(n, groups, device=weight.device)
+    best = torch.full_like(target[:, :groups], float("inf"))
+    chosen = torch.ones_like(best)
     for clip in _CLIPS:
         clips = torch.full_like(chosen, clip)
         error = (rounded(clips).dequantize().float() - target).square()

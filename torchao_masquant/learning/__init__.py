@@ -1,0 +1,10 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Learning what a closed-form solution leaves: block by block, integers fixed."""
+
+from torchao_masquant.learning.learn import learn
+
+__all__ = ["learn"]

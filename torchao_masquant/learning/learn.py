@@ -1,0 +1,267 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Block-by-block learning of a recipe's floating point parts."""
+
+import copy
+import logging
+import math
+from functools import partial
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from torchao_masquant.learning.blocks import (
+    BlockCalls,
+    capture_calls,
+    decoder_blocks,
+    forwards,
+)
+from torchao_masquant.learning.learnable_weight import LearnableWeight
+from torchao_masquant.recipe import LayerRecipe
+from torchao_masquant.routing import Router
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+
+__all__ = ["learn"]
+
+_LOGGER = logging.getLogger(__name__)
+
+# Every so manieth sample judges the iterates, and is not learned from.
+_HELD_BACK = 8
+
+
+@torch.inference_mode(False)
+def learn(
+    model: nn.Module,
+    samples: Iterable[Mapping[str, Any]],
+    layers: Mapping[str, LayerRecipe],
+    router: Router,
+    options: SolverOptions,
+    *,
+    progress: bool = False,
+) -> dict[str, LayerRecipe]:
+    """Improve a solution by gradients, one block of the decoder after the other.
+
+    The loss is MAS's reconstruction loss (arXiv 2603.04800, its section on MAS) of a
+    block: target from the full-precision stream, input from the stream of the quantized
+    blocks before it, the error of each modality relative to what varies in its target
+    and weighed by ``options.weights_of``. The integers of the solution stay; see
+    :class:`LearnableWeight` for what is learned. The samples run once through the
+    model; after that only one block runs at a time. Every eighth sample is held back
+    and decides which iterate is kept, the start among them.
+
+    Args:
+        model: with high-precision weights; left as it was.
+        samples: as for ``calibrate``.
+        layers: solution for linears of its decoder.
+        router: that tells calibration's modalities.
+        options: with ``epochs`` above zero and ``lr``.
+        progress: show a bar on a terminal.
+
+    Returns:
+        Name to the learned part of the recipe. Never worse than its start on the
+        samples held back.
+
+    Raises:
+        ValueError: the decoder is not a stack of blocks.
+    """
+    blocks = decoder_blocks(model, list(layers))
+    modules = list(blocks.values())
+    calls = capture_calls(model, modules, samples, router, progress=progress)
+    training = [p for p in model.parameters() if p.requires_grad]
+    modes = [m for m in model.modules() if m.training]
+    learned = dict(layers)
+    try:
+        model.eval()
+        for parameter in training:
+            parameter.requires_grad_(False)
+        exact = [call.hidden for call in calls]
+        met = list(exact)
+        bar = tqdm(blocks.items(), desc="Learning", disable=None if progress else True)
+        for index, (name, block) in enumerate(bar):
+            with torch.no_grad():
+                exact = [c.run(index, block, x) for c, x in zip(calls, exact)]
+            task = _BlockTask(
+                name, block, index, learned, router.modalities, options, calls
+            )
+            if task.linears:
+                learned |= task.learn(met, exact)
+            met = task.run_quantized(learned, met)
+    finally:
+        for module in modes:
+            module.training = True
+        for parameter in training:
+            parameter.requires_grad_(True)
+    return learned
+
+
+class _BlockTask:
+    """One block: its quantized linears, and how far its output is from its target."""
+
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        index: int,
+        layers: Mapping[str, LayerRecipe],
+        modalities: Sequence[str],
+        options: SolverOptions,
+        calls: Sequence[BlockCalls],
+    ):
+        self.name, self.block, self.index = name, block, index
+        self.modalities, self.options, self.calls = modalities, options, calls
+        self.linears: dict[str, nn.Linear] = {
+            f"{name}.{inner}": module
+            for inner, module in block.named_modules()
+            if f"{name}.{inner}" in layers and isinstance(module, nn.Linear)
+        }
+        self.layers = layers
+        self.importances = options.weights_of(modalities)
+
+    def _quantized(
+        self, layers: Mapping[str, LayerRecipe]
+    ) -> dict[str, MASQuantTensor]:
+        return {
+            name: layers[name].quantize(
+                linear.weight.data,
+                self.options.bits,
+                self.modalities,
+                self.options.low_rank_bits,
+            )
+            for name, linear in self.linears.items()
+        }
+
+    @torch.no_grad()
+    def run_quantized(
+        self, layers: Mapping[str, LayerRecipe], inputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Outputs of the block as it will run: from integers."""
+        weights = self._quantized(layers)
+
+        def forward(name: str, ids: Any, x: torch.Tensor) -> torch.Tensor:
+            linear = self.linears[name]
+            rows = None if ids is None else ids.reshape(x.shape[:-1]).clamp_min(0)
+            return torch.ops.masquant.linear(x, weights[name], rows, linear.bias)
+
+        return [self._run(forward, call, x) for call, x in zip(self.calls, inputs)]
+
+    def _run(
+        self,
+        forward: Callable[[str, Any, torch.Tensor], torch.Tensor],
+        call: BlockCalls,
+        x: torch.Tensor,
+    ) -> torch.Tensor:
+        replaced = [
+            (linear, partial(forward, name, call.ids))
+            for name, linear in self.linears.items()
+        ]
+        with forwards(replaced):
+            return call.run(self.index, self.block, x)
+
+    @torch.enable_grad()
+    def learn(
+        self, inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+    ) -> dict[str, LayerRecipe]:
+        """The linears' parts, learned; the start's where nothing better was found."""
+        learnable = {
+            name: LearnableWeight(self.layers[name], quantized)
+            for name, quantized in self._quantized(self.layers).items()
+        }
+        parameters = [p for w in learnable.values() for p in w.parameters()]
+        energies = self._energies(targets)
+        count = len(inputs)
+        judges = list(range(_HELD_BACK - 1, count, _HELD_BACK)) or list(range(count))
+        taught = [i for i in range(count) if i not in set(judges)] or judges
+
+        def forward(name: str, ids: Any, x: torch.Tensor) -> torch.Tensor:
+            return learnable[name].linear(x, ids, self.linears[name].bias)
+
+        def loss_of(i: int) -> torch.Tensor:
+            y = self._run(forward, self.calls[i], inputs[i])
+            return self._loss(y, targets[i], self.calls[i].ids, energies)
+
+        @torch.no_grad()
+        def judged() -> float:
+            return math.fsum(loss_of(i).item() for i in judges)
+
+        optimizer = torch.optim.Adam(parameters, lr=self.options.lr)
+        steps = self.options.epochs * len(taught)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        generator = torch.Generator().manual_seed(self.index)
+        start = least = judged()
+        best = copy.deepcopy([p.detach() for p in parameters])
+        for _ in range(self.options.epochs):
+            for i in torch.randperm(len(taught), generator=generator).tolist():
+                loss = loss_of(taught[i])
+                if loss.requires_grad:
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                schedule.step()
+            now = judged()
+            if now < least:
+                least, best = now, copy.deepcopy([p.detach() for p in parameters])
+            if not math.isfinite(now) or now > 10 * start:
+                _LOGGER.warning(
+                    "learning of %s diverged: the loss went from %.3g to %.3g; the best "
+                    "iterate is kept. A smaller lr than %g may do better.",
+                    self.name,
+                    start,
+                    now,
+                    self.options.lr,
+                )
+                break
+        if least >= start:
+            return {name: self.layers[name] for name in self.linears}
+        with torch.no_grad():
+            for parameter, value in zip(parameters, best):
+                parameter.copy_(value)
+        return {name: weight.result() for name, weight in learnable.items()}
+
+    def _energies(self, targets: Sequence[torch.Tensor]) -> list[float]:
+        """Of each modality, what varies from token to token in the target, per token."""
+        energies = []
+        for index in range(len(self.modalities)):
+            tokens = torch.cat(
+                [
+                    _tokens(y, call.ids, index).double()
+                    for y, call in zip(targets, self.calls)
+                ]
+            )
+            count = max(tokens.shape[0], 1)
+            energies.append(
+                (tokens - tokens.mean(0)).square().sum().item() / count
+                if tokens.shape[0]
+                else 0.0
+            )
+        return energies
+
+    def _loss(
+        self,
+        y: torch.Tensor,
+        target: torch.Tensor,
+        ids: Optional[torch.Tensor],
+        energies: Sequence[float],
+    ) -> torch.Tensor:
+        error = (y.float() - target.float()).square().sum(-1)
+        total = error.new_zeros(())
+        for index, (energy, importance) in enumerate(zip(energies, self.importances)):
+            if energy > 0:
+                own = _tokens(error[..., None], ids, index)
+                total = total + importance / energy * own.sum()
+        return total / error.numel()
+
+
+def _tokens(
+    y: torch.Tensor, ids: Optional[torch.Tensor], modality: int
+) -> torch.Tensor:
+    """(T, H) those of one modality."""
+    flat = y.reshape(-1, y.shape[-1])
+    if ids is None:
+        return flat if modality == 0 else flat[:0]
+    return flat[ids.reshape(-1) == modality]

@@ -1,0 +1,100 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The command ``report``."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from torchao_masquant.report.page import Report, write_page
+from torchao_masquant.report.sources import (
+    ANALYSIS,
+    EVALUATIONS,
+    RECIPE,
+    RESULTS,
+    read_sources,
+)
+from torchao_masquant.report.wording import byte_size, joined
+
+__all__ = ["add_arguments", "main"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the report."""
+    parser.add_argument(
+        "sources",
+        type=Path,
+        nargs="+",
+        metavar="RECIPE|FOLDER|JSON",
+        help="a recipe, a JSON file of analyze, evaluate or a benchmark, or a folder "
+        f"with any of {RECIPE}, {ANALYSIS}, {EVALUATIONS}, {', '.join(RESULTS)}; where "
+        "an evaluation does not know its method, its file's name tells it, as in "
+        "evaluation-w4a8-smoothquant.json",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="PATH",
+        help="the page to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--title", help="heading of the page, in place of the model's name"
+    )
+    parser.add_argument(
+        "--png", type=Path, metavar="FOLDER", help="also write the figures as PNG here"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print what was written as JSON, for scripts",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Write the report.
+
+    Returns:
+        Exit code: 0, or 2 where something is missing, damaged or cannot be written.
+    """
+    try:
+        sources = read_sources(arguments.sources)
+        report = write_page(arguments.output, sources, arguments.title, arguments.png)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps(_as_json(report), indent=2))
+        return 0
+    print(f"Wrote {report.path} ({byte_size(report.nbytes)}).")
+    if report.png:
+        print(f"Wrote {len(report.png)} figures to {arguments.png}.")
+    if report.missing:
+        print(f"Without {joined(report.missing)}: the page says what makes them.")
+    return 0
+
+
+def _sentence(error: Exception) -> str:
+    """The system's own errors hold a number and a name, and no sentence."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        name = error.filename
+        where = "" if name is None else f" {os.fsdecode(name)!r}"
+        return f"cannot read or write{where}: {error.strerror}."
+    return str(error)
+
+
+def _as_json(report: Report) -> dict:
+    return {
+        "report": str(report.path),
+        "bytes": report.nbytes,
+        "sections": report.sections,
+        "figures": report.figures,
+        "missing": report.missing,
+        "png": [str(path) for path in report.png],
+    }

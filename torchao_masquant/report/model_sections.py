@@ -1,0 +1,125 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What an analysis and evaluations say about the inside of a model."""
+
+from typing import Sequence
+
+from torchao_masquant.evaluation import Analysis, Evaluation
+from torchao_masquant.evaluation.tables import short_names
+from torchao_masquant.report.analysis_figures import (
+    dominance_figure,
+    effective_rank_figure,
+    range_figure,
+    rank_figure,
+    theorem_figure,
+)
+from torchao_masquant.report.evaluation_figures import sqnr_figure
+from torchao_masquant.report.section import Cell, Column, Section, Table
+from torchao_masquant.report.wording import MISSING, amount, method_name
+
+__all__ = ["compensation_section", "layer_section", "modality_section"]
+
+_WEAKEST = 10
+
+
+def modality_section(analysis: Analysis, modalities: Sequence[str]) -> Section:
+    """How the modalities differ.
+
+    Args:
+        analysis: of the dense model.
+        modalities: all of the page, which give the colours.
+    """
+    theorem = theorem_figure(analysis, modalities)
+    note = ""
+    if theorem is None:
+        note = (
+            f"{analysis.scheme} leaves activations as they are: there is no loss to "
+            "predict. Analyze for a scheme such as w4a8 to see it."
+        )
+    return Section.of(
+        "modalities",
+        "How the modalities differ",
+        f"Of the dense model, with the bits of {analysis.scheme} and alpha "
+        f"{analysis.alpha:g}. The louder a modality, the coarser the steps on which a "
+        "shared factor rounds the others.",
+        (
+            range_figure(analysis, modalities),
+            dominance_figure(analysis, modalities),
+            theorem,
+        ),
+        notes=(note,),
+    )
+
+
+def compensation_section(analysis: Analysis, modalities: Sequence[str]) -> Section:
+    """How much of the difference a low-rank pair can repair."""
+    return Section.of(
+        "compensation",
+        "What a low-rank pair repairs",
+        f"All modalities share the weights that are smoothed for "
+        f"{analysis.modalities[0]}; a pair for each other modality makes up for the "
+        "difference.",
+        (
+            effective_rank_figure(analysis, modalities),
+            rank_figure(analysis, modalities),
+        ),
+    )
+
+
+def layer_section(
+    evaluations: Sequence[tuple[str, Evaluation]],
+    modalities: Sequence[str],
+    scheme: str,
+    method: str,
+) -> Section:
+    """Where quantization noise arises.
+
+    Args:
+        evaluations: method and evaluation, at least one of them with ratios.
+        modalities: all of the page, which give the colours.
+        scheme, method: of the model whose weakest linears are listed.
+    """
+    chosen = [
+        (m, e) for m, e in evaluations if e.sqnr and (e.scheme, m) == (scheme, method)
+    ]
+    return Section.of(
+        "layers",
+        "Layer by layer",
+        "The quantized model's linears on the dense model's inputs.",
+        (sqnr_figure(evaluations, modalities),),
+        tuple(_weakest(m, e) for m, e in chosen[:1]),
+    )
+
+
+def _weakest(method: str, evaluation: Evaluation) -> Table:
+    path, short = short_names(list(evaluation.sqnr))
+    labels = dict(zip(evaluation.sqnr, short))
+    ordered = sorted(
+        (name for name, ratios in evaluation.sqnr.items() if ratios),
+        key=lambda name: min(r.centered for r in evaluation.sqnr[name].values()),
+    )
+    rows = []
+    for name in ordered[:_WEAKEST]:
+        ratios = evaluation.sqnr[name]
+        found = [ratios.get(modality) for modality in evaluation.modalities]
+        rows.append(
+            (
+                Cell(labels[name], title=name),
+                *(Cell(amount(r.centered, ".1f") if r else MISSING) for r in found),
+                *(Cell(amount(r.plain, ".1f") if r else MISSING) for r in found),
+            )
+        )
+    return Table(
+        f"The {len(rows)} linears with the least centred SQNR, {evaluation.scheme}, "
+        f"{method_name(method)}" + (f", in {path}" if path else ""),
+        (
+            Column("linear", number=False),
+            *(Column(m, "centred SQNR, dB") for m in evaluation.modalities),
+            *(Column(m, "plain SQNR, dB") for m in evaluation.modalities),
+        ),
+        tuple(rows),
+        folded=True,
+    )

@@ -1,0 +1,288 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The page: what it shows, and its file."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union
+
+from torchao_masquant.evaluation import Analysis, Evaluation
+from torchao_masquant.recipe import Recipe
+from torchao_masquant.report.chart import BarPanel, Figure
+from torchao_masquant.report.headline import headline
+from torchao_masquant.report.missing import missing_parts
+from torchao_masquant.report.model_sections import (
+    compensation_section,
+    layer_section,
+    modality_section,
+)
+from torchao_masquant.report.palette import colors, method_order, modality_look
+from torchao_masquant.report.png import write_png
+from torchao_masquant.report.quality_section import quality_section
+from torchao_masquant.report.recipe_section import recipe_section
+from torchao_masquant.report.result_rows import rows_of_results
+from torchao_masquant.report.rows import Rows, rows_of_evaluations
+from torchao_masquant.report.section import Section
+from torchao_masquant.report.sources import Sources
+from torchao_masquant.report.svg import MARKERS, place
+from torchao_masquant.schemes import SCHEMES
+
+__all__ = ["Report", "write_report"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+Evaluations = Union[Mapping[str, Evaluation], Iterable[Evaluation]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        path: of the page.
+        nbytes: of the page.
+        sections: ids of its sections.
+        figures: names of its figures.
+        missing: what it had nothing for.
+        png: files of the figures; () where none were asked for.
+    """
+
+    path: Path
+    nbytes: int
+    sections: tuple[str, ...]
+    figures: tuple[str, ...]
+    missing: tuple[str, ...]
+    png: tuple[Path, ...] = ()
+
+
+def write_report(
+    path: Union[str, os.PathLike],
+    *,
+    recipe: Optional[Recipe] = None,
+    analysis: Optional[Analysis] = None,
+    evaluations: Evaluations = (),
+    results: Optional[Any] = None,
+    title: Optional[str] = None,
+    png: Optional[Union[str, os.PathLike]] = None,
+) -> Report:
+    """Write one self-contained HTML page about how a model was quantized.
+
+    Args:
+        path: of the page; a file of that name is replaced whole.
+        recipe: how it was quantized.
+        analysis: of the dense model.
+        evaluations: of quantized models, best against the dense one; a mapping names
+            the method of each, for those that do not know theirs.
+        results: a benchmark's rows; see
+            :func:`~torchao_masquant.report.result_rows.rows_of_results`.
+        title: heading of the page; None for the model's name.
+        png: folder for the figures as PNG files; made where it does not exist.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: there is nothing to report, or a row of ``results`` is damaged.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the page or a figure cannot be written.
+        ImportError: matplotlib or jinja2 is missing.
+    """
+    benchmarks = () if results is None else (("results", results),)
+    sources = Sources(recipe, analysis, _named(evaluations), benchmarks)
+    if sources == Sources():
+        raise ValueError(
+            "there is nothing to report: give a recipe, an analysis, an evaluation or "
+            "results."
+        )
+    return write_page(Path(path), sources, title, None if png is None else Path(png))
+
+
+def _named(evaluations: Evaluations) -> tuple[tuple[str, Evaluation], ...]:
+    if isinstance(evaluations, Mapping):
+        return tuple((e.method or name, e) for name, e in evaluations.items())
+    return tuple((e.method or "method not named", e) for e in evaluations)
+
+
+def write_page(
+    path: Path, sources: Sources, title: Optional[str], png: Optional[Path]
+) -> Report:
+    """Write the page about some sources; see :func:`write_report`."""
+    environment = _environment()
+    _check_targets(path, png)
+    sources = Sources(
+        sources.recipe,
+        sources.analysis,
+        _distinct(sources.evaluations),
+        sources.results,
+    )
+    modalities = _modalities(sources)
+    evaluated = rows_of_evaluations(sources.evaluations)
+    benchmarks = _benchmark_rows(sources)
+    top = headline(sources, evaluated, benchmarks, title)
+    sections = [] if evaluated is None else [quality_section(evaluated, "evaluations")]
+    sections += [
+        quality_section(rows, f"results{index or ''}")
+        for index, rows in enumerate(benchmarks)
+    ]
+    sections += _model_sections(sources, modalities, top.scheme, top.method)
+    missing = missing_parts(sources)
+    palette = colors(modalities)
+    text = environment.get_template("page.html.j2").render(
+        headline=top,
+        sections=sections,
+        missing=missing,
+        made_from=_made_from(sources),
+        modalities=[(m, modality_look(m, modalities)) for m in modalities],
+        colors=palette,
+        markers=MARKERS,
+        place=place,
+        is_bars=lambda panel: isinstance(panel, BarPanel),
+    )
+    figures = [figure for section in sections for figure in section.figures]
+    drawings = () if png is None else _write_drawings(figures, png, palette)
+    data = text.encode("utf-8", "replace")
+    _write(path, data)
+    return Report(
+        path,
+        len(data),
+        tuple(section.name for section in sections),
+        tuple(figure.name for figure in figures),
+        tuple(part.name for part in missing),
+        drawings,
+    )
+
+
+def _benchmark_rows(sources: Sources) -> list[Rows]:
+    several = len(sources.results) > 1
+    return [
+        rows
+        for name, data in sources.results
+        for rows in rows_of_results(data, name if several else "")
+    ]
+
+
+def _environment() -> Any:
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"a report needs {error.name}: pip install 'torchao_masquant[report]'."
+        ) from error
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _check_targets(path: Path, png: Optional[Path]) -> None:
+    """Raise where the page or its figures cannot be, before they are made."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {os.fspath(path)!r}: there is no folder "
+            f"{os.fspath(path.parent)!r}."
+        )
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"cannot write {os.fspath(path)!r}: it is a folder, name a file in it."
+        )
+    if png is not None and png.exists() and not png.is_dir():
+        raise NotADirectoryError(
+            f"cannot write figures to {os.fspath(png)!r}: it is no folder."
+        )
+
+
+def _distinct(
+    evaluations: Sequence[tuple[str, Evaluation]],
+) -> tuple[tuple[str, Evaluation], ...]:
+    """Evaluations by scheme and method, those of the same two numbered."""
+    schemes = [None, *SCHEMES]
+    evaluations = sorted(
+        evaluations,
+        key=lambda pair: (
+            schemes.index(pair[1].scheme)
+            if pair[1].scheme in schemes
+            else len(schemes),
+            pair[1].scheme or "",
+            method_order(pair[0]),
+        ),
+    )
+    counts = Counter((m, e.scheme) for m, e in evaluations)
+    seen: Counter = Counter()
+    found = []
+    for method, evaluation in evaluations:
+        key = method, evaluation.scheme
+        seen[key] += 1
+        numbered = counts[key] > 1 and evaluation.scheme is not None
+        found.append((f"{method} ({seen[key]})" if numbered else method, evaluation))
+    return tuple(found)
+
+
+def _modalities(sources: Sources) -> list[str]:
+    """All that occur, base first."""
+    found: list[str] = []
+    for part in (
+        sources.recipe,
+        sources.analysis,
+        *(evaluation for _, evaluation in sources.evaluations),
+    ):
+        if part is not None:
+            found += part.modalities
+    return list(dict.fromkeys(found))
+
+
+def _model_sections(
+    sources: Sources, modalities: Sequence[str], scheme: str, method: str
+) -> list[Section]:
+    found = []
+    if any(evaluation.sqnr for _, evaluation in sources.evaluations):
+        found.append(layer_section(sources.evaluations, modalities, scheme, method))
+    if sources.analysis is not None:
+        found.append(modality_section(sources.analysis, modalities))
+        if len(sources.analysis.modalities) > 1:
+            found.append(compensation_section(sources.analysis, modalities))
+    if sources.recipe is not None and sources.recipe.layers:
+        found.append(recipe_section(sources.recipe, modalities))
+    return found
+
+
+def _made_from(sources: Sources) -> list[str]:
+    count = len(sources.evaluations)
+    return [
+        *(["a recipe"] if sources.recipe is not None else []),
+        *(["an analysis"] if sources.analysis is not None else []),
+        *([f"{count} evaluation{'s' if count > 1 else ''}"] if count else []),
+        *(["benchmark results"] if sources.results else []),
+    ]
+
+
+def _write_drawings(
+    figures: Sequence[Figure], folder: Path, palette: dict[str, tuple[str, str]]
+) -> tuple[Path, ...]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for figure in figures:
+        paths.append(folder / f"{figure.name}.png")
+        write_png(figure, paths[-1], palette)
+    return tuple(paths)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {os.fspath(path)!r}: {error.strerror or error}."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
