@@ -102,7 +102,7 @@ class MASQuantConfig(AOBaseConfig):
     low_rank_bits: int = 16
     modality_weights: Optional[Mapping[str, float]] = None
     epochs: int = 0
-    lr: float = 1e-3
+    lr: float = 3e-4
     base_modality: str = TEXT
     modalities: Optional[Sequence[str]] = None
     include: Patterns = None
@@ -129,12 +129,12 @@ class MASQuantConfig(AOBaseConfig):
         if self.modalities is not None and not isinstance(self.modalities, str):
             # What torchao writes to JSON; it refuses tuples.
             self.modalities = list(self.modalities)
+        self.options  # noqa: B018 -- checks them
         if self.recipe is None and self.epochs:
             raise ValueError(
                 "learning needs the samples: call calibrate(model, samples, epochs=...) "
                 "and quantize with its recipe."
             )
-        self.options  # noqa: B018 -- checks them
 
     @property
     def options(self) -> SolverOptions:

@@ -46,7 +46,7 @@ def calibrate(
     low_rank_bits: int = 16,
     modality_weights: Optional[Mapping[str, float]] = None,
     epochs: int = 0,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     base_modality: str = TEXT,
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,

@@ -129,7 +129,7 @@ class SolverOptions:
     low_rank_bits: int = 16
     modality_weights: Optional[Mapping[str, float]] = None
     epochs: int = 0
-    lr: float = 1e-3
+    lr: float = 3e-4
 
     def __post_init__(self) -> None:
         get_scheme(self.scheme)

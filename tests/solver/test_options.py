@@ -1,0 +1,68 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Options of a solution: what is refused, and what None stands for."""
+
+import pytest
+
+from torchao_masquant import MASQuantConfig
+from torchao_masquant.solver.methods import ALPHAS, SEPARATIONS, SolverOptions
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"separation": 1.2}, ValueError, "separation must lie in 0..1, got 1.2."),
+        ({"separation": True}, TypeError, "separation must be a number or 'auto'"),
+        ({"alpha": "best"}, TypeError, "alpha must be a number or 'auto', got 'best'"),
+        ({"group_size": 1}, ValueError, "group_size must be at least 2, got 1."),
+        ({"rounding": "up"}, ValueError, "unknown rounding 'up': choose one of"),
+        ({"low_rank_bits": 4}, ValueError, "low_rank_bits must be 8 or 16, got 4."),
+        (
+            {"modality_weights": {"vision": -1}},
+            ValueError,
+            "modality_weights of 'vision' must be finite and not negative, got -1.",
+        ),
+        ({"epochs": 1.5}, TypeError, "epochs must be an int, got 1.5."),
+        ({"epochs": -1}, ValueError, "epochs must not be negative, got -1."),
+        ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0."),
+        *(
+            ({"method": method, **extra}, ValueError, "is kept as it was published")
+            for method in ("masquant-paper", "smoothquant", "rtn")
+            for extra in (
+                {"shift": True},
+                {"rounding": "gptq"},
+                {"clip": True},
+                {"epochs": 1},
+                {"alpha": "auto"},
+                {"rank": "auto"},
+                {"separation": "auto"},
+            )
+        ),
+    ],
+)
+def test_refused(options, error, message):
+    for make in (SolverOptions, lambda **o: MASQuantConfig(step="prepare", **o)):
+        with pytest.raises(error, match=message):
+            make(**options)
+
+
+def test_what_none_stands_for():
+    ours, published = SolverOptions(), SolverOptions(method="masquant-paper")
+    assert ours.alphas == ALPHAS and ours.separations == SEPARATIONS
+    assert published.alphas == (0.5,) and published.separations == (1.0,)
+    assert ours.parts.shift and ours.parts.clip and ours.parts.rounding == "gptq"
+    assert not published.parts.shift and published.parts.rounding == "nearest"
+    assert not SolverOptions(shift=False).parts.shift
+    assert not SolverOptions("w4a16").parts.shift
+    assert SolverOptions(group_size=64).bits.group_size == 64
+    assert ours.weights_of(("text", "vision", "audio")) == [1.0, 0.3, 0.3]
+    given = SolverOptions(modality_weights={"text": 0.5, "audio": 2})
+    assert given.weights_of(("text", "vision", "audio")) == [0.5, 0.3, 2.0]
+
+
+def test_learning_needs_samples():
+    with pytest.raises(ValueError, match="learning needs the samples: call calibrate"):
+        MASQuantConfig(step="prepare", epochs=2)
