@@ -12,7 +12,7 @@ Reference: "MASQuant: Modality-Aware Smoothing Quantization for Multimodal Large
 Language Models", CVPR 2026, arXiv 2603.04800.
 """
 
-from torchao_masquant.calibration import calibrate
+from torchao_masquant.calibration import calibrate, modality_sensitivity
 from torchao_masquant.config import MASQuantConfig, masquant_config
 from torchao_masquant.evaluation import Analysis, Evaluation, analyze, evaluate
 from torchao_masquant.linear import MASQuantLinear
@@ -36,5 +36,6 @@ __all__ = [
     "calibrate",
     "evaluate",
     "masquant_config",
+    "modality_sensitivity",
     "token_modalities",
 ]

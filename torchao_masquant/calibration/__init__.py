@@ -6,5 +6,6 @@
 """Calibration: statistics of a model's activations, and the recipe made of them."""
 
 from torchao_masquant.calibration.calibrate import calibrate
+from torchao_masquant.calibration.sensitivity import modality_sensitivity
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "modality_sensitivity"]

@@ -6,6 +6,7 @@
 """``calibrate``: from a model and data to a recipe."""
 
 import itertools
+import logging
 from importlib.metadata import version
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
@@ -27,7 +28,11 @@ from torchao_masquant.tensor_subclasses import check_group_size
 
 __all__ = ["base_first", "calibrate", "library_versions", "solve"]
 
+_LOGGER = logging.getLogger(__name__)
+
 _MAX_STATISTICS_BYTES = 4 << 30
+
+_FEW_TOKENS = 64
 
 
 def calibrate(
@@ -94,6 +99,7 @@ def calibrate(
         low_rank_bits: 16 or 8, of the low-rank pairs.
         modality_weights: name of a modality to what its error weighs where modalities
             compete for the shared weight; those left out weigh 1 (the base) or 0.3.
+            :func:`~torchao_masquant.modality_sensitivity` measures them.
         epochs: of learning after the closed form: the data runs so often through each
             block of the decoder, for gradients of all but the integers (see
             :func:`torchao_masquant.learning.learn`). Zero for none.
@@ -201,6 +207,7 @@ def solve(
             not divide the width of a linear.
     """
     session.check_complete()
+    _warn_of_few_tokens(session)
     unknown = set(options.modality_weights or {}) - set(session.router.modalities)
     if unknown:
         raise ValueError(
@@ -232,6 +239,25 @@ def solve(
     ):
         layers |= solve_group(weights, session.statistics[leader], options, ranks)
     return {name: layers[name] for name in session.linears}
+
+
+def _warn_of_few_tokens(session: CalibrationSession) -> None:
+    """Once for each modality that is too small a sample of what is to come."""
+    fewest: dict[str, int] = {}
+    for statistics in session.statistics.values():
+        for modality, moments in zip(statistics.modalities, statistics.moments):
+            known = fewest.get(modality, moments.count)
+            fewest[modality] = min(known, moments.count)
+    for modality, count in fewest.items():
+        if count < _FEW_TOKENS:
+            _LOGGER.warning(
+                "the calibration data has %d %s tokens: their ranges and covariances are "
+                "guesses; add samples with %s (%d tokens or more).",
+                count,
+                modality,
+                modality,
+                _FEW_TOKENS,
+            )
 
 
 def base_first(
