@@ -1,0 +1,122 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Sensitivity of modalities, against gradients taken by finite differences."""
+
+import copy
+
+import pytest
+import torch
+
+from torchao_masquant import calibrate, modality_sensitivity
+from torchao_masquant.routing import Router
+from torchao_masquant.testing import digits
+
+LINEAR = "model.language_model.layers.1.mlp.up_proj"
+
+
+def _sample():
+    """One with an image, and no sound."""
+    return next(
+        s
+        for s in digits.calibration_samples()
+        if "pixel_values" in s and "input_features" not in s
+    )
+
+
+def test_equals_finite_differences():
+    model, sample = digits.load_model("outliers"), _sample()
+    found = modality_sensitivity(model, [sample], include=LINEAR, progress=False)
+    model = model.double()
+    sample = {k: v.double() if v.is_floating_point() else v for k, v in sample.items()}
+    ids = Router.for_model(model).ids_of(sample["input_ids"])
+    moved = {}
+
+    @torch.no_grad()
+    def loss():
+        logits = model(**sample).logits
+        return torch.nn.functional.cross_entropy(
+            logits[0], labels, reduction="sum"
+        ).item()
+
+    linear = model.get_submodule(LINEAR)
+    handle = linear.register_forward_hook(
+        lambda m, a, y: y + moved.get("by", torch.zeros_like(y))
+    )
+    with torch.no_grad():
+        logits = model(**sample).logits
+    labels = logits[0].argmax(-1)
+    generator = torch.Generator().manual_seed(0)
+    sizes = {0: [], 1: []}
+    width, step = linear.out_features, 1e-5
+    for modality, found_sizes in sizes.items():
+        tokens = (ids[0] == modality).nonzero().flatten()
+        for _ in range(60):
+            token = tokens[torch.randint(len(tokens), (1,), generator=generator)].item()
+            channel = torch.randint(width, (1,), generator=generator).item()
+            values = []
+            for sign in (1, -1):
+                moved["by"] = torch.zeros(1, ids.shape[1], width, dtype=torch.float64)
+                moved["by"][0, token, channel] = sign * step
+                values.append(loss())
+            found_sizes.append(abs(values[0] - values[1]) / (2 * step))
+    handle.remove()
+    expected = sum(sizes[1]) / sum(sizes[0])
+    assert found["text"] == 1 and "audio" not in found
+    # Means of 60 random elements out of thousands: within a factor of two.
+    assert 0.5 < found["vision"] / expected < 2
+
+
+def test_the_model_is_left_as_it_was():
+    model = digits.load_model("plain")
+    model.lm_head.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    wanted = [p.requires_grad for p in model.parameters()]
+    found = modality_sensitivity(
+        model, digits.calibration_samples()[:6], progress=False
+    )
+    assert set(found) == {"text", "vision", "audio"}
+    assert all(value > 0 for value in found.values())
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    recipe = calibrate(
+        model,
+        digits.calibration_samples()[:6],
+        include=LINEAR,
+        modality_weights=found,
+        progress=False,
+    )
+    assert recipe.options.modality_weights == found
+
+
+def test_nothing_to_measure_is_said():
+    with pytest.raises(ValueError, match="the samples have no text token"):
+        modality_sensitivity(digits.load_model("plain"), [], progress=False)
+
+
+def test_few_tokens_are_warned_of(caplog):
+    model = digits.load_model("plain")
+    samples = [s for s in digits.calibration_samples() if len(s) == 2][:2]
+    options = dict(modalities=("text",), include=LINEAR, progress=False)
+    calibrate(model, samples, **options)
+    assert "the calibration data has 16 text tokens" in caplog.text
+    caplog.clear()
+    calibrate(model, samples * 8, **options)
+    assert not caplog.text
+
+
+def test_unknown_modality_weight_is_named():
+    model = digits.load_model("plain")
+    with pytest.raises(ValueError, match="modality_weights name 'smell', which is not"):
+        calibrate(
+            model,
+            digits.calibration_samples()[:6],
+            include=LINEAR,
+            modality_weights={"smell": 1.0},
+            progress=False,
+        )
