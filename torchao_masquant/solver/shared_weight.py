@@ -149,7 +149,8 @@ def round_jointly(
         return start
     damped = hessian.clone()
     damped.diagonal().add_(ridge)
-    target = torch.linalg.solve(damped, (aim + ridge * weight * factors[0]).t()).t()
+    drawn = aim + ridge * weight * factors[0]
+    target = torch.cholesky_solve(drawn.t(), torch.linalg.cholesky(damped)).t()
     zero_point = start.zero_point
     qdata = gptq_round(
         target,
