@@ -94,9 +94,9 @@ class LayerRecipe:
         """
         n, k = self.shape
         rank = sum(self.ranks)
-        rows = self.smoothing_factor.shape[0]
+        shared = self.smoothing_factor.shape[:1] == (1,)
         expected: dict[str, Optional[tuple[int, ...]]] = {
-            "smoothing_factor": (modalities if rows > 1 else 1, k),
+            "smoothing_factor": (1 if shared else modalities, k),
             "l1": (k, rank) if rank else None,
             "l2": (rank, n) if rank else None,
         }
@@ -104,8 +104,9 @@ class LayerRecipe:
             expected["modality_bias"] = (modalities, n)
         if self.act_shift is not None:
             expected["act_shift"] = (modalities, k)
-        if self.qdata is not None:
-            groups = 0 if self.scale is None else self.scale.shape[-1]
+        integers = (self.qdata, self.scale, self.zero_point)
+        if any(t is not None for t in integers):
+            groups = 0 if self.scale is None else self.scale.shape[-1:].numel()
             expected["qdata"] = (n, k)
             expected["scale"] = (n, groups)
             if self.zero_point is not None:

@@ -243,7 +243,14 @@ def test_text_alone_has_one_factor_and_no_pair():
 def test_padding_is_left_out():
     model = digits.load_model("plain")
     samples = digits.calibration_samples(8)
-    recipe = calibrate(model, samples, progress=False)
+    # The first layer and the last one, which sees what all before it made of padding.
+    options = {
+        "include": ["*language_model.layers.0.*", "*language_model.layers.3.*"],
+        "alpha": 0.5,
+        "separation": 1.0,
+        "progress": False,
+    }
+    recipe = calibrate(model, samples, **options)
     padded = []
     for sample in samples:
         sample = dict(sample)
@@ -253,7 +260,8 @@ def test_padding_is_left_out():
         sample["input_ids"] = torch.cat((sample["input_ids"], pad), 1)
         sample["attention_mask"] = torch.cat((sample["attention_mask"], zeros), 1)
         padded.append(sample)
-    again = calibrate(model, padded, progress=False)
+    again = calibrate(model, padded, **options)
+    assert len(again.layers) == 14
     for name, layer in recipe.layers.items():
         # Sums in another order: attention over 5 masked tokens more, in float32.
         torch.testing.assert_close(

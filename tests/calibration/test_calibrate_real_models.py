@@ -400,5 +400,12 @@ def test_weights_are_not_copied(samples):
     """No second copy of the weights: the peak of float64 is a linear's, not all's."""
     model = digits.load_model("outliers")
     pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
-    calibrate(model, digits.calibration_samples(4), rank=1, progress=False)
+    calibrate(
+        model,
+        digits.calibration_samples(4),
+        rank=1,
+        alpha=0.5,
+        separation=1.0,
+        progress=False,
+    )
     assert {n: p.data_ptr() for n, p in model.named_parameters()} == pointers

@@ -7,6 +7,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import tiny_models
@@ -26,7 +27,7 @@ from torchao_masquant import (
     token_modalities,
 )
 from torchao_masquant.calibration.session import MASQuantObservedLinear
-from torchao_masquant.solver.methods import METHODS
+from torchao_masquant.solver.methods import METHODS, SolverOptions
 
 NAMES = ("text", "vision", "audio")
 FIRST = "*language_model.layers.0.*"
@@ -235,6 +236,62 @@ def test_config_through_json():
     other = config_from_dict(config_to_dict(config))
     assert type(other) is MASQuantConfig
     assert dataclasses.asdict(other) == dataclasses.asdict(config)
+
+
+OPTIONS = {
+    "alpha": "auto",
+    "separation": 0.25,
+    "rank": "auto",
+    "group_size": 16,
+    "shift": False,
+    "rounding": "nearest",
+    "clip": True,
+    "low_rank_bits": 8,
+    "modality_weights": {"text": 1.0, "audio": 0.25},
+}
+
+
+@pytest.mark.parametrize("step", ["prepare", "convert", "prepare_for_loading"])
+def test_every_option_through_json(step):
+    """Text and back, as transformers writes it into a config.json."""
+    config = MASQuantConfig(step=step, scheme="w4a6", **OPTIONS)
+    text = json.dumps(config_to_dict(config))
+    other = config_from_dict(json.loads(text))
+    assert type(other) is MASQuantConfig
+    assert dataclasses.asdict(other) == dataclasses.asdict(config)
+    assert other.options == config.options == SolverOptions("w4a6", **OPTIONS)
+    # What is None stays so, and means what it meant.
+    plain = MASQuantConfig(step=step)
+    other = config_from_dict(json.loads(json.dumps(config_to_dict(plain))))
+    assert other.options == SolverOptions()
+
+
+def test_a_config_takes_every_option_of_the_solver(tmp_path):
+    """And a recipe's take the place of those that it is given."""
+    for field in dataclasses.fields(SolverOptions):
+        assert getattr(MASQuantConfig(step="prepare"), field.name) == getattr(
+            SolverOptions(), field.name
+        )
+    options = OPTIONS | {"group_size": 4, "scheme": "w4a8"}
+    recipe = tiny_models.recipe_of(tiny_models.PlainModel(), **options)
+    recipe.save(tmp_path / "x")
+    loaded = Recipe.load(tmp_path / "x")
+    assert loaded.options == recipe.options == SolverOptions(**options)
+    config = masquant_config(tmp_path / "x")
+    assert config.options == recipe.options
+    model = tiny_models.PlainModel()
+    quantize_(model, config)
+    weight = model.first.weight.data
+    assert (weight.group_size, weight.low_rank_bits) == (4, 8)
+    assert weight.act_shift is None and weight.modality_bias is not None
+
+
+def test_a_float_that_json_cannot_tell_from_an_int():
+    """``rank=1.0`` is all of the rank, ``rank=1`` is one."""
+    for rank in (1, 1.0):
+        config = MASQuantConfig(step="prepare", rank=rank)
+        other = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
+        assert type(other.rank) is type(rank)
 
 
 def test_modalities_as_one_string(model):

@@ -9,10 +9,12 @@ import os
 import re
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import save_file
+from torchao.quantization import quantize_
 
-from torchao_masquant import Recipe, calibrate
+from torchao_masquant import MASQuantLinear, Recipe, calibrate, masquant_config
 from torchao_masquant.recipe import weight_fingerprint
 from torchao_masquant.solver.methods import METHODS
 from torchao_masquant.testing import digits
@@ -59,6 +61,83 @@ def test_round_trip_is_exact(method, samples, tmp_path):
             assert torch.equal(tensor, other.tensors()[key])
             assert tensor.dtype == other.tensors()[key].dtype
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.safetensors"]
+
+
+#: Parts of a solution beside its factors, which every one has.
+INTEGERS = {"qdata", "scale"}
+PAIRS = {"l1", "l2"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "parts"),
+    [
+        ("w4a8", {}, INTEGERS | PAIRS | {"modality_bias", "act_shift"}),
+        ("w8a8", {"rank": 0}, INTEGERS | {"modality_bias", "act_shift"}),
+        ("w4a8", {"shift": False}, INTEGERS | PAIRS | {"modality_bias"}),
+        (
+            "w4a8",
+            {"rounding": "nearest", "clip": False},
+            PAIRS | {"modality_bias", "act_shift"},
+        ),
+        (
+            "w4a8",
+            {"rounding": "nearest"},
+            INTEGERS | PAIRS | {"modality_bias", "act_shift"},
+        ),
+        ("w3a3", {"group_size": 4}, INTEGERS | PAIRS | {"modality_bias", "act_shift"}),
+        (
+            "w4a16",
+            {"group_size": 8},
+            INTEGERS | PAIRS | {"modality_bias", "zero_point"},
+        ),
+        (
+            "w4a16",
+            {"group_size": 8, "rounding": "nearest", "clip": False},
+            PAIRS | {"modality_bias"},
+        ),
+        ("w4a8", {"method": "masquant-paper"}, PAIRS),
+        ("w4a16", {"method": "rtn", "group_size": 8}, set()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("low_rank_bits", [16, 8])
+def test_every_part_comes_back(scheme, options, parts, low_rank_bits, tmp_path):
+    """And the model that is quantized from the file is the same, bit for bit."""
+    recipe = tiny_models.recipe_of(
+        tiny_models.PlainModel(),
+        scheme=scheme,
+        low_rank_bits=low_rank_bits,
+        **({"rank": 2} | options),
+    )
+    recipe.save(tmp_path / "x")
+    loaded = Recipe.load(tmp_path / "x")
+    assert loaded.options == recipe.options and loaded.nbytes == recipe.nbytes
+    for name, layer in recipe.layers.items():
+        other = loaded.layers[name].tensors()
+        assert layer.tensors().keys() == other.keys() == parts | {"smoothing_factor"}
+        for key, tensor in layer.tensors().items():
+            assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key])
+        n, k = layer.shape
+        groups = k // options["group_size"] if "group_size" in options else 1
+        for key, (shape, dtype) in {
+            "qdata": ((n, k), torch.int8),
+            "scale": ((n, groups), torch.float32),
+            "zero_point": ((n, groups), torch.int8),
+            "modality_bias": ((3, n), torch.float32),
+            "act_shift": ((3, k), torch.float32),
+        }.items():
+            if key in other:
+                assert (tuple(other[key].shape), other[key].dtype) == (shape, dtype)
+    models = tiny_models.PlainModel(), tiny_models.PlainModel()
+    quantize_(models[0], masquant_config(recipe))
+    quantize_(models[1], masquant_config(tmp_path / "x"))
+    for first, second in zip(models[0].modules(), models[1].modules()):
+        if isinstance(first, MASQuantLinear):
+            names, attributes = first.weight.data.__tensor_flatten__()
+            assert second.weight.data.__tensor_flatten__() == (names, attributes)
+            for inner in names:
+                tensors = [getattr(m.weight.data, inner) for m in (first, second)]
+                assert torch.equal(*tensors), inner
 
 
 @pytest.mark.parametrize("broken", ["save_file", "os.replace"])

@@ -140,6 +140,43 @@ def _drop(key):
             lambda t: t.update({"first.modality_bias": torch.zeros(3, 23)}),
             "modality_bias of first is of shape (3, 23), it should be (3, 24)",
         ),
+        (
+            None,
+            lambda t: t.update({"first.modality_bias": torch.zeros(2, 24)}),
+            "modality_bias of first is of shape (2, 24), it should be (3, 24)",
+        ),
+        (
+            None,
+            lambda t: t.update({"first.act_shift": torch.zeros(3, 15)}),
+            "act_shift of first is of shape (3, 15), it should be (3, 16)",
+        ),
+        (
+            None,
+            lambda t: t.update({"first.qdata": torch.zeros(24, 15).to(torch.int8)}),
+            "qdata of first is of shape (24, 15), it should be (24, 16)",
+        ),
+        (
+            None,
+            lambda t: t.update({"first.scale": torch.ones(23, 1)}),
+            "scale of first is of shape (23, 1), it should be (24, 1)",
+        ),
+        (
+            None,
+            lambda t: t.update({"first.zero_point": torch.zeros(24, 2).to(torch.int8)}),
+            "zero_point of first is of shape (24, 2), it should be (24, 1)",
+        ),
+        (None, _drop("first.scale"), "scale of first is of shape None, it should be"),
+        (None, _drop("first.qdata"), "qdata of first is of shape None, it should be"),
+        (
+            None,
+            lambda t: t.update({"first.scale": torch.tensor(1.0)}),
+            "scale of first is of shape (), it should be (24, 1)",
+        ),
+        (
+            None,
+            lambda t: t.update({"first.smoothing_factor": torch.tensor(1.0)}),
+            "smoothing_factor of first is of shape (), it should be (3, 16)",
+        ),
     ],
 )
 def test_parts_that_contradict_each_other(path, header, tensors, message):

@@ -115,6 +115,56 @@ def test_of_more_outputs_than_inputs_and_of_fewer(tokens):
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e6])
+@pytest.mark.parametrize("kind", ["zero channels", "repeated channel", "few tokens"])
+def test_whitening_of_a_singular_covariance(kind, spread):
+    """What no token uses is left out, whatever the channels' scales; also by halves."""
+    x, _ = _problem(5, tokens=4 if kind == "few tokens" else 60)
+    k = x.shape[1]
+    if kind == "zero channels":
+        x[:, [0, 3]] = 0
+    elif kind == "repeated channel":
+        x[:, 4] = x[:, 1]
+    x = x * torch.logspace(0, 1, k, base=spread, dtype=torch.float64)
+    rank = {"zero channels": k - 2, "repeated channel": k - 1, "few tokens": 4}[kind]
+    factor = torch.logspace(2, -2, k, dtype=torch.float64)
+    for s, found in (
+        (torch.ones(k, dtype=torch.float64), whitening(x.t() @ x)),
+        (factor, smoothed(whitening(x.t() @ x), factor)),
+    ):
+        transform, inverse = found
+        assert transform.shape == (rank, k) and inverse.shape == (k, rank)
+        covariance = (x / s).t() @ (x / s)
+        size = covariance.diagonal().sqrt()
+        # A channel of zeros counts as one of deviation 1 before it is smoothed.
+        size = torch.where(size > 0, size, 1 / s)
+        left = (transform.t() @ transform - covariance).abs()
+        # Of correlations, numerical noise and what is cut: below 1e-10 of k.
+        assert (left <= 1e-10 * k * torch.outer(size, size)).all()
+        identity = torch.eye(rank, dtype=torch.float64)
+        torch.testing.assert_close(transform @ inverse, identity, rtol=0, atol=1e-9)
+        assert torch.isfinite(inverse).all()
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3])
+@pytest.mark.parametrize("outputs", [5, 30])
+def test_no_pair_is_better_with_a_whitening_of_smoothed_tokens(outputs, spread):
+    """Theorem 2 the way the solver goes it: one whitening, then a factor."""
+    x, _ = _problem(6)
+    x = x * torch.logspace(0, 1, x.shape[1], base=spread, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(outputs)
+    shape = (outputs, x.shape[1])
+    difference = torch.randn(shape, generator=generator, dtype=torch.float64)
+    factor = x.abs().amax(0).sqrt()
+    met = x / factor
+    pair = low_rank_pair(
+        difference, 3, met.t() @ met, smoothed(whitening(x.t() @ x), factor)
+    )
+    values = torch.linalg.svdvals(met @ difference.t())
+    error = (met @ (difference.t() - pair[0] @ pair[1])).norm().item()
+    assert error == pytest.approx(values[3:].norm().item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e6])
 def test_whitening_of_smoothed_tokens(spread):
     """From that of the tokens as they came, whatever the scales of their channels."""
     x, _ = _problem(4)

@@ -5,10 +5,12 @@
 # LICENSE file in the root directory of this source tree.
 """Options of a solution: what is refused, and what None stands for."""
 
+import math
+
 import pytest
 
 from torchao_masquant import MASQuantConfig
-from torchao_masquant.solver.methods import ALPHAS, SEPARATIONS, SolverOptions
+from torchao_masquant.solver.methods import ALPHAS, METHODS, SEPARATIONS, SolverOptions
 
 
 @pytest.mark.parametrize(
@@ -16,6 +18,8 @@ from torchao_masquant.solver.methods import ALPHAS, SEPARATIONS, SolverOptions
     [
         ({"separation": 1.2}, ValueError, "separation must lie in 0..1, got 1.2."),
         ({"separation": True}, TypeError, "separation must be a number or 'auto'"),
+        ({"separation": math.nan}, ValueError, "separation must lie in 0..1, got nan"),
+        ({"separation": [1]}, TypeError, "separation must be a number or 'auto'"),
         ({"alpha": "best"}, TypeError, "alpha must be a number or 'auto', got 'best'"),
         ({"group_size": 1}, ValueError, "group_size must be at least 2, got 1."),
         ({"rounding": "up"}, ValueError, "unknown rounding 'up': choose one of"),
@@ -25,6 +29,14 @@ from torchao_masquant.solver.methods import ALPHAS, SEPARATIONS, SolverOptions
             ValueError,
             "modality_weights of 'vision' must be finite and not negative, got -1.",
         ),
+        (
+            {"modality_weights": {"text": 1, "audio": math.inf}},
+            ValueError,
+            "modality_weights of 'audio' must be finite and not negative, got inf.",
+        ),
+        ({"rank": "all"}, TypeError, "rank must be an int or a float, got 'all'."),
+        ({"epochs": True}, TypeError, "epochs must be an int, got True."),
+        ({"lr": math.nan}, ValueError, "lr must be positive and finite, got nan."),
         ({"epochs": 1.5}, TypeError, "epochs must be an int, got 1.5."),
         ({"epochs": -1}, ValueError, "epochs must not be negative, got -1."),
         ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0."),
@@ -61,6 +73,12 @@ def test_what_none_stands_for():
     assert ours.weights_of(("text", "vision", "audio")) == [1.0, 0.3, 0.3]
     given = SolverOptions(modality_weights={"text": 0.5, "audio": 2})
     assert given.weights_of(("text", "vision", "audio")) == [0.5, 0.3, 2.0]
+
+
+@pytest.mark.parametrize("method", ["masquant-paper", "smoothquant", "rtn"])
+def test_published_methods_may_be_told_what_they_do(method):
+    said = SolverOptions(method=method, shift=False, clip=False, rounding="nearest")
+    assert said.parts == SolverOptions(method=method).parts == METHODS[method]
 
 
 def test_learning_needs_samples():

@@ -309,14 +309,33 @@ def test_column_slices_add_up(name: str) -> None:
         assert_linear(linear(x, part, ids, None), part, x, ids)
 
 
-def test_outputs_of_column_slices_add_up() -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_outputs_of_column_slices_add_up(shifted: bool) -> None:
     """Where every slice of a token has the same maximum, and so the same step."""
-    tensor = make("w8a8", with_shift=False).tensor
+    case = make("w8a8", with_shift=shifted)
+    tensor = case.tensor
     ids = ids_for(9)
-    pre_scale = tensor.act_pre_scale[ids]
     levels = torch.randint(-126, 127, (9, 16)).float()
     levels[:, [0, 5, 13]] = 127
-    x = levels / pre_scale
+    pre_scale, shift = tensor.act_pre_scale, tensor.act_shift
+    if shift is not None:
+        # Whole numbers and powers of two: x p - o comes out exact, so that the levels
+        # above are those of every slice.
+        tensor = MASQuantTensor.from_hp(
+            case.weight,
+            modalities=tensor.modalities,
+            smoothing_factor=(2.0 ** case.smoothing_factor.log2().round()),
+            ranks=case.ranks,
+            l1=case.l1,
+            l2=case.l2,
+            modality_bias=case.modality_bias,
+            act_shift=(shift * 8).round(),
+        )
+        pre_scale, shift = tensor.act_pre_scale, tensor.act_shift
+        x = (levels + shift[ids]) / pre_scale[ids]
+        assert torch.equal(x * pre_scale[ids] - shift[ids], levels)
+    else:
+        x = levels / pre_scale[ids]
     whole = linear(x, tensor, ids, None)
     parts = [
         linear(x[:, a:b], tensor[:, a:b], ids, None)

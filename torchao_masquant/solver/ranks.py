@@ -98,7 +98,11 @@ def allocate(
         # What is left is a float sum: never less than the last component of all.
         return math.log(left[key] / max(left[key] - value, 1e-9 * left[key])) / cost
 
-    heap = [(-gain(key), key) for key, (values, _, _) in spectra.items() if values]
+    heap = [
+        (-gain(key), key)
+        for key, (values, _, _) in spectra.items()
+        if values and values[0] > 0
+    ]
     heapq.heapify(heap)
     while heap:
         _, key = heapq.heappop(heap)

@@ -1,0 +1,224 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What a shift and a gauge leave as it is, on any data."""
+
+import group_oracle
+import numpy as np
+import pytest
+import torch
+from group_oracle import data, statistics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchao_masquant.schemes import get_scheme
+from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.methods import SolverOptions
+
+UNIT = 2.0**-24
+
+FIXED = {"alpha": 0.5, "separation": 1.0, "rank": 2}
+FREE = {"alpha": "auto", "separation": "auto"}
+
+
+def _solve(tokens, weights, **options):
+    return solve_group(weights, statistics(tokens), SolverOptions(**FIXED | options))
+
+
+def _masquant_linear(layer, weight, x, index, scheme, low_rank_bits=16):
+    quantized = layer.quantize(
+        weight, get_scheme(scheme), group_oracle.NAMES[:3], low_rank_bits
+    )
+    ids = torch.full((len(x),), index)
+    return torch.ops.masquant.linear(x, quantized, ids, None).double().numpy()
+
+
+@pytest.mark.parametrize("low_rank_bits", [8, 16])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w3a3"])
+def test_shift_and_bias_are_the_mean_and_its_product(scheme, low_rank_bits):
+    tokens, weights = data()
+    layers = _solve(tokens, weights, scheme=scheme, low_rank_bits=low_rank_bits)
+    for name, layer in layers.items():
+        for index, x in enumerate(tokens):
+            mean = x.double().numpy().mean(0)
+            factor = layer.smoothing_factor[index].double().numpy()
+            # Two roundings to float32: of the factor and of the shift.
+            np.testing.assert_allclose(
+                layer.act_shift[index].double().numpy(), mean / factor, rtol=3 * UNIT
+            )
+            np.testing.assert_allclose(
+                layer.modality_bias[index].double().numpy(),
+                weights[name].double().numpy() @ mean,
+                rtol=2 * UNIT,
+                atol=1e-12,
+            )
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a4", "w3a3"])
+@pytest.mark.parametrize("constant", [False, True])
+def test_the_mean_of_a_modality_comes_out_exact(scheme, constant):
+    """Whatever the bits: a modality that is constant loses nothing at all."""
+    tokens, weights = data()
+    if constant:
+        tokens = [x.mean(0).expand_as(x).contiguous() for x in tokens]
+    layers = _solve(tokens, weights, scheme=scheme)
+    for name, layer in layers.items():
+        for index, x in enumerate(tokens):
+            mean = x.double().mean(0).float()[None]
+            y = _masquant_linear(layer, weights[name], mean, index, scheme)
+            exact = mean.double().numpy() @ weights[name].double().numpy().T
+            # Float32 leaves of ``x p - o`` a few units of ``o``, from the product, its
+            # factor and the mean itself; the largest is rounded to one of the levels.
+            shift = layer.act_shift[index].double().numpy()
+            matrix = np.abs(
+                group_oracle.grid_weight(layer, weights[name], get_scheme(scheme))
+            )
+            if index and layer.ranks and layer.ranks[index - 1]:
+                start = sum(layer.ranks[: index - 1])
+                own = slice(start, start + layer.ranks[index - 1])
+                l1, l2 = layer.l1[:, own].double(), layer.l2[own].double()
+                matrix = matrix + (l1.abs() @ l2.abs()).t().numpy()
+            residual = 5 * UNIT * (np.abs(shift) + np.abs(shift).max())
+            bound = matrix @ residual + 4 * UNIT * np.abs(exact) + 1e-9
+            assert (np.abs(y - exact) <= bound).all()
+            if constant:
+                assert _relative(y, exact) < 1e-5
+
+
+def _relative(y, exact):
+    return np.linalg.norm(y - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
+def test_a_constant_modality_is_lost_without_a_shift(scheme):
+    """So that the test above can fail."""
+    tokens, weights = data(2)
+    tokens[1] = torch.randn(group_oracle.K).mul(9).expand_as(tokens[1]).contiguous()
+    errors = {}
+    for shift in (False, True):
+        layer = _solve(tokens, weights, scheme=scheme, shift=shift)["q"]
+        quantized = layer.quantize(weights["q"], get_scheme(scheme), ("text", "vision"))
+        y = torch.ops.masquant.linear(
+            tokens[1][:1], quantized, torch.ones(1, dtype=torch.long), None
+        )
+        exact = tokens[1][:1].double() @ weights["q"].double().t()
+        errors[shift] = _relative(y.double().numpy(), exact.numpy())
+    assert errors[True] < 1e-5
+    assert errors[False] > 100 * errors[True]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from(["w4a8", "w4a4", "w8a8"]),
+    st.sampled_from([-200, -3, 2, 64]),
+)
+def test_a_constant_that_is_added_changes_nothing_but_the_bias(seed, scheme, size):
+    """Means do not reach the integers, the factors or the pairs."""
+    tokens, weights = data(2, seed)
+    generator = torch.Generator().manual_seed(seed)
+    k = tokens[0].shape[1]
+    # No channel's variation may fall below bfloat16's grain of its mean, 2^-8 of it.
+    least = min((x.amax(0) - x.amin(0)).min().item() for x in tokens)
+    size = max(-64 * least, min(size, 64 * least))
+    constants = (size * torch.rand(2, k, generator=generator)).round()
+    moved = [x + c for x, c in zip(tokens, constants)]
+    first = _solve(tokens, weights, scheme=scheme)
+    second = _solve(moved, weights, scheme=scheme)
+    for name, layer in first.items():
+        other = second[name]
+        factors = layer.smoothing_factor, other.smoothing_factor
+        torch.testing.assert_close(*factors, rtol=1e-6, atol=0)
+        # A covariance less its means' square: 1e-11 of noise may cross a boundary.
+        assert (layer.qdata != other.qdata).float().mean() < 0.01
+        added = constants.double() @ weights[name].double().t()
+        torch.testing.assert_close(
+            other.modality_bias.double() - layer.modality_bias.double(),
+            added,
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a4"])
+def test_tokens_far_from_zero_gain_from_it(scheme):
+    """Where exponent and separation are chosen too: they mean something else then."""
+    tokens, weights = data(3, seed=2)
+    for index, x in enumerate(tokens):
+        generator = torch.Generator().manual_seed(index)
+        x += 20 * torch.randn(x.shape[1], generator=generator)
+    errors = {
+        shift: group_oracle.log_errors(
+            _solve(tokens, weights, **FREE, scheme=scheme, shift=shift),
+            weights,
+            tokens,
+            get_scheme(scheme),
+        )
+        for shift in (True, False)
+    }
+    gains = [errors[False][key] - errors[True][key] for key in errors[True]]
+    # 1 dB, and no linear or modality pays more than half of one for the others.
+    assert np.mean(gains) > 0.23 and min(gains) > -0.12
+    if scheme != "w4a8":
+        assert min(gains) > 0.5
+
+
+def test_a_weight_only_scheme_needs_none():
+    tokens, weights = data(3)
+    layers = _solve(tokens, weights, scheme="w4a16", group_size=8)
+    for name, layer in layers.items():
+        assert layer.act_shift is None and layer.modality_bias.shape[0] == 3
+        bits = SolverOptions("w4a16", group_size=8).bits
+        for index, x in enumerate(tokens):
+            y = group_oracle.output(layer, weights[name], x, index, bits)
+            exact = x.double().numpy() @ weights[name].double().numpy().T
+            # The bias makes up for the mean of the error.
+            mean = np.abs((y - exact).mean(0)).max()
+            assert mean < 1e-5 * np.abs(exact).max()
+
+
+# What a gauge leaves of the integers of activations.
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.floats(1e-6, 1e6),
+    st.integers(-20, 20),
+    st.integers(2, 8),
+    st.booleans(),
+)
+def test_any_positive_constant_gives_the_same_integers(
+    seed, constant, power, bits, shifted
+):
+    """``Q(c (x / s - o))``: only its scale knows c."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(9, 16, generator=generator)
+    pre_scale = torch.rand(2, 16, generator=generator) + 0.1
+    shift = torch.randn(2, 16, generator=generator) if shifted else None
+    ids = torch.arange(9) % 2
+    quantize = torch.ops.masquant.smooth_quantize
+
+    def run(c):
+        moved = None if shift is None else shift * c
+        return quantize(x, pre_scale * c, ids, bits, moved)
+
+    first, scale = run(1.0)
+    # A power of two is exact in all of it.
+    same, scaled = run(2.0**power)
+    assert torch.equal(same, first) and torch.equal(scaled, scale * 2.0**power)
+    # Any other one moves a value by a few float32 roundings of its parts.
+    other, scaled = run(constant)
+    torch.testing.assert_close(scaled, scale * constant, rtol=1e-5, atol=0)
+    v = x.double() * pre_scale[ids].double()
+    size = v.abs()
+    if shift is not None:
+        v, size = v - shift[ids].double(), size + shift[ids].abs().double()
+    step = v.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    levels = v / step
+    slack = 8 * UNIT * (size + size.amax(1, keepdim=True)) / step
+    near = (levels - levels.floor() - 0.5).abs() <= slack
+    assert ((other == first) | near).all()
+    assert ((other.int() - first.int()).abs() <= near.int()).all()
