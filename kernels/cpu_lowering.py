@@ -1,0 +1,176 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The ``masquant::`` operators on a CPU: C++ kernels where the processor has VNNI.
+
+They are compiled at the first call, or ahead of it by :func:`prepare`, and found again
+in the user's cache by every later process. Where there is no compiler, one warning says
+so and the reference runs. :func:`report` and :func:`kernel_of` tell what runs.
+
+What the kernels do, for T tokens, K channels and N output channels:
+
+- the prologue smooths, finds the absmax and rounds in one pass over each token;
+- weights stay as they are stored, row by row, packed or not: there is no second copy.
+  Up to 16 tokens read them as they are, so a call costs the bytes of the weight; more
+  tokens share panels of 64 output channels, unpacked into a scratch block that a core's
+  second-level cache holds, which costs 3 % of the product at 256 tokens;
+- signed integers meet vpdpbusd, which wants unsigned ones, with 128 (packed: 8) added to
+  the weights, and the sum of the token's integers times that taken off after. It adds
+  up in 32 bits without saturating (the older vpmaddubsw saturates in 16);
+- scales, up-projection and biases are applied to a tile before it is stored;
+- tokens are sorted by modality, so base tokens do no low-rank work.
+"""
+
+import threading
+import warnings
+from typing import Any, Optional
+
+import torch
+
+from torchao_masquant.kernels import reference
+from torchao_masquant.kernels.cpu_build import BuildError, build_library, library_path
+from torchao_masquant.kernels.cpu_engine import CpuEngine, EngineChoice, choose_engine
+from torchao_masquant.kernels.library import _LIB
+
+__all__ = ["engine", "kernel_of", "prepare", "register", "report"]
+
+_OPERATORS = (
+    "smooth_quantize",
+    "low_rank_down",
+    "int_linear",
+    "weight_only_linear",
+)
+
+
+class _State:
+    """What this process runs; the choice is made once, at import."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.choice: EngineChoice = choose_engine()
+        #: None until the first call, or :func:`prepare`, has to know
+        self.operators: Optional[Any] = None
+        if self.choice.engine is CpuEngine.REFERENCE:
+            self.operators = reference
+
+
+_state = _State()
+
+
+def _load(path: Any) -> Any:
+    torch.ops.load_library(str(path))
+    torch.ops.masquant_cpu.use_brgemm(_state.choice.engine is CpuEngine.AMX)
+    return torch.ops.masquant_cpu
+
+
+def _operators() -> Any:
+    """The kernels, compiled if need be; the reference where that cannot be."""
+    if _state.operators is None:
+        with _state.lock:
+            if _state.operators is None:
+                try:
+                    _state.operators = _load(build_library())
+                except (BuildError, OSError) as error:
+                    _fall_back(error)
+    return _state.operators
+
+
+def _fall_back(error: Exception) -> None:
+    summary = str(error).splitlines()[0] if str(error) else type(error).__name__
+    _state.choice = EngineChoice(CpuEngine.REFERENCE, summary)
+    _state.operators = reference
+    warnings.warn(
+        "masquant's kernels for this CPU cannot be built, so the plain and slower "
+        f"PyTorch path runs: {error}. Install a C++ compiler, or set "
+        "MASQUANT_CPU_ENGINE=reference to choose that path.",
+        stacklevel=3,
+    )
+
+
+def prepare() -> EngineChoice:
+    """Compile and load the kernels now, in place of at the first call.
+
+    Returns:
+        What runs in this process, and why.
+    """
+    _operators()
+    return _state.choice
+
+
+def engine() -> EngineChoice:
+    """What runs in this process, or will if it can be compiled, and why."""
+    return _state.choice
+
+
+def kernel_of(
+    *,
+    weight_bits: int,
+    act_bits: int,
+    tokens: int,
+    in_features: int,
+    groups: int = 1,
+) -> str:
+    """The product's kernel of a call, in words.
+
+    Args:
+        weight_bits: 8, 4 or 3.
+        act_bits: 2 to 8, or 16: activations are not quantized.
+        tokens: T.
+        in_features: K.
+        groups: scales of an output channel.
+    """
+    if prepare().engine is CpuEngine.REFERENCE:
+        return (
+            "reference: dequantize, matmul" if act_bits == 16 else "reference: _int_mm"
+        )
+    return torch.ops.masquant_cpu.kernel_of(
+        weight_bits, act_bits, tokens, in_features, groups
+    )
+
+
+def report() -> dict[str, str]:
+    """What runs on this CPU, for people to read."""
+    choice = prepare()
+    lines = {
+        "engine": choice.engine.value,
+        "reason": choice.reason,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if choice.engine is not CpuEngine.REFERENCE:
+        lines["library"] = str(library_path())
+    return lines
+
+
+def _trampoline(name: str) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(_operators(), name)(*args, **kwargs)
+
+    return call
+
+
+def register() -> None:
+    """Give the operators their kernels for the CPU.
+
+    A library that is there is loaded, and its C++ functions are the dispatcher's from
+    then on. Else Python functions stand in for this process, which compile at their
+    first call.
+    """
+    if _state.choice.engine is CpuEngine.REFERENCE:
+        return
+    path = library_path()
+    if path.exists():
+        try:
+            _state.operators = _load(path)
+        except OSError as error:
+            _fall_back(error)
+            return
+        torch.ops.masquant_cpu.install()
+        return
+    for name in _OPERATORS:
+        _LIB.impl(name, _trampoline(name), "CPU")
+
+
+register()

@@ -1,0 +1,667 @@
+// Copyright (c) torchao_masquant contributors.
+// All rights reserved.
+//
+// This source code is licensed under the BSD 3-Clause license found in the
+// LICENSE file in the root directory of this source tree.
+
+#include "cpu_kernels.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cstring>
+
+// Products and sums are rounded one by one, as the reference's are: the compiler must
+// not contract them (-ffp-contract=off). Where a fused one is wanted, it is written out.
+
+namespace masquant {
+namespace {
+
+inline __mmask16 mask16(int64_t count) {
+  return count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
+}
+
+inline __mmask64 mask64(int64_t count) {
+  return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1;
+}
+
+template <Type type>
+inline __m512 load(const void* data, int64_t i, __mmask16 mask) {
+  if constexpr (type == Type::kFloat32) {
+    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + i);
+  } else if constexpr (type == Type::kInt8) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+        _mm_maskz_loadu_epi8(mask, static_cast<const int8_t*>(data) + i)));
+  } else {
+    const __m256i half =
+        _mm256_maskz_loadu_epi16(mask, static_cast<const int16_t*>(data) + i);
+    if constexpr (type == Type::kFloat16) {
+      return _mm512_cvtph_ps(half);
+    } else {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+  }
+}
+
+// Calls f with the type as a constant.
+template <class F>
+inline void with_type(Type type, F&& f) {
+  switch (type) {
+    case Type::kFloat32:
+      return f(std::integral_constant<Type, Type::kFloat32>());
+    case Type::kBFloat16:
+      return f(std::integral_constant<Type, Type::kBFloat16>());
+    case Type::kFloat16:
+      return f(std::integral_constant<Type, Type::kFloat16>());
+    case Type::kInt8:
+      return f(std::integral_constant<Type, Type::kInt8>());
+  }
+}
+
+template <class F>
+inline void with_rows(int rows, F&& f) {
+  switch (rows) {
+    case 1:
+      return f(std::integral_constant<int, 1>());
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
+    case 5:
+      return f(std::integral_constant<int, 5>());
+    case 6:
+      return f(std::integral_constant<int, 6>());
+  }
+}
+
+// Round to nearest even, by integers: vcvtneps2bf16 would flush subnormal numbers.
+inline __m256i to_bfloat16(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded =
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+inline void store(void* out, Type type, int64_t i, __mmask16 mask, __m512 value) {
+  switch (type) {
+    case Type::kFloat32:
+      _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, value);
+      break;
+    case Type::kBFloat16:
+      _mm256_mask_storeu_epi16(static_cast<int16_t*>(out) + i, mask, to_bfloat16(value));
+      break;
+    default:
+      _mm256_mask_storeu_epi16(
+          static_cast<int16_t*>(out) + i, mask,
+          _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+  }
+}
+
+inline __m128i fold(__m512i v) {
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// Sums of four vectors' lanes.
+inline __m128i fold4(__m512i a, __m512i b, __m512i c, __m512i d) {
+  return _mm_hadd_epi32(_mm_hadd_epi32(fold(a), fold(b)),
+                        _mm_hadd_epi32(fold(c), fold(d)));
+}
+
+}  // namespace
+
+// ---- activations ----
+
+void quantize_row(const void* x, Type type, const float* pre_scale, const float* shift,
+                  int64_t in_features, int quant_max, float* scratch, int8_t* q,
+                  float* scale) {
+  // As integers: the magnitude of nan is above that of inf, so neither is lost.
+  __m512i largest = _mm512_setzero_si512();
+  with_type(type, [&](auto t) {
+    const auto step = [&](int64_t i, __mmask16 mask) __attribute__((always_inline)) {
+      __m512 v = _mm512_mul_ps(load<t()>(x, i, mask),
+                               _mm512_maskz_loadu_ps(mask, pre_scale + i));
+      if (shift != nullptr) {
+        v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(mask, shift + i));
+      }
+      _mm512_mask_storeu_ps(scratch + i, mask, v);
+      largest = _mm512_max_epi32(
+          largest, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)));
+    };
+    int64_t i = 0;
+    for (; i + 16 <= in_features; i += 16) step(i, 0xFFFF);
+    if (i < in_features) step(i, mask16(in_features - i));
+  });
+  const int32_t bits = _mm512_reduce_max_epi32(largest);
+  float absmax;
+  std::memcpy(&absmax, &bits, sizeof absmax);
+  float s = absmax / static_cast<float>(quant_max);
+  s = s < FLT_MIN ? FLT_MIN : s;
+  *scale = s;
+
+  // No clamping: a quotient is at most quant_max, and nan, of a row whose scale is not
+  // finite, becomes 0.
+  const __m512 divisor = _mm512_set1_ps(s);
+  const __m512 reciprocal = _mm512_set1_ps(1.0f / s);
+  const auto step = [&](int64_t i, __mmask16 mask) __attribute__((always_inline)) {
+    const __m512 v = _mm512_maskz_loadu_ps(mask, scratch + i);
+    const __m512 level = _mm512_mul_ps(v, reciprocal);
+    __m512i rounded = _mm512_cvtps_epi32(level);
+    const __m512 off = _mm512_abs_ps(_mm512_sub_ps(level, _mm512_cvtepi32_ps(rounded)));
+    // The product with the reciprocal is within 127 * 3 * 2 ** -24 of the quotient: it
+    // rounds alike but next to a half, where the quotient decides.
+    if (__builtin_expect(
+            _mm512_cmp_ps_mask(off, _mm512_set1_ps(0.4999f), _CMP_GE_OQ) != 0, 0)) {
+      rounded = _mm512_cvtps_epi32(_mm512_div_ps(v, divisor));
+    }
+    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(rounded));
+  };
+  int64_t i = 0;
+  for (; i + 16 <= in_features; i += 16) step(i, 0xFFFF);
+  if (i < in_features) step(i, mask16(in_features - i));
+}
+
+void smooth_row(const void* x, Type type, const float* pre_scale, int64_t in_features,
+                float* smoothed) {
+  with_type(type, [&](auto t) {
+    for (int64_t i = 0; i < in_features; i += 16) {
+      const __mmask16 mask = mask16(in_features - i);
+      _mm512_mask_storeu_ps(smoothed + i, mask,
+                            _mm512_mul_ps(load<t()>(x, i, mask),
+                                          _mm512_maskz_loadu_ps(mask, pre_scale + i)));
+    }
+  });
+}
+
+int32_t sum_row(const int8_t* q, int64_t in_features) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < in_features; i += 64) {
+    sum = _mm512_dpbusd_epi32(sum, ones,
+                              _mm512_maskz_loadu_epi8(mask64(in_features - i), q + i));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+void split_even_odd(const int8_t* q, int64_t in_features, int8_t* out) {
+  for (int64_t i = 0; i < in_features; i += 128) {
+    const __m512i low = _mm512_maskz_loadu_epi8(mask64(in_features - i), q + i);
+    const __m512i high = _mm512_maskz_loadu_epi8(mask64(in_features - i - 64), q + i + 64);
+    const __m256i even0 = _mm512_cvtepi16_epi8(low), even1 = _mm512_cvtepi16_epi8(high);
+    const __m256i odd0 = _mm512_cvtepi16_epi8(_mm512_srli_epi16(low, 8));
+    const __m256i odd1 = _mm512_cvtepi16_epi8(_mm512_srli_epi16(high, 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), even0);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i + 32), even1);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i + 64), odd0);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i + 96), odd1);
+  }
+}
+
+void split_by_eight(const float* v, int64_t in_features, float* out) {
+  for (int64_t i = 0; i < in_features; i += 128) {
+    for (int j = 0; j < 8; ++j) {
+      for (int lane = 0; lane < 16; ++lane) {
+        out[i + 16 * j + lane] = v[i + 8 * lane + j];
+      }
+    }
+  }
+}
+
+void to_float(const int8_t* q, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = mask16(count - i);
+    _mm512_mask_storeu_ps(out + i, mask, load<Type::kInt8>(q, i, mask));
+  }
+}
+
+// ---- weights ----
+
+namespace {
+
+int32_t stored_value(const Weights& weights, int64_t n, int64_t k) {
+  const uint8_t* row = weights.data + n * weights.row_bytes;
+  if (!weights.packed) {
+    return static_cast<int8_t>(row[k]);
+  }
+  const int32_t nibble = (row[k / 2] >> (4 * (k % 2))) & 0xF;
+  return (nibble ^ 8) - 8;
+}
+
+// Channels that begin in the middle of a byte: one by one.
+void pack_panel_slowly(const Weights& weights, int64_t n, int64_t k, int64_t width,
+                       int32_t offset, uint8_t* panel) {
+  std::memset(panel, 0, round_up(width, 4) * kColumns);
+  for (int64_t column = 0; column < kColumns && n + column < weights.out_features;
+       ++column) {
+    for (int64_t i = 0; i < width; ++i) {
+      panel[(i / 4 * kColumns + column) * 4 + i % 4] =
+          static_cast<uint8_t>(stored_value(weights, n + column, k + i) + offset);
+    }
+  }
+}
+
+}  // namespace
+
+void pack_panel(const Weights& weights, int64_t n, int64_t k, int64_t width,
+                bool is_signed, uint8_t* panel) {
+  if (weights.packed && k % 2 != 0) {
+    return pack_panel_slowly(weights, n, k, width, is_signed ? 0 : weights.offset(), panel);
+  }
+  // Channels behind the width, of the next group, are not to show: they are masked off.
+  const __m512i flip = _mm512_set1_epi8(weights.packed ? 8 : is_signed ? 0 : -128);
+  const __m512i bias = _mm512_set1_epi8(weights.packed && is_signed ? 8 : 0);
+  for (int64_t c = 0; c < kColumns; c += 16) {
+    for (int64_t i = 0; i < width; i += 64) {
+      __m512i rows[16];
+      for (int r = 0; r < 16; ++r) {
+        if (n + c + r >= weights.out_features) {
+          rows[r] = _mm512_setzero_si512();
+          continue;
+        }
+        const uint8_t* row = weights.data + (n + c + r) * weights.row_bytes;
+        __m512i values;
+        if (weights.packed) {
+          const __m256i bytes = _mm256_maskz_loadu_epi8(
+              static_cast<__mmask32>(mask64((std::min<int64_t>(width - i, 64) + 1) / 2)),
+              row + (k + i) / 2);
+          const __m512i wide = _mm512_cvtepu8_epi16(bytes);
+          values = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)),
+                                    _mm512_set1_epi8(0xF));
+        } else {
+          values = _mm512_maskz_loadu_epi8(mask64(width - i), row + k + i);
+        }
+        rows[r] = _mm512_sub_epi8(_mm512_xor_si512(values, flip), bias);
+        if (is_signed && width - i < 64) {
+          // Sums of columns are to see zeros behind the width.
+          rows[r] = _mm512_maskz_mov_epi8(mask64(width - i), rows[r]);
+        }
+      }
+      transpose(rows);
+      uint8_t* out = panel + (i * kColumns) + c * 4;
+      for (int j = 0; j < 16; ++j) {
+        _mm512_store_si512(out + j * kColumns * 4, rows[j]);
+      }
+    }
+  }
+}
+
+void sum_columns(const int8_t* panel, int64_t width, int32_t* sums) {
+  const __m512i weight = _mm512_set1_epi8(-128);  // 128, unsigned
+  for (int c = 0; c < kColumns; c += 16) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < width; i += 4) {
+      sum = _mm512_dpbusd_epi32(sum, weight,
+                                _mm512_load_si512(panel + i * kColumns + c * 4));
+    }
+    _mm512_storeu_si512(sums + c, sum);
+  }
+}
+
+void expand_panel(const int8_t* panel, int64_t k, int64_t width, int64_t group_width,
+                  const float* scale, const float* zero, float* out) {
+  for (int c = 0; c < kColumns; c += 16) {
+    int64_t group = -1;
+    __m512 s = _mm512_setzero_ps(), z = s;
+    for (int64_t i = 0; i < width; ++i) {
+      if ((k + i) / group_width != group) {
+        group = (k + i) / group_width;
+        s = _mm512_loadu_ps(scale + group * kColumns + c);
+        z = zero == nullptr ? _mm512_setzero_ps()
+                            : _mm512_loadu_ps(zero + group * kColumns + c);
+      }
+      const __m512i four = _mm512_load_si512(panel + (i / 4 * kColumns + c) * 4);
+      const __m512i value = _mm512_srai_epi32(
+          _mm512_sll_epi32(four, _mm_cvtsi64_si128(24 - 8 * (i % 4))), 24);
+      _mm512_storeu_ps(out + i * kColumns + c,
+                       _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(value), z), s));
+    }
+  }
+}
+
+void float_panel(const void* matrix, Type type, int64_t stride, int64_t row,
+                 int64_t count, int64_t column, int64_t columns, float* out) {
+  with_type(type, [&](auto t) {
+    for (int64_t r = 0; r < count; ++r) {
+      for (int c = 0; c < kColumns; c += 16) {
+        _mm512_storeu_ps(
+            out + r * kColumns + c,
+            load<t()>(matrix, (row + r) * stride + column + c, mask16(columns - c)));
+      }
+    }
+  });
+}
+
+// ---- products ----
+
+namespace {
+
+template <int rows>
+void multiply_panel_rows(const int8_t* const* tokens, const uint8_t* panel,
+                         int64_t width, int32_t* c) {
+  __m512i sum[rows][4];
+  const int8_t* token[rows];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+    token[r] = tokens[r];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_setzero_si512();
+  }
+  for (int64_t i = 0; i < width; i += 4) {
+    __m512i w[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) w[j] = _mm512_load_si512(panel + i * kColumns + 64 * j);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      int32_t four;
+      std::memcpy(&four, token[r] + i, 4);
+      const __m512i a = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbusd_epi32(sum[r][j], w[j], a);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      _mm512_storeu_si512(c + r * kColumns + 16 * j, sum[r][j]);
+    }
+  }
+}
+
+template <int rows, int vectors>
+void multiply_float_panel_rows(const float* const* tokens, const float* panel,
+                               int64_t width, bool add, float* c) {
+  __m512 sum[rows][vectors];
+  const float* token[rows];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+    token[r] = tokens[r];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      sum[r][j] = add ? _mm512_loadu_ps(c + r * kColumns + 16 * j) : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    __m512 w[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) w[j] = _mm512_loadu_ps(panel + i * kColumns + 16 * j);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      const __m512 a = _mm512_set1_ps(token[r][i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) sum[r][j] = _mm512_fmadd_ps(a, w[j], sum[r][j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) _mm512_storeu_ps(c + r * kColumns + 16 * j, sum[r][j]);
+  }
+}
+
+// Rows of weights that are read side by side.
+constexpr int kStreams = 4;
+
+template <int rows, bool packed>
+void multiply_stored_rows(const Weights& weights, int64_t n,
+                          const int8_t* const* tokens, int32_t* c) {
+  __m512i sum[kStreams][rows];
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) sum[s][r] = _mm512_setzero_si512();
+  }
+  // Rows behind the last are those of the last: their products are not looked at.
+  const uint8_t* row[kStreams];
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+    row[s] = weights.data +
+             std::min<int64_t>(n + s, weights.out_features - 1) * weights.row_bytes;
+  }
+  const auto step = [&](int64_t i, __mmask64 mask, bool whole) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      // What these streams read next: the hardware would find each row anew.
+      _mm_prefetch(row[s] + i + kStreams * weights.row_bytes, _MM_HINT_T0);
+      const __m512i bytes = whole ? _mm512_loadu_si512(row[s] + i)
+                                  : _mm512_maskz_loadu_epi8(mask, row[s] + i);
+      if constexpr (packed) {
+        const __m512i low4 = _mm512_set1_epi8(0xF);
+        const __m512i w = _mm512_xor_si512(bytes, _mm512_set1_epi8(-120));  // 0x88
+        const __m512i even = _mm512_and_si512(w, low4);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(w, 4), low4);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) {
+          sum[s][r] = _mm512_dpbusd_epi32(sum[s][r], even,
+                                          _mm512_loadu_si512(tokens[r] + 2 * i));
+          sum[s][r] = _mm512_dpbusd_epi32(sum[s][r], odd,
+                                          _mm512_loadu_si512(tokens[r] + 2 * i + 64));
+        }
+      } else {
+        const __m512i w = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) {
+          sum[s][r] =
+              _mm512_dpbusd_epi32(sum[s][r], w, _mm512_loadu_si512(tokens[r] + i));
+        }
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + 64 <= weights.row_bytes; i += 64) step(i, 0, true);
+  if (i < weights.row_bytes) step(i, mask64(weights.row_bytes - i), false);
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(c + r * kColumns),
+                     fold4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]));
+  }
+}
+
+template <int rows>
+void multiply_stored_float_rows(const Weights& weights, int64_t n, const float* scale,
+                                const int8_t* zero, int64_t groups,
+                                const float* const* tokens, float* c) {
+  const __m512 values = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512 sum[kStreams][rows];
+  int64_t column[kStreams];
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+    column[s] = std::min<int64_t>(n + s, weights.out_features - 1);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) sum[s][r] = _mm512_setzero_ps();
+  }
+  const int64_t bytes = weights.row_bytes / groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512 table[kStreams];
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      const int64_t at = column[s] * groups + g;
+      const float z = zero == nullptr ? 0.0f : static_cast<float>(zero[at]);
+      table[s] = _mm512_mul_ps(_mm512_sub_ps(values, _mm512_set1_ps(z)),
+                               _mm512_set1_ps(scale[at]));
+    }
+    for (int64_t i = g * bytes; i < (g + 1) * bytes; i += 64) {
+      __m512i w[kStreams];
+#pragma GCC unroll 4
+      for (int s = 0; s < kStreams; ++s) {
+        const uint8_t* from = weights.data + column[s] * weights.row_bytes + i;
+        _mm_prefetch(from + kStreams * weights.row_bytes, _MM_HINT_T0);
+        w[s] = _mm512_loadu_si512(from);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        __m512 a[rows];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) a[r] = _mm512_loadu_ps(tokens[r] + 2 * i + 16 * j);
+#pragma GCC unroll 4
+        for (int s = 0; s < kStreams; ++s) {
+          // vpermps looks at the low four bits of a lane only.
+          const __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(w[s], 4 * j), table[s]);
+#pragma GCC unroll 4
+          for (int r = 0; r < rows; ++r) sum[s][r] = _mm512_fmadd_ps(v, a[r], sum[s][r]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) c[r * kColumns + s] = _mm512_reduce_add_ps(sum[s][r]);
+  }
+}
+
+}  // namespace
+
+void multiply_panel(const int8_t* const* tokens, int rows, const uint8_t* panel,
+                    int64_t width, int32_t* c) {
+  with_rows(rows, [&](auto r) { multiply_panel_rows<r()>(tokens, panel, width, c); });
+}
+
+void multiply_float_panel(const float* const* tokens, int rows, const float* panel,
+                          int64_t width, int64_t columns, bool add, float* c) {
+  with_rows(rows, [&](auto r) {
+    with_rows(static_cast<int>((columns + 15) / 16), [&](auto vectors) {
+      if constexpr (vectors() <= 4) {
+        multiply_float_panel_rows<r(), vectors()>(tokens, panel, width, add, c);
+      }
+    });
+  });
+}
+
+void multiply_stored(const Weights& weights, int64_t n, int columns,
+                     const int8_t* const* tokens, int rows, int32_t* c) {
+  for (int s = 0; s < columns; s += kStreams) {
+    for (int r = 0; r < rows; r += 4) {
+      with_rows(std::min(rows - r, 4), [&](auto count) {
+        if (weights.packed) {
+          multiply_stored_rows<count(), true>(weights, n + s, tokens + r,
+                                              c + r * kColumns + s);
+        } else {
+          multiply_stored_rows<count(), false>(weights, n + s, tokens + r,
+                                               c + r * kColumns + s);
+        }
+      });
+    }
+  }
+}
+
+void multiply_stored_float(const Weights& weights, int64_t n, int columns,
+                           const float* scale, const int8_t* zero, int64_t groups,
+                           const float* const* tokens, int rows, float* c) {
+  for (int s = 0; s < columns; s += kStreams) {
+    for (int r = 0; r < rows; r += 4) {
+      with_rows(std::min(rows - r, 4), [&](auto count) {
+        if constexpr (count() <= 4) {
+          multiply_stored_float_rows<count()>(weights, n + s, scale, zero, groups,
+                                              tokens + r, c + r * kColumns + s);
+        }
+      });
+    }
+  }
+}
+
+void add_group(const int32_t* c, int rows, int32_t offset, const int32_t* token_sums,
+               const float* scale, float* sum) {
+  for (int r = 0; r < rows; ++r) {
+    const __m512i excess = _mm512_set1_epi32(
+        static_cast<int32_t>(static_cast<uint32_t>(offset) * token_sums[r]));
+    for (int j = 0; j < kColumns; j += 16) {
+      const __m512i exact =
+          _mm512_sub_epi32(_mm512_loadu_si512(c + r * kColumns + j), excess);
+      float* at = sum + r * kColumns + j;
+      _mm512_storeu_ps(
+          at, _mm512_add_ps(_mm512_loadu_ps(at), _mm512_mul_ps(_mm512_cvtepi32_ps(exact),
+                                                               _mm512_loadu_ps(scale + j))));
+    }
+  }
+}
+
+// ---- results ----
+
+void finish_integers(const Finish& finish, const int32_t* c, const Token* tokens,
+                     int rows) {
+  alignas(64) float y[kRows * kColumns];
+  for (int r = 0; r < rows; ++r) {
+    // In 32 bits that wrap around: only the exact product has to fit.
+    const __m512i excess = _mm512_set1_epi32(static_cast<int32_t>(
+        static_cast<uint32_t>(finish.offset) * static_cast<uint32_t>(tokens[r].sum)));
+    for (int j = 0; j < kColumns; j += 16) {
+      __m512i exact = _mm512_sub_epi32(_mm512_loadu_si512(c + r * kColumns + j), excess);
+      if (finish.column_excess != nullptr) {
+        exact = _mm512_sub_epi32(exact, _mm512_loadu_si512(finish.column_excess + j));
+      }
+      _mm512_store_ps(y + r * kColumns + j,
+                      _mm512_mul_ps(_mm512_cvtepi32_ps(exact),
+                                    _mm512_loadu_ps(finish.scale + j)));
+    }
+  }
+  finish_floats(finish, y, tokens, rows);
+}
+
+void finish_floats(const Finish& finish, float* c, const Token* tokens, int rows) {
+  alignas(64) float up[kRows * kColumns];
+  int32_t begin = INT32_MAX, end = 0;
+  const float* hidden[kRows];
+  for (int r = 0; r < rows; ++r) {
+    if (tokens[r].begin < tokens[r].end) {
+      begin = std::min(begin, tokens[r].begin);
+      end = std::max(end, tokens[r].end);
+    }
+  }
+  if (begin < end) {
+    for (int r = 0; r < rows; ++r) hidden[r] = tokens[r].hidden + begin;
+    multiply_float_panel(hidden, rows, finish.up + begin * kColumns, end - begin,
+                         finish.columns, false, up);
+  }
+  for (int r = 0; r < rows; ++r) {
+    const Token& token = tokens[r];
+    const __m512 scale = _mm512_set1_ps(token.scale);
+    for (int j = 0; j < finish.columns; j += 16) {
+      __m512 y = _mm512_mul_ps(_mm512_loadu_ps(c + r * kColumns + j), scale);
+      if (token.begin < token.end) {
+        y = _mm512_add_ps(y, _mm512_load_ps(up + r * kColumns + j));
+      }
+      if (finish.modality_bias != nullptr) {
+        y = _mm512_add_ps(
+            y, _mm512_loadu_ps(finish.modality_bias + token.modality * kColumns + j));
+      }
+      if (finish.bias != nullptr) y = _mm512_add_ps(y, _mm512_loadu_ps(finish.bias + j));
+      store(token.out, finish.out_type, j, mask16(finish.columns - j), y);
+    }
+  }
+}
+
+}  // namespace masquant

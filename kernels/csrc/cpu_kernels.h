@@ -1,0 +1,145 @@
+// Copyright (c) torchao_masquant contributors.
+// All rights reserved.
+//
+// This source code is licensed under the BSD 3-Clause license found in the
+// LICENSE file in the root directory of this source tree.
+
+// Kernels of the masquant:: operators for x86 with AVX512-VNNI. They know pointers
+// only: what splits the work between threads and checks it is cpu_operators.cpp.
+//
+// A register tile has up to kRows tokens and kColumns output channels. Weights stay in
+// memory as they are stored, (N, K) row by row; a panel of kColumns of them is unpacked
+// into scratch memory, [K / 4][kColumns][4], where many tokens share it, and read as it
+// is where few do.
+
+#pragma once
+
+#include <cstdint>
+
+namespace masquant {
+
+constexpr int kRows = 6;
+constexpr int kColumns = 64;
+//: tokens that read the stored weights without unpacking a panel
+constexpr int kFewTokens = 16;
+
+enum class Type { kFloat32, kBFloat16, kFloat16, kInt8 };
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// ---- activations ----
+
+// q = round(v / s), v = x * p - o, s = max |v| / quant_max, of one token.
+// scratch holds K floats.
+void quantize_row(const void* x, Type type, const float* pre_scale, const float* shift,
+                  int64_t in_features, int quant_max, float* scratch, int8_t* q,
+                  float* scale);
+
+// v = x * p of one token.
+void smooth_row(const void* x, Type type, const float* pre_scale, int64_t in_features,
+                float* smoothed);
+
+int32_t sum_row(const int8_t* q, int64_t in_features);
+
+// Nibbles of a byte of weights meet tokens of even and of odd channels: of each 128, the
+// even ones first. round_up(K, 128) values, zeros behind K.
+void split_even_odd(const int8_t* q, int64_t in_features, int8_t* out);
+
+// The same for floats and words of eight nibbles: out[j][i] = v[8 * i + j] in each 128.
+void split_by_eight(const float* v, int64_t in_features, float* out);
+
+void to_float(const int8_t* q, int64_t count, float* out);
+
+// ---- weights ----
+
+struct Weights {
+  const uint8_t* data;  // (N, K) int8, or (N, ceil(K / 2)) of two nibbles
+  bool packed;          // two nibbles a byte
+  int64_t in_features;
+  int64_t out_features;
+  int64_t row_bytes;
+
+  // What unsigned integers of the panel are too large by.
+  int32_t offset() const { return packed ? 8 : 128; }
+};
+
+// Columns [n, n + kColumns) and channels [k, k + width) as [width / 4][kColumns][4],
+// unsigned (value + offset) or signed. Scratch of round_up(width, 64) * kColumns bytes.
+// What lies behind N or width is to meet zeros only.
+void pack_panel(const Weights& weights, int64_t n, int64_t k, int64_t width,
+                bool is_signed, uint8_t* panel);
+
+// 128 times the sum of each column of a signed panel.
+void sum_columns(const int8_t* panel, int64_t width, int32_t* sums);
+
+// A signed panel as floats [width][kColumns]: (value - zero) * scale. Rows of scale and
+// zero, [G][kColumns], serve group_width channels each; k is the first channel.
+void expand_panel(const int8_t* panel, int64_t k, int64_t width, int64_t group_width,
+                  const float* scale, const float* zero, float* out);
+
+// Rows [row, row + count) and columns [column, column + columns) of a matrix with row
+// length stride, as floats [count][kColumns], zeros behind the columns.
+void float_panel(const void* matrix, Type type, int64_t stride, int64_t row,
+                 int64_t count, int64_t column, int64_t columns, float* out);
+
+// ---- products ----
+
+// c[rows][kColumns] = rows of tokens (int8) by an unsigned panel; the tokens' channels
+// behind the last are to be zeros up to a multiple of 4.
+void multiply_panel(const int8_t* const* tokens, int rows, const uint8_t* panel,
+                    int64_t width, int32_t* c);
+
+// c[rows][kColumns] (+)= rows of floats by a panel of floats [width][kColumns], of which
+// the first columns count, 1 to kColumns.
+void multiply_float_panel(const float* const* tokens, int rows, const float* panel,
+                          int64_t width, int64_t columns, bool add, float* c);
+
+// c[rows][kColumns] = tokens by the columns [n, n + columns) of the stored weights, each
+// too large by offset * (sum of the token). Of packed weights, tokens are as
+// split_even_odd leaves them; else zeros follow up to a multiple of 64.
+void multiply_stored(const Weights& weights, int64_t n, int columns,
+                     const int8_t* const* tokens, int rows, int32_t* c);
+
+// c[rows][kColumns] = tokens, as split_by_eight leaves them, by the columns
+// [n, n + columns) of (value - zero) * scale. K and the group's width are multiples of
+// 128. scale: (N, G); zero: (N, G) or null.
+void multiply_stored_float(const Weights& weights, int64_t n, int columns,
+                           const float* scale, const int8_t* zero, int64_t groups,
+                           const float* const* tokens, int rows, float* c);
+
+// sum[rows][kColumns] += float(c - offset * token_sum) * scale.
+void add_group(const int32_t* c, int rows, int32_t offset, const int32_t* token_sums,
+               const float* scale, float* sum);
+
+// ---- results ----
+
+// What turns a tile of products into results. Arrays of columns begin at the tile's.
+struct Finish {
+  const float* scale = nullptr;           // [kColumns]; null: sums are scaled already
+  const int32_t* column_excess = nullptr;  // [kColumns]
+  int32_t offset = 0;
+  const float* up = nullptr;             // [R][kColumns] up-projections
+  const float* modality_bias = nullptr;  // [M][kColumns]
+  const float* bias = nullptr;           // [kColumns]
+  Type out_type = Type::kFloat32;
+  int columns = kColumns;
+};
+
+struct Token {
+  float scale;
+  int32_t sum;
+  int32_t modality;
+  //: columns of the low-rank pair that are not zero
+  int32_t begin, end;
+  const float* hidden;
+  void* out;
+};
+
+void finish_integers(const Finish& finish, const int32_t* c, const Token* tokens,
+                     int rows);
+// c is used as scratch.
+void finish_floats(const Finish& finish, float* c, const Token* tokens, int rows);
+
+}  // namespace masquant

@@ -1,0 +1,749 @@
+// Copyright (c) torchao_masquant contributors.
+// All rights reserved.
+//
+// This source code is licensed under the BSD 3-Clause license found in the
+// LICENSE file in the root directory of this source tree.
+
+// The masquant:: operators on the CPU: checks operands, splits the work between threads
+// and calls the kernels of cpu_kernels.h. Formulas: reference.py.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace masquant {
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+//: whether panels are multiplied by oneDNN's kernel (AMX) in place of ours (VNNI)
+std::atomic<bool> use_brgemm{false};
+
+// Memory that a thread keeps between calls: a fresh block would cost a page fault for
+// each 4 KiB, which is more than it takes to fill it.
+template <class T>
+T* scratch(int slot, int64_t count) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  struct Block {
+    std::unique_ptr<void, Free> data;
+    size_t size = 0;
+  };
+  thread_local Block blocks[8];
+  Block& block = blocks[slot];
+  const size_t size = static_cast<size_t>(round_up(count * sizeof(T) + 64, 4096));
+  if (block.size < size) {
+    block.data.reset();
+    block.data.reset(std::aligned_alloc(4096, size));
+    TORCH_CHECK(block.data != nullptr, "masquant: out of memory for ", size, " bytes.");
+    block.size = size;
+  }
+  return static_cast<T*>(block.data.get());
+}
+
+// Slots of scratch. Those of the calling thread are read by all.
+enum Slot { kTokens, kPanel, kFloats, kProducts, kArrays, kRow, kShared };
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Type::kFloat32;
+    case at::kBFloat16:
+      return Type::kBFloat16;
+    case at::kHalf:
+      return Type::kFloat16;
+    case at::kChar:
+      return Type::kInt8;
+    default:
+      TORCH_CHECK(false, "masquant: unexpected type ", t.scalar_type(), ".");
+  }
+}
+
+bool is_known(const Tensor& t, bool integers) {
+  const auto type = t.scalar_type();
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf ||
+         (integers && type == at::kChar);
+}
+
+Tensor floats(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+Tensor readable(const Tensor& t, bool integers) {
+  return (is_known(t, integers) ? t : t.to(at::kFloat)).contiguous();
+}
+
+// Rows one behind the other in steps of any length.
+Tensor readable_rows(const Tensor& t) {
+  const Tensor known = is_known(t, false) ? t : t.to(at::kFloat);
+  return known.size(1) > 1 && known.stride(1) != 1 ? known.contiguous() : known;
+}
+
+// (T,) int32 ids, each of [0, modalities).
+Tensor checked_ids(const Tensor& ids, int64_t tokens, int64_t modalities) {
+  TORCH_CHECK(ids.dim() == 1 && ids.size(0) == tokens, "masquant: ", tokens,
+              " tokens have modality ids of shape ", ids.sizes(), ".");
+  Tensor narrow = ids.to(at::kInt).contiguous();
+  const int32_t* data = narrow.const_data_ptr<int32_t>();
+  for (int64_t t = 0; t < tokens; ++t) {
+    TORCH_CHECK_INDEX(data[t] >= 0 && data[t] < modalities, "masquant: modality id ",
+                      data[t], " is out of range for ", modalities, " modalities.");
+  }
+  return narrow;
+}
+
+const char* row_of(const Tensor& t, int64_t row) {
+  return static_cast<const char*>(t.const_data_ptr()) +
+         row * t.stride(0) * static_cast<int64_t>(t.element_size());
+}
+
+Weights weights_of(const Tensor& qdata, int64_t in_features, int64_t weight_bits) {
+  const bool packed = weight_bits <= 4;
+  const int64_t row_bytes = packed ? (in_features + 1) / 2 : in_features;
+  TORCH_CHECK(qdata.dim() == 2 && qdata.size(1) == row_bytes, "masquant: ", in_features,
+              " channels of ", weight_bits, " bits take ", row_bytes,
+              " bytes a row, the weight has shape ", qdata.sizes(), ".");
+  TORCH_CHECK(qdata.scalar_type() == (packed ? at::kByte : at::kChar),
+              "masquant: weights of ", weight_bits, " bits are ",
+              packed ? "uint8" : "int8", ", not ", qdata.scalar_type(), ".");
+  return {static_cast<const uint8_t*>(qdata.const_data_ptr()), packed, in_features,
+          qdata.size(0), row_bytes};
+}
+
+int64_t checked_groups(const Tensor& scale, const Weights& weights) {
+  TORCH_CHECK(scale.dim() == 2 && scale.size(0) == weights.out_features &&
+                  scale.size(1) > 0 && weights.in_features % scale.size(1) == 0,
+              "masquant: scales of shape ", scale.sizes(), " do not fit a weight of ",
+              weights.out_features, " by ", weights.in_features, ".");
+  return scale.size(1);
+}
+
+// Whether tokens read the stored weights as they are.
+bool reads_stored(int64_t tokens, int64_t groups) {
+  return tokens <= kFewTokens && groups == 1;
+}
+
+bool reads_stored_floats(int64_t tokens, bool packed, int64_t width) {
+  return tokens <= kFewTokens && packed && width % 128 == 0 && width > 0;
+}
+
+bool multiplies_by_brgemm(int64_t tokens, int64_t groups) {
+  return use_brgemm && groups == 1 && !reads_stored(tokens, groups);
+}
+
+std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
+                      int64_t in_features, int64_t groups) {
+  const bool packed = weight_bits <= 4;
+  const std::string weights = packed ? "packed int4" : "int8";
+  if (act_bits == 16) {
+    return reads_stored_floats(tokens, packed, in_features / groups)
+               ? "float32, " + weights + " looked up as stored"
+               : "float32, " + weights + " unpacked by panels";
+  }
+  if (reads_stored(tokens, groups)) return "VNNI, " + weights + " as stored";
+  const std::string product = multiplies_by_brgemm(tokens, groups) ? "oneDNN brgemm" : "VNNI";
+  return product + ", " + weights + " unpacked by panels" +
+         (groups > 1 ? ", group by group" : "");
+}
+
+// ---- what is added to the product, and where the result goes ----
+
+class Results {
+ public:
+  Results(int64_t tokens, int64_t out_features, at::ScalarType out_dtype,
+          const Tensor& like, const MaybeTensor& hidden, const MaybeTensor& l2,
+          const MaybeTensor& modality_bias, const MaybeTensor& ids,
+          const MaybeTensor& bias)
+      : out_features_(out_features), wanted_(out_dtype), order(tokens), token(tokens) {
+    const bool direct =
+        out_dtype == at::kFloat || out_dtype == at::kBFloat16 || out_dtype == at::kHalf;
+    out_ = at::empty({tokens, out_features},
+                     like.options().dtype(direct ? out_dtype : at::kFloat));
+    std::iota(order.begin(), order.end(), 0);
+    if (hidden) {
+      TORCH_CHECK(l2, "masquant: a low-rank hidden state comes with up-projections.");
+      TORCH_CHECK(hidden->dim() == 2 && hidden->size(0) == tokens && l2->dim() == 2 &&
+                      l2->size(0) == hidden->size(1) && l2->size(1) == out_features,
+                  "masquant: a hidden state of shape ", hidden->sizes(),
+                  " and up-projections of shape ", l2->sizes(), " do not fit ", tokens,
+                  " tokens and ", out_features, " output channels.");
+      hidden_ = floats(*hidden);
+      l2_ = readable(*l2, true);
+    }
+    if (bias) {
+      TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, "masquant: ",
+                  out_features, " output channels have a bias of shape ", bias->sizes(),
+                  ".");
+      bias_ = readable(*bias, false);
+    }
+    if (modality_bias) {
+      TORCH_CHECK(modality_bias->dim() == 2 && modality_bias->size(0) > 0 &&
+                      modality_bias->size(1) == out_features,
+                  "masquant: ", out_features,
+                  " output channels have modality biases of shape ",
+                  modality_bias->sizes(), ".");
+      modality_bias_ = readable(*modality_bias, false);
+      if (ids) ids_ = checked_ids(*ids, tokens, modality_bias_.size(0));
+    }
+    describe_tokens();
+  }
+
+  // Puts the columns [n, n + kColumns) into place; arrays holds array_size() floats.
+  Finish finish(int64_t n, float* arrays) const {
+    Finish f;
+    f.columns = static_cast<int>(std::min<int64_t>(kColumns, out_features_ - n));
+    f.out_type = type_of(out_);
+    if (bias_.defined()) {
+      float_panel(bias_.const_data_ptr(), type_of(bias_), 0, 0, 1, n, f.columns, arrays);
+      f.bias = arrays;
+      arrays += kColumns;
+    }
+    if (modality_bias_.defined()) {
+      const int64_t used = ids_.defined() ? modality_bias_.size(0) : 1;
+      float_panel(modality_bias_.const_data_ptr(), type_of(modality_bias_), out_features_,
+                  0, used, n, f.columns, arrays);
+      f.modality_bias = arrays;
+      arrays += used * kColumns;
+    }
+    if (any_hidden_) {
+      float_panel(l2_.const_data_ptr(), type_of(l2_), out_features_, 0, l2_.size(0), n,
+                  f.columns, arrays);
+      f.up = arrays;
+    }
+    return f;
+  }
+
+  int64_t array_size() const {
+    return kColumns * (1 + (modality_bias_.defined() ? modality_bias_.size(0) : 0) +
+                       (any_hidden_ ? l2_.size(0) : 0));
+  }
+
+  // Tokens [first, first + rows) of the order, at column n.
+  void place(int64_t first, int rows, int64_t n, Token* tile) const {
+    for (int r = 0; r < rows; ++r) {
+      tile[r] = token[order[first + r]];
+      tile[r].out = static_cast<char*>(tile[r].out) + n * out_.element_size();
+    }
+  }
+
+  Tensor take() { return wanted_ == out_.scalar_type() ? out_ : out_.to(wanted_); }
+
+ private:
+  void describe_tokens() {
+    const int64_t tokens = static_cast<int64_t>(token.size());
+    const int64_t rank = hidden_.defined() ? hidden_.size(1) : 0;
+    const float* hidden = hidden_.defined() ? hidden_.const_data_ptr<float>() : nullptr;
+    const int32_t* ids = ids_.defined() ? ids_.const_data_ptr<int32_t>() : nullptr;
+    char* out = static_cast<char*>(out_.mutable_data_ptr());
+    for (int64_t t = 0; t < tokens; ++t) {
+      Token& at = token[t];
+      at = {1.0f, 0, ids == nullptr ? 0 : ids[t], 0, 0, hidden + t * rank,
+            out + t * out_features_ * out_.element_size()};
+      uint32_t any = 0;
+      const uint32_t* bits = reinterpret_cast<const uint32_t*>(at.hidden);
+      for (int64_t r = 0; r < rank; ++r) any |= bits[r];
+      if (any != 0) {
+        any_hidden_ = true;
+        at.end = static_cast<int32_t>(rank);
+        while (bits[at.begin] == 0) ++at.begin;
+        while (bits[at.end - 1] == 0) --at.end;
+      }
+    }
+    if (any_hidden_) {
+      // Tokens of one modality side by side: a tile does its modalities' work only.
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        const auto rank_of = [&](int64_t t) {
+          return token[t].begin < token[t].end ? token[t].begin : -1;
+        };
+        return rank_of(a) < rank_of(b);
+      });
+    }
+  }
+
+  int64_t out_features_;
+  at::ScalarType wanted_;
+  Tensor out_, hidden_, l2_, bias_, modality_bias_, ids_;
+  bool any_hidden_ = false;
+
+ public:
+  std::vector<int64_t> order;
+  std::vector<Token> token;
+};
+
+// Panels of columns by chunks of tokens: enough tasks for all threads, and no more
+// chunks than that, as each unpacks its panel anew.
+struct Tasks {
+  Tasks(int64_t tokens, int64_t out_features, int64_t least_chunk) {
+    panels = (out_features + kColumns - 1) / kColumns;
+    const int64_t wanted = (2 * at::get_num_threads() + panels - 1) / panels;
+    const int64_t most = std::max<int64_t>(1, tokens / least_chunk);
+    chunk = round_up((tokens + std::min(wanted, most) - 1) / std::min(wanted, most), kRows);
+    chunks = (tokens + chunk - 1) / chunk;
+  }
+  int64_t panels, chunk, chunks;
+};
+
+// ---- smooth_quantize ----
+
+std::tuple<Tensor, Tensor> smooth_quantize(const Tensor& x, const Tensor& act_pre_scale,
+                                           const MaybeTensor& modality_ids,
+                                           int64_t act_bits,
+                                           const MaybeTensor& act_shift) {
+  TORCH_CHECK(x.dim() == 2 && act_pre_scale.dim() == 2 &&
+                  act_pre_scale.size(1) == x.size(1) && act_pre_scale.size(0) > 0,
+              "masquant: smoothing factors of shape ", act_pre_scale.sizes(),
+              " do not fit tokens of shape ", x.sizes(), ".");
+  TORCH_CHECK(act_bits >= 2 && act_bits <= 8, "masquant: activations have 2 to 8 bits, got ",
+              act_bits, ".");
+  const int64_t tokens = x.size(0), in_features = x.size(1);
+  const Tensor rows = readable_rows(x), pre_scale = floats(act_pre_scale);
+  Tensor shift, ids;
+  if (act_shift) {
+    TORCH_CHECK(act_shift->sizes() == act_pre_scale.sizes(), "masquant: shifts of shape ",
+                act_shift->sizes(), " beside smoothing factors of shape ",
+                act_pre_scale.sizes(), ".");
+    shift = floats(*act_shift);
+  }
+  if (modality_ids) ids = checked_ids(*modality_ids, tokens, pre_scale.size(0));
+  Tensor q = at::empty({tokens, in_features}, x.options().dtype(at::kChar));
+  Tensor scale = at::empty({tokens, 1}, x.options().dtype(at::kFloat));
+  const int quant_max = (1 << (act_bits - 1)) - 1;
+  const Type type = type_of(rows);
+  int8_t* out = q.mutable_data_ptr<int8_t>();
+  float* scales = scale.mutable_data_ptr<float>();
+  const int64_t grain = 1 + 8192 / (in_features + 1);
+  at::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+    float* row = scratch<float>(kRow, round_up(in_features, 16));
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t m = ids.defined() ? ids.const_data_ptr<int32_t>()[t] : 0;
+      quantize_row(row_of(rows, t), type, pre_scale.const_data_ptr<float>() + m * in_features,
+                   shift.defined() ? shift.const_data_ptr<float>() + m * in_features : nullptr,
+                   in_features, quant_max, row, out + t * in_features, scales + t);
+    }
+  });
+  return {q, scale};
+}
+
+// ---- low_rank_down ----
+
+// hidden (T, R), zeros where a token is of another modality. source(t, k, count, out)
+// gives a token's channels as floats, token_scale(t) what multiplies its products.
+template <class Source, class TokenScale>
+Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
+                    const Tensor& modality_ids, at::IntArrayRef ranks,
+                    const MaybeTensor& low_rank_scale, const Source& source,
+                    const TokenScale& token_scale) {
+  TORCH_CHECK(l1_.dim() == 2 && l1_.size(0) == in_features, "masquant: down-projections of shape ",
+              l1_.sizes(), " do not fit ", in_features, " channels.");
+  const int64_t rank = l1_.size(1);
+  const bool fit = std::all_of(ranks.begin(), ranks.end(), [](int64_t r) { return r >= 0; }) &&
+                   std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank;
+  TORCH_CHECK(fit, "masquant: ranks ", ranks, " do not add up to ", rank, ".");
+  TORCH_CHECK(modality_ids.dim() == 1 && modality_ids.size(0) == tokens, "masquant: ",
+              tokens, " tokens have modality ids of shape ", modality_ids.sizes(), ".");
+  TORCH_CHECK(!low_rank_scale || low_rank_scale->numel() == rank, "masquant: ", rank,
+              " columns have low-rank scales of shape ",
+              low_rank_scale ? low_rank_scale->sizes() : at::IntArrayRef(), ".");
+  const Tensor l1 = readable(l1_, true), ids = modality_ids.to(at::kInt).contiguous();
+  Tensor column_scale;
+  if (low_rank_scale) column_scale = floats(*low_rank_scale);
+  Tensor hidden = at::zeros({tokens, rank}, l1.options().dtype(at::kFloat));
+  float* out = hidden.mutable_data_ptr<float>();
+  const int32_t* id = ids.const_data_ptr<int32_t>();
+
+  constexpr int64_t kTokensOfTask = 8 * kRows, kDepth = 128;
+  int64_t start = 0;
+  for (size_t m = 0; m < ranks.size(); start += ranks[m], ++m) {
+    std::vector<int64_t> rows;
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (id[t] == static_cast<int64_t>(m) + 1) rows.push_back(t);
+    }
+    if (rows.empty() || ranks[m] == 0) continue;
+    const int64_t columns = ranks[m], panels = (columns + kColumns - 1) / kColumns;
+    // [panel][K][kColumns]
+    float* down = scratch<float>(kShared, panels * in_features * kColumns);
+    const int64_t blocks = (in_features + kDepth - 1) / kDepth;
+    at::parallel_for(0, panels * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t p = task / blocks, k = task % blocks * kDepth;
+        float_panel(l1.const_data_ptr(), type_of(l1), rank, k,
+                    std::min(kDepth, in_features - k), start + p * kColumns,
+                    std::min<int64_t>(kColumns, columns - p * kColumns),
+                    down + (p * in_features + k) * kColumns);
+      }
+    });
+    const int64_t count = static_cast<int64_t>(rows.size());
+    const int64_t tasks = (count + kTokensOfTask - 1) / kTokensOfTask;
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      float* a = scratch<float>(kRow, kRows * kDepth);
+      float* c = scratch<float>(kProducts, kTokensOfTask * panels * kColumns);
+      const float* pointers[kRows];
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task * kTokensOfTask, last = std::min(count, first + kTokensOfTask);
+        for (int64_t k = 0; k < in_features; k += kDepth) {
+          const int64_t depth = std::min(kDepth, in_features - k);
+          for (int64_t t = first; t < last; t += kRows) {
+            const int n = static_cast<int>(std::min<int64_t>(kRows, last - t));
+            for (int r = 0; r < n; ++r) {
+              source(rows[t + r], k, depth, a + r * kDepth);
+              pointers[r] = a + r * kDepth;
+            }
+            for (int64_t p = 0; p < panels; ++p) {
+              multiply_float_panel(pointers, n, down + (p * in_features + k) * kColumns, depth,
+                                   std::min<int64_t>(kColumns, columns - p * kColumns), k > 0, c + ((t - first) * panels + p * kRows) * kColumns);
+            }
+          }
+        }
+        for (int64_t t = first; t < last; ++t) {
+          const int64_t row = rows[t];
+          const float s = token_scale(row);
+          const int64_t tile = (t - first) / kRows * kRows, r = (t - first) % kRows;
+          for (int64_t j = 0; j < columns; ++j) {
+            const int64_t p = j / kColumns;
+            float v = c[(tile * panels + p * kRows + r) * kColumns + j % kColumns] * s;
+            if (column_scale.defined()) v *= column_scale.const_data_ptr<float>()[start + j];
+            out[row * rank + start + j] = v;
+          }
+        }
+      }
+    });
+  }
+  return hidden;
+}
+
+Tensor low_rank_down(const Tensor& qdata, const Tensor& scale, const Tensor& l1,
+                     const Tensor& modality_ids, at::IntArrayRef ranks,
+                     const MaybeTensor& low_rank_scale) {
+  TORCH_CHECK(qdata.dim() == 2 && qdata.scalar_type() == at::kChar &&
+                  scale.numel() == qdata.size(0),
+              "masquant: quantized tokens are (T, K) int8 with T scales, got ",
+              qdata.sizes(), " ", qdata.scalar_type(), " and ", scale.sizes(), ".");
+  const Tensor q = qdata.contiguous(), s = floats(scale);
+  const int64_t width = q.size(1);
+  const int8_t* data = q.const_data_ptr<int8_t>();
+  const float* scales = s.const_data_ptr<float>();
+  return project_down(
+      q.size(0), width, l1, modality_ids, ranks, low_rank_scale,
+      [=](int64_t t, int64_t k, int64_t count, float* out) {
+        to_float(data + t * width + k, count, out);
+      },
+      [=](int64_t t) { return scales[t]; });
+}
+
+// ---- int_linear ----
+
+Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
+                  const Tensor& scale, const MaybeTensor& low_rank_hidden,
+                  const MaybeTensor& l2, const MaybeTensor& modality_bias,
+                  const MaybeTensor& modality_ids, const MaybeTensor& bias,
+                  int64_t weight_bits, at::ScalarType out_dtype) {
+  TORCH_CHECK(qx.dim() == 2 && qx.scalar_type() == at::kChar && x_scale.numel() == qx.size(0),
+              "masquant: quantized tokens are (T, K) int8 with T scales, got ", qx.sizes(),
+              " ", qx.scalar_type(), " and ", x_scale.sizes(), ".");
+  const int64_t tokens = qx.size(0), in_features = qx.size(1);
+  const Tensor q = qx.contiguous(), token_scale = floats(x_scale), w = qdata.contiguous(),
+               channel_scale = floats(scale);
+  const Weights weights = weights_of(w, in_features, weight_bits);
+  const int64_t groups = checked_groups(channel_scale, weights);
+  const int64_t width = in_features / groups;
+  Results results(tokens, weights.out_features, out_dtype, qx, low_rank_hidden, l2,
+                  modality_bias, modality_ids, bias);
+  if (tokens == 0 || weights.out_features == 0) return results.take();
+
+  const bool few = reads_stored(tokens, groups);
+  const bool brgemm = multiplies_by_brgemm(tokens, groups);
+  // Tokens as the product wants them: [T][G][padded]; as they are, where that serves.
+  const int64_t padded = few ? round_up(in_features, 128) : round_up(width, 4);
+  const int64_t stride = groups * padded;
+  const int8_t* source = q.const_data_ptr<int8_t>();
+  const bool copied = few || brgemm || padded != width;
+  int8_t* copy = copied ? scratch<int8_t>(kTokens, tokens * stride) : nullptr;
+  const int8_t* prepared = copied ? copy : source;
+  std::vector<int32_t> sums(tokens * groups);
+  at::parallel_for(0, tokens, 1 + 65536 / (in_features + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int8_t* from = source + t * in_features + g * width;
+        sums[t * groups + g] = sum_row(from, width);
+        if (!copied) continue;
+        int8_t* to = copy + t * stride + g * padded;
+        if (few && weights.packed) {
+          split_even_odd(from, width, to);
+        } else {
+          std::memcpy(to, from, width);
+          std::memset(to + width, 0, padded - width);
+        }
+        if (brgemm) {
+          for (int64_t i = 0; i < padded; ++i) to[i] ^= -128;
+        }
+      }
+      Token& token = results.token[t];
+      token.scale = token_scale.const_data_ptr<float>()[t];
+      token.sum = sums[t * groups];
+    }
+  });
+
+  const Tasks split(tokens, weights.out_features, few ? kFewTokens : 96);
+  const int64_t panel_bytes = round_up(width, 64) * kColumns;
+  const int32_t offset = brgemm ? 0 : weights.offset();
+  at::parallel_for(0, split.panels * split.chunks, 1, [&](int64_t begin, int64_t end) {
+    uint8_t* panel = few ? nullptr : scratch<uint8_t>(kPanel, groups * panel_bytes);
+    float* scales = scratch<float>(kFloats, (groups + 1) * kColumns);
+    float* arrays = scratch<float>(kArrays, results.array_size());
+    constexpr int64_t kProductRows = 96;
+    int32_t* products = scratch<int32_t>(kProducts, kProductRows * kColumns);
+    alignas(64) int32_t column_excess[kColumns];
+    alignas(64) float sum[kRows * kColumns];
+    Token tile[kRows];
+    const int8_t* pointers[kFewTokens];
+    int32_t tile_sums[kRows];
+    Finish finish;
+    int64_t unpacked = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t p = task / split.chunks, n = p * kColumns;
+      if (p != unpacked) {
+        unpacked = p;
+        finish = results.finish(n, arrays);
+        for (int64_t g = 0; g < groups; ++g) {
+          for (int c = 0; c < kColumns; ++c) {
+            scales[g * kColumns + c] =
+                c < finish.columns ? channel_scale.const_data_ptr<float>()[(n + c) * groups + g]
+                                   : 0.0f;
+          }
+          if (!few) {
+            pack_panel(weights, n, g * width, width, brgemm, panel + g * panel_bytes);
+          }
+        }
+        if (groups == 1) {
+          finish.scale = scales;
+          finish.offset = offset;
+        }
+        if (brgemm) {
+          sum_columns(reinterpret_cast<int8_t*>(panel), width, column_excess);
+          finish.column_excess = column_excess;
+        }
+      }
+      const int64_t first = task % split.chunks * split.chunk;
+      const int64_t last = std::min(tokens, first + split.chunk);
+      if (few) {
+        for (int64_t t = 0; t < tokens; ++t) pointers[t] = prepared + results.order[t] * stride;
+        multiply_stored(weights, n, finish.columns, pointers, static_cast<int>(tokens), products);
+      }
+      for (int64_t t = first; t < last; t += kRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRows, last - t));
+        results.place(t, rows, n, tile);
+        int32_t* c = products;
+        if (few) {
+          c += (t - first) * kColumns;
+        } else if (brgemm) {
+          const int64_t at = (t - first) % kProductRows;
+          if (at == 0) {
+            // The order is that of memory unless tokens were sorted: runs of neighbours.
+            const int64_t stop = std::min(last, t + kProductRows);
+            for (int64_t run = t; run < stop;) {
+              int64_t after = run + 1;
+              while (after < stop && results.order[after] == results.order[after - 1] + 1) ++after;
+              at::native::cpublas::brgemm(
+                  after - run, kColumns, padded, stride, kColumns, kColumns, false,
+                  reinterpret_cast<const unsigned char*>(prepared + results.order[run] * stride),
+                  reinterpret_cast<const signed char*>(panel), products + (run - t) * kColumns);
+              run = after;
+            }
+          }
+          c += at * kColumns;
+        } else if (groups == 1) {
+          for (int r = 0; r < rows; ++r) pointers[r] = prepared + results.order[t + r] * stride;
+          multiply_panel(pointers, rows, panel, padded, c);
+        } else {
+          std::memset(sum, 0, sizeof sum);
+          for (int64_t g = 0; g < groups; ++g) {
+            for (int r = 0; r < rows; ++r) {
+              pointers[r] = prepared + results.order[t + r] * stride + g * padded;
+              tile_sums[r] = sums[results.order[t + r] * groups + g];
+            }
+            multiply_panel(pointers, rows, panel + g * panel_bytes, padded, c);
+            add_group(c, rows, weights.offset(), tile_sums, scales + g * kColumns, sum);
+          }
+          finish_floats(finish, sum, tile, rows);
+          continue;
+        }
+        finish_integers(finish, c, tile, rows);
+      }
+    }
+    if (brgemm) at::native::cpublas::brgemm_release();
+  });
+  return results.take();
+}
+
+// ---- weight_only_linear ----
+
+Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Tensor& qdata,
+                          const Tensor& scale, const MaybeTensor& zero_point,
+                          const MaybeTensor& l1, const MaybeTensor& l2,
+                          const MaybeTensor& modality_bias, const MaybeTensor& modality_ids,
+                          const MaybeTensor& bias, at::IntArrayRef ranks, int64_t weight_bits,
+                          at::ScalarType out_dtype, const MaybeTensor& low_rank_scale) {
+  TORCH_CHECK(x.dim() == 2 && act_pre_scale.dim() == 2 &&
+                  act_pre_scale.size(1) == x.size(1) && act_pre_scale.size(0) > 0,
+              "masquant: smoothing factors of shape ", act_pre_scale.sizes(),
+              " do not fit tokens of shape ", x.sizes(), ".");
+  const int64_t tokens = x.size(0), in_features = x.size(1);
+  const Tensor rows_of_x = readable_rows(x), pre_scale = floats(act_pre_scale),
+               w = qdata.contiguous(), channel_scale = floats(scale);
+  const Weights weights = weights_of(w, in_features, weight_bits);
+  const int64_t groups = checked_groups(channel_scale, weights);
+  const int64_t width = in_features / groups;
+  Tensor zero, ids;
+  if (zero_point) {
+    TORCH_CHECK(zero_point->sizes() == scale.sizes() && zero_point->scalar_type() == at::kChar,
+                "masquant: zero points are int8, one beside each scale, got ",
+                zero_point->sizes(), " ", zero_point->scalar_type(), ".");
+    zero = zero_point->contiguous();
+  }
+  if (modality_ids) ids = checked_ids(*modality_ids, tokens, pre_scale.size(0));
+  const Type type = type_of(rows_of_x);
+  const auto factors = [&](int64_t t) {
+    const int64_t m = ids.defined() ? ids.const_data_ptr<int32_t>()[t] : 0;
+    return pre_scale.const_data_ptr<float>() + m * in_features;
+  };
+  MaybeTensor hidden;
+  if (l1 && modality_ids) {
+    hidden = project_down(
+        tokens, in_features, *l1, *modality_ids, ranks, low_rank_scale,
+        [&](int64_t t, int64_t k, int64_t count, float* out) {
+          smooth_row(row_of(rows_of_x, t) + k * rows_of_x.element_size(), type, factors(t) + k,
+                     count, out);
+        },
+        [](int64_t) { return 1.0f; });
+  }
+  Results results(tokens, weights.out_features, out_dtype, x, hidden, l2, modality_bias,
+                  modality_ids, bias);
+  if (tokens == 0 || weights.out_features == 0) return results.take();
+
+  const bool few = reads_stored_floats(tokens, weights.packed, width);
+  // As many tokens at once as leave room for the panel in the second-level cache.
+  constexpr int64_t kChunk = 40 * kRows, kDepth = 128;
+  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
+  for (int64_t first = 0; first < tokens; first += kChunk) {
+    const int64_t count = std::min(kChunk, tokens - first);
+    // Smoothed tokens, in the order of the results.
+    float* smoothed = scratch<float>(kShared, count * in_features);
+    at::parallel_for(0, count, 1 + 16384 / (in_features + 1), [&](int64_t begin, int64_t end) {
+      float* row = few ? scratch<float>(kRow, in_features) : nullptr;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = results.order[first + i];
+        float* out = smoothed + i * in_features;
+        smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, few ? row : out);
+        if (few) split_by_eight(row, in_features, out);
+      }
+    });
+    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      float* arrays = scratch<float>(kArrays, results.array_size());
+      float* products = scratch<float>(kProducts, count * kColumns);
+      int8_t* panel = scratch<int8_t>(kPanel, kDepth * kColumns);
+      float* floats_of_panel =
+          scratch<float>(kFloats, (kDepth + 2 * groups) * kColumns);
+      float* scales = floats_of_panel + kDepth * kColumns;
+      float* zeros = scales + groups * kColumns;
+      const float* pointers[kFewTokens];
+      Token tile[kRows];
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t n = p * kColumns;
+        const Finish finish = results.finish(n, arrays);
+        if (few) {
+          for (int64_t i = 0; i < count; ++i) pointers[i] = smoothed + i * in_features;
+          multiply_stored_float(weights, n, finish.columns, channel_scale.const_data_ptr<float>(),
+                                zero.defined() ? zero.const_data_ptr<int8_t>() : nullptr, groups,
+                                pointers, static_cast<int>(count), products);
+        } else {
+          for (int64_t g = 0; g < groups; ++g) {
+            for (int c = 0; c < kColumns; ++c) {
+              const bool inside = c < finish.columns;
+              const int64_t at = (n + c) * groups + g;
+              scales[g * kColumns + c] = inside ? channel_scale.const_data_ptr<float>()[at] : 0.0f;
+              zeros[g * kColumns + c] =
+                  inside && zero.defined() ? zero.const_data_ptr<int8_t>()[at] : 0.0f;
+            }
+          }
+          if (in_features == 0) std::memset(products, 0, count * kColumns * sizeof(float));
+          for (int64_t k = 0; k < in_features; k += kDepth) {
+            const int64_t depth = std::min(kDepth, in_features - k);
+            pack_panel(weights, n, k, depth, true, reinterpret_cast<uint8_t*>(panel));
+            expand_panel(panel, k, depth, width, scales, zeros, floats_of_panel);
+            for (int64_t i = 0; i < count; i += kRows) {
+              const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
+              for (int r = 0; r < rows; ++r) pointers[r] = smoothed + (i + r) * in_features + k;
+              multiply_float_panel(pointers, rows, floats_of_panel, depth, finish.columns, k > 0,
+                                   products + i * kColumns);
+            }
+          }
+        }
+        for (int64_t i = 0; i < count; i += kRows) {
+          const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
+          results.place(first + i, rows, n, tile);
+          finish_floats(finish, products + i * kColumns, tile, rows);
+        }
+      }
+    });
+  }
+  return results.take();
+}
+
+template <class Library>
+void implement(Library& library) {
+  library.impl("smooth_quantize", TORCH_FN(smooth_quantize));
+  library.impl("low_rank_down", TORCH_FN(low_rank_down));
+  library.impl("int_linear", TORCH_FN(int_linear));
+  library.impl("weight_only_linear", TORCH_FN(weight_only_linear));
+}
+
+// Makes these the masquant:: operators' kernels for the CPU, once and for all.
+void install() {
+  static torch::Library* library = [] {
+    auto* made = new torch::Library(torch::Library::IMPL, "masquant", c10::DispatchKey::CPU,
+                                    __FILE__, __LINE__);
+    implement(*made);
+    return made;
+  }();
+  (void)library;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(masquant_cpu, m) {
+  m.def("smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? modality_ids,"
+        " int act_bits, Tensor? act_shift=None) -> (Tensor qdata, Tensor scale)");
+  m.def("low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor modality_ids,"
+        " int[] ranks, Tensor? low_rank_scale=None) -> Tensor");
+  m.def("int_linear(Tensor qx, Tensor x_scale, Tensor qdata, Tensor scale,"
+        " Tensor? low_rank_hidden, Tensor? l2, Tensor? modality_bias,"
+        " Tensor? modality_ids, Tensor? bias, int weight_bits, ScalarType out_dtype)"
+        " -> Tensor");
+  m.def("weight_only_linear(Tensor x, Tensor act_pre_scale, Tensor qdata, Tensor scale,"
+        " Tensor? zero_point, Tensor? l1, Tensor? l2, Tensor? modality_bias,"
+        " Tensor? modality_ids, Tensor? bias, int[] ranks, int weight_bits,"
+        " ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor");
+  m.def("install() -> ()", &install);
+  m.def("kernel_of(int weight_bits, int act_bits, int tokens, int in_features,"
+        " int groups) -> str", &kernel_of);
+  m.def("use_brgemm(bool value) -> ()", [](bool value) { use_brgemm = value; });
+}
+
+TORCH_LIBRARY_IMPL(masquant_cpu, CPU, m) { implement(m); }
+
+}  // namespace masquant

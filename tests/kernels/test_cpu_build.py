@@ -1,0 +1,148 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Building the C++ kernels, finding them again, and doing without: in processes of
+their own, as the choice is made at import."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchao_masquant.kernels import cpu_build
+from torchao_masquant.kernels.cpu_engine import CpuEngine, choose_engine
+
+_SCRIPT = """
+import json, sys, warnings
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from torchao_masquant.kernels import cpu_lowering, reference
+    before = cpu_lowering.engine().engine.value
+    torch.manual_seed(0)
+    equal = []
+    for tokens in (1, 5, 40):
+        x, p = torch.randn(tokens, 66), torch.rand(2, 66) + 0.5
+        ids = torch.arange(tokens) % 2
+        w = torch.randint(-127, 128, (35, 66), dtype=torch.int8)
+        ones = torch.ones(35, 1)
+        for impl in (torch.ops.masquant, reference):
+            q, s = impl.smooth_quantize(x, p, ids, 8)
+            rest = (None, None, None, None, None, 8, torch.float32)
+            equal.append((q, s, impl.int_linear(q, s, w, ones, *rest)))
+    same = all(
+        torch.equal(a, b)
+        for ours, theirs in zip(equal[::2], equal[1::2])
+        for a, b in zip(ours, theirs)
+    )
+messages = [str(w.message) for w in caught if "masquant" in str(w.message)]
+print(json.dumps({"before": before, "report": cpu_lowering.report(),
+                  "same": same, "warnings": messages}))
+"""
+
+needs_kernels = pytest.mark.skipif(
+    choose_engine({}).engine is CpuEngine.REFERENCE,
+    reason=f"no C++ kernels here: {choose_engine({}).reason}",
+)
+
+
+def run(tmp_path: Path, **variables: str) -> dict[str, Any]:
+    """What the script finds, from a cache of its own unless one is named."""
+    environment = {**os.environ, "MASQUANT_CACHE_DIR": str(tmp_path), **variables}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _SCRIPT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@needs_kernels
+def test_built_at_the_first_call_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        cpu_build.find_compiler()
+    except cpu_build.BuildError as error:
+        pytest.xfail(str(error))
+    first = run(tmp_path)
+    assert first["same"] and not first["warnings"]
+    library = Path(first["report"]["library"])
+    assert library.is_file() and tmp_path in library.parents
+    # Nothing half made is left beside it.
+    assert {path.name for path in library.parent.iterdir()} == {".lock", library.name}
+    # Found without any compiler.
+    second = run(tmp_path, CXX="no-such-compiler")
+    assert second["same"] and not second["warnings"]
+    assert second["report"]["library"] == str(library)
+
+
+@needs_kernels
+def test_without_a_compiler_one_warning_and_the_reference(tmp_path: Path) -> None:
+    found = run(tmp_path, CXX="no-such-compiler")
+    assert found["before"] != "reference"
+    assert found["report"]["engine"] == "reference"
+    assert found["report"]["reason"] == "CXX=no-such-compiler is not there"
+    assert found["same"] and len(found["warnings"]) == 1
+    assert "Install a C++ compiler" in found["warnings"][0]
+
+
+@needs_kernels
+def test_a_compiler_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "broken-compiler"
+    compiler.write_text("#!/bin/sh\necho 'internal error'\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("MASQUANT_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(cpu_build.BuildError, match="ended with 3:\ninternal error"):
+        cpu_build.build_library()
+    assert not cpu_build.library_path().exists()
+
+
+def test_a_cache_that_cannot_be_written_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MASQUANT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(cpu_build.BuildError, match="cannot be written"):
+        cpu_build.build_library()
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({"ATEN_CPU_CAPABILITY": "default"}, {"reference"}),
+        ({"ATEN_CPU_CAPABILITY": "avx2"}, {"reference"}),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"reference"}),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, {"vnni", "reference"}),
+        ({"MASQUANT_CPU_ENGINE": "reference"}, {"reference"}),
+    ],
+    ids=["default", "avx2", "oneDNN AVX2", "oneDNN VNNI", "by name"],
+)
+def test_lower_levels_are_correct(
+    variables: dict[str, str], expected: set[str]
+) -> None:
+    """From the user's own cache, where most runs find the kernels built."""
+    environment = {k: v for k, v in os.environ.items() if k != "MASQUANT_CPU_ENGINE"}
+    cache = cpu_build.cache_folder(environment)
+    found = run(cache, **variables)
+    assert found["same"] and not found["warnings"]
+    assert found["report"]["engine"] in expected
+
+
+def test_places_of_the_cache() -> None:
+    assert cpu_build.cache_folder({"MASQUANT_CACHE_DIR": "/a"}) == Path("/a")
+    assert cpu_build.cache_folder({"XDG_CACHE_HOME": "/b"}) == Path(
+        "/b/torchao_masquant"
+    )
+    assert cpu_build.cache_folder({}) == Path.home() / ".cache/torchao_masquant"
