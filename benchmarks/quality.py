@@ -28,6 +28,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import torch
 from baselines.control import ControlLinear
 from baselines.gptq import gptq
+from baselines.pooled import PooledLinear, pooled
 from baselines.search import searched_factor
 from baselines.unshared import UnsharedLinear
 from rich import box
@@ -74,12 +75,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 #: In the order in which they run: the first tell most.
-BASELINES = ("control", "gptq", "awq", "mbq", "mas-unshared")
+BASELINES = ("control", "pooled", "gptq", "awq", "mbq", "mas-unshared")
 MAIN = (
     "masquant",
     "smoothquant",
     "masquant-paper",
     "control",
+    "pooled",
     "gptq",
     "masquant, 2 %",
     "masquant, no pair",
@@ -205,6 +207,11 @@ class Subject:
                 for name, layer in smoothquant.items():
                     linear = self.session.linears[name]
                     modules[name] = ControlLinear(linear, layer, seen, bits, rank)
+            elif method == "pooled":
+                ours = SolverOptions(scheme=scheme, rank=rank)
+                for name, layer in pooled(weights, seen, ours).items():
+                    linear = self.session.linears[name]
+                    modules[name] = PooledLinear(linear, layer, bits)
             else:
                 own = SolverOptions(scheme=scheme, method="masquant-paper", rank=0)
                 for name, layer in solve_group(weights, seen, own).items():
@@ -382,6 +389,8 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
 
         def cell(path: Callable[[dict], dict], scale: float, digits_: int) -> str:
             names = path(same[0])
+            if not names:
+                return ""
             values = [[scale * path(row)[n] for row in same] for n in names]
             means = " / ".join(f"{statistics.mean(v):.{digits_}f}" for v in values)
             if len(same) < 2:
