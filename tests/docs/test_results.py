@@ -7,27 +7,57 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
+METHODS = {
+    "": "",
+    "round-to-nearest": "rtn",
+    "SmoothQuant": "smoothquant",
+    "SmoothQuant + GPTQ": "gptq",
+    "SmoothQuant + one pair": "control",
+    "ours without modalities": "pooled",
+    "a weight per modality": "mas-unshared",
+    "MASQuant, paper": "masquant-paper",
+    "ours, no pair": "masquant, no pair",
+    "ours": "masquant",
+}
 
-def test_readme_table_is_the_committed_result():
-    rows = json.loads((ROOT / "benchmarks/results/demo_outliers.json").read_text())[
-        "rows"
-    ]
-    lines = re.findall(
-        r"^\| (?:dense|w\da\d) .*$", (ROOT / "README.md").read_text(), re.M
-    )
-    assert len(lines) == len(rows) == 13
-    for line, row in zip(lines, rows):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[0] == row["scheme"]
-        for cell, values, form, factor in (
-            (cells[2], row["accuracy"], "{:.1f}", 100),
-            (cells[3], row["cross_entropy"], "{:.3f}", 1),
-            (cells[4], row["sqnr"], "{:.1f}", 1),
-        ):
-            expected = " / ".join(form.format(factor * v) for v in values.values())
-            assert cell == expected
-        assert cells[5] == f"{row['weight_bytes'] / 1024:.0f}"
+
+def _cell(rows, values, form, scale=1):
+    columns = [[scale * v for v in column] for column in zip(*map(values, rows))]
+    if not columns:
+        return ""
+    means = " / ".join(form.format(statistics.mean(c)) for c in columns)
+    spread = max(statistics.stdev(c) for c in columns)
+    return f"{means} ± {form.format(spread)}"
+
+
+@pytest.mark.parametrize("variant", ["outliers", "plain"])
+def test_readme_table_is_the_committed_result(variant):
+    name = f"quality_{variant}.json"
+    rows = json.loads((ROOT / "benchmarks/results" / name).read_text())["rows"]
+    page = (ROOT / "README.md").read_text()
+    shown = page.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0]
+    lines = re.findall(r"^\| (?:dense|w\da\d) .*$", shown, re.M)
+    assert len(lines) > 15
+    for line in lines:
+        scheme, method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        method = METHODS[method.strip("*")]
+        same = [r for r in rows if (r["scheme"], r["method"]) == (scheme, method)]
+        assert sorted(row["seed"] for row in same) == [0, 1, 2], (scheme, method)
+
+        def task(key):
+            return lambda row: [t[key] for t in row["tasks"].values()]
+
+        expected = [
+            _cell(same, task("accuracy"), "{:.1f}", 100),
+            _cell(same, task("kl"), "{:.3f}") if method else "",
+            _cell(same, lambda row: row["sqnr"].values(), "{:.1f}"),
+            f"{same[0]['bytes'] / 1024:.0f}",
+        ]
+        assert cells == expected
