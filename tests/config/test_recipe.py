@@ -98,7 +98,8 @@ PAIRS = {"l1", "l2"}
         ("w4a8", {"method": "masquant-paper"}, PAIRS),
         ("w4a16", {"method": "rtn", "group_size": 8}, set()),
     ],
-    ids=str,
+    # Sets have no order of their own, and ids must be the same in every process.
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 @pytest.mark.parametrize("low_rank_bits", [16, 8])
 def test_every_part_comes_back(scheme, options, parts, low_rank_bits, tmp_path):
