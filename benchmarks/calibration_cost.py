@@ -130,7 +130,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     print(f"model in memory {before:.2f} GiB, {torch.get_num_threads()} threads")
     if arguments.json:
         result = {
-            "arguments": {k: str(v) for k, v in vars(arguments).items()},
+            "arguments": {k: v for k, v in vars(arguments).items() if k != "json"},
             "threads": torch.get_num_threads(),
             "model_gib": before,
             "versions": library_versions(),
