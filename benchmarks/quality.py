@@ -28,6 +28,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import torch
 from baselines.control import ControlLinear
 from baselines.gptq import gptq
+from baselines.mbq import input_sensitivity
 from baselines.pooled import PooledLinear, pooled
 from baselines.search import searched_factor
 from baselines.unshared import UnsharedLinear
@@ -39,9 +40,14 @@ from torchao.quantization import quantize_
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 import torchao_masquant
-from torchao_masquant import MASQuantLinear, Recipe, masquant_config
+from torchao_masquant import (
+    MASQuantLinear,
+    Recipe,
+    kernels,
+    masquant_config,
+    tensor_subclasses,
+)
 from torchao_masquant.calibration.calibrate import library_versions, solve
-from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.demo.compare import collect_statistics
 from torchao_masquant.learning import learn
 from torchao_masquant.recipe import LayerRecipe
@@ -92,6 +98,10 @@ MAIN = (
 )
 METHODS = (*MAIN, *(name for name in OPTIONS if name not in MAIN))
 
+_WITHOUT_PAIRS = ("", "rtn", "smoothquant", "gptq", "awq", "mbq", "mas-unshared")
+
+_CODE = (".py", ".cpp", ".h", ".cu")
+
 _QUICK = dict(
     schemes=["w4a8"], methods=["masquant, alpha 0.5", "smoothquant"], seeds=[0]
 )
@@ -125,19 +135,19 @@ class Subject:
         ]
         self.inputs = self._inputs()
         self.log_probs = {t: self._log_probs(self.model, t) for t in self.tasks}
-        self._sensitivity: Optional[list[float]] = None
+        self._sensitivity: Optional[dict[str, list[float]]] = None
 
     @torch.no_grad()
     def _log_probs(self, model: nn.Module, task: str) -> torch.Tensor:
         logits = model(**self.tasks[task].inputs).logits[:, -1]
         return torch.log_softmax(logits.double(), -1)
 
-    def sensitivity(self) -> list[float]:
+    def sensitivity(self) -> dict[str, list[float]]:
+        """Of each input, by leader; found once."""
         if self._sensitivity is None:
-            found = modality_sensitivity(
-                self.model, digits.calibration_samples(), progress=False
+            self._sensitivity = input_sensitivity(
+                self.model, digits.calibration_samples(), self.session.groups()
             )
-            self._sensitivity = [found[name] for name in self.modalities]
         return self._sensitivity
 
     @torch.no_grad()
@@ -201,7 +211,7 @@ class Subject:
             if method == "gptq":
                 layers |= gptq(weights, seen, smoothquant, bits)
             elif method in ("awq", "mbq"):
-                balance = self.sensitivity() if method == "mbq" else None
+                balance = self.sensitivity()[leader] if method == "mbq" else None
                 layers |= searched_factor(weights, seen, bits, balance)
             elif method == "control":
                 for name, layer in smoothquant.items():
@@ -300,28 +310,43 @@ class Subject:
 def _fingerprint() -> str:
     """Of the code that the rows come from."""
     digest = hashlib.sha256()
-    roots = [Path(torchao_masquant.__file__).parent, Path(__file__).parent]
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            if not {"report", "demo", "evaluation"} & set(path.parts):
-                digest.update(path.read_bytes())
+    # In a checkout the last two lie beside the package, not in it.
+    modules = (torchao_masquant, kernels, tensor_subclasses)
+    roots = [Path(module.__path__[0]) for module in modules]
+    for root in (*roots, Path(__file__).parent / "baselines"):
+        for path in sorted(root.rglob("*")):
+            inner = path.relative_to(root)
+            if inner.parts[0] != "report" and path.suffix in _CODE:
+                digest.update(f"{inner}\0".encode() + path.read_bytes())
+    digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:12]
 
 
-def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _model_fingerprint(path: Optional[Path], variant: str) -> str:
+    """Of a checkpoint, wherever it lies."""
+    folder = digits.checkpoint_path(variant) if path is None else path
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def rows(
+    arguments: argparse.Namespace, checkpoints: dict[int, Optional[Path]]
+) -> Iterator[dict[str, Any]]:
     """One row for each seed, scheme and method, as they are ready."""
-    checkpoints = _checkpoints(arguments)
     # Imported once: what changes on disk later is another run's.
     code = _fingerprint()
     for seed, path in checkpoints.items():
         subject: Optional[Subject] = None
+        weights = _model_fingerprint(path, arguments.variant)
         pairs = [("dense", "")] + [
             (scheme, method)
             for method in arguments.methods
             for scheme in arguments.schemes
         ]
         for scheme, method in pairs:
-            key = [code, arguments.variant, str(path), arguments.examples]
+            key = [code, arguments.variant, seed, weights, arguments.examples]
             key += [scheme, method, str(arguments.rank)]
             name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
             kept = arguments.cache and arguments.cache / f"{name}.json"
@@ -343,13 +368,21 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "seed": seed,
                 "scheme": scheme,
                 "method": method,
-                "rank": OPTIONS.get(method, {}).get("rank", arguments.rank),
+                "options": OPTIONS.get(method, {}),
+                "rank": _rank(method, arguments.rank),
                 **scores,
                 "seconds": seconds,
             }
             if kept:
                 _write(kept, row)
             yield row
+
+
+def _rank(method: str, rank: float) -> Any:
+    """Of the pairs; None for a method without any."""
+    if method in _WITHOUT_PAIRS:
+        return None
+    return OPTIONS.get(method, {}).get("rank", rank)
 
 
 def _checkpoints(arguments: argparse.Namespace) -> dict[int, Optional[Path]]:
@@ -360,7 +393,16 @@ def _checkpoints(arguments: argparse.Namespace) -> dict[int, Optional[Path]]:
     elif arguments.variant == "outliers":
         found |= {int(p.name.removeprefix("seed")): p for p in sorted(SEEDS.iterdir())}
     if arguments.seeds is not None:
-        found = {seed: found[seed] for seed in arguments.seeds if seed in found}
+        unknown = [seed for seed in arguments.seeds if seed not in found]
+        if unknown:
+            raise ValueError(
+                f"there is no seed {unknown[0]} of variant {arguments.variant!r}: there "
+                f"are {', '.join(map(str, found))}; --checkpoints adds others."
+            )
+        found = {seed: found[seed] for seed in arguments.seeds}
+    for path in found.values():
+        if path is not None and not (path / "config.json").is_file():
+            raise ValueError(f"{path} is no checkpoint: it has no config.json.")
     return found
 
 
@@ -440,12 +482,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(
             f"unknown method {sorted(unknown)[0]!r}: choose from {', '.join(METHODS)}."
         )
+    if not 0 <= arguments.rank <= 1:
+        parser.error(f"--rank is a share of min(N, K), 0 to 1, got {arguments.rank:g}.")
+    held = len(digits.heldout()[digits.TASKS[0]].answer_ids)
+    if not 2 <= arguments.examples <= held:
+        parser.error(f"--examples must be 2 to {held}, got {arguments.examples}.")
+    try:
+        checkpoints = _checkpoints(arguments)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.json and not arguments.json.parent.is_dir():
         parser.error(f"there is no folder {arguments.json.parent} to write to.")
     if arguments.cache:
         arguments.cache.mkdir(parents=True, exist_ok=True)
     found = []
-    for row in rows(arguments):
+    for row in rows(arguments, checkpoints):
         found.append(row)
         sqnr = " / ".join(f"{v:.1f}" for v in row["sqnr"].values())
         print(

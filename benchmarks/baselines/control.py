@@ -23,7 +23,8 @@ class ControlLinear(nn.Module):
     """SVDQuant's idea (arXiv 2411.05007): the pair repairs the rounding of the weight.
 
     The pair is the best one for the tokens of all modalities together, centred, with a
-    bias for the mean of what it leaves: what ours has, but for the modalities.
+    bias for the mean of what it leaves. Weights are rounded to nearest; see ``pooled`` for
+    all that ours does, without the modalities.
 
     Args:
         linear: (N, K) in high precision.

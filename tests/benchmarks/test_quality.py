@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """The quality benchmark and its baselines."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -20,6 +21,7 @@ from torchao_masquant.routing import Router
 from torchao_masquant.schemes import get_scheme
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.testing import digits
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = ("text", "vision", "audio")
@@ -88,6 +90,16 @@ def test_quick(tmp_path, capsys):
         (["--methods", "smothquant"], "unknown method 'smothquant': choose from"),
         (["--schemes", "w5a5"], "invalid choice: 'w5a5'"),
         (["--json", "nowhere/x.json"], "there is no folder nowhere to write to."),
+        (
+            ["--variant", "plain", "--seeds", "1"],
+            "there is no seed 1 of variant 'plain'",
+        ),
+        (
+            ["--checkpoints", "nowhere"],
+            "nowhere is no checkpoint: it has no config.json",
+        ),
+        (["--rank", "5"], "--rank is a share of min(N, K), 0 to 1, got 5."),
+        (["--examples", "0"], "--examples must be 2 to 200, got 0."),
     ],
 )
 def test_a_typo_is_named(arguments, message, capsys):
@@ -139,6 +151,133 @@ def test_control_repairs_all_tokens_by_the_best_pair():
     assert left.norm().item() == pytest.approx(np.linalg.norm(tail), abs=0.02 * size)
     y = module(data[0])
     assert (y - linear(data[0])).norm() < 0.1 * linear(data[0]).norm()
+
+
+def test_pooled_moments_are_those_of_all_tokens():
+    from baselines.pooled import pooled_statistics
+
+    data, _, statistics = _problem()
+    none, every = pooled_statistics(statistics).moments
+    x = torch.cat(data).double()
+    expected = torch.from_numpy(np.cov(x.numpy().T, ddof=0))
+    for moments in (none, every):
+        assert moments.count == 270
+        torch.testing.assert_close(moments.amin, x.amin(0))
+        torch.testing.assert_close(moments.amax, x.amax(0))
+        torch.testing.assert_close(moments.mean(), x.mean(0))
+        torch.testing.assert_close(moments.covariance(), expected)
+    # As many sampled tokens of each modality as it has of all.
+    kept = {tuple(row) for row in every.sample.tolist()}
+    shares = [sum(tuple(r) in kept for r in d.tolist()) for d in data]
+    assert shares == [90, 90, 90] and len(every.sample) == 270
+
+
+def test_pooled_samples_are_in_proportion():
+    from baselines.pooled import pooled_statistics
+
+    statistics = InputStatistics(2, NAMES, torch.device("cpu"), True)
+    for index, count in enumerate((1000, 40, 0)):
+        x = torch.full((count, 2), float(index))
+        statistics.update("q", x, torch.full((count,), index))
+    moments = pooled_statistics(statistics).moments[1]
+    # 250 of 1000 are sampled: 10 of 40.
+    counts = [(moments.sample[:, 0] == index).sum().item() for index in range(2)]
+    assert counts == [250, 10]
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+@torch.no_grad()
+def test_pooled_treats_all_tokens_alike(scheme):
+    from baselines.pooled import PooledLinear, pooled
+
+    data, linear, statistics = _problem()
+    weight, bits = linear.weight.data, get_scheme(scheme)
+    if bits.group_size is not None:
+        bits = dataclasses.replace(bits, group_size=K)
+    options = SolverOptions(scheme, rank=2, group_size=bits.group_size)
+    layer = pooled({"q": weight}, statistics, options)["q"]
+    module = PooledLinear(linear, layer, bits)
+    # The bytes of ours, with two other modalities: a rank of 2 each.
+    assert layer.ranks == (4,)
+    x = torch.cat(data)
+    ids = torch.arange(3).repeat_interleave(90)
+    y = module.routed(x, ids)
+    assert torch.equal(y, module(x)) and torch.equal(y, module.routed(x, ids.flip(0)))
+    tensor = module.weight
+    z = 0 if tensor.act_shift is None else tensor.act_shift[1].double()
+    v = x.double() * tensor.act_pre_scale[1].double() - z
+    if bits.act_bits < 16:
+        step = v.abs().amax(1, keepdim=True) / (2 ** (bits.act_bits - 1) - 0.5)
+        v = (v / step).round() * step
+    levels = tensor.int_data().double()
+    if tensor.zero_point is not None:
+        levels = levels - tensor.zero_point.double()
+    met = (levels * tensor.scale.double()).t() + tensor.l1.double() @ tensor.l2.double()
+    expected = v @ met + tensor.modality_bias[1].double()
+    exact = x.double() @ weight.double().t()
+    # The formula, to within what rounding activations a little differently may change.
+    assert (y - expected).norm() < 0.02 * exact.norm()
+    assert (y - exact).norm() < 0.1 * exact.norm()
+    # Nothing is counted twice: integers, scale, zero point, pair, factor, shift, bias.
+    inner = (tensor.qdata, tensor.scale, tensor.zero_point, tensor.l1, tensor.l2)
+    size = sum(t.nbytes for t in inner if t is not None)
+    size += 4 * (K + 16) + (4 * K if tensor.act_shift is not None else 0)
+    assert module.nbytes_stored == size
+
+
+def test_sensitivity_of_an_input_is_that_of_its_own_linears():
+    from baselines.mbq import input_sensitivity
+
+    model = digits.load_model("outliers")
+    layers = "model.language_model.layers"
+    groups = {
+        f"{layers}.0.mlp.down_proj": [f"{layers}.0.mlp.down_proj"],
+        f"{layers}.2.mlp.gate_proj": [
+            f"{layers}.2.mlp.gate_proj",
+            f"{layers}.2.mlp.up_proj",
+        ],
+    }
+    sample = next(
+        s
+        for s in digits.calibration_samples()
+        if "pixel_values" in s and "input_features" in s
+    )
+    found = input_sensitivity(model, [sample], groups)
+    assert list(found) == list(groups)
+    # Gradients of the same loss, taken with respect to the outputs by name.
+    outputs = {}
+    for name in sum(groups.values(), []):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, y, name=name: outputs.update({name: y})
+        )
+    logits = model(**sample).logits[0]
+    loss = torch.nn.functional.cross_entropy(
+        logits, logits.detach().argmax(-1), reduction="sum"
+    )
+    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    gradients = dict(zip(outputs, gradients))
+    ids = Router.for_model(model).ids_of(sample["input_ids"])[0]
+    for leader, names in groups.items():
+        sizes = torch.cat([gradients[name][0].abs() for name in names], dim=1).double()
+        means = [sizes[ids == index].mean().item() for index in range(3)]
+        expected = [3 * mean / sum(means) for mean in means]
+        assert found[leader] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_cache_is_keyed_by_code_and_weights(tmp_path):
+    script = runpy.run_path(str(BENCHMARKS / "quality.py"))
+    fingerprint = script["_model_fingerprint"]
+    assert fingerprint(None, "outliers") != fingerprint(None, "plain")
+    seeds = [fingerprint(path, "") for path in sorted(script["SEEDS"].iterdir())]
+    assert len({*seeds, fingerprint(None, "outliers")}) == len(seeds) + 1
+    before = script["_fingerprint"]()
+    (tmp_path / "new.py").write_text("changed = True\n")
+    script["tensor_subclasses"].__path__.insert(0, str(tmp_path))
+    try:
+        assert script["_fingerprint"]() != before
+    finally:
+        script["tensor_subclasses"].__path__.pop(0)
+    assert script["_fingerprint"]() == before
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ METHODS = {
     "": "",
     "round-to-nearest": "rtn",
     "SmoothQuant": "smoothquant",
+    "MBQ": "mbq",
     "SmoothQuant + GPTQ": "gptq",
     "SmoothQuant + one pair": "control",
     "ours without modalities": "pooled",
