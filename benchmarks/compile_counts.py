@@ -146,13 +146,13 @@ def count(model: nn.Module, name: str) -> list[Counts]:
     return rows
 
 
+@torch.no_grad()
 def main(arguments: Optional[list[str]] = None) -> list[Counts]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scheme", choices=SCHEMES, default="w4a8")
     parser.add_argument("--json", type=Path, help="also write the counts to this file")
     options = parser.parse_args(arguments)
 
-    torch.set_grad_enabled(False)
     model = digits.load_model("outliers")
     quantized = copy.deepcopy(model)
     recipe = calibrate(model, digits.calibration_samples(16), scheme=options.scheme)

@@ -291,6 +291,7 @@ def ratios(rows: list[Row]) -> list[dict[str, Union[str, int, float]]]:
     return found
 
 
+@torch.no_grad()
 def main(arguments: Optional[list[str]] = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="less than a minute")
@@ -298,7 +299,6 @@ def main(arguments: Optional[list[str]] = None) -> list[Row]:
     parser.add_argument("--seconds", type=float, help="of each shape and length")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
-    torch.set_grad_enabled(False)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     shapes = QUICK_SHAPES if options.quick else SHAPES

@@ -10,6 +10,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_counts.py"
 
@@ -18,6 +19,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_counts.py"
 def test_quantizing_adds_no_break_and_one_graph(tmp_path):
     report = tmp_path / "counts.json"
     runpy.run_path(str(SCRIPT))["main"](["--json", str(report)])
+    # A main that runs inside of another process leaves its gradients alone.
+    assert torch.is_grad_enabled()
     rows = json.loads(report.read_text())
     dense = {(r["compiled"], r["calls"]): r for r in rows if r["model"] == "dense"}
     quantized = {(r["compiled"], r["calls"]): r for r in rows if r["model"] == "w4a8"}

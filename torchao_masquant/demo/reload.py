@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from torchao_masquant.demo.checkpoint import LOGITS, load, prompts
 
 
+@torch.no_grad()
 def main(folder: Path) -> dict[str, object]:
     """Load a model, run it eagerly and compiled, compare with the saved logits.
 
@@ -29,7 +30,6 @@ def main(folder: Path) -> dict[str, object]:
         eager one's, 0..1; ``graphs`` and ``graph_breaks`` of the compiled decoder;
         ``compile_seconds``.
     """
-    torch.set_grad_enabled(False)
     model = load(folder)
     saved = load_file(folder / LOGITS)
     eager = {task: model(**inputs).logits for task, inputs in prompts().items()}
