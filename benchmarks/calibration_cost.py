@@ -14,7 +14,6 @@ read off: observing is proportional to tokens and layers, solving to layers.
 
 import argparse
 import json
-import os
 import resource
 import sys
 import time
@@ -29,6 +28,7 @@ from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 from torchao_masquant.calibration.calibrate import library_versions, solve
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.replacing import replacing
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import select_linears
 from torchao_masquant.solver.methods import SolverOptions
@@ -136,9 +136,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "versions": library_versions(),
             "rows": rows,
         }
-        temporary = arguments.json.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(result, indent=1))
-        os.replace(temporary, arguments.json)
+        with replacing(arguments.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
     return 0
 
 

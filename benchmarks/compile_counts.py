@@ -34,6 +34,7 @@ from torch._dynamo.utils import counters
 from torchao.quantization import quantize_
 
 from torchao_masquant import SCHEMES, calibrate, masquant_config
+from torchao_masquant.replacing import replacing
 from torchao_masquant.testing import digits
 
 _NEW_TOKENS = 8
@@ -167,7 +168,8 @@ def main(arguments: Optional[list[str]] = None) -> list[Counts]:
     Console().print(table)
     if options.json is not None:
         report = [dataclasses.asdict(row) for row in rows]
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
     return rows
 
 

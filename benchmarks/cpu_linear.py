@@ -45,6 +45,7 @@ from torchao.quantization import (
 
 from torchao_masquant import SCHEMES
 from torchao_masquant.kernels import cpu_lowering
+from torchao_masquant.replacing import replacing
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 Shape = tuple[int, int]
@@ -326,9 +327,8 @@ def main(arguments: Optional[list[str]] = None) -> list[Row]:
             "ratios": found,
             "rows": [dataclasses.asdict(row) for row in rows],
         }
-        temporary = options.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        temporary.replace(options.json)
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
     return rows
 
 

@@ -48,6 +48,7 @@ from transformers.generation.streamers import BaseStreamer
 from torchao_masquant import MASQuantConfig, Recipe, masquant_config
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
+from torchao_masquant.replacing import replacing
 from torchao_masquant.solver.methods import SolverOptions
 
 DENSE = "bf16"
@@ -419,9 +420,8 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, dict[str, Any]]:
             "ratios": ratios(found),
             "candidates": found,
         }
-        temporary = options.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        temporary.replace(options.json)
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
     return found
 
 

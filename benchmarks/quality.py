@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -51,6 +50,7 @@ from torchao_masquant.calibration.calibrate import library_versions, solve
 from torchao_masquant.demo.compare import collect_statistics
 from torchao_masquant.learning import learn
 from torchao_masquant.recipe import LayerRecipe
+from torchao_masquant.replacing import replacing
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import SCHEMES, get_scheme
 from torchao_masquant.solver.layers import solve_group
@@ -407,12 +407,8 @@ def _checkpoints(arguments: argparse.Namespace) -> dict[int, Optional[Path]]:
 
 
 def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def table(found: Sequence[dict[str, Any]]) -> Table:

@@ -16,6 +16,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from torchao_masquant.replacing import replacing
 from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
@@ -255,12 +256,8 @@ class Recipe:
                 f"cannot write {os.fspath(path)!r}: there is no folder "
                 f"{os.fspath(path.parent)!r}."
             )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Union[str, os.PathLike]) -> "Recipe":

@@ -6,7 +6,6 @@
 """Saving the demonstration's quantized model, and what a reloaded one must answer."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from torchao_masquant.config import MASQuantConfig
+from torchao_masquant.replacing import replacing
 from torchao_masquant.testing import digits
 
 __all__ = ["LOGITS", "load", "prompts", "save"]
@@ -57,12 +57,8 @@ def save(model: PreTrainedModel, scheme: str, folder: Path) -> int:
         (_WEIGHTS, lambda path: torch.save(model.state_dict(), path)),
         (LOGITS, lambda path: save_file(logits, path)),
     ):
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
+        with replacing(folder / name) as temporary:
             write(temporary)
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
     return (folder / _WEIGHTS).stat().st_size
 
 

@@ -8,7 +8,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from torchao_masquant.demo.compare import (
     dense_row,
 )
 from torchao_masquant.demo.table import WIDTH, render
+from torchao_masquant.replacing import replacing
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
@@ -190,9 +190,5 @@ def _write_json(
         "seconds": round(seconds, 1),
     }
     path: Path = arguments.json
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

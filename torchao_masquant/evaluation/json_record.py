@@ -13,6 +13,8 @@ import types
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from torchao_masquant.replacing import replacing
+
 __all__ = ["JSONRecord"]
 
 _Record = TypeVar("_Record", bound="JSONRecord")
@@ -57,13 +59,9 @@ class JSONRecord:
             OSError: the file cannot be written.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls: type[_Record], path: Union[str, os.PathLike]) -> _Record:

@@ -13,6 +13,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 from torchao_masquant.evaluation import Analysis, Evaluation
 from torchao_masquant.recipe import Recipe
+from torchao_masquant.replacing import replacing
 from torchao_masquant.report.chart import BarPanel, Figure
 from torchao_masquant.report.headline import headline
 from torchao_masquant.report.missing import missing_parts
@@ -276,13 +277,10 @@ def _write_drawings(
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise OSError(
             f"cannot write {os.fspath(path)!r}: {error.strerror or error}."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

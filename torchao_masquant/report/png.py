@@ -5,11 +5,11 @@
 # LICENSE file in the root directory of this source tree.
 """Figures as PNG, for slides and papers."""
 
-import os
 from pathlib import Path
 from typing import Any
 
-from torchao_masquant.report.chart import Band, BarPanel, Figure, Line, Panel
+from torchao_masquant.replacing import replacing
+from torchao_masquant.report.chart import Band, BarPanel, Figure, Line, Look, Panel
 from torchao_masquant.report.scale import value_scale, y_values
 
 __all__ = ["write_png"]
@@ -59,12 +59,8 @@ def write_png(figure: Figure, path: Path, colors: dict[str, tuple[str, str]]) ->
             fontsize=8,
         )
     canvas.suptitle(_plain(figure.title))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         canvas.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(text: str) -> str:
@@ -80,23 +76,22 @@ def _legend_handles(figure: Figure, light: dict[str, str]) -> list[Any]:
     for name, (kind, look) in figure.legend.items():
         label, color = _plain(name), light[look.color]
         if kind == "line":
-            handles.append(
-                Line2D(
-                    [],
-                    [],
-                    label=label,
-                    color=color,
-                    marker=look.marker or None,
-                    linestyle=look.dash,
-                    linewidth=look.width,
-                    markersize=5,
-                )
-            )
+            handles.append(Line2D([], [], label=label, **_line_style(look, color)))
         else:
             handles.append(
                 Patch(label=label, color=color, alpha=0.15 if kind == "band" else 1)
             )
     return handles
+
+
+def _line_style(look: Look, color: str) -> dict[str, Any]:
+    return {
+        "color": color,
+        "marker": look.marker or None,
+        "linestyle": look.dash,
+        "linewidth": look.width,
+        "markersize": 5,
+    }
 
 
 def _draw(axis: Any, panel: Panel, light: dict[str, str]) -> None:
@@ -109,11 +104,7 @@ def _draw(axis: Any, panel: Panel, light: dict[str, str]) -> None:
             axis.plot(
                 [point.x for point in series.points],
                 [_shown(point.y, panel.log) for point in series.points],
-                color=color,
-                marker=look.marker or None,
-                linestyle=look.dash,
-                linewidth=look.width,
-                markersize=5,
+                **_line_style(look, color),
             )
         else:
             x = [span.x for span in series.spans]

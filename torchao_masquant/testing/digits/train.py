@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+from torchao_masquant.replacing import replacing
 from torchao_masquant.testing.digits import features
 from torchao_masquant.testing.digits.architecture import HIDDEN_SIZE, thinker_config
 from torchao_masquant.testing.digits.augment import augment
@@ -185,9 +186,8 @@ def save_checkpoint(
 
 def save_examples(tasks: Mapping[str, TaskExamples], path: Path) -> None:
     """Write a whole safetensors file or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(to_tensors(tasks), temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(to_tensors(tasks), temporary)
 
 
 def _load_checkpoint(directory: Path) -> Qwen2_5OmniThinkerForConditionalGeneration:
