@@ -7,6 +7,8 @@
 
 from typing import Any, Iterator, Mapping
 
+from torchao_masquant.families import family_of
+
 #: The modality of every token that no placeholder id marks.
 TEXT = "text"
 
@@ -20,6 +22,19 @@ _PLACEHOLDER_FIELDS: Mapping[str, str] = {
     "audio_token_id": "audio",
     "audio_token_index": "audio",
 }
+
+
+# The sub-config of the tower that makes a modality's tokens. A model that has one has
+# placeholders for it; some models name them in there (Phi-4-multimodal does).
+_TOWERS: Mapping[str, str] = {"vision": "vision_config", "audio": "audio_config"}
+
+
+def _declared(config: Any) -> Iterator[tuple[str, int]]:
+    """Modality and placeholder token id, for each field of one config."""
+    for field, modality in _PLACEHOLDER_FIELDS.items():
+        token = getattr(config, field, None)
+        if isinstance(token, int) and token >= 0:
+            yield modality, token
 
 
 def _configs(config: Any) -> Iterator[Any]:
@@ -36,7 +51,8 @@ def modality_token_ids(config: Any) -> dict[str, tuple[int, ...]]:
 
     Args:
         config: a transformers config (any object with the same attributes); nested
-            ``thinker_config`` and ``text_config`` are searched too.
+            ``thinker_config`` and ``text_config`` are searched too, and the config of a
+            tower whose tokens are not named elsewhere.
 
     Returns:
         Modality name to its placeholder token ids, in the order text, vision, audio;
@@ -44,14 +60,30 @@ def modality_token_ids(config: Any) -> dict[str, tuple[int, ...]]:
         left out.
 
     Raises:
-        ValueError: one token id stands for two modalities.
+        ValueError: one token id stands for two modalities; a tower has no token; or
+            the model brings images in by other means than tokens (see
+            :mod:`torchao_masquant.families`).
     """
+    refusal = family_of(config).refusal
+    if refusal is not None:
+        raise ValueError(f"{config.model_type!r} models are not supported: {refusal}")
     found: dict[str, set[int]] = {}
-    for part in _configs(config):
-        for field, modality in _PLACEHOLDER_FIELDS.items():
-            token = getattr(part, field, None)
-            if isinstance(token, int) and token >= 0:
-                found.setdefault(modality, set()).add(token)
+    parts = list(_configs(config))
+    for part in parts:
+        for modality, token in _declared(part):
+            found.setdefault(modality, set()).add(token)
+    for modality, name in _TOWERS.items():
+        towers = [t for p in parts if (t := getattr(p, name, None)) is not None]
+        if not towers or modality in found:
+            continue
+        tokens = {t for tower in towers for m, t in _declared(tower) if m == modality}
+        if not tokens:
+            kind = "image" if modality == "vision" else modality
+            raise ValueError(
+                f"the config has {name}, but names no placeholder token for it: set "
+                f"model.config.{kind}_token_id to the one that the processor puts in."
+            )
+        found[modality] = tokens
     owners: dict[int, str] = {}
     for modality, tokens in found.items():
         for token in tokens:

@@ -12,6 +12,9 @@ from typing import Optional, Sequence, Union
 import torch
 from torch import nn
 
+from torchao_masquant.experts import warn_of_expert_weights
+from torchao_masquant.families import ModelFamily, family_of
+
 __all__ = ["Patterns", "match_names", "select_linears"]
 
 Patterns = Optional[Union[str, Sequence[str]]]
@@ -78,6 +81,16 @@ def _decoder(model: nn.Module) -> nn.Module:
     return decoder if isinstance(decoder, nn.Module) else model
 
 
+def _towers(decoder: nn.Module, family: ModelFamily) -> set[int]:
+    """Ids of the modules in a decoder that make image and sound tokens."""
+    return {
+        id(module)
+        for name, tower in decoder.named_modules()
+        if name in family.towers
+        for module in tower.modules()
+    }
+
+
 def select_linears(
     model: nn.Module, include: Patterns = None, exclude: Patterns = None
 ) -> dict[str, nn.Linear]:
@@ -86,7 +99,8 @@ def select_linears(
     Args:
         model: a transformers model, or any module. What ``model.get_decoder()`` gives
             is the default choice, without the towers in front of it and without
-            ``lm_head``; a module that has no such method is taken whole.
+            ``lm_head``; a module that has no such method is taken whole. What
+            :mod:`torchao_masquant.families` says of its kind is left out, too.
         include: patterns of full names, in place of the default choice.
         exclude: patterns of full names to leave out.
 
@@ -101,10 +115,19 @@ def select_linears(
             is no plain one of the decoder.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    inside = {id(module) for module in _decoder(model).modules()}
+    decoder = _decoder(model)
+    family = family_of(getattr(model, "config", None))
+    towers = _towers(decoder, family)
+    inside = {id(m) for m in decoder.modules() if id(m) not in towers}
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    default = [n for n, m in linears.items() if id(m) in inside and m is not head]
+    default = [
+        n
+        for n, m in linears.items()
+        if id(m) in inside
+        and m is not head
+        and not any(fnmatch.fnmatchcase(n, p) for p in family.high_precision)
+    ]
     names = match_names(list(linears), include, exclude, default)
     selected = {name: linears[name] for name in names}
     for name, linear in selected.items():
@@ -124,4 +147,5 @@ def select_linears(
                 f"{name} holds a {type(linear.weight.data).__name__}, not a plain "
                 "tensor: it is quantized already, or needs to be excluded."
             )
+    warn_of_expert_weights(decoder)
     return selected

@@ -1,0 +1,376 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Real model classes of many families: selected, calibrated, routed, generated, compiled.
+
+What is expected of each is written in ``families.py``, and shown in docs/families.md.
+"""
+
+import contextlib
+import copy
+import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Iterator, Optional
+
+import families_table
+import pytest
+import torch
+import transformers
+from families import AUDIO, FAMILIES, IMAGE, REFUSED, Family
+from linear_oracle import LinearCall, assert_routed, linears_of, recorded
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torchao.quantization import quantize_
+
+from torchao_masquant import (
+    MASQuantConfig,
+    Router,
+    calibrate,
+    masquant_config,
+)
+from torchao_masquant.experts import expert_weights
+from torchao_masquant.modality import modality_token_ids
+from torchao_masquant.selection import select_linears
+
+# Tokens that a random model must not generate: an image or a sound that is not there.
+_NOT_WORDS = [*range(10), *range(64, 80)]
+
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+
+
+def named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+@dataclass
+class Quantized:
+    """A family's model before and after."""
+
+    family: Family
+    dense: Any
+    model: Any
+
+    @property
+    def router(self) -> Optional[Router]:
+        return next(m.router for m in linears_of(self.model).values())
+
+
+@torch.no_grad()
+def quantize(family: Family, scheme: str, samples: int, **options: Any) -> Quantized:
+    dense, model = family.model(), family.model()
+    data = [family.mixed(seed) for seed in range(1, samples + 1)]
+    recipe = calibrate(model, data, scheme=scheme, progress=False, **options)
+    quantize_(model, masquant_config(recipe))
+    return Quantized(family, dense, model)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda f: f.name)
+def w4a8(request: pytest.FixtureRequest) -> Quantized:
+    return quantize(request.param, "w4a8", 2, alpha=0.5, separation=1.0)
+
+
+@every_family
+def test_placeholder_tokens(family):
+    found = modality_token_ids(family.build().config)
+    assert found == dict(family.modalities)
+    assert list(found) == list(family.modalities)
+
+
+@every_family
+def test_all_linears_of_the_decoder_and_no_other(family):
+    model = family.build()
+    assert set(select_linears(model)) == family.linears
+    everything = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    # The towers, and what is left out by name.
+    assert bool(everything - family.linears - {"lm_head"}) == bool(family.runs)
+
+
+def test_what_is_quantized(w4a8):
+    quantized = linears_of(w4a8.model)
+    assert quantized.keys() == w4a8.family.linears
+    modalities = tuple(w4a8.family.modalities)
+    for linear in quantized.values():
+        weight = linear.weight.data
+        assert (weight.weight_bits, weight.act_bits) == (4, 8)
+        assert weight.modalities == modalities
+        # A pair for each modality but the base, where 5 % of its size is at least one.
+        if min(weight.shape) >= 20:
+            assert len(weight.ranks) == len(modalities) - 1 and all(weight.ranks)
+        assert linear.routed == family_is_multimodal(w4a8.family)
+    assert type(w4a8.model.get_output_embeddings()) is nn.Linear
+
+
+def family_is_multimodal(family: Family) -> bool:
+    return len(family.modalities) > 1
+
+
+@contextlib.contextmanager
+def ids_given(router: Optional[Router]) -> Iterator[list[Optional[torch.Tensor]]]:
+    """What the linears are given as ids, call by call."""
+    given: list[Optional[torch.Tensor]] = []
+    original = router.ids_for
+
+    def ids_for(name: str, x: torch.Tensor) -> Optional[torch.Tensor]:
+        ids = original(name, x)
+        given.append(ids)
+        return ids
+
+    router.ids_for = ids_for
+    try:
+        yield given
+    finally:
+        del router.ids_for
+
+
+@torch.no_grad()
+def test_ids_of_every_linear_are_those_of_the_placeholders(w4a8):
+    family = w4a8.family
+    mixed, text = family.mixed(seed=3), family.text(seed=3)
+    placeholders = {t for tokens in family.modalities.values() for t in tokens}
+    wanted = [[t in placeholders for t in row] for row in mixed["input_ids"].tolist()]
+    asked = len(family.linears) if family_is_multimodal(family) else 0
+    assert torch.tensor(wanted).any() == bool(asked)
+    with ids_given(w4a8.router) as given:
+        w4a8.model(**mixed)
+    assert len(given) == asked
+    for ids in given:
+        assert (ids.reshape(mixed["input_ids"].shape) != 0).tolist() == wanted
+    with ids_given(w4a8.router) as given:
+        w4a8.model(**text)
+    assert given == [None] * asked
+
+
+@contextlib.contextmanager
+def recorded_apart(model: nn.Module) -> Iterator[list[LinearCall]]:
+    """The calls of the linears; Gemma 3n writes into what a linear gives it."""
+    with recorded(model) as calls, contextlib.ExitStack() as stack:
+        for linear in linears_of(model).values():
+            stack.enter_context(linear.register_forward_hook(lambda *a: a[-1].clone()))
+        yield calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", ["mixed", "text", "padded"])
+def test_every_linear_computes_what_its_tokens_modalities_ask_for(w4a8, prompt):
+    """Held to a float64 emulation, linear by linear."""
+    inputs = getattr(w4a8.family, prompt)(seed=5)
+    with recorded_apart(w4a8.model) as calls:
+        logits = w4a8.model(**inputs).logits
+    ids = w4a8.family.ids(inputs)
+    assert (ids != 0).any() == (family_is_multimodal(w4a8.family) and prompt != "text")
+    assert_routed(calls, ids, linears=len(w4a8.family.linears))
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_generate(w4a8):
+    family = w4a8.family
+    inputs = family.mixed(seed=4)
+    shape = inputs["input_ids"].shape
+    vocabulary = w4a8.model.get_output_embeddings().out_features
+    with recorded_apart(w4a8.model) as calls:
+        tokens = w4a8.model.generate(
+            **inputs,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            suppress_tokens=[t for t in _NOT_WORDS if t < vocabulary],
+        )
+    assert tokens.shape == (1, shape[1] + 4)
+    # One prefill, and three steps of one token of text.
+    count = len(family.linears)
+    assert_routed(calls[:count], family.ids(inputs))
+    assert_routed(calls[count:], torch.zeros(1, 1, dtype=torch.int64), 3 * count)
+    assert w4a8.router is None or not w4a8.router.call.known
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double().flatten(), b.double().flatten()
+    return float(nn.functional.cosine_similarity(a, b, dim=0))
+
+
+@every_family
+@torch.no_grad()
+def test_eight_bits_are_close_to_dense(family):
+    """On prompts that calibration has not seen."""
+    # Enough for the pairs to be of more than the samples: the inputs are 64 wide.
+    both = quantize(family, "w8a8", 24)
+    for inputs in (family.mixed(seed=99), family.text(seed=99)):
+        found, wanted = both.model(**inputs).logits, both.dense(**inputs).logits
+        assert found.isfinite().all()
+        assert cosine(found, wanted) > 0.99
+
+
+@torch.no_grad()
+def compare_compiled(both: Quantized, part: str, backend: Any) -> None:
+    """Hold a model of which a part is compiled to the same one without."""
+    torch._dynamo.reset()
+    model = copy.deepcopy(both.model)
+    model.get_submodule(part).compile(fullgraph=True, dynamic=True, backend=backend)
+    for seed in (5, 6):
+        for inputs in (both.family.mixed(seed), both.family.text(seed)):
+            found, wanted = model(**inputs).logits, both.model(**inputs).logits
+            # Rounding flips: an embedding that differs by 1e-7 gets another integer.
+            assert cosine(found, wanted) > 0.999
+
+
+def test_compiled_without_a_graph_break(w4a8):
+    """One graph for calls of text alone, one for mixed ones."""
+    decoder = w4a8.family.decoder
+    whole = w4a8.family.compiles == "language model"
+    counter = CompileCounter()
+    compare_compiled(w4a8, decoder if whole else f"{decoder}.layers.0", counter)
+    assert counter.frame_count == 1 + family_is_multimodal(w4a8.family)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.compiles == "layer"], ids=lambda f: f.name
+)
+def test_what_does_not_compile_does_not_before_quantization_either(family):
+    torch._dynamo.reset()
+    model = family.model()
+    model.get_submodule(family.decoder).compile(fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Data-dependent branching"):
+        model(**family.mixed())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "Qwen3-VL-MoE", "Phi-4-multimodal"])
+def test_a_layer_compiled_by_inductor(name):
+    both = quantize(named(name), "w4a8", 2, alpha=0.5, separation=1.0)
+    compare_compiled(both, f"{both.family.decoder}.layers.0", "inductor")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+def test_text_alone_needs_no_routing(name):
+    both = quantize(named(name), "w4a8", 2, alpha=0.5, separation=1.0)
+    assert "forward" not in vars(both.model)
+    inputs = both.family.text()
+    embeds = both.model.get_input_embeddings()(inputs["input_ids"])
+    torch.testing.assert_close(
+        both.model(inputs_embeds=embeds).logits, both.model(**inputs).logits
+    )
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.has_experts])
+def test_the_user_is_told_once_what_experts_weigh(family, caplog):
+    model = family.build()
+    caplog.set_level(logging.WARNING, logger="torchao_masquant.experts")
+    for _ in range(3):
+        select_linears(model)
+    (message,) = [r.getMessage() for r in caplog.records if "experts" in r.getMessage()]
+    # 4 experts of (gate, up, down), 64 x 32 each, in each layer without a dense MLP.
+    layers = sum("mlp.up_proj" not in names for names in family.layers)
+    weights = expert_weights(model.get_submodule(family.decoder))
+    numbers = sum(p.numel() for p in weights.values())
+    assert numbers == layers * 4 * 3 * 64 * 32
+    everything = sum(
+        p.numel() for p in model.get_submodule(family.decoder).parameters()
+    )
+    assert f"{100 * numbers / everything:.1f} % of the decoder's bytes" in message
+
+
+@every_family
+def test_only_experts_are_taken_for_experts(family):
+    assert bool(expert_weights(family.build())) == family.has_experts
+
+
+def test_what_is_left_out_by_name_can_be_included_by_name():
+    model = named("Gemma 3n").build()
+    assert not any("altup." in name for name in select_linears(model))
+    chosen = select_linears(model, include="*.0.altup.modality_router")
+    assert list(chosen) == ["model.language_model.layers.0.altup.modality_router"]
+
+
+def test_towers_inside_of_a_decoder_cannot_be_included():
+    with pytest.raises(ValueError, match="img_projection_up is not part of the decod"):
+        select_linears(named("Phi-4-multimodal").build(), include="*img_projection_up")
+
+
+_REFUSAL = "models are not supported: its images reach the decoder through cross-atten"
+
+
+@pytest.mark.parametrize("config", REFUSED)
+def test_cross_attention_is_refused(config):
+    with pytest.raises(ValueError, match=f"^'{config.model_type}' {_REFUSAL}"):
+        modality_token_ids(config())
+
+
+def test_a_model_with_cross_attention_is_refused_and_left_alone():
+    model = transformers.MllamaForConditionalGeneration(
+        transformers.MllamaConfig(
+            text_config={
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "cross_attention_layers": [1],
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "intermediate_layers_indices": [0],
+                "vision_output_dim": 32,
+                "image_size": 8,
+                "patch_size": 4,
+            },
+            image_token_index=5,
+        )
+    )
+    before = {name: type(module) for name, module in model.named_modules()}
+    inputs = {"input_ids": torch.tensor([[1, 11, 12]])}
+    with pytest.raises(ValueError, match=f"^'mllama' {_REFUSAL}"):
+        calibrate(model, [inputs], progress=False)
+    for step in ("prepare", "prepare_for_loading"):
+        with pytest.raises(ValueError, match=f"^'mllama' {_REFUSAL}"):
+            quantize_(model, MASQuantConfig(step=step))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_an_encoder_with_images_is_refused_and_one_of_text_is_not():
+    message = "^'florence2' models are not supported: its input_ids are the encoder's"
+    with pytest.raises(ValueError, match=message):
+        modality_token_ids(transformers.Florence2Config())
+    assert modality_token_ids(transformers.T5Config()) == {"text": ()}
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("image", transformers.MiniCPMV4_6Config),
+        ("audio", transformers.VoxtralConfig),
+    ],
+)
+def test_a_tower_without_a_placeholder_token_is_not_taken_for_text(name, config):
+    with pytest.raises(ValueError, match=rf"set model\.config\.{name}_token_id to"):
+        modality_token_ids(config())
+    config = config(**{f"{name}_token_id": 7})
+    assert (7,) in modality_token_ids(config).values()
+
+
+def test_a_towers_own_token_counts_only_where_the_model_names_none():
+    tower = SimpleNamespace(image_token_id=IMAGE, audio_token_id=AUDIO)
+    config = SimpleNamespace(vision_config=tower)
+    assert modality_token_ids(config) == {"text": (), "vision": (IMAGE,)}
+    config.image_token_id = 11
+    assert modality_token_ids(config) == {"text": (), "vision": (11,)}
+
+
+def test_the_page_of_families_is_up_to_date():
+    assert families_table.PAGE.read_text() == families_table.page(), (
+        "run python tests/integrations/families_table.py"
+    )

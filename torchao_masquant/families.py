@@ -1,0 +1,74 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What differs about a family of models where its config does not say it.
+
+Most families need no entry: their config names the placeholder tokens, and
+``get_decoder()`` gives the decoder. docs/families.md lists those that are tested.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional
+
+__all__ = ["FAMILIES", "ModelFamily", "family_of"]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What there is to know of the models of one ``config.model_type``.
+
+    Attributes:
+        towers: names of modules in what ``get_decoder()`` gives that are not of the
+            decoder, since they make image or sound tokens.
+        high_precision: patterns (shell-style) of linears in the decoder to leave as
+            they are unless they are included by name.
+        refusal: why such a model cannot be quantized modality by modality, one
+            sentence; None where it can.
+    """
+
+    towers: tuple[str, ...] = ()
+    high_precision: tuple[str, ...] = ()
+    refusal: Optional[str] = None
+
+
+_CROSS_ATTENTION = (
+    "its images reach the decoder through cross-attention, so no token of a call is an "
+    "image's and there are no modalities to tell apart; use torchao's own configs."
+)
+
+_GEMMA3N = ModelFamily(
+    # Mixes the four copies of the hidden states: matrices of 4 columns or 4 rows, which
+    # weigh nothing, and whose error every later layer inherits.
+    high_precision=("*.altup.*",)
+)
+
+#: ``model_type`` of a config to what differs.
+FAMILIES: Mapping[str, ModelFamily] = {
+    "gemma3n": _GEMMA3N,
+    "gemma3n_text": _GEMMA3N,
+    "idefics": ModelFamily(refusal=_CROSS_ATTENTION),
+    "mllama": ModelFamily(refusal=_CROSS_ATTENTION),
+    "phi4_multimodal": ModelFamily(towers=("embed_tokens_extend",)),
+}
+
+_ENCODER_DECODER = ModelFamily(
+    refusal="its input_ids are the encoder's and its decoder reads them through "
+    "cross-attention, so the modality of a call's tokens is not that of what the "
+    "decoder's linears see; use torchao's own configs."
+)
+
+_ORDINARY = ModelFamily()
+
+
+def family_of(config: Any) -> ModelFamily:
+    """What differs about models with this config.
+
+    Args:
+        config: a transformers config, any object with the same attributes, or None.
+    """
+    towers = [getattr(config, name, None) for name in ("vision_config", "audio_config")]
+    if getattr(config, "is_encoder_decoder", False) and any(towers):
+        return _ENCODER_DECODER
+    return FAMILIES.get(getattr(config, "model_type", ""), _ORDINARY)
