@@ -32,9 +32,9 @@ PYTHON_MINIMUM = (3, 10)
 TORCH = "torch==2.13.0"
 TORCH_MINIMUM = (2, 11)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# What .venv and pip's temporary files need: measured 1.5 GiB with the CPU build; the
+# What .venv and pip's temporary files need: measured 2.3 GiB with the CPU build; the
 # CUDA libraries are several times that.
-CPU_GIB, GPU_GIB = 3, 12
+CPU_GIB, GPU_GIB = 4, 12
 
 _AGAIN = "and run make again."
 _SHOWN = ("Collecting ", "Processing ", "Building ", "Installing collected")

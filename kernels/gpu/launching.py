@@ -1,0 +1,111 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""How the Triton kernels are launched, and described for compilation ahead of time."""
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Optional, Union
+
+import torch
+from torch.library import wrap_triton
+
+__all__ = ["AotCase", "TileConfig", "launch", "size_hint"]
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One tiling of a kernel.
+
+    Attributes:
+        blocks: names of the kernel's constexpr sizes to their values, such as
+            ``BLOCK_M`` or ``SPLIT_K``, as sorted pairs.
+        num_warps: warps of a program.
+        num_stages: of its software pipeline.
+    """
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, num_warps: int, num_stages: int, **blocks: int) -> "TileConfig":
+        """The tiling with these block sizes."""
+        return cls(tuple(sorted(blocks.items())), num_warps, num_stages)
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.blocks)[name]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "blocks": dict(self.blocks),
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "TileConfig":
+        """The tiling that :meth:`to_json` described.
+
+        Raises:
+            KeyError: a part is missing.
+        """
+        return cls.of(entry["num_warps"], entry["num_stages"], **entry["blocks"])
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One specialization of a kernel, to be compiled without a GPU.
+
+    Attributes:
+        name: of the case, such as "int_linear w4 group mixed bf16".
+        kernel: what ``@triton.jit`` made.
+        signature: name of each argument that is no constexpr to Triton's name of its
+            type, such as "*bf16" or "i32".
+        constexprs: name to value of the others, without those of ``config``.
+        config: the tiling.
+        int8_dot: whether the kernel multiplies int8 matrices.
+        divisible: arguments that are multiples of 16, as most sizes and strides of
+            real models are.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    config: TileConfig
+    int8_dot: bool = False
+    divisible: tuple[str, ...] = field(default=())
+
+
+def size_hint(size: Union[int, torch.SymInt]) -> int:
+    """A size to choose a tiling by: the real one, or an example of a symbolic one.
+
+    It puts no guard on a symbolic size, so a graph traced with it serves every size.
+    """
+    if isinstance(size, int):
+        return size
+    hint: Optional[int] = size.node.hint
+    return 1024 if hint is None else int(hint)
+
+
+def launch(
+    kernel: Any, grid: tuple[Any, ...], *args: Any, config: TileConfig, **meta: Any
+) -> None:
+    """Run a kernel, or record it where ``torch.compile`` or an export traces.
+
+    Args:
+        kernel: what ``@triton.jit`` made.
+        grid: programs in each dimension.
+        *args: the kernel's arguments, in order.
+        config: its block sizes, warps and stages.
+        **meta: its other constexprs.
+    """
+    wrap_triton(kernel)[grid](
+        *args,
+        **meta,
+        **dict(config.blocks),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
