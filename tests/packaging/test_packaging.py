@@ -189,7 +189,9 @@ def test_everything_that_the_package_imports_is_declared():
     for file in source_files():
         if not file.endswith(".py") or installed_path(file) is None:
             continue
-        for module in _imports(ast.parse((ROOT / file).read_text())) - own:
+        # Torch's builds for GPUs bring Triton along; elsewhere it is an extra's.
+        extra = {"triton"} if file.startswith("kernels/gpu/") else set()
+        for module in _imports(ast.parse((ROOT / file).read_text())) - own - extra:
             assert _names(modules.get(module, [])) & _DEPENDENCIES, (file, module)
 
 

@@ -1,0 +1,520 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``masquant::low_rank_down`` in Triton: ``h = (s * q) L1 * s_r``, by modality.
+
+A program computes a tile of tokens by columns of L1. A column belongs to a modality,
+and modalities come in spans, so most tiles hold either only tokens and columns that
+belong together or none that do: the latter write zeros and read neither ``q`` nor L1. A
+tile of base tokens is always one of these.
+
+Both scales are constant along K and multiply the finished sums, so a broken token (a
+scale of nan) stays in its row. What is summed are products of ``q`` and L1 themselves:
+
+- L1 of int8: in int32, exactly, so that every tiling gives the same sum.
+- bfloat16 and float16: ``q`` is exact in either, and so is each product in float32.
+- float32: as three bfloat16 numbers that add up to it, for the same reason, on tensor
+  cores. (Triton 3.7 multiplies float32 matrices in TF32 on Blackwell, even where IEEE
+  precision is asked for.)
+
+With few tokens, K is split: each of SPLIT_K programs sums its share into a workspace
+(SPLIT_K, T, R), and a second kernel adds the shares in the order of K. No result
+depends on which program was first.
+"""
+
+from typing import Any, Optional, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_masquant.kernels.gpu import tuning
+from torchao_masquant.kernels.gpu.launching import (
+    AotCase,
+    TileConfig,
+    launch,
+    size_hint,
+)
+
+__all__ = ["CONFIGS", "aot_cases", "choose", "low_rank_down"]
+
+
+def _config(
+    num_warps: int, num_stages: int, m: int, r: int, k: int, split_k: int = 1
+) -> TileConfig:
+    return TileConfig.of(
+        num_warps, num_stages, BLOCK_M=m, BLOCK_R=r, BLOCK_K=k, SPLIT_K=split_k
+    )
+
+
+_DECODE = (
+    _config(4, 3, 16, 32, 256, 16),
+    _config(4, 3, 16, 64, 128, 16),
+)
+_SHORT = (
+    _config(4, 3, 32, 64, 128, 8),
+    _config(4, 3, 64, 64, 64, 4),
+)
+_LONG = (
+    _config(4, 3, 64, 64, 64),
+    _config(8, 3, 128, 64, 64),
+)
+CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
+
+# Modalities beside the base that one launch tells apart; with more, it launches again.
+_MODALITIES = 4
+
+
+@triton.jit
+def _own(
+    ids: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    tokens: tl.tensor,
+    last: tl.tensor,
+    end_1: tl.tensor,
+    end_2: tl.tensor,
+    end_3: tl.tensor,
+    modality: tl.tensor,
+    stride_ids: tl.tensor,
+) -> tl.tensor:
+    """(BLOCK_M, BLOCK_R) whether a column is of the token's modality.
+
+    Columns before end_1 are those of ``modality``, before end_2 of the next, and so on.
+    """
+    owner = modality + (columns >= end_1).to(tl.int32)
+    owner += (columns >= end_2).to(tl.int32) + (columns >= end_3).to(tl.int32)
+    stored = rows < tokens
+    own = tl.load(ids + rows * stride_ids, mask=stored, other=0).to(tl.int64)
+    own = own[:, None] == owner[None, :]
+    return own & stored[:, None] & (columns < last)[None, :]
+
+
+@triton.jit
+def _scaled(
+    total: tl.tensor,
+    scale: tl.tensor,
+    low_rank_scale: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    own: tl.tensor,
+    tokens: tl.tensor,
+    last: tl.tensor,
+    stride_scale: tl.tensor,
+    HAS_LOW_RANK_SCALE: tl.constexpr,
+) -> tl.tensor:
+    """What is stored of a tile of sums."""
+    s = tl.load(scale + rows * stride_scale, mask=rows < tokens, other=0.0)
+    hidden = total.to(tl.float32) * s[:, None]
+    if HAS_LOW_RANK_SCALE:
+        s_r = tl.load(low_rank_scale + columns, mask=columns < last, other=0.0)
+        hidden *= s_r.to(tl.float32)[None, :]
+    return tl.where(own, hidden, 0.0)
+
+
+@triton.jit
+def low_rank_down_kernel(
+    qdata: tl.tensor,
+    l1: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    low_rank_scale: tl.tensor,
+    ids: tl.tensor,
+    tokens: tl.tensor,
+    rank: tl.tensor,
+    in_features: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    end_1: tl.tensor,
+    end_2: tl.tensor,
+    end_3: tl.tensor,
+    modality: tl.tensor,
+    stride_q: tl.tensor,
+    stride_l1_k: tl.tensor,
+    stride_l1_r: tl.tensor,
+    stride_scale: tl.tensor,
+    stride_ids: tl.tensor,
+    HAS_LOW_RANK_SCALE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    L1_PARTS: tl.constexpr,
+    BF16_DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+) -> None:
+    """Columns [first, last) of the result; of SPLIT_K > 1, of one share's sums."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2)
+    own = _own(
+        ids,
+        rows,
+        columns,
+        tokens,
+        last,
+        end_1,
+        end_2,
+        end_3,
+        modality,
+        stride_ids,
+    )
+    stored = (rows < tokens)[:, None] & (columns < last)[None, :]
+    at = out + rows[:, None] * rank + columns[None, :]
+    if tl.max(tl.max(own.to(tl.int32), axis=1), axis=0) > 0:
+        share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLIT_K) * BLOCK_K
+        begin = split * share
+        end = tl.minimum(begin + share, in_features)
+        inner = tl.arange(0, BLOCK_K)
+        # Rows past the end read the last one, and are not stored.
+        q_rows = qdata + tl.minimum(rows, tokens - 1)[:, None] * stride_q
+        l1_columns = l1 + columns.to(tl.int64)[None, :] * stride_l1_r
+        column_inside = (columns < last)[None, :]
+        is_int8: tl.constexpr = l1.dtype.element_ty == tl.int8
+        sum_type: tl.constexpr = tl.int32 if is_int8 else tl.float32
+        if TRANSPOSED:
+            total = tl.zeros((BLOCK_R, BLOCK_M), dtype=sum_type)
+        else:
+            total = tl.zeros((BLOCK_M, BLOCK_R), dtype=sum_type)
+        for k in range(begin, end, BLOCK_K):
+            inside = k + inner < end
+            q = tl.load(q_rows + (k + inner)[None, :], mask=inside[None, :], other=0)
+            down = tl.load(
+                l1_columns + (k + inner).to(tl.int64)[:, None] * stride_l1_k,
+                mask=inside[:, None] & column_inside,
+                other=0,
+            )
+            for part in tl.static_range(L1_PARTS):
+                if l1.dtype.element_ty == tl.float32:
+                    right = down.to(tl.bfloat16)
+                    down -= right.to(tl.float32)
+                else:
+                    right = down
+                if right.dtype == tl.bfloat16 and not BF16_DOT:
+                    right = right.to(tl.float32)
+                left = q.to(right.dtype)
+                if TRANSPOSED:
+                    total = tl.dot(
+                        tl.trans(right), tl.trans(left), total, out_dtype=sum_type
+                    )
+                else:
+                    total = tl.dot(left, right, total, out_dtype=sum_type)
+        if TRANSPOSED:
+            total = tl.trans(total)
+        if SPLIT_K > 1:
+            tl.store(at + split.to(tl.int64) * tokens * rank, total, mask=own)
+        else:
+            hidden = _scaled(
+                total,
+                scale,
+                low_rank_scale,
+                rows,
+                columns,
+                own,
+                tokens,
+                last,
+                stride_scale,
+                HAS_LOW_RANK_SCALE,
+            )
+            tl.store(at, hidden, mask=stored)
+    elif SPLIT_K == 1:
+        tl.store(at, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), mask=stored)
+
+
+@triton.jit
+def reduce_kernel(
+    workspace: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    low_rank_scale: tl.tensor,
+    ids: tl.tensor,
+    tokens: tl.tensor,
+    rank: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    end_1: tl.tensor,
+    end_2: tl.tensor,
+    end_3: tl.tensor,
+    modality: tl.tensor,
+    stride_scale: tl.tensor,
+    stride_ids: tl.tensor,
+    HAS_LOW_RANK_SCALE: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> None:
+    """Adds the shares in the order of K; reads only what was written of them."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    own = _own(
+        ids,
+        rows,
+        columns,
+        tokens,
+        last,
+        end_1,
+        end_2,
+        end_3,
+        modality,
+        stride_ids,
+    )
+    element = rows[:, None] * rank + columns[None, :]
+    total = tl.load(workspace + element, mask=own, other=0)
+    part = tokens.to(tl.int64) * rank
+    for split in tl.static_range(1, SPLIT_K):
+        total += tl.load(workspace + split * part + element, mask=own, other=0)
+    hidden = _scaled(
+        total,
+        scale,
+        low_rank_scale,
+        rows,
+        columns,
+        own,
+        tokens,
+        last,
+        stride_scale,
+        HAS_LOW_RANK_SCALE,
+    )
+    stored = (rows < tokens)[:, None] & (columns < last)[None, :]
+    tl.store(out + element, hidden, mask=stored)
+
+
+_REDUCE_BLOCKS = {"BLOCK_M": 16, "BLOCK_R": 64}
+
+
+def choose(
+    tokens: int, rank: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> TileConfig:
+    """The tiling for (T, K) tokens by (K, R): a measured one, else by these sizes.
+
+    Args:
+        tokens: T, which may be symbolic.
+        rank: R, columns of L1 of all modalities.
+        in_features: K.
+        dtype: of L1.
+        device: of the call.
+    """
+    name = {torch.int8: "int8", torch.float32: "fp32"}.get(dtype, "16 bits")
+    return tuning.choose(
+        f"low_rank_down {name}",
+        tuning.tuning_key(tokens, rank, in_features),
+        CONFIGS,
+        _fallback(size_hint(tokens), rank),
+        device,
+    )
+
+
+def _fallback(tokens: int, rank: int) -> TileConfig:
+    if tokens <= 16:
+        return _DECODE[0] if rank <= 32 else _DECODE[1]
+    if tokens <= 256:
+        return _SHORT[0]
+    if tokens <= 2048:
+        return _SHORT[1]
+    return _LONG[1]
+
+
+def _fitted(config: TileConfig, wide: bool) -> TileConfig:
+    # Elements of four bytes: half as many in a block fit where two bytes do.
+    if not wide:
+        return config
+    blocks = {**dict(config.blocks), "BLOCK_K": config["BLOCK_K"] // 2}
+    return TileConfig.of(config.num_warps, config.num_stages, **blocks)
+
+
+def low_rank_down(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    l1: torch.Tensor,
+    modality_ids: torch.Tensor,
+    ranks: Sequence[int],
+    low_rank_scale: Optional[torch.Tensor] = None,
+    config: Optional[TileConfig] = None,
+) -> torch.Tensor:
+    """``h = (s * q) L1 * s_r``, the columns of other modalities set to zero.
+
+    As :func:`torchao_masquant.kernels.reference.low_rank_down`.
+
+    Args:
+        qdata: (T, K) int8, smoothed and quantized tokens.
+        scale: (T, 1) float32.
+        l1: (K, R) floating point or int8, the down-projections of the modalities
+            1, 2, ... side by side.
+        modality_ids: (T,) integers; the columns of an id that names no modality are
+            zeros.
+        ranks: columns of ``l1`` that belong to modality 1, 2, ...; they sum to R.
+        low_rank_scale: (R,) float32 ``s_r`` where the pair is int8, that of both of
+            its sides; None for ones.
+        config: the tiling; None for that of the tables.
+
+    Returns:
+        (T, R) float32.
+
+    Raises:
+        ValueError: ``ranks`` do not sum to R.
+    """
+    tokens, in_features = qdata.shape
+    rank = l1.shape[1]
+    if sum(ranks) != rank:
+        raise ValueError(
+            f"ranks {list(ranks)} sum to {sum(ranks)}, but l1 has {rank} columns: give "
+            "the columns of every modality but the base."
+        )
+    hidden = torch.empty((tokens, rank), dtype=torch.float32, device=qdata.device)
+    if config is None:
+        config = choose(tokens, rank, in_features, l1.dtype, qdata.device)
+    config = _fitted(config, l1.dtype == torch.float32)
+    split_k = config["SPLIT_K"]
+    is_int8 = l1.dtype == torch.int8
+    out = hidden
+    if split_k > 1:
+        out = torch.empty(
+            (split_k, tokens, rank),
+            dtype=torch.int32 if is_int8 else torch.float32,
+            device=qdata.device,
+        )
+    if qdata.stride(-1) != 1:
+        qdata = qdata.contiguous()
+    # scale stands for what there is not.
+    factors = scale if low_rank_scale is None else low_rank_scale.contiguous()
+    terms = (scale, factors, modality_ids)
+    has_factors = low_rank_scale is not None
+    last = 0
+    for skipped in range(0, len(ranks), _MODALITIES):
+        first = last
+        ends = []
+        for width in ranks[skipped : skipped + _MODALITIES]:
+            last += width
+            ends.append(last)
+        if first == last:
+            continue
+        # Of modalities that there are not, no column is past the end.
+        columns = (first, last, *(ends + [last] * 3)[:3], skipped + 1)
+        strides = (scale.stride(0), modality_ids.stride(0))
+        launch(
+            low_rank_down_kernel,
+            (
+                triton.cdiv(tokens, config["BLOCK_M"]),
+                triton.cdiv(last - first, config["BLOCK_R"]),
+                split_k,
+            ),
+            qdata,
+            l1,
+            out,
+            *terms,
+            tokens,
+            rank,
+            in_features,
+            *columns,
+            qdata.stride(0),
+            l1.stride(0),
+            l1.stride(1),
+            *strides,
+            HAS_LOW_RANK_SCALE=has_factors,
+            TRANSPOSED=is_int8,
+            L1_PARTS=3 if l1.dtype == torch.float32 else 1,
+            # Triton's interpreter multiplies no bfloat16 matrices.
+            BF16_DOT=qdata.device.type != "cpu",
+            config=config,
+        )
+        if split_k > 1:
+            reduce = TileConfig.of(4, 1, SPLIT_K=split_k, **_REDUCE_BLOCKS)
+            launch(
+                reduce_kernel,
+                (
+                    triton.cdiv(tokens, reduce["BLOCK_M"]),
+                    triton.cdiv(last - first, reduce["BLOCK_R"]),
+                ),
+                out,
+                hidden,
+                *terms,
+                tokens,
+                rank,
+                *columns,
+                *strides,
+                HAS_LOW_RANK_SCALE=has_factors,
+                config=reduce,
+            )
+    return hidden
+
+
+def aot_cases() -> list[AotCase]:
+    """Every tiling with every type of L1, and the sums of split K."""
+    cases = [
+        _gemm_case(dtype, config)
+        for dtype in ("bf16", "fp16", "fp32", "i8")
+        for config in CONFIGS
+    ]
+    for sum_type in ("fp32", "i32"):
+        for split_k in sorted({config["SPLIT_K"] for config in CONFIGS} - {1}):
+            cases.append(_reduce_case(sum_type, split_k))
+    return cases
+
+
+# What both kernels take.
+_TERMS = {"scale": "*fp32", "low_rank_scale": "*fp32", "ids": "*i64"}
+_COLUMNS = ("last", "end_1", "end_2", "end_3")
+_STRIDES = ("stride_scale", "stride_ids")
+# Multiples of 16: sizes of real models, R where the ranks sum to one, and 0.
+_DIVISIBLE = ("in_features", "stride_q", "rank", "stride_l1_k", "first", "last")
+
+
+def _case(
+    name: str,
+    kernel: tl.tensor,
+    tensors: dict[str, str],
+    sizes: tuple[str, ...],
+    constexprs: dict[str, Any],
+    config: TileConfig,
+    int8_dot: bool,
+) -> AotCase:
+    # The strides of (T, 1) scales and (T,) ids, and the only launch of most calls.
+    ones = dict.fromkeys((*_STRIDES, "modality"), 1)
+    return AotCase(
+        name,
+        kernel,
+        {**tensors, **dict.fromkeys(sizes, "i32")},
+        {**constexprs, **ones},
+        config,
+        int8_dot,
+        (*tensors, *(size for size in sizes if size in _DIVISIBLE)),
+    )
+
+
+def _gemm_case(dtype: str, config: TileConfig) -> AotCase:
+    config = _fitted(config, dtype == "fp32")
+    is_int8 = dtype == "i8"
+    sum_type = "i32" if is_int8 and config["SPLIT_K"] > 1 else "fp32"
+    name = f"low_rank_down {dtype} " + "x".join(
+        str(config[f"BLOCK_{axis}"]) for axis in "MRK"
+    )
+    return _case(
+        f"{name} split {config['SPLIT_K']}",
+        low_rank_down_kernel,
+        {"qdata": "*i8", "l1": f"*{dtype}", "out": f"*{sum_type}", **_TERMS},
+        ("tokens", "rank", "in_features", "first", *_COLUMNS)
+        + ("stride_q", "stride_l1_k"),
+        {
+            "stride_l1_r": 1,
+            "HAS_LOW_RANK_SCALE": is_int8,
+            "TRANSPOSED": is_int8,
+            "L1_PARTS": 3 if dtype == "fp32" else 1,
+            "BF16_DOT": True,
+        },
+        config,
+        is_int8,
+    )
+
+
+def _reduce_case(sum_type: str, split_k: int) -> AotCase:
+    return _case(
+        f"low_rank_down reduce {sum_type} split {split_k}",
+        reduce_kernel,
+        {"workspace": f"*{sum_type}", "out": "*fp32", **_TERMS},
+        ("tokens", "rank", "first", *_COLUMNS),
+        {"HAS_LOW_RANK_SCALE": sum_type == "i32"},
+        TileConfig.of(4, 1, SPLIT_K=split_k, **_REDUCE_BLOCKS),
+        False,
+    )

@@ -1,0 +1,363 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``masquant::smooth_quantize`` in Triton: ``q = round(v / s)``, ``v = x * p_m - o_m``.
+
+A program quantizes ``BLOCK_M`` tokens. Each reads the ``p`` of its modality, four bytes
+an element to two of bfloat16 ``x``; tokens beside each other are mostly of one
+modality, so all but the first of a program find it in L1. A row that fits in
+``BLOCK_K`` stays in registers between its maximum and the division by it; a longer one
+is read twice, the second time from the cache.
+
+A row is never shared between programs, not even where there is only one (decode): its
+maximum would take a second launch, or programs that wait for each other, and either
+costs more than it saves. A row of 8192 bfloat16 values with its ``p`` is 48 KiB; at
+the 64 bytes a clock that one multiprocessor takes from L2 these are under 1000 clocks,
+half a microsecond, less than a launch.
+
+The integers are those of the reference bit by bit, for every operation is rounded as
+there. A compiler may contract ``x * p - o`` into a single rounding, and a kernel that
+``torch.compile`` builds has no switch against it. So the rounded product is multiplied
+by ``one``, a number that the compiler does not know, and ``o`` is taken off in the same
+instruction: a fused multiply-add of a rounded product can't be contracted further.
+"""
+
+from typing import Any, Optional
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_masquant.kernels.gpu import tuning
+from torchao_masquant.kernels.gpu.launching import (
+    AotCase,
+    TileConfig,
+    launch,
+    size_hint,
+)
+
+__all__ = ["CONFIGS", "aot_cases", "choose", "smooth_quantize"]
+
+# A token each, and no more of a block than a row needs: few tokens, or long rows.
+_SINGLE = (
+    TileConfig.of(4, 1, BLOCK_M=1, BLOCK_K=1024),
+    TileConfig.of(4, 1, BLOCK_M=1, BLOCK_K=2048),
+    TileConfig.of(8, 1, BLOCK_M=1, BLOCK_K=4096),
+    TileConfig.of(8, 1, BLOCK_M=1, BLOCK_K=8192),
+    TileConfig.of(16, 1, BLOCK_M=1, BLOCK_K=16384),
+)
+# Tokens that share what they read of p.
+_SHARED = (
+    TileConfig.of(8, 1, BLOCK_M=4, BLOCK_K=1024),
+    TileConfig.of(8, 1, BLOCK_M=2, BLOCK_K=2048),
+    TileConfig.of(16, 1, BLOCK_M=2, BLOCK_K=4096),
+)
+CONFIGS: tuple[TileConfig, ...] = _SINGLE + _SHARED
+
+
+@triton.jit
+def _smoothed(
+    x: tl.tensor,
+    pre_scale: tl.tensor,
+    shift: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    in_features: tl.tensor,
+    stride_x: tl.tensor,
+    one: tl.tensor,
+    HAS_SHIFT: tl.constexpr,
+) -> tl.tensor:
+    """A block of ``x * p - o``, zeros past the end of a row.
+
+    pre_scale and shift point to a row for all, or to one for each, (BLOCK_M, 1).
+    """
+    inside = columns < in_features
+    values = tl.load(x + rows * stride_x + columns, mask=inside, other=0.0)
+    p = tl.load(pre_scale + columns, mask=inside, other=0.0)
+    smoothed = values.to(tl.float32) * p.to(tl.float32)
+    if HAS_SHIFT:
+        o = tl.load(shift + columns, mask=inside, other=0.0)
+        smoothed = tl.fma(smoothed, one, -o.to(tl.float32))
+    return smoothed
+
+
+@triton.jit
+def _largest_bits(smoothed: tl.tensor) -> tl.tensor:
+    """Of each row the largest magnitude, as the integer of the same bits.
+
+    Magnitudes are ordered as these integers are, and nan comes after infinity: their
+    maximum lets no nan get lost, as one of floats does.
+    """
+    return tl.max(smoothed.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def _row_scale(
+    largest_bits: tl.tensor, known: tl.tensor, QUANT_MAX: tl.constexpr
+) -> tl.tensor:
+    largest = largest_bits.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(largest, float(QUANT_MAX))
+    tiny = 1.1754943508222875e-38
+    # A comparison with nan is false, so a nan stays.
+    scale = tl.where(scale < tiny, tiny, scale)
+    return tl.where(known, scale, float("nan"))
+
+
+@triton.jit
+def _store_levels(
+    qdata: tl.tensor,
+    smoothed: tl.tensor,
+    scale: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    stored: tl.tensor,
+    in_features: tl.tensor,
+) -> None:
+    level = tl.div_rn(smoothed, scale[:, None])
+    # Added to 1.5 * 2**23, a float of this size rounds to an integer, half to even,
+    # which is in the lowest bits of the sum. No level is larger than the row's largest,
+    # and that one rounds to QUANT_MAX, so there is nothing to clamp.
+    bits = (level + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    bits = tl.where(level == level, bits, 0)
+    tl.store(
+        qdata + rows * in_features + columns,
+        bits.to(tl.int8),
+        mask=stored[:, None] & (columns < in_features),
+    )
+
+
+@triton.jit
+def smooth_quantize_kernel(
+    x: tl.tensor,
+    pre_scale: tl.tensor,
+    shift: tl.tensor,
+    ids: tl.tensor,
+    qdata: tl.tensor,
+    scale: tl.tensor,
+    tokens: tl.tensor,
+    in_features: tl.tensor,
+    modalities: tl.tensor,
+    stride_x: tl.tensor,
+    stride_pre_scale: tl.tensor,
+    stride_shift: tl.tensor,
+    stride_ids: tl.tensor,
+    one: tl.tensor,
+    HAS_IDS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """BLOCK_M tokens. ONE_BLOCK: a row fits in BLOCK_K."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    stored = row < tokens
+    # Rows past the end are the last one again, and are not stored.
+    row = tl.minimum(row, tokens - 1)
+    rows = row[:, None]
+    known = stored
+    if HAS_IDS:
+        modality = tl.load(ids + row * stride_ids).to(tl.int64)
+        # An id that names no modality reads nothing out of bounds, and shows as nan.
+        known = (modality >= 0) & (modality < modalities)
+        modality = tl.where(known, modality, 0)[:, None]
+        pre_scale += modality * stride_pre_scale
+        shift += modality * stride_shift
+    inner = tl.arange(0, BLOCK_K)[None, :]
+    if ONE_BLOCK:
+        smoothed = _smoothed(
+            x, pre_scale, shift, rows, inner, in_features, stride_x, one, HAS_SHIFT
+        )
+        row_scale = _row_scale(_largest_bits(smoothed), known, QUANT_MAX)
+        _store_levels(qdata, smoothed, row_scale, rows, inner, stored, in_features)
+    else:
+        largest = tl.zeros((BLOCK_M,), dtype=tl.int32)
+        for start in range(0, in_features, BLOCK_K):
+            columns = start + inner
+            smoothed = _smoothed(
+                x,
+                pre_scale,
+                shift,
+                rows,
+                columns,
+                in_features,
+                stride_x,
+                one,
+                HAS_SHIFT,
+            )
+            largest = tl.maximum(largest, _largest_bits(smoothed))
+        row_scale = _row_scale(largest, known, QUANT_MAX)
+        for start in range(0, in_features, BLOCK_K):
+            columns = start + inner
+            smoothed = _smoothed(
+                x,
+                pre_scale,
+                shift,
+                rows,
+                columns,
+                in_features,
+                stride_x,
+                one,
+                HAS_SHIFT,
+            )
+            _store_levels(
+                qdata, smoothed, row_scale, rows, columns, stored, in_features
+            )
+    tl.store(scale + row, row_scale, mask=stored)
+
+
+def choose(tokens: int, in_features: int, device: torch.device) -> TileConfig:
+    """The tiling for (T, K) tokens: a measured one, else by these sizes.
+
+    Args:
+        tokens: T, which may be symbolic.
+        in_features: K.
+        device: of the call.
+    """
+    return tuning.choose(
+        "smooth_quantize",
+        tuning.tuning_key(tokens, in_features),
+        CONFIGS,
+        _fallback(size_hint(tokens), in_features),
+        device,
+    )
+
+
+def _fallback(tokens: int, in_features: int) -> TileConfig:
+    # With fewer tokens, programs of several would leave multiprocessors idle.
+    configs = _SHARED if tokens >= 1024 else _SINGLE
+    for config in configs + _SINGLE:
+        if in_features <= config["BLOCK_K"]:
+            return config
+    return _SHARED[1] if tokens >= 1024 else _SINGLE[3]
+
+
+def _fitted(config: TileConfig, one_block: bool) -> TileConfig:
+    # The two loops over a long row need registers of their own: half a block at a time.
+    if one_block:
+        return config
+    blocks = {**dict(config.blocks), "BLOCK_K": config["BLOCK_K"] // 2}
+    return TileConfig.of(config.num_warps, config.num_stages, **blocks)
+
+
+def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def smooth_quantize(
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor,
+    modality_ids: Optional[torch.Tensor],
+    act_bits: int,
+    act_shift: Optional[torch.Tensor] = None,
+    config: Optional[TileConfig] = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``q = round(v / s)``, ``v = x * p_m - o_m``, ``s = max_k |v| / (2 ** (bits - 1) - 1)``.
+
+    As :func:`torchao_masquant.kernels.reference.smooth_quantize`, whose integers these
+    are, but that a token whose id names no modality gets a scale of nan, where the
+    reference raises: a kernel can't.
+
+    Args:
+        x: (T, K) floating point.
+        act_pre_scale: (M, K) float32, reciprocal smoothing factors ``p_m``, base
+            modality first.
+        modality_ids: (T,) integers in [0, M), or None: every token is base.
+        act_bits: 2 to 8; fewer than 8 bits are still held in int8.
+        act_shift: (M, K) float32 ``o_m``, or None for zeros.
+        config: the tiling; None for that of the tables.
+
+    Returns:
+        ``qdata`` (T, K) int8, 0 where a level is nan, and ``scale`` (T, 1) float32.
+    """
+    tokens, in_features = x.shape
+    if config is None:
+        config = choose(tokens, in_features, x.device)
+    one_block = in_features <= config["BLOCK_K"]
+    x = _rows_contiguous(x)
+    pre_scale = _rows_contiguous(act_pre_scale)
+    # pre_scale stands for what there is not.
+    ids = pre_scale if modality_ids is None else modality_ids
+    shift = pre_scale if act_shift is None else _rows_contiguous(act_shift)
+    qdata = torch.empty((tokens, in_features), dtype=torch.int8, device=x.device)
+    scale = torch.empty((tokens, 1), dtype=torch.float32, device=x.device)
+    launch(
+        smooth_quantize_kernel,
+        (triton.cdiv(tokens, config["BLOCK_M"]),),
+        x,
+        pre_scale,
+        shift,
+        ids,
+        qdata,
+        scale,
+        tokens,
+        in_features,
+        pre_scale.shape[0],
+        x.stride(0),
+        pre_scale.stride(0),
+        shift.stride(0),
+        ids.stride(0),
+        1.0,
+        HAS_IDS=modality_ids is not None,
+        HAS_SHIFT=act_shift is not None,
+        QUANT_MAX=2 ** (act_bits - 1) - 1,
+        ONE_BLOCK=one_block,
+        config=_fitted(config, one_block),
+    )
+    return qdata, scale
+
+
+def aot_cases() -> list[AotCase]:
+    """Every tiling, in one block and in several, with and without ids and shift."""
+    return [
+        _aot_case(config, "bf16", has_ids, has_shift, one_block, 8)
+        for config in CONFIGS
+        for has_ids in (False, True)
+        for has_shift in (False, True)
+        for one_block in (True, False)
+    ] + [
+        _aot_case(config, dtype, True, True, True, act_bits)
+        for config in (_SINGLE[2], _SHARED[1])
+        for dtype in ("fp16", "fp32")
+        for act_bits in (8, 4)
+    ]
+
+
+def _aot_case(
+    config: TileConfig,
+    dtype: str,
+    has_ids: bool,
+    has_shift: bool,
+    one_block: bool,
+    act_bits: int,
+) -> AotCase:
+    parts = [name for name, has in (("ids", has_ids), ("shift", has_shift)) if has]
+    name = f"smooth_quantize a{act_bits} {' '.join(parts) or 'bare'} {dtype} "
+    name += f"{config['BLOCK_M']}x{config['BLOCK_K']}"
+    constexprs: dict[str, Any] = {
+        "HAS_IDS": has_ids,
+        "HAS_SHIFT": has_shift,
+        "QUANT_MAX": 2 ** (act_bits - 1) - 1,
+        "ONE_BLOCK": one_block,
+    }
+    tensors = {
+        "x": f"*{dtype}",
+        "pre_scale": "*fp32",
+        "shift": "*fp32",
+        "ids": "*i64" if has_ids else "*fp32",
+        "qdata": "*i8",
+        "scale": "*fp32",
+    }
+    sizes: tuple[str, ...] = ("tokens", "in_features", "modalities", "stride_x")
+    sizes += ("stride_pre_scale", "stride_shift", "stride_ids")
+    odd = ("tokens", "modalities", "stride_ids")
+    return AotCase(
+        name if one_block else f"{name} loop",
+        smooth_quantize_kernel,
+        {**tensors, **dict.fromkeys(sizes, "i32"), "one": "fp32"},
+        constexprs,
+        _fitted(config, one_block),
+        divisible=(*tensors, *(size for size in sizes if size not in odd)),
+    )
