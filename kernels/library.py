@@ -17,6 +17,11 @@ or, where activations are not quantized, to ``weight_only_linear`` alone. All of
 take tokens as one flat dimension T. A base-only call passes ``modality_ids=None`` and
 runs no low-rank work at all. A pair of int8 comes with one ``low_rank_scale`` for both
 of its sides, which multiplies what is between them.
+
+``smoothed_by`` is a weight with the same smoothing factors, shift and bits of
+activations, whose own are read in their place: the calls of ``smooth_quantize`` of
+linears that share an input are then equal, and a compiled graph keeps one of them
+(:mod:`torchao_masquant.kernels.shared_prologue`).
 """
 
 from typing import Any, Optional, Sequence
@@ -26,8 +31,8 @@ import torch
 _LIB = torch.library.Library("masquant", "DEF")
 
 _LIB.define(
-    "linear(Tensor x, Tensor weight, Tensor? modality_ids=None, Tensor? bias=None)"
-    " -> Tensor"
+    "linear(Tensor x, Tensor weight, Tensor? modality_ids=None, Tensor? bias=None,"
+    " Tensor? smoothed_by=None) -> Tensor"
 )
 _LIB.define(
     "smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? modality_ids,"
@@ -60,6 +65,7 @@ def _linear(
     weight: torch.Tensor,
     modality_ids: Optional[torch.Tensor] = None,
     bias: Optional[torch.Tensor] = None,
+    smoothed_by: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     raise TypeError(
         "masquant::linear takes a MASQuantTensor as its weight, got a plain "

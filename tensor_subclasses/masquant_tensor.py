@@ -483,6 +483,17 @@ implements = MASQuantTensor.implements
 implements_torch_function = MASQuantTensor.implements_torch_function
 
 
+def _same_smoothing(weight: MASQuantTensor, other: torch.Tensor) -> bool:
+    """Whether shapes and types allow that two weights smooth and quantize alike."""
+    return (
+        isinstance(other, MASQuantTensor)
+        and other.device == weight.device
+        and other.act_bits == weight.act_bits
+        and other.act_pre_scale.shape == weight.act_pre_scale.shape
+        and (other.act_shift is None) == (weight.act_shift is None)
+    )
+
+
 def _check_weight(weight: torch.Tensor) -> None:
     if not isinstance(weight, MASQuantTensor):
         raise TypeError(
@@ -493,8 +504,15 @@ def _check_weight(weight: torch.Tensor) -> None:
 
 @implements(torch.ops.masquant.linear.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    x, weight, modality_ids, bias = fill_defaults(args, 4, [None, None])
+    x, weight, modality_ids, bias, smoothed_by = fill_defaults(args, 5, [None] * 3)
     _check_weight(weight)
+    if smoothed_by is None:
+        smoothed_by = weight
+    elif not _same_smoothing(weight, smoothed_by):
+        raise ValueError(
+            "smoothed_by must be a weight with the same smoothing factors and bits of "
+            f"activations on the same device as {weight!r}, got {smoothed_by!r}."
+        )
     if not x.is_floating_point():
         raise TypeError(
             f"masquant::linear takes a floating point input, got {x.dtype}."
@@ -536,7 +554,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
     qx, x_scale = torch.ops.masquant.smooth_quantize(
-        tokens, weight.act_pre_scale, modality_ids, weight.act_bits, weight.act_shift
+        tokens,
+        smoothed_by.act_pre_scale,
+        modality_ids,
+        weight.act_bits,
+        smoothed_by.act_shift,
     )
     hidden = None
     if paired:

@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """The linear layer that a quantized model has in place of ``nn.Linear``."""
 
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,48 @@ from torch import nn
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["MASQuantLinear"]
+__all__ = ["MASQuantLinear", "SmoothingSiblings"]
+
+
+class SmoothingSiblings:
+    """Linears that may read one input: those side by side, of one input width.
+
+    Args:
+        linears: quantized ones, in the order of their calls as far as that is known.
+    """
+
+    def __init__(self, linears: "Sequence[MASQuantLinear]"):
+        self.linears = tuple(linears)
+        for linear in self.linears:
+            linear.siblings = self
+        self.update()
+
+    def update(self) -> None:
+        """Find out again which of them smooth alike, after a weight has changed."""
+        for i, linear in enumerate(self.linears):
+            linear.smoothed_by = next(
+                ((a,) for a in self.linears[:i] if _smooth_alike(a, linear)), None
+            )
+
+
+def _smooth_alike(a: "MASQuantLinear", b: "MASQuantLinear") -> bool:
+    ours, theirs = a.weight, b.weight
+    # Another library may have put its own kind of tensor around a weight.
+    if not (isinstance(ours, MASQuantTensor) and isinstance(theirs, MASQuantTensor)):
+        return False
+    if ours.device.type == "meta" or ours.device != theirs.device:
+        return False
+    if ours.weight_only or ours.act_bits != theirs.act_bits:
+        return False
+    return _equal(ours.act_pre_scale, theirs.act_pre_scale) and _equal(
+        ours.act_shift, theirs.act_shift
+    )
+
+
+def _equal(a: Optional[torch.Tensor], b: Optional[torch.Tensor]) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)
 
 
 class MASQuantLinear(nn.Linear):
@@ -31,6 +72,11 @@ class MASQuantLinear(nn.Linear):
     router: Optional[Router]
     #: whether the weight treats modalities differently, so that the router is asked
     routed: bool
+    #: the linear whose smoothing factors are read in place of equal ones of its own, by
+    #: itself in a tuple so that it is no submodule
+    smoothed_by: "Optional[tuple[MASQuantLinear]]"
+    #: those it may share its smoothing with
+    siblings: Optional[SmoothingSiblings]
 
     @classmethod
     def from_float(
@@ -69,6 +115,8 @@ class MASQuantLinear(nn.Linear):
         linear.fqn = fqn
         linear.router = router
         linear.routed = weight.is_routed
+        linear.smoothed_by = None
+        linear.siblings = None
         return linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -76,7 +124,13 @@ class MASQuantLinear(nn.Linear):
         if self.routed:
             assert self.router is not None
             ids = self.router.ids_for(self.fqn, input)
-        return torch.ops.masquant.linear(input, self.weight, ids, self.bias)
+        smoothed_by = None
+        # Eager calls have nothing to gain from it.
+        if self.smoothed_by is not None and torch.compiler.is_compiling():
+            smoothed_by = self.smoothed_by[0].weight
+        return torch.ops.masquant.linear(
+            input, self.weight, ids, self.bias, smoothed_by
+        )
 
     def _load_from_state_dict(
         self,
@@ -116,6 +170,8 @@ class MASQuantLinear(nn.Linear):
             error_msgs,
         )
         self.routed = self.weight.is_routed
+        if self.siblings is not None:
+            self.siblings.update()
 
     def extra_repr(self) -> str:
         return (
