@@ -12,20 +12,28 @@ Reference: "MASQuant: Modality-Aware Smoothing Quantization for Multimodal Large
 Language Models", CVPR 2026, arXiv 2603.04800.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from torchao_masquant.calibration import calibrate, modality_sensitivity
 from torchao_masquant.config import MASQuantConfig, masquant_config
 from torchao_masquant.evaluation import Analysis, Evaluation, analyze, evaluate
+from torchao_masquant.integrations import register_integrations
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router, token_modalities
 from torchao_masquant.schemes import SCHEMES, Scheme
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
+if TYPE_CHECKING:
+    from torchao_masquant.integrations.hf_config import MASQuantHfConfig
+    from torchao_masquant.integrations.save import save_quantized
+
 __all__ = [
     "Analysis",
     "Evaluation",
     "LayerRecipe",
     "MASQuantConfig",
+    "MASQuantHfConfig",
     "MASQuantLinear",
     "MASQuantTensor",
     "Recipe",
@@ -37,5 +45,21 @@ __all__ = [
     "evaluate",
     "masquant_config",
     "modality_sensitivity",
+    "save_quantized",
     "token_modalities",
 ]
+
+register_integrations()
+
+
+def __getattr__(name: str) -> Any:
+    # What imports transformers, when it is asked for.
+    if name == "MASQuantHfConfig":
+        from torchao_masquant.integrations.hf_config import MASQuantHfConfig
+
+        return MASQuantHfConfig
+    if name == "save_quantized":
+        from torchao_masquant.integrations.save import save_quantized
+
+        return save_quantized
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,11 +26,14 @@ from torchao_masquant.calibration.session import (
     MASQuantObservedLinear,
 )
 from torchao_masquant.convert import convert_linear, placeholder_weight
+from torchao_masquant.integrations.attachment import attach_to_transformers
+from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.modality import TEXT
 from torchao_masquant.recipe import LayerRecipe, Recipe, weight_fingerprint
 from torchao_masquant.routing import Router, router_of
 from torchao_masquant.selection import Patterns, match_names, select_linears
+from torchao_masquant.sharing import share_smoothing
 from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["MASQuantConfig", "masquant_config"]
@@ -182,7 +185,12 @@ def masquant_config(
 class _Plan:
     """What one config will do to the linears of one model, checked beforehand."""
 
-    def __init__(self, actions: dict[nn.Module, Callable[[], object]]):
+    def __init__(
+        self, model: nn.Module, actions: dict[nn.Module, Callable[[], object]]
+    ):
+        self.parents = weakref.WeakKeyDictionary(
+            {child: parent for parent in model.modules() for child in parent.children()}
+        )
         self.actions: dict[nn.Module, Callable[[], object]] = {}
         self.targets: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.add(actions)
@@ -217,7 +225,8 @@ def _masquant_transform(module: nn.Module, config: MASQuantConfig) -> nn.Module:
     plans = _PLANS.setdefault(config, weakref.WeakKeyDictionary())
     plan = plans.get(model)
     if plan is None or plan.is_stale(module):
-        plan = plans[model] = _Plan(_plan(model, config, module))
+        plan = plans[model] = _Plan(model, _plan(model, config, module))
+        _attach(model, config, plan)
     elif (
         config.step == QuantizationStep.CONVERT
         and isinstance(module, MASQuantObservedLinear)
@@ -225,8 +234,21 @@ def _masquant_transform(module: nn.Module, config: MASQuantConfig) -> nn.Module:
     ):
         # Observed by another "prepare" step than those before it.
         plan.add(_plan_observed(model, config, module.session))
+        _attach(model, config, plan)
     plan.apply(module)
+    if config.step != QuantizationStep.PREPARE and isinstance(module, MASQuantLinear):
+        share_smoothing(plan.parents.get(module, module))
+        if module.weight.device.type == "cpu":
+            cpu_lowering.prepare()
     return module
+
+
+def _attach(model: nn.Module, config: MASQuantConfig, plan: _Plan) -> None:
+    """Let a transformers model that is being quantized save itself."""
+    if config.step == QuantizationStep.CONVERT:
+        attach_to_transformers(model, plan.targets, config.options)
+    elif config.step == QuantizationStep.PREPARE_FOR_LOADING:
+        attach_to_transformers(model)
 
 
 def _model_in_quantize() -> nn.Module:

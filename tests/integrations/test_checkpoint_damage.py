@@ -1,0 +1,507 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Damaged, foreign and hostile checkpoints, and saving that is cut short."""
+
+import copy
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import format_1
+import pytest
+import safetensors
+import tiny_models
+import torch
+import transformers.modeling_utils
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from torchao_masquant import MASQuantHfConfig, save_quantized
+from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
+from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
+from torchao_masquant.integrations.layer_format import LayerFormat
+from torchao_masquant.integrations.stored_tensors import stored_tensors
+
+MODEL = "model.safetensors"
+CONFIG = "config.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole checkpoint, to be damaged."""
+    return Path(shutil.copytree(format_1.FOLDER, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A whole model."""
+    return load(format_1.FOLDER)
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, **options)
+
+
+def refused(folder: Path, match: str, **options: Any) -> str:
+    """The one sentence that a checkpoint is refused with."""
+    with pytest.raises(ValueError, match=match) as error:
+        load(folder, **options)
+    message = str(error.value)
+    assert message.endswith(".") and "\n" not in message
+    return message
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the quantization_config."""
+    config = json.loads((folder / CONFIG).read_text())
+    change(config["quantization_config"])
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def edit_tensors(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]
+) -> None:
+    tensors = load_file(folder / MODEL)
+    # The file is mapped to memory, and written next.
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def header_of(content: bytes) -> bytes:
+    return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
+def test_a_whole_checkpoint_loads(folder):
+    assert load(folder).hf_quantizer.quantization_config.checkpoint.layers
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_a_truncated_file(folder, keep):
+    content = (folder / MODEL).read_bytes()
+    size = int(keep * len(content)) if isinstance(keep, float) else keep
+    (folder / MODEL).write_bytes(content[:size])
+    refused(folder, r"^model.safetensors is cut off or damaged \(.*download or save")
+
+
+def test_a_truncated_shard(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    refused(tmp_path, f"^{shard.name} is cut off or damaged")
+
+
+def test_a_missing_shard(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        load(tmp_path)
+    assert str(error.value) == (
+        f"{shards[1].name} is not there, though the checkpoint's index names it: "
+        "download or save the checkpoint again."
+    )
+    # With an index that does not tell of it either.
+    index = json.loads((tmp_path / f"{MODEL}.index.json").read_text())
+    index["weight_map"] = {
+        name: file
+        for name, file in index["weight_map"].items()
+        if file != shards[1].name
+    }
+    (tmp_path / f"{MODEL}.index.json").write_text(json.dumps(index))
+    refused(tmp_path, "is missing|the checkpoint has no ")
+
+
+def check(folder: Path) -> None:
+    """All that is looked at before a weight is loaded, without the loading."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        empty = Qwen2_5_VLForConditionalGeneration(config)
+    entry = MASQuantHfConfig.from_dict(config.quantization_config)
+    quantizer = MASQuantHfQuantizer(entry, pre_quantized=True)
+    quantizer._process_model_before_weight_loading(empty, [str(folder / MODEL)])
+    get_model_conversion_mapping(empty, None, quantizer)
+
+
+def test_a_flipped_byte_in_the_header(folder):
+    """It is noticed, or changes no tensor: in what no reader looks at."""
+    whole = load_file(folder / MODEL)
+    content = (folder / MODEL).read_bytes()
+    check(folder)
+    chance = random.Random(0)
+    harmless = 0
+    for position in chance.sample(range(len(header_of(content))), 150):
+        byte = content[position] ^ (1 << chance.randrange(8))
+        damaged = content[:position] + bytes([byte]) + content[position + 1 :]
+        (folder / MODEL).write_bytes(damaged)
+        try:
+            check(folder)
+        except ValueError as error:
+            message = str(error)
+            assert (
+                message.endswith(".")
+                and "download or save it again" in message
+                or ("the file is damaged, or of another model" in message)
+            )
+            continue
+        harmless += 1
+        found = load_file(folder / MODEL)
+        assert set(found) == set(whole)
+        for name, tensor in whole.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor), name
+    assert harmless < 5
+
+
+def test_a_header_byte_that_renames_a_tensor(folder):
+    content = (folder / MODEL).read_bytes()
+    for old, new, match in (
+        (b"_weight_qdata", b"_weight_qdatb", "its qdata is missing"),
+        (
+            b'lm_head.weight"',
+            b'lm_hedd.weight"',
+            "the checkpoint has no lm_head.weight",
+        ),
+        (b'"F32"', b'"I32"', "its .* is torch.int32 |is torch.int32 of shape"),
+    ):
+        assert old in header_of(content)
+        (folder / MODEL).write_bytes(content.replace(old, new, 1))
+        refused(folder, match)
+
+
+@pytest.mark.parametrize(
+    "version, advice",
+    [
+        (2, "upgrade it"),
+        (0, "quantize the model again"),
+        ("1", "quantize"),
+        (None, "q"),
+    ],
+)
+def test_another_format_version(folder, version, advice):
+    edit_config(folder, lambda entry: entry.update(format_version=version))
+    refused(folder, rf"^the checkpoint is of MASQuant format {version!r}, .* {advice}")
+
+
+def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(entry: dict[str, Any]) -> None:
+        *outer, last = path.split("/")
+        found: Any = entry
+        for key in outer:
+            found = found[int(key)] if isinstance(found, list) else found[key]
+        found[last] = value
+
+    return change
+
+
+LAYER = "model.language_model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("formats", {}),
+        ("formats", [1]),
+        ("options", None),
+        ("layers", []),
+        ("layers", {}),
+        ("dtype", "float3"),
+        ("dtype", "__class__"),
+        (f"layers/{LAYER}", 3),
+        (f"layers/{LAYER}/format", 4),
+        (f"layers/{LAYER}/format", -1),
+        (f"layers/{LAYER}/format", True),
+        (f"layers/{LAYER}/options", 99),
+        ("formats/0/shape", [32]),
+        ("formats/0/shape", [32, "32"]),
+        ("formats/0/shape", [10**18, 10**18]),
+        ("formats/0/shape", [0, 32]),
+        ("formats/0/weight_bits", 5),
+        ("formats/0/weight_bits", 8),
+        ("formats/0/act_bits", 8.0),
+        ("formats/0/act_bits", 16),
+        ("formats/0/group_size", 7),
+        ("formats/0/group_size", -2),
+        ("formats/0/group_size", "16"),
+        ("formats/0/modalities", "text"),
+        ("formats/0/modalities", ["text", "text"]),
+        ("formats/0/modalities", ["text", "vision", "audio"]),
+        ("formats/0/routed", 1),
+        ("formats/0/routed", False),
+        ("formats/0/ranks", [-2]),
+        ("formats/0/ranks", [10**15]),
+        ("formats/0/ranks", []),
+        ("formats/0/dtype", "int8"),
+        ("formats/0/dtype", "load"),
+        ("formats/0/parts", ["qdata"]),
+        ("formats/0/parts", {"qdata": "uint8"}),
+        ("formats/0/parts/qdata", "int8"),
+        ("formats/0/parts/l1", "bfloat16"),
+        ("formats/0/parts/zero_point", "int8"),
+        ("formats/0/parts/evil", "int8"),
+        ("formats/0/parts/scale", {"a": 1}),
+        ("formats/0/more", 1),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_damaged_description(folder, path, value):
+    """Refused before a file of weights is looked at."""
+    edit_config(folder, _set(path, value))
+    (folder / MODEL).unlink()
+    refused(
+        folder, "^the quantization_config of the checkpoint's config.json is damaged"
+    )
+
+
+def test_every_field_of_a_format_is_asked_for():
+    entry = json.loads((format_1.FOLDER / CONFIG).read_text())["quantization_config"]
+    for whole in entry["formats"]:
+        found = LayerFormat.from_json(whole)
+        assert found.to_json() == whole
+        for field in whole:
+            damaged = {k: v for k, v in whole.items() if k != field}
+            with pytest.raises(ValueError, match="a format has the fields"):
+                LayerFormat.from_json(damaged)
+    again = CheckpointFormat.from_json(entry).to_json()
+    for name, numbers in entry["layers"].items():
+        for kind, index in (("format", "formats"), ("options", "options")):
+            found = again[index][again["layers"][name][kind]]
+            assert found == entry[index][numbers[kind]]
+
+
+def test_sizes_are_compared_before_anything_is_allocated(folder, monkeypatch):
+    """A rank that the description makes up does not reach torch.empty."""
+    edit_config(folder, _set("formats/0/ranks", [2**24]))
+
+    def allocate(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("weights are being loaded")
+
+    loading = transformers.modeling_utils.PreTrainedModel._load_pretrained_model
+    monkeypatch.setattr(
+        transformers.modeling_utils.PreTrainedModel, "_load_pretrained_model", allocate
+    )
+    refused(folder, r"does not fit its config.json: its l1 is torch.int8 of shape")
+    monkeypatch.undo()
+    assert transformers.modeling_utils.PreTrainedModel._load_pretrained_model == loading
+
+
+def test_a_description_of_another_model(folder):
+    """The names are not the model's, or the shapes are not."""
+
+    def rename(entry: dict[str, Any]) -> None:
+        entry["layers"] = {
+            name.replace("layers.0", "layers.7"): numbers
+            for name, numbers in entry["layers"].items()
+        }
+
+    whole = (folder / CONFIG).read_text()
+    edit_config(folder, rename)
+    refused(folder, "quantized linear .*layers.7.* has none of that name: load it with")
+    (folder / CONFIG).write_text(whole)
+    edit_config(folder, _set("formats/2/shape", [64, 32]))
+    refused(folder, r"is of shape \(64, 32\), the model's of shape \(48, 32\)")
+    (folder / CONFIG).write_text(whole)
+    edit_config(folder, _set("formats/2/modalities", ["text", "audio"]))
+    refused(folder, r"config declares the modalities \('text', 'vision'\), not audio")
+
+
+def test_a_recipe_for_another_model(tmp_path):
+    other = tiny_models.qwen25_vl(layers=1)
+    recipe = tiny_models.recipe_of(other, method="rtn")
+    format_1.model().save_pretrained(tmp_path)
+    config = MASQuantHfConfig(recipe=recipe)
+    refused(
+        tmp_path, "recipe was made for a weight of shape", quantization_config=config
+    )
+
+
+def test_files_of_a_model_that_is_not_quantized(folder):
+    """Its config.json says that it is."""
+    (folder / MODEL).unlink()
+    format_1.model().save_pretrained(folder / "dense")
+    shutil.copy(folder / "dense" / MODEL, folder / MODEL)
+    refused(folder, "in full precision, its config.json says that it is quantized")
+
+
+def test_quantized_files_whose_config_does_not_say_so(folder):
+    """One linear of them."""
+
+    def forget(entry: dict[str, Any]) -> None:
+        del entry["layers"][LAYER]
+
+    edit_config(folder, forget)
+    refused(folder, "has a part of a quantized weight, .*up_proj.* does not know")
+
+
+def test_parts_that_do_not_fit_their_description(folder):
+    whole = (folder / MODEL).read_bytes()
+    name = "model.layers.0.mlp.up_proj._weight_"
+    for change, match in (
+        (lambda t: t.pop(f"{name}scale"), "its scale is missing"),
+        (
+            lambda t: t.update({f"{name}zero_point": t[f"{name}scale"] + 1}),
+            "should not be",
+        ),
+        (
+            lambda t: t.update({f"{name}qdata": t[f"{name}qdata"].to(torch.uint8)}),
+            "its qdata is torch.uint8 of shape .*, it should be torch.int8",
+        ),
+        (
+            lambda t: t.update({f"{name}l1": t[f"{name}l1"].t().contiguous()}),
+            r"its l1 is torch.bfloat16 of shape \(2, 32\), it should be",
+        ),
+        (
+            lambda t: t.pop("model.norm.weight"),
+            "has no model.language_model.norm.weight",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1]}),
+            r"norm.weight is torch.float32 of shape \(31,\), the model's",
+        ),
+        (
+            lambda t: t.update({"model.extra": torch.zeros(2, dtype=torch.complex64)}),
+            "model.extra is of type C64",
+        ),
+    ):
+        (folder / MODEL).write_bytes(whole)
+        edit_tensors(folder, change)
+        refused(folder, match)
+
+
+def test_a_tensor_in_two_files(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    shutil.copy(first, second)
+    refused(
+        tmp_path, f"^{second.name} is cut off or damaged .* is in another file, too"
+    )
+
+
+class _Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(folder, tmp_path):
+    (folder / MODEL).unlink()
+    payload = tmp_path / "ran"
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Evil(payload)))
+    for options in ({}, {"use_safetensors": False, "weights_only": False}):
+        refused(folder, "^pytorch_model.bin is no safetensors file", **options)
+    assert not payload.exists()
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Saving stops at the second shard."""
+
+    def stop(error: BaseException) -> None:
+        write = transformers.modeling_utils.safe_save_file
+        written: list[str] = []
+
+        def save(tensors: Any, path: Any, **options: Any) -> None:
+            if written:
+                raise error
+            written.append(path)
+            write(tensors, path, **options)
+
+        monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", save)
+
+    return stop
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), KeyboardInterrupt()])
+def test_an_interrupted_save_leaves_the_old_folder_whole(
+    folder, model, interrupted, error
+):
+    before = contents(folder)
+    changed = copy.deepcopy(model)
+    changed.lm_head.weight.data.zero_()
+    interrupted(error)
+    with pytest.raises(type(error)):
+        save_quantized(changed, folder, max_shard_size="20KB")
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    with pytest.raises(type(error)):
+        save_quantized(changed, folder.parent / "new", max_shard_size="20KB")
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_save_that_cannot_take_the_old_ones_place(folder, model, monkeypatch):
+    before = contents(folder)
+    rename = os.rename
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(source).parent.name == "new":
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        save_quantized(model, folder)
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_target_that_cannot_be_written(folder, model):
+    file = folder / MODEL
+    before = contents(folder)
+    with pytest.raises(NotADirectoryError, match="it is a file; give a folder.$"):
+        save_quantized(model, file)
+    with pytest.raises(
+        OSError, match="^cannot save to .*; give a folder that can be wr"
+    ):
+        save_quantized(model, file / "model")
+    assert contents(folder) == before
+    if os.geteuid() != 0:
+        folder.chmod(0o500)
+        with pytest.raises(OSError, match="^cannot save to .*Permission denied"):
+            save_quantized(model, folder / "model")
+        folder.chmod(0o700)
+
+
+def test_what_cannot_be_saved(tmp_path, model):
+    with pytest.raises(ValueError, match="has no quantized linear: quantize it with"):
+        save_quantized(format_1.model(), tmp_path / "x")
+    with pytest.raises(TypeError, match="takes a transformers model, got a PlainModel"):
+        save_quantized(tiny_models.PlainModel(), tmp_path / "x")
+    dense = format_1.model()
+    dense.hf_quantizer = model.hf_quantizer
+    with pytest.raises(ValueError, match="has no quantized linear to save"):
+        dense.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x" / MODEL).exists()
+
+
+def test_errors_of_a_header_name_the_file_and_the_cause(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError) as error:
+        stored_tensors([str(tmp_path / "x.safetensors")])
+    assert re.fullmatch(
+        r"x.safetensors is cut off or damaged \(.*\): download or save it again.",
+        str(error.value),
+    )
+    assert isinstance(error.value.__cause__, safetensors.SafetensorError)

@@ -1,0 +1,221 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Format version 1 of a quantized checkpoint.
+
+Each quantized weight ``X.weight`` is stored as plain tensors ``X._weight_qdata``,
+``X._weight_scale``, ..., named as torchao names them; all other tensors are stored as
+they are. What the parts mean is in the ``quantization_config`` of ``config.json``::
+
+    {"quant_method": "masquant", "format_version": 1, "dtype": "bfloat16",
+     "formats": [{"shape": [N, K], "weight_bits": 4, ...}, ...],
+     "options": [{"scheme": "w4a8", "method": "masquant", ...}, ...],
+     "layers": {"model.layers.0.mlp.up_proj": {"format": 0, "options": 0}, ...}}
+
+where ``formats`` are :class:`LayerFormat`, and ``options`` say how they were made.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Optional
+
+import torch
+from torch import nn
+
+from torchao_masquant.integrations.layer_format import PARTS, LayerFormat
+from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "STORED_PART",
+    "CheckpointFormat",
+    "flatten_state_dict",
+    "stored_name",
+]
+
+QUANT_METHOD = "masquant"
+FORMAT_VERSION = 1
+
+#: Matches names of stored parts: the linear's, and the part's.
+STORED_PART = re.compile(rf"(.+)\._weight_({'|'.join(PARTS)})")
+
+
+def stored_name(linear: str, part: str) -> str:
+    """What a part of a linear's weight is called in a file."""
+    return f"{linear}._weight_{part}"
+
+
+@dataclass
+class CheckpointFormat:
+    """What a checkpoint says of all its quantized linears.
+
+    Attributes:
+        dtype: of the model that was saved, such as "bfloat16".
+        layers: name of a linear to the format of its weight.
+        options: name of a linear to the options that it was solved with, where they
+            are known.
+    """
+
+    dtype: str
+    layers: dict[str, LayerFormat]
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, options: Optional[Mapping[str, SolverOptions]] = None
+    ) -> "CheckpointFormat":
+        """The format of a quantized model.
+
+        Args:
+            model: a transformers model.
+            options: name of a linear to the options that it was solved with.
+        """
+        layers = {
+            name: LayerFormat.of(module.weight.data)
+            for name, module in model.named_modules()
+            if isinstance(module, MASQuantLinear)
+        }
+        known = {
+            name: {k: _plain(v) for k, v in vars(option).items()}
+            for name, option in (options or {}).items()
+            if name in layers
+        }
+        return cls(str(model.dtype).removeprefix("torch."), layers, known)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        """As :meth:`from_json` reads it."""
+        formats: list[LayerFormat] = []
+        options: list[dict[str, Any]] = []
+        layers: dict[str, dict[str, Optional[int]]] = {}
+        for name, layer in self.layers.items():
+            option = self.options.get(name)
+            layers[name] = {
+                "format": _index(formats, layer),
+                "options": None if option is None else _index(options, option),
+            }
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "dtype": self.dtype,
+            "formats": [entry.to_json() for entry in formats],
+            "options": options,
+            "layers": layers,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "CheckpointFormat":
+        """Check and read a ``quantization_config``; nothing is allocated.
+
+        Raises:
+            ValueError: it is of another format version, or damaged.
+        """
+        version = entry.get("format_version")
+        if version != FORMAT_VERSION or type(version) is not int:
+            newer = type(version) is int and version > FORMAT_VERSION
+            raise ValueError(
+                f"the checkpoint is of MASQuant format {version!r}, this version of "
+                f"torchao_masquant reads {FORMAT_VERSION}: "
+                f"{'upgrade it' if newer else 'quantize the model again'}."
+            )
+        try:
+            formats = [LayerFormat.from_json(e) for e in _entries(entry, "formats")]
+            options = _entries(entry, "options")
+            dtype = entry.get("dtype")
+            if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+                raise ValueError(f"dtype {dtype!r} is none of torch's")
+            layers, known = {}, {}
+            for name, numbers in _named(entry, "layers").items():
+                layers[name] = _pick(formats, numbers, "format", name)
+                if numbers.get("options") is not None:
+                    known[name] = dict(_pick(options, numbers, "options", name))
+            if not layers:
+                raise ValueError("no linear is named")
+        except ValueError as error:
+            raise ValueError(
+                "the quantization_config of the checkpoint's config.json is damaged: "
+                f"{str(error).rstrip('.')}; download or save the checkpoint again."
+            ) from error
+        return cls(str(dtype), layers, known)
+
+
+def flatten_state_dict(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Plain tensors for the quantized weights of a state_dict, under their stored names.
+
+    Other entries stay. Parts are views of the weights; those that share their memory
+    (a shift that several linears have in common) are copied, since safetensors refuses
+    them.
+
+    Args:
+        state: of a quantized model.
+    """
+    flat: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, MASQuantTensor):
+            flat[name] = tensor
+            continue
+        linear, _, parameter = name.rpartition(".")
+        assert parameter == "weight", name
+        for part in PARTS:
+            value = getattr(tensor, part)
+            if value is None:
+                continue
+            # Of a slice, only its own values are written.
+            value = value.detach().contiguous()
+            storage = value.untyped_storage()
+            if (
+                storage.data_ptr() in storages
+                or storage.nbytes() != value.numel() * value.element_size()
+            ):
+                value = value.clone()
+            storages.add(value.untyped_storage().data_ptr())
+            flat[stored_name(linear, part)] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """What JSON gives back equal."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {k: _plain(v) for k, v in vars(value).items()}
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def _index(known: list[Any], item: Any) -> int:
+    if item not in known:
+        known.append(item)
+    return known.index(item)
+
+
+def _entries(entry: Mapping[str, Any], name: str) -> list[Any]:
+    found = entry.get(name)
+    if not isinstance(found, list) or not all(isinstance(e, dict) for e in found):
+        raise ValueError(f"{name} is a list of dicts")
+    return found
+
+
+def _named(entry: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    found = entry.get(name)
+    if not isinstance(found, dict) or not all(
+        isinstance(e, dict) for e in found.values()
+    ):
+        raise ValueError(f"{name} is a dict of dicts")
+    return found
+
+
+def _pick(known: list[Any], numbers: Mapping[str, Any], key: str, layer: str) -> Any:
+    number = numbers.get(key)
+    if type(number) is not int or not 0 <= number < len(known):
+        raise ValueError(f"{layer} is of {key} {number!r}, of which there is none")
+    return known[number]

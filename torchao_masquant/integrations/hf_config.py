@@ -1,0 +1,120 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The ``quantization_config`` of a transformers model."""
+
+import os
+from typing import Any, Optional, Union
+
+from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from torchao_masquant.config import MASQuantConfig, masquant_config
+from torchao_masquant.integrations.checkpoint_format import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    CheckpointFormat,
+)
+from torchao_masquant.recipe import Recipe
+
+__all__ = ["MASQuantHfConfig"]
+
+
+class MASQuantHfConfig(QuantizationConfigMixin):
+    """Quantize a model while transformers loads it::
+
+        AutoModelForImageTextToText.from_pretrained(
+            original, quantization_config=MASQuantHfConfig(recipe="recipe.safetensors")
+        )
+
+    Each weight is quantized as it arrives, and its full precision freed. A saved
+    quantized model needs none of this: ``from_pretrained(folder)`` gives it back.
+
+    Args:
+        recipe: what ``calibrate`` found for this model, or the path of one.
+        config: in place of a recipe: ``masquant_config(recipe, include=...)``, or a
+            ``MASQuantConfig(step="convert", method="rtn", ...)``, the only method that
+            needs no calibration.
+
+    Raises:
+        ValueError: the config needs a calibration, or not exactly one of the two is
+            given.
+        FileNotFoundError: there is no recipe at the path.
+    """
+
+    def __init__(
+        self,
+        recipe: Optional[Union[Recipe, str, os.PathLike]] = None,
+        config: Optional[MASQuantConfig] = None,
+    ):
+        if (recipe is None) == (config is None):
+            raise ValueError(
+                "MASQuantHfConfig takes a recipe from calibrate(), or a config, and one "
+                "of them only; a saved quantized model is loaded without it."
+            )
+        if recipe is not None:
+            config = masquant_config(recipe)
+        assert config is not None
+        _check_without_calibration(config)
+        self.quant_method = QUANT_METHOD
+        self.config: Optional[MASQuantConfig] = config
+        self.checkpoint: Optional[CheckpointFormat] = None
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: CheckpointFormat) -> "MASQuantHfConfig":
+        """The config of a model that is quantized."""
+        self = cls.__new__(cls)
+        self.quant_method = QUANT_METHOD
+        self.config = None
+        self.checkpoint = checkpoint
+        return self
+
+    @classmethod
+    def from_dict(
+        cls,
+        config_dict: dict[str, Any],
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Read what :meth:`to_dict` made.
+
+        Raises:
+            ValueError: it is of another format version, or damaged.
+        """
+        config = cls.of_checkpoint(CheckpointFormat.from_json(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        if self.checkpoint is not None:
+            return self.checkpoint.to_json()
+        assert self.config is not None
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "options": [dict(vars(self.config.options))],
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MASQuantHfConfig":
+        # transformers copies configs again and again; a recipe may be as large as the
+        # model. Neither part is changed once it is here.
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+def _check_without_calibration(config: MASQuantConfig) -> None:
+    if config.step != QuantizationStep.CONVERT:
+        raise ValueError(
+            "a model is quantized while it is loaded with step='convert', not with "
+            f"step={config.step!r}."
+        )
+    if config.recipe is not None:
+        return
+    if config.options.parts.smooth:
+        raise ValueError(
+            f"method {config.method!r} needs a calibration: give a recipe from "
+            "calibrate(), or method='rtn'."
+        )

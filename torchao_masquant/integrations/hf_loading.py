@@ -1,0 +1,346 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What one ``from_pretrained`` does with the linears of a model on the meta device."""
+
+import re
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+import torch
+from torch import nn
+
+from torchao_masquant.calibration.calibrate import base_first
+from torchao_masquant.config import MASQuantConfig
+from torchao_masquant.integrations.checkpoint_format import (
+    STORED_PART,
+    CheckpointFormat,
+    stored_name,
+)
+from torchao_masquant.integrations.layer_format import LayerFormat, TensorKind
+from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.recipe import LayerRecipe, Recipe, weight_fingerprint
+from torchao_masquant.routing import Router
+from torchao_masquant.selection import match_names, select_linears
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+
+__all__ = ["CheckpointLoading", "QuantizingLoading", "attach_routers"]
+
+
+def attach_routers(model: nn.Module) -> None:
+    """Route the calls of a loaded model, where the modality of a token matters."""
+    linears = [m for m in model.modules() if isinstance(m, MASQuantLinear)]
+    for router in dict.fromkeys(m.router for m in linears if m.router is not None):
+        # An incomplete router refuses tokens of a modality that it does not know.
+        if not router.is_complete or any(
+            m.routed for m in linears if m.router is router
+        ):
+            router.detach(model)
+            router.attach(model)
+
+
+class CheckpointLoading:
+    """Loads quantized weights, after all that can be checked beforehand is checked.
+
+    Args:
+        model: on the meta device, not quantized.
+        checkpoint: what its ``config.json`` says.
+        stored: name to type and shape of each tensor in its files, None where there
+            are no files to look at.
+        dtype: that was asked for in ``from_pretrained``.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: CheckpointFormat,
+        stored: Optional[Mapping[str, TensorKind]],
+        dtype: Optional[torch.dtype],
+    ):
+        self.formats: dict[str, LayerFormat] = {}
+        self.stored = stored
+        # Another type than the saved one is meant for the linears, too.
+        self.dtype = None if dtype == checkpoint.torch_dtype else dtype
+        self._state: dict[str, torch.Tensor] = dict(model.state_dict())
+        self.prefix: str = model.base_model_prefix
+        self._class = type(model).__name__
+        self._is_saved_class = self._class in (model.config.architectures or ())
+        self._optional = _optional_names(model)
+        modules = dict(model.named_modules())
+        routers: dict[tuple[str, ...], Router] = {}
+        self._routers: dict[str, Router] = {}
+        for saved_name, layer in checkpoint.layers.items():
+            name = self._name_in(modules, saved_name)
+            shape = tuple(modules[name].weight.shape)
+            if shape != layer.shape:
+                raise ValueError(
+                    f"the checkpoint's {saved_name} is of shape {layer.shape}, the "
+                    f"model's of shape {shape}: its config.json is of another model."
+                )
+            if layer.modalities not in routers:
+                routers[layer.modalities] = Router.for_model(model, layer.modalities)
+            self.formats[name] = layer
+            self._routers[name] = routers[layer.modalities]
+
+    def _name_in(self, modules: Mapping[str, nn.Module], saved_name: str) -> str:
+        """The name here of a linear, in a class with or without head."""
+        prefix = f"{self.prefix}."
+        for name in (saved_name, saved_name.removeprefix(prefix), prefix + saved_name):
+            if type(modules.get(name)) is nn.Linear:
+                return name
+        raise ValueError(
+            f"the checkpoint has a quantized linear {saved_name}, {self._class} has "
+            "none of that name: load it with the class that it was saved from."
+        )
+
+    @property
+    def state_with_parts(self) -> dict[str, Any]:
+        """Names that tensors of the checkpoint may have here."""
+        parts = {
+            stored_name(name, part): True
+            for name, layer in self.formats.items()
+            for part in layer.kinds()
+        }
+        return self._state | parts
+
+    def nbytes_of(self, name: str, weight: torch.Tensor) -> int:
+        """Bytes of a linear's quantized weight."""
+        return self.formats[name].nbytes
+
+    def check_stored(self, rename: Callable[[str], tuple[list[str], bool]]) -> None:
+        """Compare the files with the model, before anything is allocated.
+
+        Args:
+            rename: from a name in the files to those of the model that it becomes, and
+                whether it becomes one of them as it is.
+
+        Raises:
+            ValueError: a tensor is missing, left over, or of the wrong type or shape.
+        """
+        if self.stored is None:
+            return
+        parts: dict[str, dict[str, TensorKind]] = {name: {} for name in self.formats}
+        covered: set[str] = set()
+        for in_file, kind in self.stored.items():
+            names, as_it_is = rename(in_file)
+            match = STORED_PART.fullmatch(names[0])
+            if match is None:
+                covered.update(names)
+                if as_it_is:
+                    self._check_plain(names[0], kind)
+            elif match[1] in parts:
+                parts[match[1]][match[2]] = kind
+            else:
+                raise ValueError(
+                    f"the checkpoint has a part of a quantized weight, {in_file}, "
+                    "that its config.json does not know: download or save it again."
+                )
+        for name, layer in self.formats.items():
+            try:
+                layer.check_tensors(parts[name])
+            except ValueError as error:
+                raise ValueError(
+                    f"the checkpoint's {name} does not fit its config.json: {error}; "
+                    "download or save it again."
+                ) from error
+        # Of another class, a head may rightly be new.
+        if self._is_saved_class:
+            self._check_complete(covered)
+
+    def _check_plain(self, name: str, kind: TensorKind) -> None:
+        ours = self._state.get(name)
+        if ours is None:
+            return
+        if name.removesuffix(".weight") in self.formats:
+            raise ValueError(
+                f"the checkpoint has {name} in full precision, its config.json says "
+                "that it is quantized: download or save it again."
+            )
+        other_shape = self._is_saved_class and tuple(ours.shape) != kind[1]
+        if other_shape or ours.is_floating_point() != kind[0].is_floating_point:
+            raise ValueError(
+                f"the checkpoint's {name} is {kind[0]} of shape {kind[1]}, the model's "
+                f"{ours.dtype} of shape {tuple(ours.shape)}: the file is damaged, or "
+                "of another model."
+            )
+
+    def _check_complete(self, covered: set[str]) -> None:
+        quantized = {f"{name}.weight" for name in self.formats}
+        for name in self._state:
+            if name in covered or name in quantized or self._optional(name, covered):
+                continue
+            raise ValueError(
+                f"the checkpoint has no {name}, which {self._class} was saved with: "
+                "its files are damaged or not all there; download or save it again."
+            )
+
+    def linear_of(self, weight_name: str) -> Optional[str]:
+        """The quantized linear whose weight has this name, if it is one."""
+        name = weight_name.removesuffix(".weight")
+        return name if name in self.formats else None
+
+    def load(
+        self, model: nn.Module, name: str, parts: Mapping[str, torch.Tensor]
+    ) -> nn.Parameter:
+        """Turn a linear into a quantized one, with the weight of some loaded parts."""
+        weight = self.formats[name].build(parts, self.dtype)
+        return _replace(model, name, weight, self._routers[name])
+
+
+class QuantizingLoading:
+    """Quantizes each weight as it is loaded.
+
+    Args:
+        model: on the meta device, not quantized.
+        config: with a recipe, or one that needs none.
+
+    Raises:
+        ValueError: the recipe was made for another model.
+    """
+
+    def __init__(self, model: Any, config: MASQuantConfig):
+        self.config = config
+        self.done: set[str] = set()
+        #: the first weight that could not be quantized
+        self.error: Optional[ValueError] = None
+        self._class = type(model).__name__
+        self._layers: dict[str, Optional[LayerRecipe]]
+        if isinstance(config.recipe, Recipe):
+            names = match_names(
+                list(config.recipe.layers), config.include, config.exclude
+            )
+            self._layers = {name: config.recipe.layers[name] for name in names}
+            modalities = config.recipe.modalities
+            self._check_names(dict(model.named_modules()))
+        else:
+            linears = select_linears(model, config.include, config.exclude)
+            self._layers = dict.fromkeys(linears)
+            modalities = base_first(model, config.base_modality, config.modalities)
+        self.router = Router.for_model(model, modalities)
+
+    def _check_names(self, modules: Mapping[str, nn.Module]) -> None:
+        again = "use the model that it was made for, or calibrate again"
+        for name, layer in self._layers.items():
+            module = modules.get(name)
+            if not isinstance(module, nn.Linear):
+                raise ValueError(
+                    f"the recipe was made for another model: {self._class} has no "
+                    f"linear {name}; {again}."
+                )
+            if layer is not None and tuple(module.weight.shape) != tuple(layer.shape):
+                raise ValueError(
+                    f"{name}: the recipe was made for a weight of shape "
+                    f"{tuple(layer.shape)}, the model's is "
+                    f"{tuple(module.weight.shape)}; {again}."
+                )
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Linears that are to be quantized."""
+        return list(self._layers)
+
+    def linear_of(self, weight_name: str) -> Optional[str]:
+        """The linear to quantize whose weight has this name, if it is one."""
+        name = weight_name.removesuffix(".weight")
+        return name if name in self._layers and name != weight_name else None
+
+    def nbytes_of(self, name: str, weight: torch.Tensor) -> float:
+        """Bytes of a linear's weight once it is quantized."""
+        layer = self._layers[name]
+        packed = self.config.options.bits.weight_bits <= 4
+        integers = weight.numel() * (0.5 if packed else 1)
+        if layer is None:
+            return integers
+        others = {k: t for k, t in layer.tensors().items() if k != "qdata"}
+        return integers + sum(t.nbytes for t in others.values())
+
+    def load(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
+        """Quantize a weight that has arrived, in the linear that it is for.
+
+        A weight that the recipe was not made for is remembered in :attr:`error`, and
+        neither it nor those after it are kept: transformers would bury an exception
+        from here in its report.
+        """
+        self.done.add(name)
+        if self.error is None:
+            try:
+                _replace(model, name, self._quantized(name, weight), self.router)
+                return
+            except ValueError as error:
+                self.error = error
+        # Of the right shape, and of no size.
+        nothing = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+        parameter = nn.Parameter(nothing, requires_grad=False)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        model.get_submodule(name).weight = parameter
+
+    def _quantized(self, name: str, weight: torch.Tensor) -> MASQuantTensor:
+        options = self.config.options
+        layer = self._layers[name]
+        if layer is None:
+            layer = LayerRecipe(
+                shape=(weight.shape[0], weight.shape[1]),
+                fingerprint="",
+                smoothing_factor=torch.ones(1, weight.shape[1]),
+            )
+        elif (found := weight_fingerprint(weight)) != layer.fingerprint:
+            raise ValueError(
+                f"{name}: the recipe was made for a weight with fingerprint "
+                f"{layer.fingerprint}, the checkpoint's is {found}; use the model that "
+                "it was made for, in the same dtype, or calibrate again."
+            )
+        try:
+            return layer.quantize(
+                weight, options.bits, self.router.modalities, options.low_rank_bits
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def finish(self) -> None:
+        """Raise unless every weight has been quantized.
+
+        Raises:
+            ValueError: one could not be, or was not in the checkpoint.
+        """
+        if self.error is not None:
+            raise self.error
+        missing = [name for name in self._layers if name not in self.done]
+        if missing:
+            raise ValueError(
+                f"{missing[0]} was not quantized, since the checkpoint has no weight "
+                "for it of its own: load the model without quantization_config, and "
+                "call quantize_."
+            )
+
+
+def _replace(
+    model: nn.Module, name: str, weight: MASQuantTensor, router: Router
+) -> nn.Parameter:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    MASQuantLinear.from_float(linear, weight, name, router)
+    parameter = linear.weight
+    # So that transformers does not initialize it again.
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    return parameter  # type: ignore[return-value]
+
+
+def _optional_names(model: Any) -> Callable[[str, set[str]], bool]:
+    """Whether a name need not be in the files of a model, given those that are."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+    def is_optional(name: str, covered: set[str]) -> bool:
+        partners = {tied.get(name)} | {k for k, v in tied.items() if v == name}
+        return (
+            name in unsaved
+            or bool(partners & covered)
+            or any(re.search(pattern, name) for pattern in patterns)
+        )
+
+    return is_optional

@@ -1,0 +1,81 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The two steps of transformers' loading that make quantized weights."""
+
+from typing import Any, Optional
+
+import torch
+from transformers.core_model_loading import ConversionOps
+
+from torchao_masquant.integrations.hf_loading import (
+    CheckpointLoading,
+    QuantizingLoading,
+)
+
+__all__ = ["AssembleWeight", "QuantizeWeight"]
+
+
+class AssembleWeight(ConversionOps):
+    """From the stored parts of a weight to the quantized weight."""
+
+    def __init__(self, hf_quantizer: Any):
+        # transformers looks for this attribute, and leaves the parts' types alone.
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AssembleWeight":
+        # transformers copies the operation for every weight.
+        return self
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: Optional[list[str]] = None,
+        target_patterns: Optional[list[str]] = None,
+        *,
+        full_layer_name: str,
+        model: Any,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        loading = self.hf_quantizer.loading
+        assert isinstance(loading, CheckpointLoading)
+        name = loading.linear_of(full_layer_name)
+        if name is None:
+            raise ValueError(f"{full_layer_name} is no quantized weight.")
+        parts = {
+            pattern.partition("_weight_")[2]: tensors[0]
+            for pattern, tensors in input_dict.items()
+        }
+        return {full_layer_name: loading.load(model, name, parts)}
+
+
+class QuantizeWeight(ConversionOps):
+    """From a loaded weight of full precision to the quantized weight."""
+
+    def __init__(self, loading: QuantizingLoading):
+        self.loading = loading
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Optional[list[str]] = None,
+        target_patterns: Optional[list[str]] = None,
+        *,
+        model: Any,
+        missing_keys: Optional[set[str]] = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        others: dict[str, Any] = {}
+        for key in list(input_dict):
+            value = input_dict.pop(key)
+            name = self.loading.linear_of(key)
+            if name is None:
+                others[key] = value
+                continue
+            weight = value[0] if isinstance(value, list) else value
+            self.loading.load(model, name, weight)
+            if missing_keys is not None:
+                missing_keys.discard(key)
+        return others

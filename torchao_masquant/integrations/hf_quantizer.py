@@ -1,0 +1,216 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""How transformers saves, loads and quantizes a model of ours."""
+
+from typing import Any, Callable, Optional, Union
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from torchao_masquant.integrations.checkpoint_format import (
+    CheckpointFormat,
+    flatten_state_dict,
+)
+from torchao_masquant.integrations.hf_config import MASQuantHfConfig
+from torchao_masquant.integrations.hf_loading import (
+    CheckpointLoading,
+    QuantizingLoading,
+    attach_routers,
+)
+from torchao_masquant.integrations.layer_format import PARTS
+from torchao_masquant.integrations.stored_tensors import stored_tensors
+from torchao_masquant.sharing import share_smoothing
+from torchao_masquant.solver.methods import SolverOptions
+
+__all__ = ["MASQuantHfQuantizer"]
+
+
+class MASQuantHfQuantizer(HfQuantizer):
+    """transformers' side of a quantized model; ``quantize_`` and ``from_pretrained``
+    put one on it.
+
+    Attributes:
+        options: name of a linear to the options that it was quantized with, as far as
+            they are known.
+        loading: what the ``from_pretrained`` that runs does; None outside of one.
+    """
+
+    requires_calibration = False
+    quantization_config: MASQuantHfConfig
+
+    def __init__(self, quantization_config: MASQuantHfConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.options: dict[str, SolverOptions] = {}
+        self.loading: Optional[Union[CheckpointLoading, QuantizingLoading]] = None
+        self._dtype: Optional[torch.dtype] = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MASQuantHfQuantizer":
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__, options=dict(self.options))
+        return copied
+
+    # Saving
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What is written to safetensors files; ``config.json`` is made to tell of it.
+
+        Raises:
+            ValueError: no linear of the model is quantized any more.
+        """
+        checkpoint = CheckpointFormat.of(model, self.options)
+        if not checkpoint.layers:
+            raise ValueError(
+                f"{type(model).__name__} has no quantized linear to save: quantize it "
+                "with masquant_config(recipe) first."
+            )
+        for name, option in self._saved_options().items():
+            if name in checkpoint.layers:
+                checkpoint.options.setdefault(name, option)
+        self.quantization_config = MASQuantHfConfig.of_checkpoint(checkpoint)
+        model.config.quantization_config = self.quantization_config  # type: ignore
+        return flatten_state_dict(model.state_dict()), {}
+
+    def _saved_options(self) -> dict[str, dict[str, Any]]:
+        """Options that an earlier checkpoint of the model knew."""
+        checkpoint = self.quantization_config.checkpoint
+        return {} if checkpoint is None else checkpoint.options
+
+    # Loading
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raise where the device map has weights on disk, where they cannot be used."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "quantized weights cannot be offloaded to disk: take the disk out of "
+                "device_map."
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        if config.config is not None:
+            self.loading = QuantizingLoading(model, config.config)
+            return
+        assert config.checkpoint is not None
+        stored = None if checkpoint_files is None else stored_tensors(checkpoint_files)
+        self.loading = CheckpointLoading(model, config.checkpoint, stored, self._dtype)
+
+    def param_needs_quantization(
+        self, model: Any, param_name: str, **kwargs: Any
+    ) -> bool:
+        return (
+            isinstance(self.loading, QuantizingLoading)
+            and self.loading.linear_of(param_name) is not None
+        )
+
+    def param_element_size(
+        self, model: Any, param_name: str, param: torch.Tensor
+    ) -> float:
+        """Bytes of one value of a weight, all that goes with it counted in."""
+        if self.loading is not None:
+            name = self.loading.linear_of(param_name)
+            if name is not None and param.numel():
+                return self.loading.nbytes_of(name, param) / param.numel()
+        return param.element_size()
+
+    def get_quantize_ops(self) -> Any:
+        from torchao_masquant.integrations.hf_operations import QuantizeWeight
+
+        assert isinstance(self.loading, QuantizingLoading)
+        return QuantizeWeight(self.loading)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        """Add the step that makes a weight of its parts; the files are checked before."""
+        if not isinstance(self.loading, CheckpointLoading):
+            return weight_conversions
+        from transformers.core_model_loading import WeightConverter
+
+        from torchao_masquant.integrations.hf_operations import AssembleWeight
+
+        self.loading.check_stored(_renaming(weight_conversions, self.loading))
+        patterns = [rf"\._weight_{part}" for part in PARTS]
+        ours = WeightConverter(patterns, [".weight"], [AssembleWeight(self)])
+        return [*weight_conversions, ours]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        loading, self.loading = self.loading, None
+        if isinstance(loading, QuantizingLoading):
+            loading.finish()
+            self.options = dict.fromkeys(loading.names, loading.config.options)
+            # The recipe, which may be as large as the model, is done with.
+            self.quantization_config = MASQuantHfConfig.of_checkpoint(
+                CheckpointFormat.of(model, self.options)
+            )
+            model.config.quantization_config = self.quantization_config
+        attach_routers(model)
+        share_smoothing(model)
+        # Saving does not go through it backwards: its pattern would take every weight.
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+        return model
+
+    # Use
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _renaming(
+    conversions: list[Any], loading: CheckpointLoading
+) -> Callable[[str], tuple[list[str], bool]]:
+    """transformers' way from a name in a file to names in the model."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    known = loading.state_with_parts
+
+    def rename(stored: str) -> tuple[list[str], bool]:
+        name, pattern = rename_source_key(
+            stored, renamings, converters, loading.prefix, known
+        )
+        if name not in known and stored in known:
+            # As transformers does: it was not meant to be renamed.
+            return [stored], True
+        if pattern is None:
+            return [name], True
+        targets = by_pattern[pattern].target_patterns
+        return [name.replace(targets[0], target) for target in targets], False
+
+    return rename
+
+
+def _is_ours(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(
+        isinstance(getattr(operation, "hf_quantizer", None), MASQuantHfQuantizer)
+        for operation in operations
+    )

@@ -1,0 +1,103 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Telling other libraries of ours, once they are imported."""
+
+import importlib.abc
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+from torchao_masquant.integrations.checkpoint_format import QUANT_METHOD
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+
+__all__ = ["register_integrations"]
+
+
+def _register_with_transformers(registry: ModuleType) -> None:
+    """The method "masquant", for ``from_pretrained``."""
+    from torchao_masquant.integrations.hf_config import MASQuantHfConfig
+    from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
+
+    if QUANT_METHOD not in registry.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        registry.register_quantization_config(QUANT_METHOD)(MASQuantHfConfig)
+    if QUANT_METHOD not in registry.AUTO_QUANTIZER_MAPPING:
+        registry.register_quantizer(QUANT_METHOD)(MASQuantHfQuantizer)
+
+
+def _register_with_torchao(registry: ModuleType) -> None:
+    """The tensor, for ``flatten_tensor_state_dict`` and its reverse."""
+    name = MASQuantTensor.__name__
+    registry.ALLOWED_CLASSES[name] = MASQuantTensor
+    if name not in registry.ALLOWED_TENSORS_SUBCLASSES:
+        registry.ALLOWED_TENSORS_SUBCLASSES.append(name)
+
+
+# The modules that keep what a library knows.
+_REGISTRIES: Mapping[str, Callable[[ModuleType], None]] = {
+    "torchao.prototype.safetensors.safetensors_utils": _register_with_torchao,
+    "transformers.quantizers.auto": _register_with_transformers,
+}
+
+
+def register_integrations() -> None:
+    """Let transformers load quantized models of ours, and torchao flatten their tensors.
+
+    Now, where their modules are imported; otherwise as soon as they are, since
+    importing them takes seconds that only their users should spend.
+    """
+    for name, register in _REGISTRIES.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+        elif not any(isinstance(f, _Finder) and f.name == name for f in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(name, register))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module where the other finders do, and is told when it has run."""
+
+    def __init__(self, name: str, register: Callable[[ModuleType], None]):
+        self.name = name
+        self.register = register
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Optional[Sequence[str]],
+        target: Optional[ModuleType] = None,
+    ) -> Optional[ModuleSpec]:
+        if fullname != self.name:
+            return None
+        for finder in sys.meta_path:
+            # Old kinds of finders have no find_spec.
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    """Runs a module as its own loader does, and registers with it."""
+
+    def __init__(self, loader: Any, finder: _Finder):
+        self.loader = loader
+        self.finder = finder
+
+    def create_module(self, spec: ModuleSpec) -> Optional[ModuleType]:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        # From here on it is an ordinary module.
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        self.finder.register(module)

@@ -1,0 +1,113 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Writing a quantized model as a whole, or not at all."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Union
+
+from torch import nn
+
+from torchao_masquant.integrations.attachment import attach_to_transformers
+from torchao_masquant.linear import MASQuantLinear
+
+__all__ = ["save_quantized"]
+
+
+def save_quantized(
+    model: nn.Module, folder: Union[str, os.PathLike], **options: Any
+) -> None:
+    """``model.save_pretrained(folder)``, whole or not at all.
+
+    The model is written to a temporary folder beside ``folder``, which takes its name
+    at the end; an error or an interruption before that leaves ``folder`` as it was.
+    What else lies in ``folder``, such as a processor, stays there.
+
+    Args:
+        model: a quantized transformers model.
+        folder: made where missing, together with its parents.
+        **options: of ``save_pretrained``, such as ``max_shard_size``.
+
+    Raises:
+        TypeError: it is no transformers model.
+        ValueError: it is not quantized, or another method has quantized it too.
+        OSError: ``folder`` cannot be written.
+    """
+    _check_model(model)
+    # Where a link leads: the link itself stays.
+    target = Path(os.path.realpath(folder))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(
+            f"cannot save to {os.fspath(folder)!r}: it is a file; give a folder."
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise OSError(
+            f"cannot save to {os.fspath(folder)!r}: {error.strerror or error}; give a "
+            "folder that can be written."
+        ) from error
+    try:
+        # save_pretrained(push_to_hub=True) names the repository after it.
+        new = temporary / "new" / target.name
+        model.save_pretrained(new, **options)  # type: ignore[operator]
+        if target.exists():
+            _keep_others(target, new)
+            _exchange(new, target, temporary / "old")
+        else:
+            os.rename(new, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not callable(getattr(model, "save_pretrained", None)):
+        raise TypeError(
+            "save_quantized takes a transformers model, got a "
+            f"{type(model).__name__}: torch.save its state_dict()."
+        )
+    if not any(isinstance(m, MASQuantLinear) for m in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has no quantized linear: quantize it with "
+            "masquant_config(recipe) first, or call its save_pretrained."
+        )
+    attach_to_transformers(model)
+    method = model.hf_quantizer.quantization_config.quant_method  # type: ignore
+    if method != "masquant":
+        raise ValueError(
+            f"{type(model).__name__} is quantized with {method}, too, which knows "
+            "nothing of MASQuant's weights: save the state_dict() with torch.save."
+        )
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Put what the new save did not write, and is no weight, beside it."""
+    for path in old.iterdir():
+        kept = new / path.name
+        if kept.exists() or _is_weight(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, kept, symlinks=True)
+        else:
+            shutil.copy2(path, kept, follow_symlinks=False)
+
+
+def _is_weight(name: str) -> bool:
+    return name.startswith(("model", "pytorch_model")) and name.endswith(
+        (".safetensors", ".bin", ".index.json")
+    )
+
+
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
