@@ -328,8 +328,14 @@ def test_search_finds_the_exponent():
         balance = [float(i == index) for i in range(3)]
         found = searched_factor({"q": weight}, statistics, bits, balance)["q"]
         sizes = [error(f, index).mean().item() for f in factors]
-        best = factors[int(np.argmin(sizes))]
-        torch.testing.assert_close(found.smoothing_factor[0], best, rtol=1e-4, atol=0)
+        (step,) = [
+            i
+            for i, factor in enumerate(factors)
+            if torch.allclose(found.smoothing_factor[0], factor, rtol=1e-4, atol=0)
+        ]
+        # Factors equal to rounding still flip one of the 4-bit integers now and then, of
+        # which there are 90 * 24: two exponents may change places, but not two errors.
+        assert sizes[step] <= min(sizes) * (1 + 5e-3)
 
 
 def teardown_module():
