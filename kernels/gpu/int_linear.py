@@ -581,7 +581,8 @@ def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 def _programs(device: torch.device, num_warps: int) -> int:
     """As many as a device can hold at once, or more: no size of the call is in it."""
-    if device.type != "cuda":
+    # In Triton's interpreter, and where a graph is traced for a GPU that is not there.
+    if device.type != "cuda" or not torch.cuda.is_available():
         return 3
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count * (16 // num_warps)
