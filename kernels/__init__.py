@@ -9,6 +9,7 @@ Importing this package registers the ``masquant::`` operator library. It knows
 plain tensors only: nothing here knows of models, modules or tensor subclasses.
 
 - ``library``: schemas and fake (shape) implementations;
+- ``autocast``: what ``masquant::linear`` does under ``torch.autocast``;
 - ``reference``: the plain implementation that every lowering is tested against;
 - ``int4_packing``: two 4-bit integers per byte;
 - ``cpu_lowering``: C++ kernels for x86, compiled at their first use;
@@ -20,6 +21,7 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
 # importing the rest would import transformers again from inside of itself.
 if __name__ == "torchao_masquant.kernels":
     from torchao_masquant.kernels import (
+        autocast,
         cpu_lowering,
         gpu_lowering,
         library,
@@ -28,6 +30,7 @@ if __name__ == "torchao_masquant.kernels":
     from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
 
     __all__ = [
+        "autocast",
         "cpu_lowering",
         "gpu_lowering",
         "library",
