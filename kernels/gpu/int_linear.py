@@ -99,6 +99,7 @@ def _epilogue(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr = True,
 ) -> None:
     """From a tile of sums, (BLOCK_M, BLOCK_N) or transposed, to the result."""
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -113,9 +114,10 @@ def _epilogue(
             mask=column < out_features,
             other=0.0,
         )
-    y *= tl.load(
-        x_scale + row.to(tl.int64) * stride_x_scale, mask=row < tokens, other=0.0
-    )
+    if HAS_X_SCALE:
+        y *= tl.load(
+            x_scale + row.to(tl.int64) * stride_x_scale, mask=row < tokens, other=0.0
+        )
     if HAS_LOW_RANK:
         member = rows < tokens
         if HAS_IDS:
@@ -423,6 +425,7 @@ def reduce_kernel(
     stride_modality_bias: tl.tensor,
     stride_ids: tl.tensor,
     PER_CHANNEL: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
     HAS_MODALITY_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -480,6 +483,7 @@ def reduce_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_R,
+        HAS_X_SCALE,
     )
 
 
@@ -738,6 +742,7 @@ def int_linear(
             scale.stride(0),
             *strides,
             PER_CHANNEL=width == 0,
+            HAS_X_SCALE=True,
             SPLIT_K=split_k,
             config=_REDUCE,
             **parts,
@@ -895,7 +900,12 @@ def _reduce_case(width: int, split_k: int, variant: str) -> AotCase:
             **_TERMS,
             **dict.fromkeys(integers, "i32"),
         },
-        {"PER_CHANNEL": width == 0, "SPLIT_K": split_k, **_FULL},
+        {
+            "PER_CHANNEL": width == 0,
+            "HAS_X_SCALE": True,
+            "SPLIT_K": split_k,
+            **_FULL,
+        },
         _REDUCE,
         variant,
         False,
