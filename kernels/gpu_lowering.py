@@ -27,12 +27,12 @@ import torch
 from torchao_masquant.kernels import reference
 from torchao_masquant.kernels.library import _LIB
 
-__all__ = ["register", "why_reference"]
+__all__ = ["GpuOperator", "operators", "register", "why_reference"]
 
 _OLDEST = (8, 0)
 
 
-class _Operator(NamedTuple):
+class GpuOperator(NamedTuple):
     """
     Attributes:
         check: raises on operands that the kernels do not take.
@@ -44,21 +44,30 @@ class _Operator(NamedTuple):
 
 
 @functools.lru_cache(maxsize=None)
-def _operators() -> dict[str, _Operator]:
-    # At the first call on a GPU: kernels ask for Triton where they are defined.
+def operators() -> dict[str, GpuOperator]:
+    """What runs on a GPU, by the operator's name.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    # Not at import: kernels ask for Triton where they are defined.
     from torchao_masquant.kernels.gpu import checks
     from torchao_masquant.kernels.gpu.int_linear import int_linear
     from torchao_masquant.kernels.gpu.low_rank_down import low_rank_down
     from torchao_masquant.kernels.gpu.smooth_quantize import smooth_quantize
+    from torchao_masquant.kernels.gpu.weight_only_linear import weight_only_linear
 
     return {
-        "smooth_quantize": _Operator(checks.check_smooth_quantize, smooth_quantize),
-        "low_rank_down": _Operator(checks.check_low_rank_down, low_rank_down),
-        "int_linear": _Operator(checks.check_int_linear, int_linear),
+        "smooth_quantize": GpuOperator(checks.check_smooth_quantize, smooth_quantize),
+        "low_rank_down": GpuOperator(checks.check_low_rank_down, low_rank_down),
+        "int_linear": GpuOperator(checks.check_int_linear, int_linear),
+        "weight_only_linear": GpuOperator(
+            checks.check_weight_only_linear, weight_only_linear
+        ),
     }
 
 
-_OPERATORS = ("smooth_quantize", "low_rank_down", "int_linear")
+_OPERATORS = ("smooth_quantize", "low_rank_down", "int_linear", "weight_only_linear")
 
 
 @functools.lru_cache(maxsize=None)
@@ -97,7 +106,7 @@ def _eager(name: str) -> Callable[..., Any]:
         if reason is not None:
             _warn(reason)
             return getattr(reference, name)(*args, **kwargs)
-        operator = _operators()[name]
+        operator = operators()[name]
         operator.check(*args, **kwargs)
         # Triton launches on the current device, whichever the tensors are on.
         with torch.cuda.device(device):
@@ -120,7 +129,7 @@ def _functional(name: str) -> Callable[..., Any]:
         )
         if keep:
             return mode.__torch_dispatch__(op, types, args, kwargs)
-        operator = _operators()[name]
+        operator = operators()[name]
         operator.check(*args, **kwargs)
         with mode:
             return operator.run(*args, **kwargs)

@@ -177,6 +177,9 @@ def main() -> None:
             "decode": trace(mode, layer, 1, mixed=False),
             "dynamic": trace(mode, layer, 1000, mixed=True, dynamic=True),
         }
+        layer = decoder_layer(mode, "w4a16", group_size=32)
+        graphs["weight only"] = trace(mode, layer, 1000, mixed=False)
+        graphs["weight only, one token"] = trace(mode, layer, 1, mixed=False)
     print(json.dumps(graphs))
 
 

@@ -63,7 +63,31 @@ def test_mixed_tokens(graphs: dict[str, Any]) -> None:
     assert_expected_inline(
         kernels(graphs["mixed"]),
         """\
-""",
+smooth_quantize.smooth_quantize_kernel
+low_rank_down.low_rank_down_kernel
+low_rank_down.reduce_kernel
+int_linear.int_linear_kernel
+low_rank_down.low_rank_down_kernel
+low_rank_down.reduce_kernel
+int_linear.int_linear_kernel
+low_rank_down.low_rank_down_kernel
+low_rank_down.reduce_kernel
+int_linear.int_linear_kernel
+smooth_quantize.smooth_quantize_kernel
+low_rank_down.low_rank_down_kernel
+low_rank_down.reduce_kernel
+int_linear.int_linear_kernel
+smooth_quantize.smooth_quantize_kernel
+low_rank_down.low_rank_down_kernel
+low_rank_down.reduce_kernel
+int_linear.int_linear_kernel
+low_rank_down.low_rank_down_kernel
+low_rank_down.reduce_kernel
+int_linear.int_linear_kernel
+smooth_quantize.smooth_quantize_kernel
+low_rank_down.low_rank_down_kernel
+low_rank_down.reduce_kernel
+int_linear.int_linear_kernel""",
     )
 
 
@@ -72,7 +96,24 @@ def test_one_token(graphs: dict[str, Any]) -> None:
     assert_expected_inline(
         kernels(graphs["decode"]),
         """\
-""",
+smooth_quantize.smooth_quantize_kernel
+int_linear.int_linear_kernel
+int_linear.reduce_kernel
+int_linear.int_linear_kernel
+int_linear.reduce_kernel
+int_linear.int_linear_kernel
+int_linear.reduce_kernel
+smooth_quantize.smooth_quantize_kernel
+int_linear.int_linear_kernel
+int_linear.reduce_kernel
+smooth_quantize.smooth_quantize_kernel
+int_linear.int_linear_kernel
+int_linear.reduce_kernel
+int_linear.int_linear_kernel
+int_linear.reduce_kernel
+smooth_quantize.smooth_quantize_kernel
+int_linear.int_linear_kernel
+int_linear.reduce_kernel""",
     )
 
 
@@ -80,8 +121,30 @@ def test_weight_only(graphs: dict[str, Any]) -> None:
     assert_expected_inline(
         kernels(graphs["weight only"]),
         """\
-""",
+weight_only_linear.smooth_kernel
+weight_only_linear.weight_only_linear_kernel
+weight_only_linear.smooth_kernel
+weight_only_linear.weight_only_linear_kernel
+weight_only_linear.smooth_kernel
+weight_only_linear.weight_only_linear_kernel
+weight_only_linear.smooth_kernel
+weight_only_linear.weight_only_linear_kernel
+weight_only_linear.smooth_kernel
+weight_only_linear.weight_only_linear_kernel
+weight_only_linear.smooth_kernel
+weight_only_linear.weight_only_linear_kernel
+weight_only_linear.smooth_kernel
+weight_only_linear.weight_only_linear_kernel""",
     )
+
+
+def test_one_token_of_weight_only_linears_is_smoothed_where_it_is_read(
+    graphs: dict[str, Any],
+) -> None:
+    assert graphs["weight only, one token"]["kernels"] == 7 * [
+        "weight_only_linear.weight_only_linear_kernel",
+        "int_linear.reduce_kernel",
+    ]
 
 
 def test_any_number_of_tokens_is_one_graph(graphs: dict[str, Any]) -> None:

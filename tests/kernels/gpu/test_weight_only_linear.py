@@ -72,8 +72,9 @@ def assert_matches(y: torch.Tensor, problem: Problem, base_only: bool = False) -
     assert_within(y, expected, size * (1 + lost / UNIT / operations), operations)
 
 
-@pytest.mark.parametrize("asymmetric", [True, False])
-@pytest.mark.parametrize("weight_bits", [8, 4, 3])
+@pytest.mark.parametrize(
+    "weight_bits, asymmetric", [(8, True), (4, True), (4, False)], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_tiling
 def test_against_float64(
@@ -86,15 +87,14 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("low_rank_bits", [16, 8])
-@pytest.mark.parametrize("groups", [1, 2, 4, 20])
-@pytest.mark.parametrize("weight_bits", [8, 4])
-@pytest.mark.parametrize("ranks", [(3,), (1, 0, 5)], ids=str)
+@pytest.mark.parametrize("groups", [1, 4, 20])
+@pytest.mark.parametrize("weight_bits", [8, 3])
+@pytest.mark.parametrize("ranks, low_rank_bits", [((3,), 8), ((1, 0, 5), 16)], ids=str)
 def test_parts(
     ranks: tuple[int, ...],
+    low_rank_bits: int,
     weight_bits: int,
     groups: int,
-    low_rank_bits: int,
     dtype: torch.dtype,
 ) -> None:
     """Groups of 3 are odd: they begin in the middle of a byte."""
@@ -112,8 +112,8 @@ def test_parts(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("groups", [1, 2, 20])
-@pytest.mark.parametrize("weight_bits", [8, 4, 3])
+@pytest.mark.parametrize("groups", [1, 20])
+@pytest.mark.parametrize("weight_bits", [8, 4])
 @every_tiling
 def test_no_weight_is_rounded(
     config: TileConfig, weight_bits: int, groups: int, dtype: torch.dtype
@@ -161,10 +161,13 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize(
+    "name, paired",
+    [("one pass", True), ("split", True), ("one pass", False), ("smoothing", False)],
+)
 @pytest.mark.parametrize("mix", MIXES)
-@every_tiling
-def test_mixes(config: TileConfig, mix: str, paired: bool) -> None:
+def test_mixes(name: str, mix: str, paired: bool) -> None:
+    config = TILINGS[name]
     ranks = (3, 4) if paired else (0, 0)
     problem = Problem((37, 40, 9), 4, groups=2, ranks=ranks)
     problem.ids = MIXES[mix](torch.arange(37))
@@ -221,7 +224,7 @@ def test_a_base_call_leaves_the_pair_alone(config: TileConfig) -> None:
 @pytest.mark.parametrize("groups", [1, 4])
 @every_tiling
 def test_non_contiguous_operands(config: TileConfig, groups: int) -> None:
-    problem = Problem((9, 16, 5), 8, groups=groups)
+    problem = Problem((9, 16, 5), 8, groups=groups, dtype=torch.bfloat16)
     expected = run(problem, config)
     weight = torch.from_numpy(problem.weight)
     wide = torch.stack((problem.x, problem.x), -1)[..., 0]
@@ -256,13 +259,13 @@ def test_a_tiling_is_chosen_for_every_size(tokens: int) -> None:
     assert choose(tokens, 3584, 18944, True, True, cpu) in CONFIGS
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 65, 257])
+@pytest.mark.parametrize("tokens", [1, 17, 65])
 def test_own_choice_of_tiling(tokens: int) -> None:
     problem = Problem((tokens, 40, 9), 4, groups=2)
     assert_matches(run(problem, None), problem)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(1, 40),
     width=st.integers(1, 40),
