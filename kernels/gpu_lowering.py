@@ -19,6 +19,7 @@ and the reference runs.
 
 import functools
 import importlib.util
+import os
 import warnings
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -29,18 +30,30 @@ from torchao_masquant.kernels.library import _LIB
 
 __all__ = ["GpuOperator", "operators", "register", "why_reference"]
 
+#: where it is 1, eager calls measure what no table knows of them
+TUNE_VARIABLE = "MASQUANT_TUNE"
+
 _OLDEST = (8, 0)
 
 
 class GpuOperator(NamedTuple):
     """
     Attributes:
+        name: without the namespace.
         check: raises on operands that the kernels do not take.
-        run: launches them.
+        launch: launches them.
     """
 
+    name: str
     check: Callable[..., None]
-    run: Callable[..., Any]
+    launch: Callable[..., Any]
+
+    def run(self, *args: Any) -> Any:
+        """Launch the kernels, or call what a table says is faster than they are."""
+        from torchao_masquant.kernels.gpu.library_products import library_product
+
+        product = library_product(self.name, args)
+        return self.launch(*args) if product is None else product.run(*args)
 
 
 @functools.lru_cache(maxsize=None)
@@ -57,14 +70,15 @@ def operators() -> dict[str, GpuOperator]:
     from torchao_masquant.kernels.gpu.smooth_quantize import smooth_quantize
     from torchao_masquant.kernels.gpu.weight_only_linear import weight_only_linear
 
-    return {
-        "smooth_quantize": GpuOperator(checks.check_smooth_quantize, smooth_quantize),
-        "low_rank_down": GpuOperator(checks.check_low_rank_down, low_rank_down),
-        "int_linear": GpuOperator(checks.check_int_linear, int_linear),
-        "weight_only_linear": GpuOperator(
-            checks.check_weight_only_linear, weight_only_linear
+    found = (
+        GpuOperator("smooth_quantize", checks.check_smooth_quantize, smooth_quantize),
+        GpuOperator("low_rank_down", checks.check_low_rank_down, low_rank_down),
+        GpuOperator("int_linear", checks.check_int_linear, int_linear),
+        GpuOperator(
+            "weight_only_linear", checks.check_weight_only_linear, weight_only_linear
         ),
-    }
+    )
+    return {operator.name: operator for operator in found}
 
 
 _OPERATORS = ("smooth_quantize", "low_rank_down", "int_linear", "weight_only_linear")
@@ -99,18 +113,28 @@ def _warn(reason: str) -> None:
     )
 
 
+def _tune(operator: GpuOperator, args: tuple[Any, ...]) -> None:
+    from torchao_masquant.kernels.gpu.measuring import measure_call
+
+    # Nothing can be timed while a CUDA graph is recorded.
+    if len(args[0]) and not torch.cuda.is_current_stream_capturing():
+        measure_call(operator.name, operator.launch, args)
+
+
 def _eager(name: str) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any) -> Any:
         device = args[0].device
         reason = why_reference(device)
         if reason is not None:
             _warn(reason)
-            return getattr(reference, name)(*args, **kwargs)
+            return getattr(reference, name)(*args)
         operator = operators()[name]
-        operator.check(*args, **kwargs)
+        operator.check(*args)
         # Triton launches on the current device, whichever the tensors are on.
         with torch.cuda.device(device):
-            return operator.run(*args, **kwargs)
+            if os.environ.get(TUNE_VARIABLE) == "1":
+                _tune(operator, args)
+            return operator.run(*args)
 
     return call
 
@@ -129,10 +153,11 @@ def _functional(name: str) -> Callable[..., Any]:
         )
         if keep:
             return mode.__torch_dispatch__(op, types, args, kwargs)
+        # No argument of theirs is by keyword alone, so the dispatcher leaves none here.
         operator = operators()[name]
-        operator.check(*args, **kwargs)
+        operator.check(*args)
         with mode:
-            return operator.run(*args, **kwargs)
+            return operator.run(*args)
 
     return decompose
 

@@ -42,7 +42,12 @@ from torchao_masquant.kernels.gpu.launching import (
     launch,
     size_hint,
 )
-from torchao_masquant.kernels.gpu.tuning import choose, table_name, tuning_key
+from torchao_masquant.kernels.gpu.tuning import (
+    choose,
+    linear_name,
+    table_name,
+    tuning_key,
+)
 
 __all__ = ["CONFIGS", "aot_cases", "int_linear"]
 
@@ -649,7 +654,7 @@ def int_linear(
     if config is None:
         configs = _configs(width, hidden_parts * l2_parts > 2, table_name(qx.device))
         config = choose(
-            f"int_linear w{4 if packed else 8}{' group' if width else ''}",
+            linear_name("int_linear", weight_bits, width > 0),
             tuning_key(tokens, out_features, in_features),
             configs,
             _fallback(size_hint(tokens), configs),

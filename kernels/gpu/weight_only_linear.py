@@ -45,7 +45,7 @@ from torchao_masquant.kernels.gpu.launching import (
 )
 from torchao_masquant.kernels.gpu.low_rank_down import low_rank_down
 from torchao_masquant.kernels.gpu.tuning import choose as choose_tiling
-from torchao_masquant.kernels.gpu.tuning import tuning_key
+from torchao_masquant.kernels.gpu.tuning import linear_name, tuning_key
 
 __all__ = ["CONFIGS", "aot_cases", "choose", "weight_only_linear"]
 
@@ -369,8 +369,8 @@ def _config(
         BLOCK_M=m,
         BLOCK_N=n,
         BLOCK_K=k,
-        # The sums of the largest tiles leave few registers.
-        BLOCK_R=16 if m * n >= 64 * 128 else 32,
+        # The least that tensor cores take: the sums of a tile leave few registers.
+        BLOCK_R=16,
         GROUP_M=8,
         SPLIT_K=split_k,
     )
@@ -389,18 +389,29 @@ _SHORT = (
 _LONG = (
     _config(4, 3, 64, 128, 64),
     _config(8, 3, 128, 128, 64),
+    # For float32, whose parts leave no registers for a larger one.
+    _config(8, 3, 64, 64, 64),
 )
 CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
 
 _SMOOTH = TileConfig.of(4, 1, BLOCK_K=1024)
 
 
+def _configs(dtype: torch.dtype) -> tuple[TileConfig, ...]:
+    """Of CONFIGS those that need no more registers than there are."""
+    most = 16 if dtype == torch.float32 else 64
+    return tuple(
+        c for c in CONFIGS if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
+    )
+
+
 def choose(
     tokens: int,
     out_features: int,
     in_features: int,
-    packed: bool,
+    weight_bits: int,
     grouped: bool,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> TileConfig:
     """The tiling for (T, K) tokens by (N, K) weights: a measured one, else by T.
@@ -409,27 +420,29 @@ def choose(
         tokens: T, which may be symbolic.
         out_features: N.
         in_features: K.
-        packed: weights are two to a byte.
+        weight_bits: up to 4 are packed, two to a byte.
         grouped: a channel has several scales.
+        dtype: of the tokens.
         device: of the call.
     """
+    configs = _configs(dtype)
     return choose_tiling(
-        f"weight_only_linear w{4 if packed else 8}{' group' if grouped else ''}",
+        linear_name("weight_only_linear", weight_bits, grouped),
         tuning_key(tokens, out_features, in_features),
-        CONFIGS,
-        _fallback(size_hint(tokens)),
+        configs,
+        _fallback(size_hint(tokens), configs),
         device,
     )
 
 
-def _fallback(tokens: int) -> TileConfig:
+def _fallback(tokens: int, configs: tuple[TileConfig, ...]) -> TileConfig:
+    """By the number of tokens alone."""
     if tokens <= 16:
         return _DECODE[0]
     if tokens <= 64:
         return _SHORT[0]
-    if tokens <= 256:
-        return _SHORT[1]
-    return _LONG[1]
+    config = _SHORT[1] if tokens <= 256 else _LONG[1]
+    return config if config in configs else _LONG[2]
 
 
 def _smoothed(
@@ -532,16 +545,24 @@ def weight_only_linear(
     out_features, groups = scale.shape
     packed = weight_bits <= 4
     width = 0 if groups == 1 else in_features // groups
+    if x.dtype == torch.float64:
+        x = x.float()
     if config is None:
-        config = choose(tokens, out_features, in_features, packed, width > 0, x.device)
+        config = choose(
+            tokens,
+            out_features,
+            in_features,
+            weight_bits,
+            width > 0,
+            x.dtype,
+            x.device,
+        )
     block_k = _block_k(config["BLOCK_K"], width)
     config = TileConfig.of(
         config.num_warps,
         config.num_stages,
         **{**dict(config.blocks), "BLOCK_K": block_k},
     )
-    if x.dtype == torch.float64:
-        x = x.float()
     x, qdata = _rows_contiguous(x), _rows_contiguous(qdata)
     pre_scale = _rows_contiguous(act_pre_scale)
     paired = l1 is not None and modality_ids is not None
@@ -576,7 +597,8 @@ def weight_only_linear(
         "HAS_MODALITY_BIAS": modality_bias is not None,
         "HAS_IDS": modality_ids is not None,
         "HAS_BIAS": bias is not None,
-        "HIDDEN_PARTS": 3 if out_dtype == torch.float32 else 2,
+        # As in int_linear: what the result can show.
+        "HIDDEN_PARTS": {torch.bfloat16: 1, torch.float16: 2}.get(out_dtype, 3),
         "L2_PARTS": {torch.float16: 2, torch.float32: 3}.get(up.dtype, 1)
         if rank
         else 1,
@@ -671,7 +693,7 @@ _SIZES = (
 _ODD = ("tokens", "modalities", "bias_rows", "stride_scale", "stride_zero")
 # Of a type of x: that of the other 16-bit operands, and the parts it is multiplied in.
 _TYPES = {
-    "bf16": ("*bf16", 1, 2, 1),
+    "bf16": ("*bf16", 1, 1, 1),
     "fp16": ("*fp16", 1, 2, 2),
     "fp32": ("*fp32", 3, 3, 3),
 }
@@ -693,8 +715,10 @@ def aot_cases(architecture: Optional[str] = None) -> list[AotCase]:
             for config in CONFIGS:
                 for full in (False, True):
                     cases.append(_case(config, "bf16", packed, width, full, ptx))
-            for dtype in ("fp16", "fp32"):
-                for config in (_DECODE[0], _LONG[0]):
+            for dtype, name in (("fp16", torch.float16), ("fp32", torch.float32)):
+                configs = _configs(name)
+                for tokens in (1, 4096):
+                    config = _fallback(tokens, configs)
                     cases.append(_case(config, dtype, packed, width, True, ptx))
     return cases
 

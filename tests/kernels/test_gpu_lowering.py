@@ -209,7 +209,9 @@ def test_a_launch_is_made_on_the_device_of_its_input(
         current.pop()
 
     operator = gpu_lowering.GpuOperator(
-        checks.check_smooth_quantize, lambda *args: launched.append(current[-1])
+        "smooth_quantize",
+        checks.check_smooth_quantize,
+        lambda *args: launched.append(current[-1]),
     )
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(
