@@ -182,7 +182,8 @@ class LinearShape(NamedTuple):
         weight_bits: 8, 4 or 3.
         act_bits: 8, or 16: weight-only.
         group_size: of the weight; None for one scale a channel.
-        rank: of the low-rank pair, of both modalities together; 0 for none.
+        rank: of the low-rank pairs, of all modalities together; 0 for none.
+        low_rank_bits: 16 or 8, of the pairs.
     """
 
     out_features: int
@@ -191,6 +192,7 @@ class LinearShape(NamedTuple):
     act_bits: int = 8
     group_size: Optional[int] = None
     rank: int = 0
+    low_rank_bits: int = 16
 
 
 def tune(
@@ -287,8 +289,11 @@ def _calls(
         ("int_linear", (qx, x_scale, qdata, scale, *(None,) * 5, bits, dtype)),
     ]
     if shape.rank:
-        l1 = (floats(k, shape.rank) / k**0.5).to(dtype)
+        l1, factors = (floats(k, shape.rank) / k**0.5).to(dtype), None
+        if shape.low_rank_bits == 8:
+            l1 = integers(-127, 128, k, shape.rank, kind=torch.int8)
+            factors = floats(shape.rank).abs() / 127
         ids = torch.ones(tokens, dtype=torch.int64, device=device)
-        down = (qx, x_scale, l1, ids, [shape.rank], None)
+        down = (qx, x_scale, l1, ids, [shape.rank], factors)
         calls.append(("low_rank_down", down))
     return calls

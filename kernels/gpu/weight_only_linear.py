@@ -389,7 +389,8 @@ _SHORT = (
 _LONG = (
     _config(4, 3, 64, 128, 64),
     _config(8, 3, 128, 128, 64),
-    # For float32, whose parts leave no registers for a larger one.
+    # For float16 and float32, whose parts leave no registers for larger ones.
+    _config(8, 3, 64, 128, 64),
     _config(8, 3, 64, 64, 64),
 )
 CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
@@ -399,7 +400,7 @@ _SMOOTH = TileConfig.of(4, 1, BLOCK_K=1024)
 
 def _configs(dtype: torch.dtype) -> tuple[TileConfig, ...]:
     """Of CONFIGS those that need no more registers than there are."""
-    most = 16 if dtype == torch.float32 else 64
+    most = {torch.float32: 16, torch.float16: 32}.get(dtype, 64)
     return tuple(
         c for c in CONFIGS if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
     )
@@ -441,8 +442,8 @@ def _fallback(tokens: int, configs: tuple[TileConfig, ...]) -> TileConfig:
         return _DECODE[0]
     if tokens <= 64:
         return _SHORT[0]
-    config = _SHORT[1] if tokens <= 256 else _LONG[1]
-    return config if config in configs else _LONG[2]
+    preferred = (*_SHORT[1:], *_LONG[2:]) if tokens <= 256 else _LONG[1:]
+    return next(config for config in preferred if config in configs)
 
 
 def _smoothed(

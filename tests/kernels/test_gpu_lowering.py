@@ -8,7 +8,7 @@
 import contextlib
 import importlib.util
 import warnings
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 import pytest
 import torch
@@ -230,6 +230,37 @@ def test_wrong_operands_are_refused_before_a_launch(
         gpu_lowering._eager("smooth_quantize")(
             *{**SMOOTH, "modality_ids": IDS.to(META)}.values()
         )
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("wanted", ["1", "0", None])
+def test_calls_are_measured_only_where_that_is_asked_for(
+    wanted: Optional[str], capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from torchao_masquant.kernels.gpu import measuring
+
+    measured: list[str] = []
+    operator = gpu_lowering.GpuOperator(
+        "smooth_quantize", checks.check_smooth_quantize, lambda *args: None
+    )
+    monkeypatch.setattr(
+        gpu_lowering, "operators", lambda: {"smooth_quantize": operator}
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(
+        measuring, "measure_call", lambda name, launch, args: measured.append(name)
+    )
+    if wanted is None:
+        monkeypatch.delenv("MASQUANT_TUNE", raising=False)
+    else:
+        monkeypatch.setenv("MASQUANT_TUNE", wanted)
+    call = gpu_lowering._eager("smooth_quantize")
+    call(*SMOOTH.values())
+    call(*{**SMOOTH, "x": X[:0], "modality_ids": IDS[:0]}.values())
+    asked = wanted == "1" and not capturing
+    assert measured == (["smooth_quantize"] if asked else [])
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -221,7 +221,10 @@ def test_a_library_is_looked_up_where_tilings_are(name: str) -> None:
 def test_tune_measures_every_operator_of_a_linear(tables: Path) -> None:
     told = []
     path = tune(
-        [LinearShape(16, 32, rank=4), LinearShape(16, 32, 4, 16, group_size=16)],
+        [
+            LinearShape(16, 32, rank=4, low_rank_bits=8),
+            LinearShape(16, 32, 4, 16, group_size=16),
+        ],
         [2, 1, 2],
         device=CPU,
         clock=lambda call: 1.0,
@@ -231,7 +234,7 @@ def test_tune_measures_every_operator_of_a_linear(tables: Path) -> None:
     table = json.loads(tables.read_text())
     assert sorted(table) == [
         "int_linear w8",
-        "low_rank_down 16 bits",
+        "low_rank_down int8",
         "smooth_quantize",
         "weight_only_linear w4 group",
     ]
