@@ -29,9 +29,9 @@ def _equal(a: Any, b: Any) -> bool:
     if a is b:
         return True
     if isinstance(a, torch.fx.Node) and isinstance(b, torch.fx.Node):
-        sizes = a.meta.get("val"), b.meta.get("val")
-        if all(isinstance(size, torch.SymInt) for size in sizes):
-            return sizes[0].node.expr == sizes[1].node.expr
+        size, other = a.meta.get("val"), b.meta.get("val")
+        if isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt):
+            return size.node.expr == other.node.expr
         return a.target in _VIEWS and _equal_calls(a, b)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
@@ -42,28 +42,28 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _equal_calls(a: torch.fx.Node, b: torch.fx.Node) -> bool:
+def _equal_calls(a: Any, b: Any) -> bool:
     return (
         a.target == b.target and _equal(a.args, b.args) and _equal(a.kwargs, b.kwargs)
     )
 
 
-def _launched(node: torch.fx.Node) -> tuple[Any, list[str]]:
+def _launched(node: Any) -> tuple[Any, list[str]]:
     """The Python function of a launch's kernel, and its numbers of warps and stages."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+    kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
     configs = [str(config) for config in getattr(kernel, "configs", ())]
     while hasattr(kernel, "fn"):
         kernel = kernel.fn
     return kernel, configs
 
 
-def _is_prologue(node: torch.fx.Node) -> bool:
+def _is_prologue(node: Any) -> bool:
     return _launched(node)[0].__module__ == _KERNEL
 
 
-def _equal_launches(a: torch.fx.Node, b: torch.fx.Node) -> bool:
+def _equal_launches(a: Any, b: Any) -> bool:
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     ours, theirs = dict(a.kwargs), dict(b.kwargs)

@@ -103,8 +103,8 @@ def check_smooth_quantize(
     _check(name, "x", x, _FLOATS, (None, None), device)
     table = (None, features)
     _check(name, "act_pre_scale", act_pre_scale, torch.float32, table, device)
-    table = (act_pre_scale.shape[0], features)
-    _check(name, "act_shift", act_shift, torch.float32, table, device)
+    shape = (act_pre_scale.shape[0], features)
+    _check(name, "act_shift", act_shift, torch.float32, shape, device)
     _check(name, "modality_ids", modality_ids, _IDS, (None,), device)
 
 

@@ -279,9 +279,9 @@ def _calls(
     bits = shape.weight_bits
     if shape.act_bits == 16:
         zero_point = integers(-8, 8, n, groups, kind=torch.int8)
-        rest = (None,) * 5
-        args = (x, pre_scale, qdata, scale, zero_point, *rest, [], bits, dtype, None)
-        return [("weight_only_linear", args)]
+        operands = (x, pre_scale, qdata, scale, zero_point)
+        rest: tuple[Any, ...] = ([], bits, dtype, None)
+        return [("weight_only_linear", (*operands, *(None,) * 5, *rest))]
     qx = integers(-127, 128, tokens, k, kind=torch.int8)
     x_scale = floats(tokens, 1).abs() / 127
     calls: list[tuple[str, tuple[Any, ...]]] = [

@@ -165,14 +165,9 @@ def weight_only_linear_kernel(
     # Triton's interpreter multiplies no bfloat16 matrices.
     operand: tl.constexpr = half if BF16_DOT else tl.float32
     # What stands for a weight of 0 once a tile is unpacked.
-    if not PACKED:
-        offset: tl.constexpr = 0
-    elif not PTX or WIDTH % 2:
-        offset: tl.constexpr = 8
-    elif half == tl.float16:
-        offset: tl.constexpr = 1032
-    else:
-        offset: tl.constexpr = 136
+    plain: tl.constexpr = not PTX or WIDTH % 2 == 1
+    magic: tl.constexpr = 1032 if half == tl.float16 else 136
+    offset: tl.constexpr = (8 if plain else magic) if PACKED else 0
     tiles_m = tl.cdiv(tokens, BLOCK_M)
     tiles_n = tl.cdiv(out_features, BLOCK_N)
     split = tl.program_id(1)
@@ -750,7 +745,7 @@ def _case(
     sizes = tuple(size for size in _SIZES if size not in ones)
     odd = _ODD if width else (*_ODD, "stride_group", "stride_zero_group")
     return AotCase(
-        f"{name} split {config['SPLIT_K']}",
+        f"{name} split {config['SPLIT_K']} warps {config.num_warps}",
         weight_only_linear_kernel,
         {**tensors, **dict.fromkeys(sizes, "i32")},
         {
