@@ -441,6 +441,13 @@ def _fallback(tokens: int, configs: tuple[TileConfig, ...]) -> TileConfig:
     return next(config for config in preferred if config in configs)
 
 
+def _fitted(config: TileConfig, width: int, wide: bool) -> TileConfig:
+    # Elements of four bytes, and their parts: half as many in a block fit.
+    block_k = _block_k(config["BLOCK_K"] // 2 if wide else config["BLOCK_K"], width)
+    blocks = {**dict(config.blocks), "BLOCK_K": block_k}
+    return TileConfig.of(config.num_warps, config.num_stages, **blocks)
+
+
 def _smoothed(
     x: torch.Tensor, act_pre_scale: torch.Tensor, modality_ids: Optional[torch.Tensor]
 ) -> torch.Tensor:
@@ -553,12 +560,8 @@ def weight_only_linear(
             x.dtype,
             x.device,
         )
-    block_k = _block_k(config["BLOCK_K"], width)
-    config = TileConfig.of(
-        config.num_warps,
-        config.num_stages,
-        **{**dict(config.blocks), "BLOCK_K": block_k},
-    )
+    config = _fitted(config, width, x.dtype == torch.float32)
+    block_k = config["BLOCK_K"]
     x, qdata = _rows_contiguous(x), _rows_contiguous(qdata)
     pre_scale = _rows_contiguous(act_pre_scale)
     paired = l1 is not None and modality_ids is not None
@@ -722,12 +725,12 @@ def aot_cases(architecture: Optional[str] = None) -> list[AotCase]:
 def _case(
     config: TileConfig, dtype: str, packed: bool, width: int, full: bool, ptx: bool
 ) -> AotCase:
-    blocks = {**dict(config.blocks), "BLOCK_K": _block_k(config["BLOCK_K"], width)}
+    config = _fitted(config, width, dtype == "fp32")
     name = f"weight_only_linear w{4 if packed else 8}"
     name += (
         f"{f' group {width}' if width else ''} {dtype} {'full' if full else 'bare'} "
     )
-    name += "x".join(str(blocks[f"BLOCK_{axis}"]) for axis in "MNK")
+    name += "x".join(str(config[f"BLOCK_{axis}"]) for axis in "MNK")
     operand, x_parts, hidden_parts, l2_parts = _TYPES[dtype]
     tensors = dict(_TENSORS)
     for tensor in ("x", "l2", "bias", "out"):
@@ -765,7 +768,7 @@ def _case(
             "PTX": ptx,
             **ones,
         },
-        TileConfig.of(config.num_warps, config.num_stages, **blocks),
+        config,
         False,
         (*tensors, *(size for size in sizes if size not in odd)),
     )
