@@ -148,7 +148,7 @@ def _functional(name: str) -> Callable[..., Any]:
         keep = (
             device.type != "cuda"
             # An export keeps operators, as it does those of triton_op.
-            or not torch._functorch.config.decompose_custom_triton_ops
+            or not getattr(torch._functorch.config, "decompose_custom_triton_ops", True)
             or why_reference(device) is not None
         )
         if keep:

@@ -20,16 +20,16 @@ scale of nan) stays in its row. What is summed are products of ``q`` and L1 them
   precision is asked for.)
 
 Why a launch of its own, and not further rows of the integer product or a part of the
-quantize pass. For T = 2048 tokens that are all of another modality, K = 3584, R = 179,
-this kernel reads 7.3 MB of ``q`` (the quantize pass has just left them in L2) and 1.3 MB of
-L1, and makes 2.6 billion bfloat16 products: 3 us each on an H100, beside 147 us for an
-int_linear of N = 18944. As rows of the product ``h`` would cost half of that, but every
-tile's epilogue needs all of ``h`` of its rows: tiles would wait for each other within a
-launch, which CUDA does not promise to schedule, or the epilogue would be a launch of its
-own that reads and writes (T, N) again, 39 us. L1 would have to be int8, too, and no tile
-of base tokens would be skipped. In the quantize pass every program of a few rows would
-read all of L1: 164 MB from L2 for 16 rows a program. So the gain is at most 1 % of a
-linear with N much larger than K, and the loss on text is real.
+quantize pass. On paper, for T = 2048 tokens that are all of another modality, K = 3584 and
+R = 179, on an H100: this kernel reads 7.3 MB of ``q``, which the quantize pass has just left
+in L2, and 1.3 MB of L1, and does 2.6e9 operations in bfloat16; either takes 3 us, and the
+product for N = 18944 takes 141. As rows of that product ``h`` would cost 1.3 us. But every
+tile's epilogue needs all of ``h`` of its rows: tiles would have to wait for each other
+within a launch, or the epilogue would be a launch of its own, which reads and writes (T, N)
+once more in 46 us. L1 would have to be int8, too, and no tile of base tokens would be
+skipped. In the quantize pass each program of a few rows would read all of L1: 164 MB from
+L2 for 16 rows a program. There are 2 % to gain where N is much larger than K, and there is
+text to lose on.
 
 With few tokens, K is split: each of SPLIT_K programs sums its share into a workspace
 (SPLIT_K, T, R), and a second kernel adds the shares in the order of K. No result

@@ -177,6 +177,8 @@ def main() -> None:
             "decode": trace(mode, layer, 1, mixed=False),
             "dynamic": trace(mode, layer, 1000, mixed=True, dynamic=True),
         }
+        with torch._functorch.config.patch(decompose_custom_triton_ops=False):
+            graphs["exported"] = trace(mode, layer, 1000, mixed=True)
         layer = decoder_layer(mode, "w4a16", group_size=32)
         graphs["weight only"] = trace(mode, layer, 1000, mixed=False)
         graphs["weight only, one token"] = trace(mode, layer, 1, mixed=False)
