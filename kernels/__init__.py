@@ -9,16 +9,32 @@ Importing this package registers the ``masquant::`` operator library. It knows
 plain tensors only: nothing here knows of models, modules or tensor subclasses.
 
 - ``library``: schemas and fake (shape) implementations;
+- ``autocast``: what ``masquant::linear`` does under ``torch.autocast``;
 - ``reference``: the plain implementation that every lowering is tested against;
 - ``int4_packing``: two 4-bit integers per byte;
-- ``cpu_lowering``: C++ kernels for x86, compiled at their first use.
+- ``cpu_lowering``: C++ kernels for x86, compiled at their first use;
+- ``gpu_lowering``: Triton kernels for CUDA and ROCm, which are in ``gpu``.
 """
 
 # transformers looks for Hugging Face's package ``kernels`` and, from the root of a
 # checkout, imports this folder by that name. Then there is nothing to be had here, and
 # importing the rest would import transformers again from inside of itself.
 if __name__ == "torchao_masquant.kernels":
-    from torchao_masquant.kernels import cpu_lowering, library, reference
+    from torchao_masquant.kernels import (
+        autocast,
+        cpu_lowering,
+        gpu_lowering,
+        library,
+        reference,
+    )
     from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
 
-    __all__ = ["cpu_lowering", "library", "pack_int4", "reference", "unpack_int4"]
+    __all__ = [
+        "autocast",
+        "cpu_lowering",
+        "gpu_lowering",
+        "library",
+        "pack_int4",
+        "reference",
+        "unpack_int4",
+    ]

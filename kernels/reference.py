@@ -176,15 +176,16 @@ def int_linear(
     if low_rank_hidden is not None:
         assert l2 is not None
         y = y + low_rank_hidden @ l2.float()
-    return _add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)
+    return add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)
 
 
-def _add_biases(
+def add_biases(
     y: torch.Tensor,
     modality_bias: Optional[torch.Tensor],
     modality_ids: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
 ) -> torch.Tensor:
+    """(T, N) float32 ``y + b_m + b``, arguments as of :func:`int_linear`."""
     if modality_bias is not None:
         y = y + _rows(modality_bias.float(), modality_ids)
     if bias is not None:
@@ -246,7 +247,7 @@ def weight_only_linear(
         assert l2 is not None
         hidden = _low_rank_hidden(smoothed, l1, modality_ids, ranks, low_rank_scale)
         y = y + hidden @ l2.float()
-    return _add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)
+    return add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)
 
 
 _LIB.impl("smooth_quantize", smooth_quantize, "CompositeExplicitAutograd")

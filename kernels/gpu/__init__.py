@@ -3,4 +3,14 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""The ``masquant::`` operators as Triton kernels, for CUDA and ROCm."""
+"""The ``masquant::`` operators as Triton kernels, for CUDA and ROCm.
+
+- ``smooth_quantize``, ``low_rank_down``, ``int_linear``, ``weight_only_linear``: a kernel or
+  two each, and the function that launches them, with the arguments of the operator;
+- ``launching``: tilings, and launches that tracers can record;
+- ``tuning``, ``measuring``: the tables that tilings are chosen by, and what writes them;
+- ``library_products``: what is called in place of a kernel that a table says loses;
+- ``checks``: what the kernels refuse.
+
+:mod:`torchao_masquant.kernels.gpu_lowering` gives them to the dispatcher.
+"""

@@ -42,7 +42,12 @@ from torchao_masquant.kernels.gpu.launching import (
     launch,
     size_hint,
 )
-from torchao_masquant.kernels.gpu.tuning import choose, table_name, tuning_key
+from torchao_masquant.kernels.gpu.tuning import (
+    choose,
+    linear_name,
+    table_name,
+    tuning_key,
+)
 
 __all__ = ["CONFIGS", "aot_cases", "int_linear"]
 
@@ -99,6 +104,7 @@ def _epilogue(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr = True,
 ) -> None:
     """From a tile of sums, (BLOCK_M, BLOCK_N) or transposed, to the result."""
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -113,9 +119,10 @@ def _epilogue(
             mask=column < out_features,
             other=0.0,
         )
-    y *= tl.load(
-        x_scale + row.to(tl.int64) * stride_x_scale, mask=row < tokens, other=0.0
-    )
+    if HAS_X_SCALE:
+        y *= tl.load(
+            x_scale + row.to(tl.int64) * stride_x_scale, mask=row < tokens, other=0.0
+        )
     if HAS_LOW_RANK:
         member = rows < tokens
         if HAS_IDS:
@@ -423,6 +430,7 @@ def reduce_kernel(
     stride_modality_bias: tl.tensor,
     stride_ids: tl.tensor,
     PER_CHANNEL: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
     HAS_MODALITY_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -480,6 +488,7 @@ def reduce_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_R,
+        HAS_X_SCALE,
     )
 
 
@@ -581,7 +590,8 @@ def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 def _programs(device: torch.device, num_warps: int) -> int:
     """As many as a device can hold at once, or more: no size of the call is in it."""
-    if device.type != "cuda":
+    # In Triton's interpreter, and where a graph is traced for a GPU that is not there.
+    if device.type != "cuda" or not torch.cuda.is_available():
         return 3
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count * (16 // num_warps)
@@ -644,7 +654,7 @@ def int_linear(
     if config is None:
         configs = _configs(width, hidden_parts * l2_parts > 2, table_name(qx.device))
         config = choose(
-            f"int_linear w{4 if packed else 8}{' group' if width else ''}",
+            linear_name("int_linear", weight_bits, width > 0),
             tuning_key(tokens, out_features, in_features),
             configs,
             _fallback(size_hint(tokens), configs),
@@ -737,6 +747,7 @@ def int_linear(
             scale.stride(0),
             *strides,
             PER_CHANNEL=width == 0,
+            HAS_X_SCALE=True,
             SPLIT_K=split_k,
             config=_REDUCE,
             **parts,
@@ -894,7 +905,12 @@ def _reduce_case(width: int, split_k: int, variant: str) -> AotCase:
             **_TERMS,
             **dict.fromkeys(integers, "i32"),
         },
-        {"PER_CHANNEL": width == 0, "SPLIT_K": split_k, **_FULL},
+        {
+            "PER_CHANNEL": width == 0,
+            "HAS_X_SCALE": True,
+            "SPLIT_K": split_k,
+            **_FULL,
+        },
         _REDUCE,
         variant,
         False,

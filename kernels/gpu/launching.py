@@ -102,7 +102,10 @@ def launch(
         config: its block sizes, warps and stages.
         **meta: its other constexprs.
     """
-    wrap_triton(kernel)[grid](
+    # What wraps a kernel for the tracers takes longer than the launch itself.
+    if type(args[0]) is not torch.Tensor:
+        kernel = wrap_triton(kernel)
+    kernel[grid](
         *args,
         **meta,
         **dict(config.blocks),

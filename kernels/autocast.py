@@ -1,0 +1,46 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``masquant::linear`` under ``torch.autocast``, as ``torch.nn.functional.linear``.
+
+Its input is cast to autocast's type, and so is what it returns. float64 is left alone,
+as autocast leaves it everywhere. The weight is not: its integers and scales have types
+of their own. Inside, autocast is off, so that what an implementation sums in float32 is
+summed in float32.
+"""
+
+from typing import Any, Callable, Optional
+
+import torch
+
+from torchao_masquant.kernels.library import _LIB
+
+__all__ = ["register"]
+
+
+def _under_autocast(device_type: str) -> Callable[..., torch.Tensor]:
+    def linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        modality_ids: Optional[torch.Tensor] = None,
+        bias: Optional[torch.Tensor] = None,
+        smoothed_by: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.masquant.linear(x, weight, modality_ids, bias, smoothed_by)
+
+    return linear
+
+
+def register() -> None:
+    """Tell autocast of the devices that have kernels of ours."""
+    names: dict[str, Any] = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+    for device_type, key in names.items():
+        _LIB.impl("linear", _under_autocast(device_type), key)
+
+
+register()
