@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Callable, Optional, Protocol, Sequence
 
 import torch
-from gpu.candidates import Bench, Built
-from gpu.plan import SHAPES, TOKENS, Step, card_named, paper, plan
-from gpu.targets import Row, Target, ratios, targets
-from gpu.timing import Timing, measure
+from gpu_bench.candidates import Bench, Built
+from gpu_bench.plan import SHAPES, TOKENS, Step, card_named, paper, plan
+from gpu_bench.targets import Row, Target, ratios, targets
+from gpu_bench.timing import Timing, measure
 from rich import box
 from rich.console import Console
 from rich.table import Table

@@ -26,7 +26,7 @@ integer product itself takes 140.5 us (:func:`down_projection_places` has them a
    deadlocks where not all programs are resident, or it takes two launches after all,
    and then this is place 1 with an L1 that must be int8, and with no tiles to skip.
 3. *In the pass that quantizes*: this saves reading the integers, 2.2 us. But that pass
-   is bound by memory, 6.7 us, and needs programs of few rows to fill the GPU: 128
+   is bound by memory, 6.6 us, and needs programs of few rows to fill the GPU: 128
    programs of 16 rows each read all of L1, 164 MB from L2, more than seven times what
    the pass itself moves. Of 32 programs of 64 rows, three of four multiprocessors are
    idle. (Fusing here pays for ranks of 32, where L1 is a fifth the size, and large M.)
@@ -40,7 +40,7 @@ half of the tokens it is 6.1 %. What would is a pair multiplied as int8.
 """
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Sequence
 
 __all__ = [
     "DEVICES",
@@ -52,6 +52,7 @@ __all__ = [
     "linear",
     "low_rank_down",
     "microseconds",
+    "microseconds_together",
     "smooth_quantize",
 ]
 
@@ -247,7 +248,7 @@ def int_linear(call: LinearCall) -> Work:
 def _weight_only(call: LinearCall) -> Work:
     m, k, n = call.tokens, call.in_features, call.out_features
     moved = 2 * m * (k + n) + call._weight_bytes + call._ids_bytes
-    ops = 2 * m * k * n
+    ops = 2.0 * m * k * n
     if call.weight_bits == 16:
         return Work("linear", moved, bf16=ops)
     moved += 4 * k * (1 if call.share is None else 2)
@@ -270,6 +271,14 @@ def linear(call: LinearCall) -> list[Work]:
 def microseconds(call: LinearCall, device: Device) -> float:
     """The least time of a whole linear."""
     return 1e6 * sum(work.seconds(device) for work in linear(call))
+
+
+def microseconds_together(calls: Sequence[LinearCall], device: Device) -> float:
+    """Of linears of one input, such as q/k/v: they quantize it once."""
+    works = linear(calls[0])
+    for call in calls[1:]:
+        works += [work for work in linear(call) if work.name != "smooth_quantize"]
+    return 1e6 * sum(work.seconds(device) for work in works)
 
 
 def down_projection_places(

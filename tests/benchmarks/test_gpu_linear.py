@@ -28,12 +28,12 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def plan(bench: Any) -> Any:
-    return importlib.import_module("gpu.plan")
+    return importlib.import_module("gpu_bench.plan")
 
 
 @pytest.fixture
 def candidates(bench: Any) -> Any:
-    return importlib.import_module("gpu.candidates")
+    return importlib.import_module("gpu_bench.candidates")
 
 
 @dataclass

@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from typing import Callable, Iterator, Optional
 
-from gpu.plan import BF16, SCHEME_NAMES, TORCHAO
+from gpu_bench.plan import BF16, SCHEME_NAMES, TORCHAO
 
 __all__ = ["Row", "Target", "ratios", "targets"]
 

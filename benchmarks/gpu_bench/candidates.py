@@ -15,7 +15,7 @@ from typing import Any, Callable, Optional
 
 import torch
 import torch.nn.functional as F
-from gpu.plan import BF16, MIXES, Place, rank_of
+from gpu_bench.plan import BF16, MIXES, Place, rank_of
 from torch import nn
 
 from torchao_masquant import SCHEMES
