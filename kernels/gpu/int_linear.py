@@ -521,10 +521,10 @@ _LONG = (
     _config(8, 3, 128, 128, 128),
     _config(8, 3, 128, 256, 64),
     _config(8, 3, 256, 128, 64),
-    # For those whose scales and parts leave no registers for a larger one.
-    _config(4, 3, 64, 64, 128),
 )
-CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
+# Where scales of groups and many parts leave no registers for a larger one.
+_SMALL = (_config(4, 3, 64, 64, 128),)
+CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG + _SMALL
 
 _REDUCE = TileConfig.of(4, 1, BLOCK_M=16, BLOCK_N=64, BLOCK_R=32)
 
@@ -537,7 +537,7 @@ def _fallback(tokens: int, configs: tuple[TileConfig, ...]) -> TileConfig:
         return _SHORT[0]
     if tokens <= 256:
         return _SHORT[3]
-    return next(c for c in _LONG if c in configs)
+    return next(c for c in _LONG + _SMALL if c in configs)
 
 
 def _block_k(block_k: int, width: int) -> int:
@@ -574,10 +574,14 @@ def _configs(
     # own for its sums.
     roomy = architecture in ("sm_90", "gfx942")
     most = 128 if roomy and not width and parts <= 2 else 64
+    known = _DECODE + _SHORT + _LONG
     if width and parts > 4:
-        most = 32
+        most, known = 32, known + _SMALL
+    if width and architecture == "sm_100":
+        # Its sums leave tensor memory for registers, and spilled some.
+        known = tuple(c for c in known if c != _DECODE[2])
     return tuple(
-        c for c in CONFIGS if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
+        c for c in known if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
     )
 
 
@@ -810,7 +814,8 @@ def aot_cases(architecture: Optional[str] = None) -> list[AotCase]:
                     config = _fallback(tokens, configs)
                     cases.append(_gemm_case(packed, width, ptx, config, variant))
                 # The one tiling for few tokens whose epilogue is its own.
-                cases.append(_gemm_case(packed, width, ptx, _DECODE[2], variant))
+                if _DECODE[2] in configs:
+                    cases.append(_gemm_case(packed, width, ptx, _DECODE[2], variant))
     for width in (0, 128):
         for variant in ("full", *_VARIANTS):
             if variant != "uneven K":

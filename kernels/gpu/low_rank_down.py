@@ -55,10 +55,7 @@ _SHORT = (
     _config(4, 3, 32, 64, 128, 8),
     _config(4, 3, 64, 64, 64, 4),
 )
-_LONG = (
-    _config(4, 3, 64, 64, 64),
-    _config(8, 3, 128, 64, 64),
-)
+_LONG = (_config(8, 3, 128, 64, 64),)
 CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
 
 # Modalities beside the base that one launch tells apart; with more, it launches again.
@@ -311,7 +308,7 @@ def _fallback(tokens: int) -> TileConfig:
         return _SHORT[0]
     if tokens <= 2048:
         return _SHORT[1]
-    return _LONG[1]
+    return _LONG[0]
 
 
 def _fitted(config: TileConfig, wide: bool) -> TileConfig:
