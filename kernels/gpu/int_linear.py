@@ -574,7 +574,7 @@ def _configs(
     # own for its sums.
     roomy = architecture in ("sm_90", "gfx942")
     most = 128 if roomy and not width and parts <= 2 else 64
-    known = _DECODE + _SHORT + _LONG
+    known: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
     if width and parts > 4:
         most, known = 32, known + _SMALL
     if width and architecture == "sm_100":
