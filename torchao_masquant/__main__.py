@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 import torchao_masquant.demo.main as demo
+import torchao_masquant.kernels.aot_command as kernels
 import torchao_masquant.report.main as report
 
 
@@ -38,6 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_arguments(command)
     command.set_defaults(run=report.main)
+    command = commands.add_parser(
+        "kernels",
+        help="what the GPU kernels compile to, with no GPU",
+        description="Compile every Triton kernel in every tiling for several "
+        "architectures ahead of time, and print registers, spills, shared memory and "
+        "matrix instructions of each.",
+    )
+    kernels.add_arguments(command)
+    command.set_defaults(run=kernels.main)
     return parser
 
 

@@ -25,9 +25,11 @@ weights does: to ``K * 127 * 128 < 2**31``, that is K up to 132104.
 
 The low-rank part is work only for tiles that hold a token of another modality than the
 base: modalities come in spans, so most tiles of text have none, and read nothing of L2.
-``h`` is split into bfloat16 parts that add up to it (two where the result has 16 bits,
-which leaves 2**-16 of ``h``, three for float32), so that bfloat16 tensor cores multiply
-it by L2 without the loss of a plain bfloat16 or TF32 product.
+bfloat16 tensor cores multiply ``h`` by L2, at half the rate of int8: with every token of
+another modality and a rank of 5 %, each such product adds a tenth to the time of the
+whole GEMM. So ``h`` is split into no more bfloat16 parts than the result can show: one
+for bfloat16, whose rounding of ``h`` is as fine as the result's own, two for float16,
+three for float32, without the loss of a plain TF32 product.
 """
 
 from typing import Any, Optional
@@ -501,8 +503,8 @@ def _config(
         BLOCK_M=m,
         BLOCK_N=n,
         BLOCK_K=k,
-        # The sums of the largest tiles leave few registers.
-        BLOCK_R=16 if m * n >= 64 * 128 else 32,
+        # The least that tensor cores take: the sums of a tile leave few registers.
+        BLOCK_R=16,
         GROUP_M=8,
         SPLIT_K=split_k,
     )
@@ -529,7 +531,9 @@ _LONG = (
     _config(8, 3, 128, 256, 64),
     _config(8, 3, 256, 128, 64),
 )
-CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
+# Where scales of groups and many parts leave no registers for a larger one.
+_SMALL = (_config(4, 3, 64, 64, 128),)
+CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG + _SMALL
 
 _REDUCE = TileConfig.of(4, 1, BLOCK_M=16, BLOCK_N=64, BLOCK_R=32)
 
@@ -542,7 +546,7 @@ def _fallback(tokens: int, configs: tuple[TileConfig, ...]) -> TileConfig:
         return _SHORT[0]
     if tokens <= 256:
         return _SHORT[3]
-    return next(c for c in _LONG if c in configs)
+    return next(c for c in _LONG + _SMALL if c in configs)
 
 
 def _block_k(block_k: int, width: int) -> int:
@@ -566,21 +570,27 @@ def _transposed(config: TileConfig, width: int) -> bool:
 
 
 def _configs(
-    width: int, wide_parts: bool, architecture: Optional[str]
+    width: int, parts: int, architecture: Optional[str]
 ) -> tuple[TileConfig, ...]:
     """Of CONFIGS those that need no more registers than there are.
 
     Args:
         width: of a group of K, or 0.
-        wide_parts: whether the low-rank part takes more than two products.
+        parts: of ``h`` times those of L2.
         architecture: as :func:`tuning.table_name` has it, or None.
     """
     # These two keep operands of a product in shared memory, or have registers of their
     # own for its sums.
     roomy = architecture in ("sm_90", "gfx942")
-    most = 128 if roomy and not width and not wide_parts else 64
+    most = 128 if roomy and not width and parts <= 2 else 64
+    known: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
+    if width and parts > 4:
+        most, known = 32, known + _SMALL
+    if width and architecture == "sm_100":
+        # Its sums leave tensor memory for registers, and spilled some.
+        known = tuple(c for c in known if c != _DECODE[2])
     return tuple(
-        c for c in CONFIGS if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
+        c for c in known if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
     )
 
 
@@ -647,12 +657,12 @@ def int_linear(
             f"int_linear: {in_features} products of int8 may overflow int32; split K, "
             f"or give the weight scales of groups (at most {_MOST_FEATURES} features)."
         )
-    hidden_parts = 3 if out_dtype == torch.float32 else 2
+    hidden_parts = {torch.bfloat16: 1, torch.float16: 2}.get(out_dtype, 3)
     l2_parts = 1
     if l2 is not None:
         l2_parts = {torch.float16: 2, torch.float32: 3}.get(l2.dtype, 1)
     if config is None:
-        configs = _configs(width, hidden_parts * l2_parts > 2, table_name(qx.device))
+        configs = _configs(width, hidden_parts * l2_parts, table_name(qx.device))
         config = choose(
             linear_name("int_linear", weight_bits, width > 0),
             tuning_key(tokens, out_features, in_features),
@@ -771,7 +781,7 @@ _FULL: dict[str, Any] = {
     "HAS_MODALITY_BIAS": True,
     "HAS_IDS": True,
     "HAS_BIAS": True,
-    "HIDDEN_PARTS": 2,
+    "HIDDEN_PARTS": 1,
     "L2_PARTS": 1,
     "BF16_DOT": True,
 }
@@ -788,7 +798,7 @@ _VARIANTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     ),
     "float16": (
         {"l2": "*fp16", "bias": "*fp16", "ids": "*u8", "out": "*fp16"},
-        {"L2_PARTS": 2},
+        {"HIDDEN_PARTS": 2, "L2_PARTS": 2},
     ),
 }
 
@@ -805,16 +815,18 @@ def aot_cases(architecture: Optional[str] = None) -> list[AotCase]:
     cases = []
     for packed in (False, True):
         for width in (0, 128):
-            for config in _configs(width, False, architecture):
+            for config in _configs(width, 1, architecture):
                 cases.append(_gemm_case(packed, width, ptx, config, "full"))
             for variant in _VARIANTS:
-                wide_parts = variant in ("float32", "float16")
-                configs = _configs(width, wide_parts, architecture)
+                values = {**_FULL, **_VARIANTS[variant][1]}
+                parts = values["HIDDEN_PARTS"] * values["L2_PARTS"]
+                configs = _configs(width, parts, architecture)
                 for tokens in (1, 4096):
                     config = _fallback(tokens, configs)
                     cases.append(_gemm_case(packed, width, ptx, config, variant))
                 # The one tiling for few tokens whose epilogue is its own.
-                cases.append(_gemm_case(packed, width, ptx, _DECODE[2], variant))
+                if _DECODE[2] in configs:
+                    cases.append(_gemm_case(packed, width, ptx, _DECODE[2], variant))
     for width in (0, 128):
         for variant in ("full", *_VARIANTS):
             if variant != "uneven K":

@@ -61,18 +61,13 @@ def _config(
     )
 
 
-_DECODE = (
-    _config(4, 3, 16, 32, 256, 16),
-    _config(4, 3, 16, 64, 128, 16),
-)
+# Transposed, as int8 is: Hopper and Blackwell multiply at least 64 rows.
+_DECODE = (_config(4, 3, 16, 64, 128, 16),)
 _SHORT = (
     _config(4, 3, 32, 64, 128, 8),
     _config(4, 3, 64, 64, 64, 4),
 )
-_LONG = (
-    _config(4, 3, 64, 64, 64),
-    _config(8, 3, 128, 64, 64),
-)
+_LONG = (_config(8, 3, 128, 64, 64),)
 CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
 
 # Modalities beside the base that one launch tells apart; with more, it launches again.
@@ -313,27 +308,30 @@ def choose(
         f"low_rank_down {name}",
         tuning.tuning_key(tokens, rank, in_features),
         CONFIGS,
-        _fallback(size_hint(tokens), rank),
+        _fallback(size_hint(tokens)),
         device,
     )
 
 
-def _fallback(tokens: int, rank: int) -> TileConfig:
+def _fallback(tokens: int) -> TileConfig:
     if tokens <= 16:
-        return _DECODE[0] if rank <= 32 else _DECODE[1]
+        return _DECODE[0]
     if tokens <= 256:
         return _SHORT[0]
     if tokens <= 2048:
         return _SHORT[1]
-    return _LONG[1]
+    return _LONG[0]
 
 
 def _fitted(config: TileConfig, wide: bool) -> TileConfig:
-    # Elements of four bytes: half as many in a block fit where two bytes do.
+    # Elements of four bytes: half as many in a block fit where two bytes do. Their three
+    # parts leave no registers for the sums of the largest tile.
     if not wide:
         return config
-    blocks = {**dict(config.blocks), "BLOCK_K": config["BLOCK_K"] // 2}
-    return TileConfig.of(config.num_warps, config.num_stages, **blocks)
+    blocks = dict(config.blocks)
+    blocks["BLOCK_K"] //= 2
+    blocks["BLOCK_M"] = min(blocks["BLOCK_M"], 64)
+    return TileConfig.of(4, config.num_stages, **blocks)
 
 
 def low_rank_down(
@@ -458,7 +456,7 @@ def aot_cases() -> list[AotCase]:
     cases = [
         _gemm_case(dtype, config)
         for dtype in ("bf16", "fp16", "fp32", "i8")
-        for config in CONFIGS
+        for config in dict.fromkeys(_fitted(c, dtype == "fp32") for c in CONFIGS)
     ]
     for sum_type in ("fp32", "i32"):
         for split_k in sorted({config["SPLIT_K"] for config in CONFIGS} - {1}):
@@ -497,7 +495,6 @@ def _case(
 
 
 def _gemm_case(dtype: str, config: TileConfig) -> AotCase:
-    config = _fitted(config, dtype == "fp32")
     is_int8 = dtype == "i8"
     sum_type = "i32" if is_int8 and config["SPLIT_K"] > 1 else "fp32"
     name = f"low_rank_down {dtype} " + "x".join(

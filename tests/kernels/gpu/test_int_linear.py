@@ -107,10 +107,11 @@ def assert_matches(
         magnitude = (hidden.abs().double() @ l2.abs().double()).numpy()
         # Roundings of up to six products of parts, each a sum of R.
         tolerance += 6 * (l2.shape[0] + 1) * magnitude
-        # Left over after two or three parts of 7 bits, of h, of L2, and of their
-        # product.
-        lost = 2.0**-21 if y.dtype == torch.float32 else 2.0**-14
-        tolerance += 4 * lost / UNIT * magnitude
+        # Left over after one, two or three parts of 7 bits, of h; and of an L2 that one
+        # part does not hold, and of their product.
+        lost = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-14}.get(y.dtype, 2.0**-21)
+        exact = l2.dtype in (torch.bfloat16, torch.int8)
+        tolerance += (1 if exact else 4) * lost / UNIT * magnitude
     assert_within(y, expected, tolerance, 1)
 
 

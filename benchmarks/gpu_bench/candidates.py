@@ -1,0 +1,257 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The linears that the GPU benchmark compares, and how far each is from its formula.
+
+Each is a function of an input and a weight, so that one compiled function takes many
+copies of a weight in turn.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from gpu_bench.plan import BF16, MIXES, Place, rank_of
+from torch import nn
+
+from torchao_masquant import SCHEMES
+from torchao_masquant.kernels import reference
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+
+__all__ = ["Bench", "Built"]
+
+# Most copies of a weight.
+_COPIES = 256
+# Tokens whose results are checked.
+_CHECKED = 128
+# Relative error of a result (Frobenius). A bfloat16 result is within 2**-9 of its
+# formula; int8 and int4 of the torchao linears stand for other weights than the dense.
+_BOUNDS = {"torchao int4 weight-only": 0.2, "torchao": 0.05}
+_BOUND = 2.0**-7
+
+
+@dataclass
+class Built:
+    """A candidate that is ready to be measured.
+
+    Attributes:
+        calls: the same on different copies of the weight.
+        error: relative error of its result, by the Frobenius norm.
+        bound: that it must keep.
+    """
+
+    calls: list[Callable[[], torch.Tensor]]
+    error: float
+    bound: float
+
+
+class Bench:
+    """Builds the candidates of one place.
+
+    Args:
+        place: shape and number of tokens.
+        device: to build them on.
+        cache_bytes: of the device's last cache.
+        compile: as ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        device: torch.device,
+        cache_bytes: int,
+        compile: Callable[..., Any] = torch.compile,
+    ):
+        self.place = place
+        self._compile = compile
+        self._cache_bytes = cache_bytes
+        k, n, m = place.in_features, place.out_features, place.tokens
+        generator = torch.Generator(device).manual_seed(k + n + m)
+        self._random: dict[str, Any] = {"generator": generator, "device": device}
+        self.weight = torch.randn(n, k, **self._random).bfloat16()
+        # Some channels are ten times as large, as in a real model.
+        self.x = torch.randn(m, k, **self._random).bfloat16()
+        self.x[:, :: max(k // 8, 1)] *= 10
+        self._copies: dict[str, list[torch.Tensor]] = {}
+        checked = min(m, _CHECKED)
+        self._rows = torch.linspace(0, m - 1, checked, device=device).long()
+
+    def build(self, candidate: str) -> Built:
+        """Prepare, run once and check a candidate.
+
+        Raises:
+            Exception: whatever its library raises where it can't.
+        """
+        scheme, _, mix = candidate.partition(" ")
+        if scheme in SCHEMES:
+            return self._ours(scheme, mix)
+        if candidate == BF16:
+            function: Callable[..., torch.Tensor] = F.linear
+            weights = self._copied(candidate, lambda: self.weight)
+        else:
+            weights = self._copied(candidate, lambda: self._torchao(candidate))
+            # Graphs are captured by the benchmark, for all candidates alike.
+            function = self._compile(
+                lambda x, weight: F.linear(x, weight),
+                mode="max-autotune-no-cudagraphs",
+                fullgraph=True,
+            )
+        x = self.x
+        expected = x[self._rows].float() @ self.weight.float().t()
+        bound = _BOUNDS.get(candidate, _BOUNDS.get(scheme, _BOUND))
+        return self._built(lambda weight: function(x, weight), weights, expected, bound)
+
+    def _ours(self, scheme_name: str, mix: str) -> Built:
+        ids = self._ids(MIXES[mix])
+        weights = self._copied(scheme_name, lambda: self._masquant(scheme_name))
+        # The way that a MASQuantLinear goes.
+        function = self._compile(
+            lambda x, weight, ids: torch.ops.masquant.linear(x, weight, ids),
+            fullgraph=True,
+        )
+        x = self.x
+        weight = weights[0]
+        assert isinstance(weight, MASQuantTensor)
+        expected = _formula(
+            x[self._rows], weight, None if ids is None else ids[self._rows]
+        )
+        return self._built(
+            lambda weight: function(x, weight, ids), weights, expected, _BOUND
+        )
+
+    def _built(
+        self,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        weights: list[torch.Tensor],
+        expected: torch.Tensor,
+        bound: float,
+    ) -> Built:
+        y = function(weights[0])[self._rows].float()
+        error = float((y - expected).norm() / expected.norm())
+        calls = [lambda w=weight: function(w) for weight in weights]
+        return Built(calls, error, bound)
+
+    def _ids(self, share: Optional[float]) -> Optional[torch.Tensor]:
+        if share is None:
+            return None
+        # An image in the middle of a prompt.
+        ids = torch.zeros(self.place.tokens, dtype=torch.int64, device=self.x.device)
+        count = math.floor(share * self.place.tokens)
+        first = (self.place.tokens - count) // 2
+        ids[first : first + count] = 1
+        return ids
+
+    def _copied(
+        self, name: str, make: Callable[[], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        if name not in self._copies:
+            weight = make()
+            count = math.ceil(2 * self._cache_bytes / _stored(weight))
+            count = min(max(2, count), _COPIES)
+            self._copies[name] = [weight, *(weight.clone() for _ in range(count - 1))]
+        return self._copies[name]
+
+    def _masquant(self, scheme_name: str) -> MASQuantTensor:
+        scheme = SCHEMES[scheme_name]
+        n, k = self.weight.shape
+        rank = rank_of(self.place)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(*size, **self._random)
+
+        return MASQuantTensor.from_hp(
+            self.weight,
+            weight_bits=scheme.weight_bits,
+            act_bits=scheme.act_bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            modalities=("text", "vision"),
+            smoothing_factor=torch.rand(2, k, **self._random) + 0.5,
+            ranks=(rank,),
+            l1=random(k, rank) / k**0.5,
+            l2=random(rank, n),
+            modality_bias=random(2, n),
+        )
+
+    def _torchao(self, candidate: str) -> torch.Tensor:
+        from torchao.quantization import (
+            Int4WeightOnlyConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            quantize_,
+        )
+
+        n, k = self.weight.shape
+        linear = nn.Linear(k, n, bias=False, device="meta", dtype=torch.bfloat16)
+        linear.weight = nn.Parameter(self.weight.clone(), requires_grad=False)
+        model = nn.Sequential(linear)
+        int8 = Int8DynamicActivationInt8WeightConfig(version=2)
+        if candidate == "torchao int4 weight-only":
+            quantize_(
+                model,
+                Int4WeightOnlyConfig(
+                    group_size=128, int4_packing_format="tile_packed_to_4d"
+                ),
+            )
+        elif candidate == "torchao int8 dynamic":
+            quantize_(model, int8)
+        else:
+            from torchao.prototype.smoothquant import SmoothQuantConfig
+
+            quantize_(model, SmoothQuantConfig(int8, step="prepare"))
+            model(self.x[self._rows])
+            quantize_(model, SmoothQuantConfig(int8, step="convert"))
+        return model[0].weight.detach()
+
+
+def _stored(weight: torch.Tensor) -> int:
+    """Bytes of a tensor, or of all tensors inside of it."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight.nbytes
+    return sum(_stored(getattr(weight, n)) for n in weight.__tensor_flatten__()[0])
+
+
+def _formula(
+    x: torch.Tensor, weight: MASQuantTensor, ids: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """(T, N) float32: the operators' plain implementations, on their own device."""
+    paired = ids is not None
+    if weight.weight_only:
+        return reference.weight_only_linear(
+            x,
+            weight.act_pre_scale,
+            weight.qdata,
+            weight.scale,
+            weight.zero_point,
+            weight.l1 if paired else None,
+            weight.l2 if paired else None,
+            weight.modality_bias,
+            ids,
+            None,
+            weight.ranks,
+            weight.weight_bits,
+            torch.float32,
+        )
+    qx, x_scale = reference.smooth_quantize(
+        x, weight.act_pre_scale, ids, weight.act_bits
+    )
+    hidden = None
+    if ids is not None:
+        assert weight.l1 is not None
+        hidden = reference.low_rank_down(qx, x_scale, weight.l1, ids, weight.ranks)
+    return reference.int_linear(
+        qx,
+        x_scale,
+        weight.qdata,
+        weight.scale,
+        hidden,
+        weight.l2 if paired else None,
+        weight.modality_bias,
+        ids,
+        None,
+        weight.weight_bits,
+        torch.float32,
+    )

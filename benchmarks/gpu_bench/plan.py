@@ -1,0 +1,151 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What the GPU benchmark measures, and in which order.
+
+The most telling numbers of tokens come first, so that a run that is cut short has them;
+torchao's candidates, which tune themselves for long, are measured in steps of their own
+beside what they are compared with.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+from torchao_masquant.kernels.gpu.roofline import DEVICES, Device, LinearCall
+from torchao_masquant.schemes import SCHEMES
+
+__all__ = [
+    "BF16",
+    "MIXES",
+    "RANK",
+    "SHAPES",
+    "TOKENS",
+    "TORCHAO",
+    "Place",
+    "Step",
+    "card_named",
+    "paper",
+    "plan",
+    "rank_of",
+]
+
+# (in_features, out_features) and the linears that have it. Both Qwen2.5-Omni thinkers have
+# the shapes of the Qwen2.5-VL model of their size.
+SHAPES: dict[tuple[int, int], str] = {
+    (3584, 18944): "7B gate/up",
+    (18944, 3584): "7B down",
+    (3584, 3584): "7B q/o",
+    (2048, 11008): "3B gate/up",
+    (11008, 2048): "3B down",
+    (2048, 2048): "3B q/o",
+    (3584, 512): "7B k/v",
+    (2048, 256): "3B k/v",
+}
+TOKENS = (2048, 1, 8192, 16, 256)
+SCHEME_NAMES = ("w8a8", "w4a8", "w4a16")
+MIXES: dict[str, Optional[float]] = {
+    "base": None,
+    "quarter vision": 0.25,
+    "half vision": 0.5,
+    "all vision": 1.0,
+}
+RANK = 0.05
+BF16 = "bf16"
+TORCHAO = ("torchao SmoothQuant", "torchao int8 dynamic", "torchao int4 weight-only")
+# Scheme whose work each of them does.
+_LIKE = dict(zip(TORCHAO, ("w8a8", "w8a8", "w4a16")))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear and a number of tokens.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        tokens: M.
+    """
+
+    in_features: int
+    out_features: int
+    tokens: int
+
+    @property
+    def linear(self) -> str:
+        """Which linears of which models it is."""
+        return SHAPES.get((self.in_features, self.out_features), "")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Candidates that are measured in turn at one place.
+
+    Attributes:
+        place: where.
+        candidates: names: "bf16", "w8a8 half vision", or one of torchao's.
+    """
+
+    place: Place
+    candidates: tuple[str, ...]
+
+
+def plan(
+    shapes: Sequence[tuple[int, int]] = tuple(SHAPES),
+    tokens: Sequence[int] = TOKENS,
+    torchao: bool = True,
+) -> list[Step]:
+    """All steps, the most telling first."""
+    steps = []
+    # The two lengths of the targets with everything, then the others.
+    for lengths in (tokens[:2], tokens[2:]):
+        places = [Place(*shape, m) for m in lengths for shape in shapes]
+        steps += [Step(place, (BF16, *_ours(place))) for place in places]
+        if torchao:
+            beside = (BF16, "w8a8 base", "w4a16 base")
+            steps += [Step(place, (*beside, *TORCHAO)) for place in places]
+    return steps
+
+
+def _ours(place: Place) -> list[str]:
+    # One token is of one modality.
+    mixes = [
+        mix for mix, share in MIXES.items() if not share or share * place.tokens >= 1
+    ]
+    return [f"{scheme} {mix}" for scheme in SCHEME_NAMES for mix in mixes]
+
+
+def rank_of(place: Place) -> int:
+    """Of the pair of the one modality beside text."""
+    return max(1, round(RANK * min(place.in_features, place.out_features)))
+
+
+def card_named(name: str) -> Optional[Device]:
+    """The published peaks of a card, as the driver or a user names it.
+
+    None where they are not known.
+    """
+    return next((d for d in DEVICES if d.name.lower() in name.lower()), None)
+
+
+def paper(place: Place, candidate: str) -> LinearCall:
+    """The work of a candidate, to take its least time of."""
+    sizes = (place.tokens, place.in_features, place.out_features)
+    if candidate == BF16:
+        return LinearCall(*sizes)
+    name, _, mix = candidate.partition(" ")
+    if candidate in _LIKE:
+        name, mix = _LIKE[candidate], "base"
+    scheme, share = SCHEMES[name], MIXES[mix]
+    if share is not None:
+        share = math.floor(share * place.tokens) / place.tokens
+    return LinearCall(
+        *sizes,
+        weight_bits=scheme.weight_bits,
+        act_bits=scheme.act_bits,
+        group_size=scheme.group_size,
+        share=share,
+        rank=rank_of(place) if share else 0,
+    )
