@@ -208,6 +208,14 @@ class Recipe:
             t.nbytes for layer in self.layers.values() for t in layer.tensors().values()
         )
 
+    @property
+    def _fields(self) -> tuple[str, ...]:
+        # torchao's JSON encoder asks each object for it, and lets a TypeError through.
+        raise TypeError(
+            "a recipe cannot be written into the JSON of a config: save it, and give "
+            "the config its path, as in masquant_config('recipe.safetensors')."
+        )
+
     def __repr__(self) -> str:
         options = self.options
         return (
