@@ -7,7 +7,6 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -512,63 +511,6 @@ def test_save_quantized_writes_through_a_link(saved, tmp_path):
     save_quantized(model, tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "config.json").exists()
-
-
-_PEAK = r"""
-import re, sys
-import torch, torchao_masquant
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-def peak():
-    # Of this program alone; getrusage knows the peak of its parent, too.
-    with open("/proc/self/status") as file:
-        return int(re.search(r"VmHWM:\s+(\d+) kB", file.read())[1]) * 1024
-
-# What loading needs whatever the size is loaded once before.
-AutoModelForCausalLM.from_pretrained(sys.argv[2])
-before = peak()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-# Read every byte: a file that is mapped to memory takes none before.
-for tensor in model.state_dict().values():
-    if isinstance(tensor, torchao_masquant.MASQuantTensor):
-        tensor.qdata.max()
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-def test_loading_never_holds_full_precision(tmp_path):
-    """Peak memory of a process that loads 200 MB of float32 weights as 4-bit integers."""
-    for name, width in (("large", 1024), ("small", 32)):
-        config = Qwen2Config(
-            vocab_size=32,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-        )
-        with torch.device("meta"):
-            model = Qwen2ForCausalLM(config)
-        weights = sum(p.numel() for p in model.model.layers.parameters())
-        # Never written to, so it takes no memory here either.
-        model.to_empty(device="cpu")
-        quantize_(model, MASQuantConfig(step="prepare_for_loading"))
-        model.save_pretrained(tmp_path / name)
-        if name == "large":
-            dense = weights * 4
-    on_disk = (tmp_path / "large" / "model.safetensors").stat().st_size
-    result = subprocess.run(
-        [sys.executable, "-c", _PEAK, tmp_path / "large", tmp_path / "small"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    grown = int(result.stdout.splitlines()[-1])
-    assert dense > 190e6 and on_disk < 0.16 * dense
-    # The file's pages and a copy of them, and some room for the allocator.
-    assert on_disk / 2 < grown < 2 * on_disk + 10e6 < 0.4 * dense
 
 
 def test_format_1_is_still_read():

@@ -18,6 +18,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     stored_name,
 )
+from torchao_masquant.integrations.freed_memory import return_freed_memory
 from torchao_masquant.integrations.layer_format import LayerFormat, TensorKind
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
@@ -268,6 +269,7 @@ class QuantizingLoading:
         if self.error is None:
             try:
                 _replace(model, name, self._quantized(name, weight), self.router)
+                return_freed_memory()
                 return
             except ValueError as error:
                 self.error = error

@@ -141,8 +141,13 @@ class SolverOptions:
             self._check_share(name, getattr(self, name))
         if self.rank != AUTO:
             resolve_rank(self.rank, 1, 1)  # type: ignore[arg-type]
-        if self.group_size is not None and self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2, got {self.group_size}.")
+        if self.group_size is not None:
+            if type(self.group_size) is not int:
+                raise TypeError(f"group_size must be an int, got {self.group_size!r}.")
+            if self.group_size < 2:
+                raise ValueError(
+                    f"group_size must be at least 2, got {self.group_size}."
+                )
         if self.rounding not in (None, *_ROUNDINGS):
             raise ValueError(
                 f"unknown rounding {self.rounding!r}: choose one of {_ROUNDINGS}."
