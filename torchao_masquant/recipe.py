@@ -304,7 +304,8 @@ class Recipe:
             TypeError,
             ValueError,
         ) as error:
-            cause = str(error).rstrip(".")
+            # What a file says may have lines of its own.
+            cause = " ".join(str(error).split()).rstrip(".")
             raise ValueError(
                 f"{os.fspath(path)!r} is no recipe, or a damaged one: {cause}."
             ) from error

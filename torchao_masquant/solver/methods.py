@@ -114,7 +114,7 @@ class SolverOptions:
     Raises:
         ValueError: an unknown scheme or method, an option that is out of range or that
             the method does not have.
-        TypeError: alpha or rank is no number.
+        TypeError: an option is of another type than those above.
     """
 
     scheme: str = "w4a8"
@@ -155,6 +155,11 @@ class SolverOptions:
         if self.low_rank_bits not in (8, 16):
             raise ValueError(
                 f"low_rank_bits must be 8 or 16, got {self.low_rank_bits}."
+            )
+        if not isinstance(self.modality_weights, (Mapping, type(None))):
+            raise TypeError(
+                "modality_weights must be a dict of names and numbers, got "
+                f"{self.modality_weights!r}."
             )
         for name, weight in (self.modality_weights or {}).items():
             if not (math.isfinite(weight) and weight >= 0):
