@@ -9,6 +9,7 @@ A few seconds by default; ``MASQUANT_FUZZ_EXAMPLES=20000 pytest`` with this file
 longer.
 """
 
+import copy
 import json
 import os
 import resource
@@ -103,7 +104,7 @@ def mutations(draw: st.DrawFn, whole: Any) -> Any:
             other = draw(st.sampled_from(list(holder)))
             holder[last], holder[other] = holder[other], holder[last]
         else:
-            holder[last] = draw(ODD)
+            holder[last] = copy.deepcopy(draw(ODD))
     return changed
 
 
