@@ -293,7 +293,7 @@ class Recipe:
                         name: _load_layer(file, name, entry)
                         for name, entry in header["layers"].items()
                     },
-                    versions=dict(header["versions"]),
+                    versions=header["versions"],
                 )
         except _UnreadableError:
             raise

@@ -147,6 +147,15 @@ def test_one_weight_of_full_precision_at_a_time(original, monkeypatch):
         assert isinstance(linear.weight, MASQuantTensor)
 
 
+def test_a_quantized_folder_is_not_quantized_again(original, tmp_path):
+    folder, recipe = original
+    model = load(folder, MASQuantHfConfig(recipe=recipe))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        again = load(tmp_path, MASQuantHfConfig(config=MASQuantConfig(**RTN)))
+    assert_same_weights(model, again)
+
+
 def test_round_to_nearest_needs_no_recipe(original):
     folder, _ = original
     expected = tiny_models.quantized(tiny_models.qwen25_vl(), method="rtn")

@@ -19,11 +19,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from torchao.quantization import quantize_
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
@@ -166,6 +164,8 @@ def see(document: dict[str, Any]) -> list[Any]:
 
 def test_a_model_that_sees_generates(tmp_path):
     """hf-multimodal: an image in, the answer of the model in memory out."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=32,
