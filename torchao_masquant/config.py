@@ -85,7 +85,8 @@ class MASQuantConfig(AOBaseConfig):
         include: patterns of names of linears, in place of all of the decoder.
         exclude: patterns of names to leave out.
         recipe: what ``calibrate`` found, or the path of one; its options take the
-            place of those above.
+            place of those above. Only a path can be written to JSON
+            (``torchao.core.config.config_to_dict``).
 
     Raises:
         ValueError: an option is out of range, or a recipe meets another step.
@@ -123,12 +124,17 @@ class MASQuantConfig(AOBaseConfig):
                 raise ValueError(
                     f"a recipe is for step='convert', not for step={self.step!r}."
                 )
-            if not isinstance(self.recipe, Recipe):
-                self.recipe = Recipe.load(self.recipe)
-            for name, value in vars(self.recipe.options).items():
+            if isinstance(self.recipe, Recipe):
+                recipe = self.recipe
+            else:
+                self.recipe = os.fspath(self.recipe)
+                recipe = Recipe.load(self.recipe)
+            # torchao leaves what begins with an underscore out of its JSON.
+            self._loaded_recipe = recipe
+            for name, value in vars(recipe.options).items():
                 setattr(self, name, value)
-            self.modalities = self.recipe.modalities
-            self.base_modality = self.recipe.modalities[0]
+            self.modalities = recipe.modalities
+            self.base_modality = recipe.modalities[0]
         if self.modalities is not None and not isinstance(self.modalities, str):
             # What torchao writes to JSON; it refuses tuples.
             self.modalities = list(self.modalities)
@@ -140,14 +146,20 @@ class MASQuantConfig(AOBaseConfig):
             )
 
     @property
+    def loaded_recipe(self) -> Optional[Recipe]:
+        """The recipe itself, where ``recipe`` may be its path."""
+        return getattr(self, "_loaded_recipe", None)
+
+    @property
     def options(self) -> SolverOptions:
         """Options of the solution."""
         names = [field.name for field in dataclasses.fields(SolverOptions)]
         return SolverOptions(**{name: getattr(self, name) for name in names})
 
 
-# A config is named in checkpoints by its class alone, looked up in these modules.
-ALLOWED_AO_MODULES.add(__name__)
+# A config is named in checkpoints by its class alone, looked up in these modules; one of
+# its own, since torchao calls whatever has the name.
+ALLOWED_AO_MODULES.add("torchao_masquant.integrations.torchao_config")
 
 
 def masquant_config(
@@ -277,8 +289,8 @@ def _plan(
         return _plan_prepare(model, config)
     if config.step == QuantizationStep.PREPARE_FOR_LOADING:
         return _plan_loading(model, config)
-    if isinstance(config.recipe, Recipe):
-        return _plan_recipe(model, config, config.recipe)
+    if config.loaded_recipe is not None:
+        return _plan_recipe(model, config, config.loaded_recipe)
     observed = [m for m in model.modules() if isinstance(m, MASQuantObservedLinear)]
     if not observed:
         raise ValueError(

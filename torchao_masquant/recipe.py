@@ -36,6 +36,11 @@ _TENSORS = (
     "zero_point",
 )
 
+_INTEGERS = ("qdata", "zero_point")
+
+# Of a dimension; larger than any model's.
+_LARGEST = 2**24
+
 
 def weight_fingerprint(weight: torch.Tensor) -> str:
     """16 hex digits that tell a weight from a changed one.
@@ -208,6 +213,14 @@ class Recipe:
             t.nbytes for layer in self.layers.values() for t in layer.tensors().values()
         )
 
+    @property
+    def _fields(self) -> tuple[str, ...]:
+        # torchao's JSON encoder asks each object for it, and lets a TypeError through.
+        raise TypeError(
+            "a recipe cannot be written into the JSON of a config: save it, and give "
+            "the config its path, as in masquant_config('recipe.safetensors')."
+        )
+
     def __repr__(self) -> str:
         options = self.options
         return (
@@ -272,9 +285,10 @@ class Recipe:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 header = _header(path, file.metadata() or {})
+                _check_names(set(file.keys()), header["layers"])
                 return cls(
                     options=SolverOptions(**header["options"]),
-                    modalities=tuple(header["modalities"]),
+                    modalities=_modalities(header["modalities"]),
                     layers={
                         name: _load_layer(file, name, entry)
                         for name, entry in header["layers"].items()
@@ -286,11 +300,14 @@ class Recipe:
         except (
             safetensors.SafetensorError,
             KeyError,
+            RecursionError,
             TypeError,
             ValueError,
         ) as error:
+            # What a file says may have lines of its own.
+            cause = " ".join(str(error).split()).rstrip(".")
             raise ValueError(
-                f"{os.fspath(path)!r} is no recipe, or a damaged one: {error}."
+                f"{os.fspath(path)!r} is no recipe, or a damaged one: {cause}."
             ) from error
 
 
@@ -312,20 +329,59 @@ def _header(
             f"{os.fspath(path)!r} is of recipe format {version}, this version of "
             f"torchao_masquant reads {_FORMAT_VERSION}: {advice}."
         )
-    return json.loads(metadata["recipe"])
+    header = json.loads(metadata["recipe"])
+    for key in ("options", "layers", "versions"):
+        if not isinstance(header[key], dict):
+            raise ValueError(f"{key} is a dict, got {type(header[key]).__name__}")
+    return header
+
+
+def _modalities(names: Any) -> tuple[str, ...]:
+    is_list = isinstance(names, list) and all(isinstance(n, str) for n in names)
+    if not is_list or not names or len(set(names)) != len(names):
+        raise ValueError(f"modalities is a list of different names, got {names!r}")
+    return tuple(names)
+
+
+def _check_names(stored: set[str], layers: Mapping[str, Any]) -> None:
+    """Raise unless every tensor of a file is a layer's."""
+    for name in layers:
+        if not name.isprintable():
+            raise ValueError(f"{name!r} is no name of a linear")
+    left = stored - {f"{name}.{key}" for name in layers for key in _TENSORS}
+    if left:
+        raise ValueError(f"no layer has a tensor {sorted(left)[0]!r}")
 
 
 def _load_layer(file: Any, name: str, entry: Mapping[str, Any]) -> LayerRecipe:
+    n, k = _sizes(entry["shape"], "shape", 1)
+    ranks = _sizes(entry["ranks"], "ranks", 0)
+    if not isinstance(entry["fingerprint"], str):
+        raise ValueError(f"the fingerprint of {name} is no string")
     keys = set(file.keys())
-    tensors = {
-        key: file.get_tensor(f"{name}.{key}")
-        for key in _TENSORS
-        if f"{name}.{key}" in keys
-    }
-    n, k = entry["shape"]
+    tensors = {}
+    for key in _TENSORS:
+        if f"{name}.{key}" not in keys:
+            continue
+        tensor = file.get_tensor(f"{name}.{key}")
+        if key in _INTEGERS:
+            fits = tensor.dtype == torch.int8
+        else:
+            fits = tensor.is_floating_point()
+        if not fits:
+            raise ValueError(f"{key} of {name} is of type {tensor.dtype}")
+        tensors[key] = tensor
     return LayerRecipe(
-        shape=(n, k),
-        fingerprint=entry["fingerprint"],
-        ranks=tuple(entry["ranks"]),
-        **tensors,
+        shape=(n, k), fingerprint=entry["fingerprint"], ranks=ranks, **tensors
     )
+
+
+def _sizes(values: Any, name: str, least: int) -> tuple[int, ...]:
+    # bool is an int to isinstance.
+    if not isinstance(values, list) or any(
+        type(v) is not int or not least <= v <= _LARGEST for v in values
+    ):
+        raise ValueError(
+            f"{name} is a list of integers in {least}..{_LARGEST}, got {values!r}"
+        )
+    return tuple(values)

@@ -6,12 +6,16 @@
 """Damaged, foreign and hostile checkpoints, and saving that is cut short."""
 
 import copy
+import errno
 import json
 import os
 import pickle
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Callable
 
@@ -31,6 +35,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from torchao_masquant import MASQuantHfConfig, save_quantized
 from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
+from torchao_masquant.integrations.exchange import exchange
 from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.stored_tensors import stored_tensors
@@ -415,6 +420,19 @@ def test_nothing_is_unpickled(folder, tmp_path):
     assert not payload.exists()
 
 
+def test_code_beside_a_checkpoint_is_not_run(folder, tmp_path):
+    """Nor where its config.json asks for it."""
+    payload = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(payload)!r}, 'w').close()")
+    config = json.loads((folder / CONFIG).read_text())
+    classes = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText")
+    config["auto_map"] = {name: "evil.Evil" for name in classes}
+    config["quantization_config"]["modules_to_import"] = ["evil"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    load(folder)
+    assert not payload.exists()
+
+
 @pytest.fixture
 def interrupted(monkeypatch):
     """Saving stops at the second shard."""
@@ -434,7 +452,11 @@ def interrupted(monkeypatch):
     return stop
 
 
-@pytest.mark.parametrize("error", [OSError("No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
+    ids=["disk full", "interrupted"],
+)
 def test_an_interrupted_save_leaves_the_old_folder_whole(
     folder, model, interrupted, error
 ):
@@ -451,7 +473,51 @@ def test_an_interrupted_save_leaves_the_old_folder_whole(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_save_that_cannot_take_the_old_ones_place(folder, model, monkeypatch):
+_KILLED = """
+import os, signal, sys
+import transformers.modeling_utils
+from transformers import AutoModelForImageTextToText
+from torchao_masquant import save_quantized
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+model.lm_head.weight.data.zero_()
+write, written = transformers.modeling_utils.safe_save_file, []
+
+def save(tensors, path, **options):
+    if written:
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(path)
+    write(tensors, path, **options)
+
+transformers.modeling_utils.safe_save_file = save
+save_quantized(model, sys.argv[1], max_shard_size="20KB")
+"""
+
+
+def test_a_killed_save_leaves_the_old_folder_whole(folder, model):
+    before = contents(folder)
+    result = subprocess.run([sys.executable, "-c", _KILLED, folder])
+    assert result.returncode == -signal.SIGKILL
+    assert contents(folder) == before
+    (left,) = (path for path in folder.parent.iterdir() if path != folder)
+    assert left.name.startswith(".model.") and list(left.rglob("*.safetensors"))
+    # What was left is in nobody's way.
+    save_quantized(model, folder)
+    assert load(folder).lm_head.weight.any()
+
+
+@pytest.fixture
+def two_steps(monkeypatch):
+    """As where the system cannot exchange two folders in one."""
+    monkeypatch.setattr(
+        "torchao_masquant.integrations.exchange._exchange_at_once",
+        lambda new, target: False,
+    )
+
+
+def test_a_save_that_cannot_take_the_old_ones_place(
+    folder, model, monkeypatch, two_steps
+):
     before = contents(folder)
     rename = os.rename
 
@@ -465,6 +531,24 @@ def test_a_save_that_cannot_take_the_old_ones_place(folder, model, monkeypatch):
         save_quantized(model, folder)
     assert contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_folders_trade_places_in_two_steps(folder, model, two_steps):
+    (folder / "more").write_text("kept")
+    save_quantized(model, folder, max_shard_size="20KB")
+    assert (folder / "more").read_text() == "kept" and not (folder / MODEL).exists()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is a call of Linux")
+def test_folders_trade_places_in_one_step(tmp_path, monkeypatch):
+    for name in ("new", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    monkeypatch.delattr(os, "rename")
+    exchange(tmp_path / "new", tmp_path / "target", tmp_path / "old")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["target"]
 
 
 def test_a_target_that_cannot_be_written(folder, model):

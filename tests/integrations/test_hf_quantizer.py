@@ -80,6 +80,8 @@ def load(folder: Any, config: MASQuantHfConfig, **options: Any) -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"device_map": "auto"}], ids=str)
 def test_quantizing_while_loading_is_quantizing_after(original, options):
+    if options:
+        pytest.importorskip("accelerate")
     folder, recipe = original
     expected = tiny_models.quantized(tiny_models.qwen25_vl(), recipe)
     model = load(folder, MASQuantHfConfig(recipe=recipe), **options)
@@ -143,6 +145,15 @@ def test_one_weight_of_full_precision_at_a_time(original, monkeypatch):
         linear = model.get_submodule(name)
         assert set(dict(linear.named_parameters())) <= {"weight", "bias"}
         assert isinstance(linear.weight, MASQuantTensor)
+
+
+def test_a_quantized_folder_is_not_quantized_again(original, tmp_path):
+    folder, recipe = original
+    model = load(folder, MASQuantHfConfig(recipe=recipe))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        again = load(tmp_path, MASQuantHfConfig(config=MASQuantConfig(**RTN)))
+    assert_same_weights(model, again)
 
 
 def test_round_to_nearest_needs_no_recipe(original):
@@ -237,7 +248,7 @@ def test_the_recipe_is_let_go_after_loading(original, tmp_path):
     folder, recipe = original
     recipe.save(tmp_path / "recipe.safetensors")
     config = MASQuantHfConfig(recipe=Recipe.load(tmp_path / "recipe.safetensors"))
-    reference = weakref.ref(config.config.recipe)
+    reference = weakref.ref(config.config.loaded_recipe)
     model = load(folder, config)
     del config
     gc.collect()
@@ -265,6 +276,7 @@ def test_sizes_for_a_device_map(original):
 
 
 def test_a_disk_in_the_device_map_is_refused(original):
+    pytest.importorskip("accelerate")
     folder, recipe = original
     with pytest.raises(ValueError, match="cannot be offloaded to disk"):
         load(folder, MASQuantHfConfig(recipe=recipe), device_map={"": "disk"})

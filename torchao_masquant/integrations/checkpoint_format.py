@@ -135,6 +135,8 @@ class CheckpointFormat:
                 raise ValueError(f"dtype {dtype!r} is none of torch's")
             layers, known = {}, {}
             for name, numbers in _named(entry, "layers").items():
+                if not name.isprintable():
+                    raise ValueError(f"{name!r} is no name of a linear")
                 layers[name] = _pick(formats, numbers, "format", name)
                 if numbers.get("options") is not None:
                     known[name] = dict(_pick(options, numbers, "options", name))

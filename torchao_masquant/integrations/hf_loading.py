@@ -18,9 +18,10 @@ from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     stored_name,
 )
+from torchao_masquant.integrations.freed_memory import return_freed_memory
 from torchao_masquant.integrations.layer_format import LayerFormat, TensorKind
 from torchao_masquant.linear import MASQuantLinear
-from torchao_masquant.recipe import LayerRecipe, Recipe, weight_fingerprint
+from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import match_names, select_linears
 from torchao_masquant.tensor_subclasses import MASQuantTensor
@@ -209,12 +210,11 @@ class QuantizingLoading:
         self.error: Optional[ValueError] = None
         self._class = type(model).__name__
         self._layers: dict[str, Optional[LayerRecipe]]
-        if isinstance(config.recipe, Recipe):
-            names = match_names(
-                list(config.recipe.layers), config.include, config.exclude
-            )
-            self._layers = {name: config.recipe.layers[name] for name in names}
-            modalities = config.recipe.modalities
+        recipe = config.loaded_recipe
+        if recipe is not None:
+            names = match_names(list(recipe.layers), config.include, config.exclude)
+            self._layers = {name: recipe.layers[name] for name in names}
+            modalities = recipe.modalities
             self._check_names(dict(model.named_modules()))
         else:
             linears = select_linears(model, config.include, config.exclude)
@@ -269,6 +269,7 @@ class QuantizingLoading:
         if self.error is None:
             try:
                 _replace(model, name, self._quantized(name, weight), self.router)
+                return_freed_memory()
                 return
             except ValueError as error:
                 self.error = error

@@ -14,6 +14,7 @@ from typing import Any, Union
 from torch import nn
 
 from torchao_masquant.integrations.attachment import attach_to_transformers
+from torchao_masquant.integrations.exchange import exchange
 from torchao_masquant.linear import MASQuantLinear
 
 __all__ = ["save_quantized"]
@@ -25,8 +26,10 @@ def save_quantized(
     """``model.save_pretrained(folder)``, whole or not at all.
 
     The model is written to a temporary folder beside ``folder``, which takes its name
-    at the end; an error or an interruption before that leaves ``folder`` as it was.
-    What else lies in ``folder``, such as a processor, stays there.
+    at the end; an error or an interruption before that leaves ``folder`` as it was. A
+    process that is killed leaves the temporary folder, too: ``.NAME.`` and eight
+    characters, to be deleted. What else lies in ``folder``, such as a processor, stays
+    there.
 
     Args:
         model: a quantized transformers model.
@@ -59,7 +62,7 @@ def save_quantized(
         model.save_pretrained(new, **options)  # type: ignore[operator]
         if target.exists():
             _keep_others(target, new)
-            _exchange(new, target, temporary / "old")
+            exchange(new, target, temporary / "old")
         else:
             os.rename(new, target)
     finally:
@@ -102,12 +105,3 @@ def _is_weight(name: str) -> bool:
     return name.startswith(("model", "pytorch_model")) and name.endswith(
         (".safetensors", ".bin", ".index.json")
     )
-
-
-def _exchange(new: Path, target: Path, old: Path) -> None:
-    os.rename(target, old)
-    try:
-        os.rename(new, target)
-    except BaseException:
-        os.rename(old, target)
-        raise

@@ -63,6 +63,8 @@ def stored_tensors(files: Sequence[str]) -> dict[str, TensorKind]:
                 for name in opened.keys():
                     stored = opened.get_slice(name)
                     kind = stored.get_dtype()
+                    if not name.isprintable():
+                        raise ValueError(f"{name!r} is no name of a tensor")
                     if kind not in _TYPES:
                         raise ValueError(f"{name} is of type {kind}")
                     if name in found:

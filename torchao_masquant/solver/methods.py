@@ -114,7 +114,7 @@ class SolverOptions:
     Raises:
         ValueError: an unknown scheme or method, an option that is out of range or that
             the method does not have.
-        TypeError: alpha or rank is no number.
+        TypeError: an option is of another type than those above.
     """
 
     scheme: str = "w4a8"
@@ -141,8 +141,13 @@ class SolverOptions:
             self._check_share(name, getattr(self, name))
         if self.rank != AUTO:
             resolve_rank(self.rank, 1, 1)  # type: ignore[arg-type]
-        if self.group_size is not None and self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2, got {self.group_size}.")
+        if self.group_size is not None:
+            if type(self.group_size) is not int:
+                raise TypeError(f"group_size must be an int, got {self.group_size!r}.")
+            if self.group_size < 2:
+                raise ValueError(
+                    f"group_size must be at least 2, got {self.group_size}."
+                )
         if self.rounding not in (None, *_ROUNDINGS):
             raise ValueError(
                 f"unknown rounding {self.rounding!r}: choose one of {_ROUNDINGS}."
@@ -150,6 +155,11 @@ class SolverOptions:
         if self.low_rank_bits not in (8, 16):
             raise ValueError(
                 f"low_rank_bits must be 8 or 16, got {self.low_rank_bits}."
+            )
+        if not isinstance(self.modality_weights, (Mapping, type(None))):
+            raise TypeError(
+                "modality_weights must be a dict of names and numbers, got "
+                f"{self.modality_weights!r}."
             )
         for name, weight in (self.modality_weights or {}).items():
             if not (math.isfinite(weight) and weight >= 0):

@@ -1,0 +1,285 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Broken recipes and checkpoints: a clear error or a harmless change, never a crash.
+
+A few seconds by default; ``MASQUANT_FUZZ_EXAMPLES=20000 pytest`` with this file searches
+longer.
+"""
+
+import copy
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import format_1
+import pytest
+import tiny_models
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torchao.quantization import quantize_
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from torchao_masquant import MASQuantHfConfig, Recipe, masquant_config
+from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
+
+EXAMPLES = int(os.environ.get("MASQUANT_FUZZ_EXAMPLES", "60"))
+FUZZ = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="MASQUANT_FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+# What a reader may raise; anything else is a bug. Never MemoryError or RecursionError.
+CLEAR = (ValueError, OSError)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """A huge allocation fails, rather than being made and never touched."""
+    if sys.platform != "linux":
+        yield
+        return
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+# Values that a field of a header or of a config may be changed to.
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, 1, 2, 2**31, 2**40, 2**63, 10**30, 0.5, 1e308]),
+    st.sampled_from([float("inf"), float("nan"), "", "F32", "I64", "text", "w4a8"]),
+    st.text(max_size=4),
+    st.lists(st.integers(-2, 2**40), max_size=3),
+    st.sampled_from([[], {}, [[]], {"a": 1}, [2**40, 2**40], [10**9, 10**9, 10**9]]),
+)
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a piece of JSON."""
+    if path:
+        yield path
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, inner in items:
+        yield from _paths(inner, (*path, key))
+
+
+@st.composite
+def mutations(draw: st.DrawFn, whole: Any) -> Any:
+    """JSON with one to three places changed, dropped or doubled."""
+    changed = json.loads(json.dumps(whole))
+    for _ in range(draw(st.integers(1, 3))):
+        places = list(_paths(changed))
+        if not places:
+            break
+        *outer, last = draw(st.sampled_from(places))
+        holder = changed
+        for key in outer:
+            holder = holder[key]
+        action = draw(st.sampled_from(["change", "drop", "add", "swap"]))
+        if action == "drop":
+            del holder[last]
+        elif action == "add" and isinstance(holder, dict):
+            holder[draw(st.text(max_size=8))] = holder[last]
+        elif action == "swap" and isinstance(holder, dict):
+            other = draw(st.sampled_from(list(holder)))
+            holder[last], holder[other] = holder[other], holder[last]
+        else:
+            holder[last] = copy.deepcopy(draw(ODD))
+    return changed
+
+
+def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and values of a safetensors file."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+def _join(header: Any, values: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + values
+
+
+@st.composite
+def damaged_files(draw: st.DrawFn, content: bytes) -> bytes:
+    """A file with bytes flipped, cut off, put in or taken out; most in its header."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    damaged = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        size = draw(st.sampled_from([8, end, len(damaged)]))
+        place = draw(st.integers(0, max(0, min(size, len(damaged)) - 1)))
+        action = draw(st.sampled_from(["flip", "flip", "set", "insert", "cut", "take"]))
+        if action == "flip" and damaged:
+            damaged[place] ^= 1 << draw(st.integers(0, 7))
+        elif action == "set" and damaged:
+            damaged[place] = draw(st.integers(0, 255))
+        elif action == "insert":
+            damaged[place:place] = draw(st.binary(min_size=1, max_size=9))
+        elif action == "take":
+            del damaged[place : place + draw(st.integers(1, 9))]
+        else:
+            del damaged[place:]
+    return bytes(damaged)
+
+
+def _is_clear(error: Exception) -> None:
+    message = str(error)
+    assert message.endswith(".") and "\n" not in message, message
+    assert len(message) < 2000
+
+
+# Recipes.
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.safetensors"
+    tiny_models.recipe_of(tiny_models.PlainModel(), rank=2).save(path)
+    return path
+
+
+def _read_recipe(path: Path, content: bytes) -> None:
+    """Read it, and use it if it reads; both in good time."""
+    path.write_bytes(content)
+    start = time.process_time()
+    try:
+        recipe = Recipe.load(path)
+        quantize_(tiny_models.PlainModel(), masquant_config(recipe))
+    except CLEAR as error:
+        _is_clear(error)
+    # Seconds would mean a search or an allocation that the file has asked for.
+    assert time.process_time() - start < 10
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_recipe_with_damaged_bytes(data, recipe_file, tmp_path):
+    content = data.draw(damaged_files(recipe_file.read_bytes()))
+    _read_recipe(tmp_path / "x", content)
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_recipe_with_a_changed_header(data, recipe_file, tmp_path):
+    """Names, types, shapes and offsets of its tensors."""
+    header, values = _split(recipe_file.read_bytes())
+    changed = data.draw(mutations(header))
+    _read_recipe(tmp_path / "x", _join(changed, values))
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_recipe_with_changed_metadata(data, recipe_file, tmp_path):
+    """What the recipe says of itself: options, modalities, layers."""
+    header, values = _split(recipe_file.read_bytes())
+    metadata = header["__metadata__"]
+    changed = data.draw(mutations(json.loads(metadata["recipe"])))
+    metadata["recipe"] = json.dumps(changed)
+    _read_recipe(tmp_path / "x", _join(header, values))
+
+
+def test_a_recipe_whose_metadata_is_nested_too_deep(recipe_file, tmp_path):
+    header, values = _split(recipe_file.read_bytes())
+    for text in ("[" * 100_000, '{"a":' * 100_000):
+        header["__metadata__"]["recipe"] = text
+        (tmp_path / "x").write_bytes(_join(header, values))
+        with pytest.raises(ValueError, match="is no recipe, or a damaged one"):
+            Recipe.load(tmp_path / "x")
+
+
+# Checkpoints.
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    shutil.copytree(format_1.FOLDER, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def _read_checkpoint(folder: Path) -> None:
+    """All that is looked at before a weight is loaded."""
+    start = time.process_time()
+    try:
+        entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+        checked = MASQuantHfConfig.from_dict(entry)
+        config = AutoConfig.from_pretrained(format_1.FOLDER)
+        with torch.device("meta"):
+            empty = Qwen2_5_VLForConditionalGeneration(config)
+        quantizer = MASQuantHfQuantizer(checked, pre_quantized=True)
+        files = [str(folder / "model.safetensors")]
+        quantizer._process_model_before_weight_loading(empty, files)
+        get_model_conversion_mapping(empty, None, quantizer)
+    except CLEAR as error:
+        _is_clear(error)
+    assert time.process_time() - start < 10
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_checkpoint_with_damaged_bytes(data, folder):
+    content = (format_1.FOLDER / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data.draw(damaged_files(content)))
+    _read_checkpoint(folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_checkpoint_with_a_changed_header(data, folder):
+    header, values = _split((format_1.FOLDER / "model.safetensors").read_bytes())
+    changed = _join(data.draw(mutations(header)), values)
+    (folder / "model.safetensors").write_bytes(changed)
+    _read_checkpoint(folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_checkpoint_with_a_changed_config(data, folder):
+    config = json.loads((format_1.FOLDER / "config.json").read_text())
+    # As a dict, which is what transformers hands on.
+    changed = data.draw(mutations(config["quantization_config"]))
+    config["quantization_config"] = changed
+    (folder / "config.json").write_text(json.dumps(config))
+    _read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("shape", [[2**20, 2**20], [2**40], [2**31, 2**31, 2**31]])
+def test_a_shape_of_a_terabyte_is_refused(shape, folder, recipe_file, tmp_path):
+    """Also where the offsets say the same."""
+    for path in (folder / "model.safetensors", recipe_file):
+        for offsets in (None, [0, 4 * 2**40]):
+            header, values = _split(path.read_bytes())
+            name = next(n for n in header if n != "__metadata__")
+            header[name]["shape"] = shape
+            if offsets is not None:
+                header[name]["data_offsets"] = offsets
+            (tmp_path / "x.safetensors").write_bytes(_join(header, values))
+            with pytest.raises(ValueError, match="cut off or damaged|a damaged one"):
+                if path == recipe_file:
+                    Recipe.load(tmp_path / "x.safetensors")
+                else:
+                    shutil.copy(tmp_path / "x.safetensors", path)
+                    _read_and_raise(folder)
+        shutil.copy(format_1.FOLDER / "model.safetensors", folder)
+
+
+def _read_and_raise(folder: Path) -> None:
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
