@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Tensor subclasses of MASQuant."""
 
+from torchao_masquant.tensor_subclasses import distributing  # noqa: F401
 from torchao_masquant.tensor_subclasses.low_rank_pair import (
     low_rank_dtype,
     quantize_low_rank_pair,
