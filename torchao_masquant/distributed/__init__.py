@@ -12,14 +12,14 @@ need this package's operator on distributed weights.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchao_masquant.distributed.tensor_parallel import tensor_parallel
+    from torchao_masquant.distributed.parallel_plan import tensor_parallel
 
 __all__ = ["tensor_parallel"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "tensor_parallel":
-        from torchao_masquant.distributed.tensor_parallel import tensor_parallel
+        from torchao_masquant.distributed.parallel_plan import tensor_parallel
 
         return tensor_parallel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
