@@ -50,8 +50,9 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     self, size = args[:2]
     if len(size) != 2 or size[0] > self.shape[0] or size[1] != self.shape[1]:
         raise ValueError(
-            f"new_zeros of a MASQuantTensor of shape {tuple(self.shape)} makes some of "
-            f"its rows, not {tuple(size)}."
+            "fully_shard shards the rows of a quantized weight only, and new_zeros makes "
+            f"some of them, not {tuple(size)} of shape {tuple(self.shape)}: leave "
+            "shard_placement_fn out, or let it return Shard(0)."
         )
     return aten.slice.Tensor(self, 0, 0, size[0])._apply_fn_to_data(
         lambda t: torch.zeros_like(t, memory_format=torch.contiguous_format)

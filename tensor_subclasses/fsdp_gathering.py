@@ -33,16 +33,7 @@ class FSDPGathering:
         module: torch.nn.Module,
         mp_policy: Any,
     ) -> tuple[tuple[torch.Tensor, ...], tuple[str, ...]]:
-        """What a rank sends, rows first.
-
-        Raises:
-            ValueError: it was sharded by columns.
-        """
-        if outer_size[1] != self.in_features:
-            raise ValueError(
-                "fully_shard gathers the rows of quantized weights only: leave "
-                "shard_placement_fn out, or let it return Shard(0)."
-            )
+        """What a rank sends, rows first, and the names of these parts."""
         names = tuple(n for n in self.__tensor_flatten__()[0] if n in _ROWS)
         sent = (getattr(self, n).transpose(0, _ROWS[n]).contiguous() for n in names)
         return tuple(sent), names

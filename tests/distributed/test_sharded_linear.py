@@ -113,40 +113,56 @@ def test_sharded_is_whole(ranks: Ranks, check: Any, case: str, mixed: bool) -> N
         ranks.run(check, case, mixed, source)
 
 
-def check_compiled(rank: int) -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.gate, self.down = (make_linear("w4a8") for _ in range(3))
-            self.gate.router = self.down.router = self.up.router
-            self.down.weight = nn.Parameter(
-                make_square(self.down.weight.data), requires_grad=False
-            )
-            self.down.in_features = N
+class Block(nn.Module):
+    def __init__(self, act_bits: int) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = (make_linear("w4a8") for _ in range(3))
+        self.gate.router = self.down.router = self.up.router
+        self.down.weight = nn.Parameter(self.down.weight[:, :N], requires_grad=False)
+        self.down.in_features = N
+        for linear in (self.up, self.gate, self.down):
+            linear.weight.act_bits = act_bits
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(torch.tanh(self.up(x)) * self.gate(x))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)) * self.gate(x))
 
-    def make_square(weight: MASQuantTensor) -> MASQuantTensor:
-        return weight[:, :N]
 
+def check_compiled(rank: int, act_bits: int) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
-    block = Block()
-    for name, style in (
-        ("up", ColwiseParallel()),
-        ("gate", ColwiseParallel()),
-        ("down", RowwiseParallel()),
-    ):
-        parallelize_module(block.get_submodule(name), mesh, style)
+    block = Block(act_bits)
+    parallelize_module(
+        block,
+        mesh,
+        {"up": ColwiseParallel(), "gate": ColwiseParallel(), "down": RowwiseParallel()},
+    )
+    compiled = torch.compile(block, fullgraph=True)
     for mixed in (True, False):
         x, ids = tokens(mixed)
         eager = run(block, x, ids)
-        compiled = torch.compile(block, fullgraph=True)
         torch.testing.assert_close(run(compiled, x, ids), eager, rtol=1e-5, atol=1e-5)
 
 
-def test_compiled(ranks: Ranks) -> None:
-    ranks.run(check_compiled)
+# torch keeps graphs on disk: the second one must not be taken for the first.
+@pytest.mark.slow
+@pytest.mark.parametrize("act_bits", [8, 3])
+def test_compiled(ranks: Ranks, act_bits: int) -> None:
+    ranks.run(check_compiled, act_bits)
+
+
+def cache_keys(rank: int) -> set[str]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    keys = set()
+    for case in CASES:
+        weight = make_linear(case).weight.data
+        for piece in (weight[:, :16], weight[:, :16].clone()):
+            sharded = DTensor.from_local(piece, mesh, [Shard(1)])
+            keys.add(sharded._stable_hash_for_caching())
+    return keys
+
+
+def test_graphs_are_told_apart_by_the_local_weight(ranks: Ranks) -> None:
+    for keys in ranks.run(cache_keys):
+        assert len(keys) == 2 * len(CASES)
 
 
 def check_placements(rank: int) -> None:
