@@ -49,9 +49,7 @@ def make_linear(case: str, dtype: torch.dtype = torch.float32) -> MASQuantLinear
         l1=torch.randn(K, 5, generator=g),
         l2=torch.randn(5, N, generator=g),
         modality_bias=torch.randn(3, N, generator=g),
-        act_shift=None
-        if options["act_bits"] == 16
-        else torch.randn(3, K, generator=g),
+        act_shift=None if options["act_bits"] == 16 else torch.randn(3, K, generator=g),
         **options,
     )
     return MASQuantLinear.from_float(linear, weight, "linear", Router(NAMES))
@@ -261,8 +259,12 @@ def check_uneven_local(rank: int) -> str:
 
 
 def test_uneven_pieces_raise(ranks: Ranks) -> None:
-    assert ranks.run(check_uneven_local) == [
-        "a quantized weight of shape (25, 32) can't be sharded over 2 ranks along "
-        "dimension 0: take a number of ranks that divides 25, or keep the weight whole "
-        "on each."
-    ] * WORLD
+    assert (
+        ranks.run(check_uneven_local)
+        == [
+            "a quantized weight of shape (25, 32) can't be sharded over 2 ranks along "
+            "dimension 0: take a number of ranks that divides 25, or keep the weight whole "
+            "on each."
+        ]
+        * WORLD
+    )

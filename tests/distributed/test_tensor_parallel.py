@@ -188,18 +188,22 @@ def check_refusals(rank: int, recipe_path: str) -> list[str]:
 def test_refusals(ranks: Ranks, recipe_path: str) -> None:
     layer = "model.language_model.layers.0"
     messages = ranks.run(check_refusals, recipe_path)
-    assert messages[0] == messages[1] == [
-        "Qwen2_5_VLForConditionalGeneration has num_attention_heads=4, which 3 ranks "
-        "can't share evenly: take a number of ranks that divides 4.",
-        f"{layer}.self_attn.q_proj has 64 output channels, which 3 ranks can't share "
-        "evenly: take a number of ranks that divides 64.",
-        f"{layer}.mlp.down_proj: 2 ranks would get 48 of its 96 input channels each, "
-        "which is no multiple of 32 (4-bit integers, group size 32): take fewer ranks, "
-        "or quantize it with smaller groups.",
-        "lm_head: the model's plan shards it as 'packed_colwise', which a quantized "
-        "model has no way for: shard the other linears with "
-        "torch.distributed.tensor.parallel.parallelize_module.",
-        "PlainModel has no tensor parallel plan: shard its linears with "
-        "torch.distributed.tensor.parallel.parallelize_module.",
-        f"{layer}.self_attn.q_proj is sharded already.",
-    ]
+    assert (
+        messages[0]
+        == messages[1]
+        == [
+            "Qwen2_5_VLForConditionalGeneration has num_attention_heads=4, which 3 ranks "
+            "can't share evenly: take a number of ranks that divides 4.",
+            f"{layer}.self_attn.q_proj has 64 output channels, which 3 ranks can't share "
+            "evenly: take a number of ranks that divides 64.",
+            f"{layer}.mlp.down_proj: 2 ranks would get 48 of its 96 input channels each, "
+            "which is no multiple of 32 (4-bit integers, group size 32): take fewer ranks, "
+            "or quantize it with smaller groups.",
+            "lm_head: the model's plan shards it as 'packed_colwise', which a quantized "
+            "model has no way for: shard the other linears with "
+            "torch.distributed.tensor.parallel.parallelize_module.",
+            "PlainModel has no tensor parallel plan: shard its linears with "
+            "torch.distributed.tensor.parallel.parallelize_module.",
+            f"{layer}.self_attn.q_proj is sharded already.",
+        ]
+    )

@@ -36,6 +36,7 @@ def torchao_case() -> Any:
     """Not by its name in this module, where pytest would collect it."""
     return torchao_cases.TorchAOTensorParallelTestCase
 
+
 _REPLACED = {
     '    device = "cuda"\n': '    device = "cpu"\n',
     'device="cuda"\n': 'device="cpu"\n',
