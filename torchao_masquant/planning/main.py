@@ -185,7 +185,7 @@ def _print(
     console = Console()
     devices, memory = arguments.devices, arguments.memory
     console.print(
-        f"{skeleton.model_class}: {skeleton.values / 1e9:.2f} billion weights, "
+        f"{skeleton.model_class}: {skeleton.values / 1e6:,.0f} million weights, "
         f"{len(skeleton.linears)} linears to quantize, for "
         f"{', '.join(skeleton.modalities)}; {devices} x {machine.name} "
         f"({'; '.join((machine.source, *machine.notes))}).\n",
@@ -220,15 +220,14 @@ def _print(
     console.print(table)
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"Inference: {arguments.batch} x {arguments.context} tokens; times are of "
-        "the decoder's linears",
+        title=f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache "
+        f"is {_size(rows[0].cache_bytes)} of a device; times are of the decoder's linears",
         title_justify="left",
     )
     for column in (
         "scheme",
         "weights",
         "a device",
-        "of it, cache",
         "prefill",
         "a token more",
         "sent a token",
@@ -242,7 +241,6 @@ def _print(
             row.scheme,
             _size(row.weight_bytes),
             _size(row.device_bytes),
-            _size(row.cache_bytes),
             _time(row.prefill_seconds),
             _time(row.decode_seconds),
             _size(row.sent_bytes),
