@@ -19,8 +19,9 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from rich import box
@@ -120,13 +121,13 @@ def check_linears(machine: Machine) -> list[Check]:
                     COMPENSATION,
                     others=others,
                 )
-                call: Any
+                call: Callable[[], Any]
                 if scheme is None:
                     dense = torch.randn(n, k).bfloat16()
-                    call = lambda: torch.nn.functional.linear(x, dense)  # noqa: E731, B023
+                    call = partial(torch.nn.functional.linear, x, dense)
                 else:
                     weight = make_weight(scheme, n, k)
-                    call = lambda: torch.ops.masquant.linear(x, weight, ids)  # noqa: E731, B023
+                    call = partial(torch.ops.masquant.linear, x, weight, ids)
                 measured += processor_seconds(call, 0.1)
             what = f"{name or 'dense'}: three linears, {tokens} tokens"
             checks.append(Check(what, "ms", predicted * 1e3, measured * 1e3))

@@ -9,7 +9,8 @@ Pieces are slices: rows are output channels, columns input channels. All pieces 
 one size, since padding would have to be quantized.
 """
 
-from typing import Any, Callable
+from functools import partial
+from typing import Any, Callable, Sequence
 
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -76,7 +77,7 @@ def _parts(tensor: MASQuantTensor) -> list[torch.Tensor]:
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
-def _in_turn(calls: list[Callable[[], Any]]) -> Any:
+def _in_turn(calls: Sequence[Callable[[], Any]]) -> Any:
     """Run collectives one after the other; the last one's result stands for all."""
     for call in calls[:-1]:
         call()[1].wait()
@@ -87,12 +88,9 @@ def _in_turn(calls: list[Callable[[], Any]]) -> Any:
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     (output,), inputs, *rest = args
     pieces = [_parts(piece) for piece in inputs[0]] if inputs else []
-
-    def scatter(i: int, part: torch.Tensor) -> Any:
-        return func([part], [[p[i] for p in pieces]] if inputs else [], *rest, **kwargs)
-
     calls = [
-        lambda i=i, part=part: scatter(i, part) for i, part in enumerate(_parts(output))
+        partial(func, [part], [[p[i] for p in pieces]] if inputs else [], *rest)
+        for i, part in enumerate(_parts(output))
     ]
     return [output], _in_turn(calls)[1]
 
@@ -100,5 +98,5 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 @implements(c10d.broadcast_.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     (tensor,), *rest = args
-    calls = [lambda part=part: func([part], *rest, **kwargs) for part in _parts(tensor)]
+    calls = [partial(func, [part], *rest) for part in _parts(tensor)]
     return [tensor], _in_turn(calls)[1]

@@ -13,6 +13,7 @@ relative errors over shapes; none is negative.
 import ctypes
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
@@ -147,6 +148,7 @@ def _fit(features: Sequence[Sequence[float]], values: Sequence[float]) -> list[f
 
 def _linear_rates(kind: str) -> Rates:
     features, seconds = [], []
+    call: Callable[[], Any]
     for n, k in _SHAPES:
         size = n * k * 2
         if kind == "dense":
@@ -159,11 +161,11 @@ def _linear_rates(kind: str) -> Rates:
             x, ids = torch.randn(tokens, k).bfloat16(), mixed_ids(tokens)
             macs = tokens * n * k
             if kind == "dense":
-                call = lambda x=x: torch.nn.functional.linear(x, dense)  # noqa: E731, B023
+                call = partial(torch.nn.functional.linear, x, dense)
             else:
                 rank = resolve_rank(COMPENSATION.rank, n, k)
                 macs += (0 if ids is None else tokens // 2) * rank * (n + k)
-                call = lambda x=x, i=ids: torch.ops.masquant.linear(x, weight, i)  # noqa: E731, B023
+                call = partial(torch.ops.masquant.linear, x, weight, ids)
             features.append((macs, size, tokens * (n + k), 1))
             seconds.append(processor_seconds(call))
     return Rates(*_fit(features, seconds))
