@@ -5,6 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """Tensor subclasses of MASQuant."""
 
+from torchao_masquant.tensor_subclasses import distributing  # noqa: F401
+from torchao_masquant.tensor_subclasses.dtensor_cache_key import extend_cache_key
 from torchao_masquant.tensor_subclasses.low_rank_pair import (
     low_rank_dtype,
     quantize_low_rank_pair,
@@ -24,3 +26,5 @@ __all__ = [
     "quantize_low_rank_pair",
     "quantize_smoothed_weight",
 ]
+
+extend_cache_key()

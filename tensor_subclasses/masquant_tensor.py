@@ -15,6 +15,7 @@ from torchao.utils import TorchAOBaseTensor, fill_defaults
 
 from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
 from torchao_masquant.tensor_subclasses.checks import check_integers, check_parts
+from torchao_masquant.tensor_subclasses.fsdp_gathering import FSDPGathering
 from torchao_masquant.tensor_subclasses.low_rank_pair import (
     low_rank_dtype,
     quantize_low_rank_pair,
@@ -29,7 +30,7 @@ __all__ = ["MASQuantTensor"]
 aten = torch.ops.aten
 
 
-class MASQuantTensor(TorchAOBaseTensor):
+class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     """
     Weight quantized once, used by several modalities (MASQuant, arXiv 2603.04800).
 

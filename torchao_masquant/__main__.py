@@ -12,6 +12,7 @@ from typing import Optional, Sequence
 
 import torchao_masquant.demo.main as demo
 import torchao_masquant.kernels.aot_command as kernels
+import torchao_masquant.planning.main as plan
 import torchao_masquant.report.main as report
 
 
@@ -48,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernels.add_arguments(command)
     command.set_defaults(run=kernels.main)
+    command = commands.add_parser(
+        "plan",
+        help="what quantizing a model, and running it, will take",
+        description="Reckon memory, time and traffic of calibration, and of inference "
+        "in each scheme, from a model's config alone.",
+    )
+    plan.add_arguments(command)
+    command.set_defaults(run=plan.main)
     return parser
 
 

@@ -9,7 +9,9 @@ from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from torchao_masquant.distributed.sharded_linear import sharded_linear
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -128,6 +130,10 @@ class MASQuantLinear(nn.Linear):
         # Eager calls have nothing to gain from it.
         if self.smoothed_by is not None and torch.compiler.is_compiling():
             smoothed_by = self.smoothed_by[0].weight
+        if isinstance(self.weight, DTensor):
+            return sharded_linear(input, self.weight, ids, self.bias, smoothed_by)
+        if isinstance(smoothed_by, DTensor):
+            smoothed_by = None
         return torch.ops.masquant.linear(
             input, self.weight, ids, self.bias, smoothed_by
         )

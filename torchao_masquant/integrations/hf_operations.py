@@ -8,6 +8,7 @@
 from typing import Any, Optional
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps
 
 from torchao_masquant.integrations.hf_loading import (
@@ -44,6 +45,7 @@ class AssembleWeight(ConversionOps):
         name = loading.linear_of(full_layer_name)
         if name is None:
             raise ValueError(f"{full_layer_name} is no quantized weight.")
+        _check_whole(model, full_layer_name)
         parts = {
             pattern.partition("_weight_")[2]: tensors[0]
             for pattern, tensors in input_dict.items()
@@ -74,8 +76,20 @@ class QuantizeWeight(ConversionOps):
             if name is None:
                 others[key] = value
                 continue
+            _check_whole(model, key)
             weight = value[0] if isinstance(value, list) else value
             self.loading.load(model, name, weight)
             if missing_keys is not None:
                 missing_keys.discard(key)
         return others
+
+
+def _check_whole(model: Any, name: str) -> None:
+    """Raise where transformers would load a weight in shards."""
+    module, _, parameter = name.rpartition(".")
+    if isinstance(getattr(model.get_submodule(module), parameter, None), DTensor):
+        raise ValueError(
+            f"{name}: quantized weights are not loaded in shards: load the model without "
+            "a tensor parallel plan, and call "
+            "torchao_masquant.distributed.tensor_parallel(model, mesh)."
+        )

@@ -1,0 +1,274 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What a plan says, against quantized models and against reckoning by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from torchao_masquant import SCHEMES, MASQuantLinear, MASQuantTensor
+from torchao_masquant.__main__ import main
+from torchao_masquant.planning.estimate import (
+    plan_calibration,
+    plan_inference,
+    statistics_bytes,
+)
+from torchao_masquant.planning.machine import (
+    Machine,
+    Rates,
+    SolverRates,
+    load_machine,
+    machine_names,
+)
+from torchao_masquant.planning.skeleton import InputGroup, read_skeleton
+from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    model = tiny_models.qwen25_vl()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(path)
+    return str(path)
+
+
+#: every term is there, and no two are alike
+BY_HAND = Machine(
+    "by hand",
+    "by hand",
+    {
+        kind: Rates(2.0**-20, 2.0**-16, 2.0**-18, 2.0**-10)
+        for kind in ("dense", "w8a8", "w4a8", "w4a16")
+    },
+    2.0**-22,
+    SolverRates((2.0**-20, 0.0, 0.0, 0.5), (100.0, 10.0)),
+    1e6,
+    1e6,
+)
+
+
+def make(scheme: Any, n: int, k: int, compensation: Compensation) -> MASQuantTensor:
+    modalities = ("text", "vision", "audio")[: compensation.modalities]
+    others = len(modalities) - 1
+    rank = compensation.rank
+    full = rank if isinstance(rank, int) else max(1, round(rank * min(n, k)))
+    rank = full if compensation.rank and others else 0
+    shifted = compensation.shift and others and scheme.act_bits != 16
+    return MASQuantTensor.from_hp(
+        torch.randn(n, k),
+        weight_bits=scheme.weight_bits,
+        act_bits=scheme.act_bits,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        modalities=modalities,
+        smoothing_factor=torch.ones(len(modalities), k),
+        ranks=(rank,) * others if rank else (),
+        l1=torch.randn(k, rank * others) if rank else None,
+        l2=torch.randn(rank * others, n) if rank else None,
+        modality_bias=torch.zeros(len(modalities), n) if others else None,
+        act_shift=torch.zeros(len(modalities), k) if shifted else None,
+        low_rank_bits=compensation.low_rank_bits,
+    )
+
+
+@pytest.mark.parametrize("low_rank_bits", [8, 16])
+@pytest.mark.parametrize("rank", [0, 3, 0.1])
+@pytest.mark.parametrize("modalities", [1, 2, 3])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bytes_are_exact(
+    scheme: str, modalities: int, rank: Any, low_rank_bits: int
+) -> None:
+    compensation = Compensation(modalities, rank, low_rank_bits)
+    n, k = 24, 256 if scheme == "w4a16" else 35
+    weight = make(SCHEMES[scheme], n, k, compensation)
+    assert weight_bytes(n, k, SCHEMES[scheme], compensation) == weight.nbytes_stored
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
+def test_bytes_of_a_shard_are_exact(scheme: str) -> None:
+    compensation = Compensation(3, 4)
+    n, k = 24, 512
+    weight = make(SCHEMES[scheme], n, k, compensation)
+    for sharded, piece in (("rows", weight[:12]), ("columns", weight[:, :256])):
+        assert piece.nbytes_stored == weight_bytes(
+            n, k, SCHEMES[scheme], compensation, ranks=2, sharded=sharded
+        )
+
+
+def test_skeleton_is_the_model(folder: str) -> None:
+    skeleton = read_skeleton(folder)
+    model = tiny_models.quantized(tiny_models.qwen25_vl(), scheme="w4a8")
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, MASQuantLinear)}
+    assert {x.name: (x.n, x.k) for x in skeleton.linears} == {
+        name: tuple(m.weight.shape) for name, m in linears.items()
+    }
+    assert skeleton.modalities == ("text", "vision")
+    assert skeleton.blocks == 2 and skeleton.kv_heads == 2 and skeleton.head_dim == 16
+    dense = tiny_models.qwen25_vl()
+    assert skeleton.values == sum(p.numel() for p in dense.parameters())
+    layer = dense.model.language_model.layers[0]
+    assert skeleton.block_values == sum(p.numel() for p in layer.parameters())
+    # q/k/v, o, gate/up and down of two layers.
+    assert [(g.k, g.n) for g in skeleton.groups] == 2 * [
+        (64, 128),
+        (64, 64),
+        (64, 192),
+        (96, 64),
+    ]
+    styles = {x.name.rpartition(".")[2]: x.sharded for x in skeleton.linears}
+    assert styles["q_proj"] == styles["up_proj"] == "rows"
+    assert styles["o_proj"] == styles["down_proj"] == "columns"
+    # All that the quantized model holds, to the byte.
+    plan = plan_inference(
+        skeleton, BY_HAND, SCHEMES["w4a8"], Compensation(2), context=8
+    )
+    others = sum(
+        p.numel() * p.element_size()
+        for p in model.parameters()
+        if not isinstance(p.data, MASQuantTensor)
+    )
+    stored = sum(m.weight.data.nbytes_stored for m in linears.values())
+    assert plan.weight_bytes == others + stored
+
+
+def test_statistics_are_exact() -> None:
+    from torchao_masquant.calibration.statistics import InputStatistics
+
+    statistics = InputStatistics(40, ("text", "vision"), torch.device("cpu"), True)
+    for index in range(2):
+        x = torch.randn(256, 40)
+        statistics.update("x", x, torch.full((256,), index))
+    held = sum(
+        t.nbytes
+        for m in statistics.moments
+        for t in (m.amin, m.amax, m.sum, m.outer, m.sample)
+        if t is not None
+    )
+    assert statistics_bytes([InputGroup("", 40, 8)], 2) == held
+
+
+def test_calibration_by_hand(folder: str) -> None:
+    skeleton = read_skeleton(folder)
+    tokens = 1000
+    plan = plan_calibration(
+        skeleton, BY_HAND, SCHEMES["w4a8"], Compensation(2), tokens=tokens, devices=2
+    )
+    groups = [(64, 128), (64, 64), (64, 192), (96, 64)]
+    assert plan.statistics_bytes == sum(
+        2 * (8 * k * k + 24 * k + 1024 * k) for k, _ in groups
+    )
+    assert plan.workspace_bytes == max(100 * k * k + 10 * k * n for k, n in groups)
+    assert plan.device_bytes == (
+        plan.block_bytes + plan.statistics_bytes + plan.workspace_bytes
+    )
+    assert plan.solve_seconds == pytest.approx(
+        sum(2 * (k**3 / 2**20 + 0.5) for k, _ in groups) * 2 / 2
+    )
+    assert plan.statistics_seconds == pytest.approx(
+        2 * sum(tokens / 2 * k * k for k, _ in groups) / 2**22
+    )
+    assert plan.activation_bytes == 2 * tokens * 64 * 4
+    alone = plan_calibration(
+        skeleton, BY_HAND, SCHEMES["w4a8"], Compensation(2), tokens=tokens
+    )
+    assert alone.reduced_bytes == 0 < plan.reduced_bytes
+    assert alone.seconds > plan.seconds
+
+
+def test_sharing_needs_whole_heads(folder: str) -> None:
+    skeleton = read_skeleton(folder)
+
+    def reason(devices: int, scheme: str = "w4a8") -> Any:
+        return plan_inference(
+            skeleton,
+            BY_HAND,
+            SCHEMES[scheme],
+            Compensation(2),
+            context=8,
+            devices=devices,
+        ).reason
+
+    assert reason(2) is None
+    assert reason(4) == "4 devices can't share 2 kv heads"
+    assert reason(3) == "3 devices can't share 4 heads"
+    assert "groups of 128 do not divide the 64 channels" in reason(1, "w4a16")
+
+
+def test_two_devices_hold_about_half(folder: str) -> None:
+    skeleton = read_skeleton(folder)
+    one, two = (
+        plan_inference(
+            skeleton, BY_HAND, None, Compensation(2), context=8, devices=devices
+        )
+        for devices in (1, 2)
+    )
+    linears = sum(x.n * x.k for x in skeleton.linears) + skeleton.sharded_others
+    assert one.device_weight_bytes - two.device_weight_bytes == linears * 4 // 2
+    assert two.sent_bytes == 4 * 2 * 64 * 4 / 2 and one.sent_bytes == 0
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_machines_of_the_package(name: str, tmp_path: Path) -> None:
+    machine = load_machine(name)
+    assert machine.source.startswith("measured" if name == "cpu" else "on paper")
+    machine.save(tmp_path / "machine.json")
+    assert load_machine(str(tmp_path / "machine.json")) == machine
+
+
+def run(*arguments: str) -> int:
+    return main(["plan", *arguments])
+
+
+def test_command(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--devices", "2", "--memory", "1GiB") == 0
+    printed = capsys.readouterr().out
+    for word in ("w4a8", "Calibration", "fits", "vision", "measured on"):
+        assert word in printed
+    assert run(folder, "--json", "--machine", "h100") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [row["scheme"] for row in record["inference"]] == ["dense", *SCHEMES]
+    assert record["calibration"]["device_bytes"] > 0
+    assert run(folder, "--memory", "10K") == 1
+    assert "too much" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("no such model", [], "is no folder with a model's config.json"),
+        ("", ["--machine", "abacus"], "there is no machine 'abacus'"),
+        ("empty", [], "has no config.json"),
+    ],
+)
+def test_errors_are_one_sentence(
+    folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    model = str(tmp_path / name) if name else folder
+    assert run(model, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--devices", "0"], ["--memory", "much"], ["--rank", "1.5"]]
+)
+def test_bad_options(folder: str, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        run(folder, *arguments)
+    assert raised.value.code == 2

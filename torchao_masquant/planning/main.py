@@ -1,0 +1,267 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The command ``plan``."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from typing import Any, Optional
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from torchao_masquant.planning.estimate import (
+    CalibrationPlan,
+    InferencePlan,
+    plan_calibration,
+    plan_inference,
+)
+from torchao_masquant.planning.machine import Machine, load_machine, machine_names
+from torchao_masquant.planning.skeleton import Skeleton, read_skeleton
+from torchao_masquant.planning.weight_bytes import Compensation
+from torchao_masquant.schemes import SCHEMES
+
+__all__ = ["add_arguments", "main"]
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _memory(text: str) -> int:
+    """Bytes, of "80GiB", "24G" and the like; units are powers of 1024."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.I)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
+
+
+def _rank(text: str) -> "int | float":
+    try:
+        value = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rank") from None
+    if value < 0 or (isinstance(value, float) and value > 1):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a whole number nor a share of 0..1"
+        )
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the plan."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder with a config.json, or a name on the Hugging Face hub; no weights "
+        "are read",
+    )
+    parser.add_argument("--devices", type=_count, default=1, metavar="N")
+    parser.add_argument(
+        "--memory", type=_memory, metavar="SIZE", help="of one device, such as 80GiB"
+    )
+    parser.add_argument(
+        "--machine",
+        default="cpu",
+        metavar="NAME|JSON",
+        help=f"{', '.join(machine_names())}, or a file of benchmarks/plan_constants.py "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples", type=_count, default=128, help="of calibration (default: 128)"
+    )
+    parser.add_argument(
+        "--tokens", type=_count, default=2048, help="of a sample (default: 2048)"
+    )
+    parser.add_argument(
+        "--context", type=_count, default=4096, help="tokens of a call (default: 4096)"
+    )
+    parser.add_argument(
+        "--batch", type=_count, default=1, help="calls at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--rank", type=_rank, default=0.05, help="of the pairs (default: 0.05)"
+    )
+    parser.add_argument(
+        "--low-rank-bits", type=int, choices=(8, 16), default=16, help="of the pairs"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the plan as JSON, for scripts"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print a plan.
+
+    Returns:
+        Exit code: 0; 1 where calibration, or every scheme, does not fit the memory or
+        the number of devices; 2 where the model or the machine can't be read.
+    """
+    try:
+        skeleton = read_skeleton(arguments.model)
+        machine = load_machine(arguments.machine)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    compensation = Compensation(
+        len(skeleton.modalities), arguments.rank, arguments.low_rank_bits
+    )
+    calibration = plan_calibration(
+        skeleton,
+        machine,
+        SCHEMES["w4a8"],
+        compensation,
+        tokens=arguments.samples * arguments.tokens,
+        devices=arguments.devices,
+    )
+    rows = [
+        plan_inference(
+            skeleton,
+            machine,
+            scheme,
+            compensation,
+            context=arguments.context,
+            batch=arguments.batch,
+            devices=arguments.devices,
+        )
+        for scheme in (None, *SCHEMES.values())
+    ]
+    memory = arguments.memory
+    if arguments.json:
+        print(json.dumps(_as_json(skeleton, machine, calibration, rows), indent=2))
+    else:
+        _print(arguments, skeleton, machine, calibration, rows)
+    fits = [r for r in rows[1:] if _why_not(r, memory) is None]
+    if not fits or (memory is not None and calibration.device_bytes > memory):
+        return 1
+    return 0
+
+
+def _why_not(row: InferencePlan, memory: Optional[int]) -> Optional[str]:
+    if row.reason is not None:
+        return row.reason
+    if memory is not None and row.device_bytes > memory:
+        return f"{_size(row.device_bytes - memory)} too much"
+    return None
+
+
+def _as_json(
+    skeleton: Skeleton,
+    machine: Machine,
+    calibration: CalibrationPlan,
+    rows: list[InferencePlan],
+) -> dict[str, Any]:
+    return {
+        "model": skeleton.source,
+        "class": skeleton.model_class,
+        "modalities": skeleton.modalities,
+        "weights": skeleton.values,
+        "machine": {"name": machine.name, "source": machine.source},
+        "calibration": {
+            **dataclasses.asdict(calibration),
+            "seconds": calibration.seconds,
+        },
+        "inference": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+def _print(
+    arguments: argparse.Namespace,
+    skeleton: Skeleton,
+    machine: Machine,
+    calibration: CalibrationPlan,
+    rows: list[InferencePlan],
+) -> None:
+    console = Console()
+    devices, memory = arguments.devices, arguments.memory
+    console.print(
+        f"{skeleton.model_class}: {skeleton.values / 1e6:,.0f} million weights, "
+        f"{len(skeleton.linears)} linears to quantize, for "
+        f"{', '.join(skeleton.modalities)}; {devices} x {machine.name} "
+        f"({'; '.join((machine.source, *machine.notes))}).\n",
+        highlight=False,
+    )
+    c = calibration
+    verdict = ""
+    if memory is not None:
+        over = c.device_bytes - memory
+        verdict = f"; {_size(over)} too much" if over > 0 else "; fits"
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"Calibration, block by block: {arguments.samples} samples of "
+        f"{arguments.tokens} tokens{verdict}",
+        title_justify="left",
+    )
+    for column in ("", "memory or traffic", "", "time"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for left, size, right, seconds in (
+        ("one block", c.block_bytes, "forward", c.forward_seconds),
+        ("its statistics", c.statistics_bytes, "covariances", c.statistics_seconds),
+        ("the solver", c.workspace_bytes, "solver", c.solve_seconds),
+        ("a device, at most", c.device_bytes, "all", c.seconds),
+        ("activations, CPU or disk", c.activation_bytes, "", None),
+        ("read", c.read_bytes, "", None),
+        ("written (w4a8)", c.written_bytes, "", None),
+        ("sent by each device", c.reduced_bytes, "", None),
+    ):
+        table.add_row(
+            left, _size(size), right, "" if seconds is None else _time(seconds)
+        )
+    console.print(table)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache "
+        f"is {_size(rows[0].cache_bytes)} of a device; times are of the decoder's linears",
+        title_justify="left",
+    )
+    for column in (
+        "scheme",
+        "weights",
+        "a device",
+        "prefill",
+        "a token more",
+        "sent a token",
+        "",
+    ):
+        table.add_column(
+            column, justify="left" if column in ("scheme", "") else "right"
+        )
+    for row in rows:
+        table.add_row(
+            row.scheme,
+            _size(row.weight_bytes),
+            _size(row.device_bytes),
+            _time(row.prefill_seconds),
+            _time(row.decode_seconds),
+            _size(row.sent_bytes),
+            _why_not(row, memory) or ("" if memory is None else "fits"),
+        )
+    console.print(table)
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size /= 1024
+    else:
+        unit = "TiB"
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:.2f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
