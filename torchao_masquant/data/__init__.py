@@ -3,4 +3,22 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Calibration and evaluation data: conversations with images and sounds."""
+"""Calibration and evaluation data: conversations with images and sounds.
+
+conversations = read_conversations("samples.jsonl")
+samples = ProcessedConversations(conversations, processor, model.config)
+recipe = calibrate(model, samples)
+"""
+
+from torchao_masquant.data.conversations import Conversation, Message, Part
+from torchao_masquant.data.processing import ProcessedConversations, media_of
+from torchao_masquant.data.reading import read_conversations
+
+__all__ = [
+    "Conversation",
+    "Message",
+    "Part",
+    "ProcessedConversations",
+    "media_of",
+    "read_conversations",
+]

@@ -1,0 +1,195 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""From conversations to a model's keyword inputs, by its own processor."""
+
+from collections.abc import Sequence
+from typing import Any, Mapping, Optional, overload
+
+import torch
+
+from torchao_masquant.data.conversations import (
+    AUDIO,
+    IMAGE,
+    TEXT,
+    Conversation,
+    Part,
+)
+from torchao_masquant.data.images import read_image
+from torchao_masquant.data.sounds import read_audio
+from torchao_masquant.modality import modality_token_ids
+
+__all__ = ["ProcessedConversations", "media_of"]
+
+_MODALITIES: Mapping[str, str] = {IMAGE: "vision", AUDIO: "audio"}
+
+_NOT_SCORED = -100
+
+
+def media_of(config: Any) -> list[str]:
+    """Kinds of media that a model takes: "image", "audio".
+
+    Args:
+        config: a transformers config.
+    """
+    known = modality_token_ids(config)
+    return [kind for kind, modality in _MODALITIES.items() if modality in known]
+
+
+class ProcessedConversations(Sequence[dict[str, Any]]):
+    """A model's keyword inputs, made when they are asked for: none is kept.
+
+    Args:
+        conversations: one sample each.
+        processor: of the model, from ``AutoProcessor``; a tokenizer for a model that
+            reads text only.
+        config: of the model.
+        device: where the tensors go.
+        dtype: of floating point ones; None to leave them.
+        labelled: add ``labels``, as ``evaluate`` takes them: the tokens of the
+            assistant's last answer, or all of the text where there is none.
+
+    Raises:
+        ValueError: a conversation has a medium that the model does not take, or the
+            processor has no chat template.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        processor: Any,
+        config: Any,
+        *,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        labelled: bool = False,
+    ):
+        self.conversations = list(conversations)
+        self.processor = processor
+        self.device = device
+        self.dtype = dtype
+        self.labelled = labelled
+        token_ids = modality_token_ids(config)
+        self._placeholders = sorted({t for ids in token_ids.values() for t in ids})
+        # A tokenizer knows no parts: its templates want the content as one text.
+        self._is_tokenizer = not hasattr(processor, "tokenizer")
+        self._check(media_of(config), type(config).__name__)
+
+    def _check(self, media: Sequence[str], name: str) -> None:
+        template = getattr(self.processor, "chat_template", None)
+        for conversation in self.conversations:
+            for kind in sorted(conversation.kinds - {TEXT}):
+                if kind not in media:
+                    raise ValueError(
+                        f"{conversation.where} has an {kind}, which this model does not "
+                        f"take (its {name} declares "
+                        f"{' and '.join(media) or 'text'} only): leave it out."
+                    )
+            if conversation.messages and template is None:
+                raise ValueError(
+                    f"{conversation.where} is a conversation, but the model's processor "
+                    "has no chat template: add a chat_template.jinja to the model's "
+                    'folder, or give plain text, {"text": "..."}.'
+                )
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[dict[str, Any]]": ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        conversation = self.conversations[index]
+        inputs = self._inputs(conversation)
+        if self.labelled:
+            inputs["labels"] = self._labels(conversation, inputs)
+        return {name: self._placed(value) for name, value in inputs.items()}
+
+    def _placed(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        floating = value.is_floating_point()
+        return value.to(self.device, self.dtype if floating else None)
+
+    def _inputs(self, conversation: Conversation) -> dict[str, Any]:
+        where = conversation.where
+        try:
+            if conversation.text is not None:
+                return dict(self.processor(text=conversation.text, return_tensors="pt"))
+            return self._from_messages(
+                [self._message(message, where) for message in conversation.messages],
+                add_generation_prompt=not conversation.is_answered,
+            )
+        except (ValueError, OSError):
+            raise
+        # A processor's own errors, and those of a template, are of any kind.
+        except Exception as error:
+            raise ValueError(
+                f"{where}: the model's processor does not take it "
+                f"({type(error).__name__}: {error})."
+            ) from error
+
+    def _from_messages(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool
+    ) -> dict[str, Any]:
+        return dict(
+            self.processor.apply_chat_template(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        )
+
+    def _message(self, message: Any, where: str) -> dict[str, Any]:
+        if self._is_tokenizer:
+            content: Any = "".join(part.value for part in message.parts)
+        else:
+            content = [self._part(part, where) for part in message.parts]
+        return {"role": message.role, "content": content}
+
+    def _part(self, part: Part, where: str) -> dict[str, Any]:
+        if part.kind == IMAGE:
+            return {"type": IMAGE, "image": read_image(part.value, where)}
+        if part.kind == AUDIO:
+            sound = read_audio(part.value, self._sampling_rate(), where)
+            return {"type": AUDIO, "audio": sound}
+        return {"type": TEXT, "text": part.value}
+
+    def _sampling_rate(self) -> int:
+        for name in ("feature_extractor", "audio_processor"):
+            rate = getattr(getattr(self.processor, name, None), "sampling_rate", None)
+            if rate is not None:
+                return int(rate)
+        return 16_000
+
+    def _labels(
+        self, conversation: Conversation, inputs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        ids = inputs["input_ids"]
+        labels = ids.clone()
+        for token in self._placeholders:
+            labels[ids == token] = _NOT_SCORED
+        if not conversation.is_answered:
+            return labels
+        where = conversation.where
+        # The prompt by itself tells where the answer begins: few templates mark it.
+        prompt = self._from_messages(
+            [self._message(message, where) for message in conversation.messages[:-1]],
+            add_generation_prompt=True,
+        )["input_ids"]
+        length = prompt.shape[1]
+        if length >= ids.shape[1] or not torch.equal(ids[:, :length], prompt):
+            raise ValueError(
+                f"{where}: its answer cannot be told from its prompt, since the chat "
+                "template writes the prompt differently where an answer follows: leave "
+                "the answer out to score all of the text."
+            )
+        labels[:, :length] = _NOT_SCORED
+        return labels
