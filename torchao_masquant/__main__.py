@@ -13,6 +13,12 @@ from typing import Optional, Sequence
 from torchao_masquant.cli.ending import run
 from torchao_masquant.cli.parser import CommandParser, LazyCommand
 
+bench = LazyCommand("torchao_masquant.cli.bench")
+calibrate = LazyCommand("torchao_masquant.cli.calibrate")
+doctor = LazyCommand("torchao_masquant.cli.doctor")
+evaluate = LazyCommand("torchao_masquant.cli.evaluate")
+inspect = LazyCommand("torchao_masquant.cli.inspect")
+quantize = LazyCommand("torchao_masquant.cli.quantize")
 demo = LazyCommand("torchao_masquant.demo.main")
 report = LazyCommand("torchao_masquant.report.main")
 
@@ -27,6 +33,54 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", title="commands"
     )
+    command = commands.add_parser(
+        "calibrate",
+        help="from a model and data to a recipe: how to quantize it",
+        description="Run data through a model, observe the inputs of its linears, and\n"
+        "write a recipe: one file that says how to quantize them, by modality.",
+    )
+    calibrate.add_arguments(command)
+    command.set_defaults(run=calibrate.main)
+    command = commands.add_parser(
+        "quantize",
+        help="from a model and a recipe to a folder of packed integers",
+        description="Quantize a model as a recipe says and save it: a folder that\n"
+        "from_pretrained loads.",
+    )
+    quantize.add_arguments(command)
+    command.set_defaults(run=quantize.main)
+    command = commands.add_parser(
+        "eval",
+        help="score a model, quantized or not, on data",
+        description="Score a model on labelled data, by task and by modality, and\n"
+        "against the model before it was quantized.",
+    )
+    evaluate.add_arguments(command)
+    command.set_defaults(run=evaluate.main)
+    command = commands.add_parser(
+        "inspect",
+        help="what is in a quantized model or a recipe, without loading it",
+        description="Print the linears of a quantized model or of a recipe: bits,\n"
+        "modalities, ranks and bytes.",
+    )
+    inspect.add_arguments(command)
+    command.set_defaults(run=inspect.main)
+    command = commands.add_parser(
+        "bench",
+        help="time a quantized model against the original, on this machine",
+        description="Time the decoder of a quantized model against that of the\n"
+        "original, side by side: prefill and decode.",
+    )
+    bench.add_arguments(command)
+    command.set_defaults(run=bench.main)
+    command = commands.add_parser(
+        "doctor",
+        help="which kernels run here, and why; what is missing",
+        description="Look at this machine and this installation: versions, devices,\n"
+        "the kernel that each scheme runs with, and why; what is missing.",
+    )
+    doctor.add_arguments(command)
+    command.set_defaults(run=doctor.main)
     command = commands.add_parser(
         "demo",
         help="quantize a small model that sees, hears and reads, and compare",
@@ -54,6 +108,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _EPILOG = """\
+A model in three steps:
+  masquant calibrate MODEL samples.jsonl -o recipe.safetensors
+  masquant quantize MODEL --recipe recipe.safetensors -o QUANTIZED
+  masquant eval QUANTIZED held-out.jsonl --reference MODEL
+
+Without data or network, on the small model that comes along:
+  masquant calibrate digits digits -o recipe.safetensors
+
+'masquant COMMAND --help' says more, with examples.
+
 exit codes: 0 done, 1 failed (one sentence on standard error says why), 2 wrong
 arguments, 130 interrupted.
 """

@@ -11,6 +11,7 @@ recipe = calibrate(model, samples)
 """
 
 from torchao_masquant.data.conversations import Conversation, Message, Part
+from torchao_masquant.data.placing import PlacedSamples
 from torchao_masquant.data.processing import ProcessedConversations, media_of
 from torchao_masquant.data.reading import read_conversations
 
@@ -18,6 +19,7 @@ __all__ = [
     "Conversation",
     "Message",
     "Part",
+    "PlacedSamples",
     "ProcessedConversations",
     "media_of",
     "read_conversations",

@@ -6,7 +6,7 @@
 """From conversations to a model's keyword inputs, by its own processor."""
 
 from collections.abc import Sequence
-from typing import Any, Mapping, Optional, overload
+from typing import Any, Mapping, overload
 
 import torch
 
@@ -46,8 +46,6 @@ class ProcessedConversations(Sequence[dict[str, Any]]):
         processor: of the model, from ``AutoProcessor``; a tokenizer for a model that
             reads text only.
         config: of the model.
-        device: where the tensors go.
-        dtype: of floating point ones; None to leave them.
         labelled: add ``labels``, as ``evaluate`` takes them: the tokens of the
             assistant's last answer, or all of the text where there is none.
 
@@ -62,14 +60,10 @@ class ProcessedConversations(Sequence[dict[str, Any]]):
         processor: Any,
         config: Any,
         *,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
         labelled: bool = False,
     ):
         self.conversations = list(conversations)
         self.processor = processor
-        self.device = device
-        self.dtype = dtype
         self.labelled = labelled
         token_ids = modality_token_ids(config)
         self._placeholders = sorted({t for ids in token_ids.values() for t in ids})
@@ -108,13 +102,7 @@ class ProcessedConversations(Sequence[dict[str, Any]]):
         inputs = self._inputs(conversation)
         if self.labelled:
             inputs["labels"] = self._labels(conversation, inputs)
-        return {name: self._placed(value) for name, value in inputs.items()}
-
-    def _placed(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        floating = value.is_floating_point()
-        return value.to(self.device, self.dtype if floating else None)
+        return inputs
 
     def _inputs(self, conversation: Conversation) -> dict[str, Any]:
         where = conversation.where
