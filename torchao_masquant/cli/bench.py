@@ -20,11 +20,10 @@ from torchao_masquant.cli.models import (
 __all__ = ["add_arguments", "main"]
 
 _EXAMPLES = """\
-Both decoders are compiled layer by layer and called in turns, one call of each, on
-random embeddings of text tokens (base), or of half text and half another modality
-(mixed); medians of the calls are compared. Towers and lm_head, which are not
-quantized, are left out, so a whole model gains less. The ratio is what counts: the
-times themselves depend on what else the machine does.
+Both decoders are compiled and called in turns, one call of each, on random embeddings
+of text tokens (base), or of half text and half another modality (mixed); medians count.
+Towers and lm_head, which are not quantized, are left out, so a whole model gains less.
+Trust the ratio before the times: those depend on what else the machine does.
 
 examples:
   masquant bench ./Qwen2.5-VL-3B ./Qwen2.5-VL-3B-w4a8 --dtype bfloat16
