@@ -27,6 +27,9 @@ _MODALITIES: Mapping[str, str] = {IMAGE: "vision", AUDIO: "audio"}
 
 _NOT_SCORED = -100
 
+# Tokens at the end of a prompt that may differ where an answer follows.
+_JOINED = 2
+
 
 def media_of(config: Any) -> list[str]:
     """Kinds of media that a model takes: "image", "audio".
@@ -172,12 +175,16 @@ class ProcessedConversations(Sequence[dict[str, Any]]):
             [self._message(message, where) for message in conversation.messages[:-1]],
             add_generation_prompt=True,
         )["input_ids"]
-        length = prompt.shape[1]
-        if length >= ids.shape[1] or not torch.equal(ids[:, :length], prompt):
+        shared = min(prompt.shape[1], ids.shape[1])
+        differs = (ids[0, :shared] != prompt[0, :shared]).nonzero()
+        start = int(differs[0]) if len(differs) else shared
+        # A tokenizer may join the prompt's last characters with the answer's first;
+        # such a token is the answer's.
+        if start < prompt.shape[1] - _JOINED or start == ids.shape[1]:
             raise ValueError(
                 f"{where}: its answer cannot be told from its prompt, since the chat "
                 "template writes the prompt differently where an answer follows: leave "
                 "the answer out to score all of the text."
             )
-        labels[:, :length] = _NOT_SCORED
+        labels[:, :start] = _NOT_SCORED
         return labels
