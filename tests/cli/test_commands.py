@@ -7,7 +7,6 @@
 
 import json
 
-import model_folders
 import pytest
 import safetensors
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoModelForMultimodalLM
 
 from torchao_masquant import MASQuantLinear, Recipe
 from torchao_masquant.__main__ import main
+from torchao_masquant.testing import model_folders
 
 # One exponent and no search: the steps are what is looked at.
 QUICK = ["--alpha", "0.5", "--separation", "1", "--rank", "2"]
@@ -125,7 +125,7 @@ def test_modality_weights_are_measured_on_request(tmp_path, capsys):
     recipe = tmp_path / "recipe.safetensors"
     printed(
         capsys, "calibrate", model, data, "-o", recipe, *QUICK,
-        "--include", "*.k_proj", "--modality-weights", "measure",
+        "--include", "*language_model*.k_proj", "--modality-weights", "measure",
     )  # fmt: skip
     weights = Recipe.load(recipe).options.modality_weights
     assert weights["text"] == 1 and weights["vision"] > 0
@@ -156,7 +156,7 @@ def test_loaded_weights_are_what_python_makes(tmp_path, capsys):
     data = model_folders.vision_samples(tmp_path, 2)
     recipe, out = tmp_path / "recipe.safetensors", tmp_path / "quantized"
     assert run("calibrate", folder, data, "-o", recipe, *QUICK,
-               "--include", "*.q_proj") == 0  # fmt: skip
+               "--include", "*language_model*.q_proj") == 0  # fmt: skip
     assert run("quantize", folder, "--recipe", recipe, "-o", out) == 0
     model = AutoModelForMultimodalLM.from_pretrained(folder)
     quantize_(model, masquant_config(recipe))

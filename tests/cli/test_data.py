@@ -10,7 +10,6 @@ import struct
 import sys
 import wave
 
-import model_folders
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from torchao_masquant.data import ProcessedConversations, read_conversations
 from torchao_masquant.data.sounds import read_audio
+from torchao_masquant.testing import model_folders
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,9 @@ class Description:
             "quantized_linears": len(self.linears),
             "schemes": sorted({line.scheme for line in self.linears}),
             "methods": sorted({line.method or "unknown" for line in self.linears}),
-            "modalities": list(max((x.modalities for x in self.linears), key=len)),
+            "modalities": list(
+                dict.fromkeys(m for line in self.linears for m in line.modalities)
+            ),
             "quantized_bytes": self.quantized_bytes,
             "quantized_bytes_as_bfloat16": self.dense_bytes,
             "other_bytes": self.other_bytes,

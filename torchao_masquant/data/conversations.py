@@ -223,7 +223,7 @@ def _part(
             f"{where}: videos are not read: give some of their frames, as parts of "
             "type 'image'."
         )
-    if kind not in _SOURCES:
+    if not isinstance(kind, str) or kind not in _SOURCES:
         raise ValueError(
             f"{where}: unknown content type {kind!r}: choose one of "
             f"{', '.join(map(repr, _SOURCES))}."

@@ -3,19 +3,33 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Folders of tiny random models with processors of their own, as the hub has them."""
+"""Folders of tiny random models with processors, and data for them.
+
+They are the real classes of transformers with a tokenizer made on the spot, so that all
+that starts from a folder can be tried where there is no network. They know nothing.
+"""
 
 import json
 import math
 import struct
 import wave
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+__all__ = [
+    "audio_model",
+    "audio_samples",
+    "text_model",
+    "vision_model",
+    "vision_samples",
+    "write_image",
+    "write_lines",
+    "write_sound",
+]
 
 SPECIAL = ["<pad>", "<start>", "<end>", "<image>", "<|audio_bos|>", "<|AUDIO|>"]
 SPECIAL += ["<|audio_eos|>"]
@@ -34,7 +48,7 @@ TEMPLATE = (
 SIZE, PATCH = 16, 4
 RATE = 16_000
 
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -52,6 +66,8 @@ _TEXT = {
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Of bytes and a few pairs of them, trained here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +85,7 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def _saved(model: torch.nn.Module, processor: object, folder: Path) -> Path:
+def _saved(model: Any, processor: Any, folder: Path) -> Path:
     transformers.utils.logging.disable_progress_bar()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -152,6 +168,9 @@ def text_model(folder: Path) -> Path:
 
 
 def write_image(path: Path, seed: int = 0) -> Path:
+    """Noise of 24 x 20."""
+    from PIL import Image
+
     pixels = np.random.default_rng(seed).integers(0, 255, (20, 24, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
@@ -170,6 +189,7 @@ def write_sound(path: Path, seconds: float = 1.0, rate: int = RATE) -> Path:
 
 
 def write_lines(path: Path, *rows: object) -> Path:
+    """A JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
