@@ -6,6 +6,7 @@
 """``python -m torchao_masquant``, and the command ``masquant``."""
 
 import argparse
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Optional, Sequence
@@ -23,12 +24,19 @@ demo = LazyCommand("torchao_masquant.demo.main")
 report = LazyCommand("torchao_masquant.report.main")
 
 
+def _version() -> str:
+    return importlib.metadata.version("torchao_masquant")
+
+
 def _parser() -> argparse.ArgumentParser:
     as_module = Path(sys.argv[0]).name == "__main__.py"
     parser = CommandParser(
         prog="python -m torchao_masquant" if as_module else "masquant",
         description="Modality-aware quantization of multimodal LLMs.",
         epilog=_EPILOG,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"torchao_masquant {_version()}"
     )
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", title="commands"

@@ -129,6 +129,20 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="weights that share a scale, in place of the scheme's",
     )
+    for name, purpose in (
+        ("shift", "each modality's mean is taken off before rounding"),
+        ("clip", "the part of the weight's range that scales are made for is searched"),
+    ):
+        group.add_argument(
+            f"--{name}",
+            action=argparse.BooleanOptionalAction,
+            help=f"{purpose}; as the method does where it is not given",
+        )
+    group.add_argument(
+        "--rounding",
+        choices=("gptq", "nearest"),
+        help="of the shared weight; as the method does where it is not given",
+    )
     group.add_argument(
         "--low-rank-bits", type=int, choices=(8, 16), default=16, help="of the pairs"
     )
@@ -156,6 +170,14 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lr", type=float, default=3e-4, help="learning rate (default: %(default)s)"
     )
+    group.add_argument(
+        "--max-statistics-bytes",
+        type=int,
+        default=4 << 30,
+        metavar="BYTES",
+        help="of covariances; the data runs several times where they do not fit "
+        "(default: %(default)s)",
+    )
 
 
 _OPTIONS = (
@@ -167,12 +189,16 @@ _OPTIONS = (
     "alpha",
     "separation",
     "group_size",
+    "shift",
+    "rounding",
+    "clip",
     "low_rank_bits",
     "modality_weights",
     "modalities",
     "base_modality",
     "epochs",
     "lr",
+    "max_statistics_bytes",
 )
 
 
