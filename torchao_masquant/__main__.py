@@ -7,6 +7,7 @@
 
 import argparse
 import importlib.metadata
+import logging
 import sys
 from pathlib import Path
 from typing import Optional, Sequence
@@ -141,6 +142,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         Exit code.
     """
     parsed = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     return run(parsed.run, parsed)
 
 

@@ -7,7 +7,6 @@
 
 import json
 import struct
-import sys
 import wave
 
 import numpy as np
@@ -137,15 +136,15 @@ def test_rows_of_a_dataset_hold_the_media_themselves(folders):
 
 def test_a_saved_dataset_is_read(folders, tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = [{"prompt": "Hi?", "answer": "Ho."}, {"prompt": "Ho?", "answer": "Hi."}]
-    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "set"))
+    columns = {"prompt": ["Hi?", "Ho?"], "answer": ["Ho.", "Hi."]}
+    table = pytest.importorskip("pyarrow").table(columns)
+    saved = datasets.Dataset(table, fingerprint="0")
+    saved.save_to_disk(str(tmp_path / "set"))
     found = read_conversations(tmp_path / "set")
     assert [c.messages[1].parts[0].value for c in found] == ["Ho.", "Hi."]
 
 
-@pytest.mark.skipif("datasets" in sys.modules, reason="datasets is there")
 def test_a_saved_dataset_names_the_library_that_reads_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install datasets"):

@@ -122,8 +122,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_tuning(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tuning the method")
-    group.add_argument("--alpha", type=_number_or_auto, help="0..1, or auto")
-    group.add_argument("--separation", type=_number_or_auto, help="0..1, or auto")
+    group.add_argument(
+        "--alpha",
+        type=_number_or_auto,
+        help="exponent of the activations in the smoothing factor, 0..1, or auto, which "
+        "judges three on sampled tokens; masquant: auto, others: 0.5",
+    )
+    group.add_argument(
+        "--separation",
+        type=_number_or_auto,
+        help="how far a modality's factor goes from that of all tokens, 0..1, or auto, "
+        "as above; masquant: auto, others: 1",
+    )
     group.add_argument(
         "--group-size",
         type=int,

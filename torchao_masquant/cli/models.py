@@ -124,11 +124,10 @@ def _explained(name: str) -> Iterator[None]:
             "folder of a model that is downloaded."
         ) from error
     except ImportError as error:
-        # transformers draws a box around it; its first line names what is missing.
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0].strip() if lines else type(error).__name__
+        # transformers' first sentence names what is missing; a page of advice follows.
+        reason = " ".join(str(error).split()).split(". ")[0]
         raise ImportError(
-            f"{name!r} needs a library that is missing: {reason}"
+            f"{name!r} needs a library that is missing: {reason}."
         ) from error
 
 
