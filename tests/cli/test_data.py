@@ -324,3 +324,13 @@ def test_a_cut_off_sound_is_read_as_far_as_it_goes_or_refused(tmp_path, no_libra
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="is no sound that can be read"):
         read_audio(path, 16000, "a")
+
+
+def test_what_the_processor_refuses_names_the_line(folders, tmp_path):
+    model_folders.write_image(tmp_path / "a.png")
+    data = model_folders.write_lines(tmp_path / "a.jsonl", {"image": "a.png"})
+    samples = processed(folders["vision"], data)
+    # A template that leaves the image out: the processor counts.
+    samples.processor.chat_template = "no image"
+    with pytest.raises(ValueError, match="line 1: the model's processor does not take"):
+        samples[0]

@@ -15,6 +15,7 @@ import torch
 
 __all__ = [
     "DIGITS",
+    "MODEL_HELP",
     "add_model_options",
     "load_config",
     "load_model",
@@ -36,6 +37,7 @@ _AUTO_CLASSES = (
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+#: of the argument MODEL
 MODEL_HELP = (
     "a model's folder, its name on the Hugging Face hub, or 'digits', the small model "
     "that comes with this package"

@@ -6,15 +6,17 @@
 """Samples on a model's device, in its type."""
 
 from collections.abc import Sequence
-from typing import Any, Mapping, overload
+from typing import Any, Mapping
 
 import torch
 from torch import nn
 
+from torchao_masquant.data.lazy_samples import LazySamples
+
 __all__ = ["PlacedSamples"]
 
 
-class PlacedSamples(Sequence[dict[str, Any]]):
+class PlacedSamples(LazySamples):
     """Samples, each of which is moved when it is asked for.
 
     Args:
@@ -31,21 +33,12 @@ class PlacedSamples(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> "list[dict[str, Any]]": ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self._placed(sample) for sample in self.samples[index]]
-        return self._placed(self.samples[index])
-
-    def _placed(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+    def _sample(self, index: int) -> dict[str, Any]:
         return {
             name: value.to(
                 self.device, self.dtype if value.is_floating_point() else None
             )
             if isinstance(value, torch.Tensor)
             else value
-            for name, value in sample.items()
+            for name, value in self.samples[index].items()
         }

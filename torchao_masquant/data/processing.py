@@ -5,8 +5,9 @@
 # LICENSE file in the root directory of this source tree.
 """From conversations to a model's keyword inputs, by its own processor."""
 
-from collections.abc import Sequence
-from typing import Any, Mapping, overload
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Mapping
 
 import torch
 
@@ -15,9 +16,11 @@ from torchao_masquant.data.conversations import (
     IMAGE,
     TEXT,
     Conversation,
+    Message,
     Part,
 )
 from torchao_masquant.data.images import read_image
+from torchao_masquant.data.lazy_samples import LazySamples
 from torchao_masquant.data.sounds import read_audio
 from torchao_masquant.modality import modality_token_ids
 
@@ -41,7 +44,7 @@ def media_of(config: Any) -> list[str]:
     return [kind for kind, modality in _MODALITIES.items() if modality in known]
 
 
-class ProcessedConversations(Sequence[dict[str, Any]]):
+class ProcessedConversations(LazySamples):
     """A model's keyword inputs, made when they are asked for: none is kept.
 
     Args:
@@ -94,13 +97,7 @@ class ProcessedConversations(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.conversations)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> "list[dict[str, Any]]": ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _sample(self, index: int) -> dict[str, Any]:
         conversation = self.conversations[index]
         inputs = self._inputs(conversation)
         if self.labelled:
@@ -108,37 +105,38 @@ class ProcessedConversations(Sequence[dict[str, Any]]):
         return inputs
 
     def _inputs(self, conversation: Conversation) -> dict[str, Any]:
-        where = conversation.where
-        try:
-            if conversation.text is not None:
-                return dict(self.processor(text=conversation.text, return_tensors="pt"))
-            return self._from_messages(
-                [self._message(message, where) for message in conversation.messages],
-                add_generation_prompt=not conversation.is_answered,
-            )
-        except (ValueError, OSError):
-            raise
-        # A processor's own errors, and those of a template, are of any kind.
-        except Exception as error:
-            raise ValueError(
-                f"{where}: the model's processor does not take it "
-                f"({type(error).__name__}: {error})."
-            ) from error
-
-    def _from_messages(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool
-    ) -> dict[str, Any]:
-        return dict(
-            self.processor.apply_chat_template(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+        if conversation.text is not None:
+            call = partial(self.processor, text=conversation.text)
+            return self._called(call, conversation.where)
+        return self._from_messages(
+            conversation.messages,
+            conversation.where,
+            add_generation_prompt=not conversation.is_answered,
         )
 
-    def _message(self, message: Any, where: str) -> dict[str, Any]:
+    def _from_messages(
+        self, messages: Sequence[Message], where: str, add_generation_prompt: bool
+    ) -> dict[str, Any]:
+        call = partial(
+            self.processor.apply_chat_template,
+            [self._message(message, where) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+        )
+        return self._called(call, where)
+
+    def _called(self, call: Callable[..., Any], where: str) -> dict[str, Any]:
+        try:
+            return dict(call(return_tensors="pt"))
+        # A processor's own errors, and those of a template, are of any kind.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
+            raise ValueError(
+                f"{where}: the model's processor does not take it ({reason})."
+            ) from error
+
+    def _message(self, message: Message, where: str) -> dict[str, Any]:
         if self._is_tokenizer:
             content: Any = "".join(part.value for part in message.parts)
         else:
@@ -172,8 +170,7 @@ class ProcessedConversations(Sequence[dict[str, Any]]):
         where = conversation.where
         # The prompt by itself tells where the answer begins: few templates mark it.
         prompt = self._from_messages(
-            [self._message(message, where) for message in conversation.messages[:-1]],
-            add_generation_prompt=True,
+            conversation.messages[:-1], where, add_generation_prompt=True
         )["input_ids"]
         shared = min(prompt.shape[1], ids.shape[1])
         differs = (ids[0, :shared] != prompt[0, :shared]).nonzero()
