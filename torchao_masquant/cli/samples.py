@@ -88,7 +88,9 @@ def calibration_samples(
         from torchao_masquant.testing import digits
 
         return digits.calibration_samples()[: arguments.max_samples]
-    return _processed(arguments, _conversations(arguments, config), config)
+    conversations = _conversations(arguments, config)
+    processor = load_processor(arguments.model, arguments.trust_remote_code)
+    return ProcessedConversations(conversations, processor, config)
 
 
 def evaluation_tasks(
@@ -102,8 +104,9 @@ def evaluation_tasks(
     for conversation in _conversations(arguments, config):
         scored = "answers" if conversation.is_answered else "all text"
         tasks.setdefault(conversation.task or scored, []).append(conversation)
+    processor = load_processor(arguments.model, arguments.trust_remote_code)
     return {
-        name: _processed(arguments, found, config, labelled=True)
+        name: ProcessedConversations(found, processor, config, labelled=True)
         for name, found in tasks.items()
     }
 
@@ -111,16 +114,6 @@ def evaluation_tasks(
 def _conversations(arguments: argparse.Namespace, config: Any) -> list[Conversation]:
     conversations = read_conversations(arguments.data, media_of(config))
     return conversations[: arguments.max_samples]
-
-
-def _processed(
-    arguments: argparse.Namespace,
-    conversations: Sequence[Conversation],
-    config: Any,
-    labelled: bool = False,
-) -> ProcessedConversations:
-    processor = load_processor(arguments.model, arguments.trust_remote_code)
-    return ProcessedConversations(conversations, processor, config, labelled=labelled)
 
 
 def _check_digits(model: str, config: Any) -> None:
