@@ -296,7 +296,9 @@ def test_a_recipe_for_another_model_is_refused(vision, tmp_path, capsys):
 # Ctrl-C
 
 _SLOW = """
-import sys, time
+import signal, sys, time
+# Ignored in what a shell runs in the background, tests too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import torchao_masquant.recipe as recipe
 import transformers.modeling_utils as modeling
 from pathlib import Path
