@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from torchao_masquant.cli.ending import run
-from torchao_masquant.cli.parser import CommandParser, LazyCommand
+from torchao_masquant.cli.parser import CommandParser, LazyCommand, MainParser
 
 bench = LazyCommand("torchao_masquant.cli.bench")
 calibrate = LazyCommand("torchao_masquant.cli.calibrate")
@@ -31,7 +31,7 @@ def _version() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     as_module = Path(sys.argv[0]).name == "__main__.py"
-    parser = CommandParser(
+    parser = MainParser(
         prog="python -m torchao_masquant" if as_module else "masquant",
         description="Modality-aware quantization of multimodal LLMs.",
         epilog=_EPILOG,
@@ -40,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"torchao_masquant {_version()}"
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", title="commands"
+        dest="command",
+        required=True,
+        metavar="COMMAND",
+        title="commands",
+        parser_class=CommandParser,
     )
     command = commands.add_parser(
         "calibrate",
@@ -107,12 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_arguments(command)
     command.set_defaults(run=report.main)
-    for command in commands.choices.values():
-        command.add_argument(
-            "--debug",
-            action="store_true",
-            help="show where an error comes from (MASQUANT_DEBUG=1 does, too)",
-        )
     return parser
 
 

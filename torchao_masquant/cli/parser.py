@@ -10,11 +10,11 @@ import difflib
 import importlib
 from typing import Any, Callable, Iterable, Optional, Sequence
 
-__all__ = ["CommandParser", "LazyCommand"]
+__all__ = ["CommandParser", "LazyCommand", "MainParser"]
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser that says what may have been meant, and of what a command does first.
+class MainParser(argparse.ArgumentParser):
+    """A parser that says what may have been meant.
 
     Descriptions and examples keep their line breaks. Options are written out: an
     abbreviation that is right today is another option's tomorrow.
@@ -24,17 +24,9 @@ class CommandParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
-        self._deferred: Optional[Callable[[argparse.ArgumentParser], None]] = None
-
-    def defer(self, add_arguments: Callable[[argparse.ArgumentParser], None]) -> None:
-        """Add arguments when this parser is first used, and not before."""
-        self._deferred = add_arguments
 
     # Any: argparse's own signatures differ between its overloads.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._deferred is not None:
-            add_arguments, self._deferred = self._deferred, None
-            add_arguments(self)
         parsed, unknown = super().parse_known_args(args, namespace)
         # Here, and not where argparse does it: the command knows its options.
         if unknown:
@@ -61,6 +53,29 @@ class CommandParser(argparse.ArgumentParser):
 def _advice(given: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(given, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class CommandParser(MainParser):
+    """The parser of one command, whose arguments may wait until it is called."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._deferred: Optional[Callable[[argparse.ArgumentParser], None]] = None
+        self.add_argument(
+            "--debug",
+            action="store_true",
+            help="show where an error comes from (MASQUANT_DEBUG=1 does, too)",
+        )
+
+    def defer(self, add_arguments: Callable[[argparse.ArgumentParser], None]) -> None:
+        """Add arguments when this parser is first used, and not before."""
+        self._deferred = add_arguments
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._deferred is not None:
+            add_arguments, self._deferred = self._deferred, None
+            add_arguments(self)
+        return super().parse_known_args(args, namespace)
 
 
 class LazyCommand:
