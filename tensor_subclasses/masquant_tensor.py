@@ -449,17 +449,14 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         key = repr((type(self).__qualname__, described, sorted(attributes.items())))
         return hashlib.sha256(key.encode()).hexdigest()
 
-    def __repr__(self) -> str:
+    def description(self) -> list[str]:
+        """What it is, but for its shape, type and device: a few words for each part."""
         smoothing = (
             f"modalities={self.modalities}"
             if self.is_routed
             else "one smoothing factor for all modalities"
         )
-        parts = [
-            f"shape={tuple(self.shape)}",
-            f"w{self.weight_bits}a{self.act_bits}",
-            smoothing,
-        ]
+        parts = [f"w{self.weight_bits}a{self.act_bits}", smoothing]
         if self.scale.shape[1] > 1:
             parts.append(f"group_size={self.group_size}")
         if not self.symmetric:
@@ -472,8 +469,12 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             parts.append("modality_bias")
         if self.act_shift is not None:
             parts.append("act_shift")
-        parts += [
-            f"{self.nbytes_stored} bytes",
+        return [*parts, f"{self.nbytes_stored} bytes"]
+
+    def __repr__(self) -> str:
+        parts = [
+            f"shape={tuple(self.shape)}",
+            *self.description(),
             f"dtype={self.dtype}",
             f"device={self.device}",
         ]

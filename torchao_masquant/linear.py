@@ -180,7 +180,18 @@ class MASQuantLinear(nn.Linear):
             self.siblings.update()
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, weight={self.weight.data!r}"
+        weight = self.weight.data
+        # Another library may have put its own kind of tensor around it.
+        described = (
+            weight.description()
+            if isinstance(weight, MASQuantTensor)
+            else [f"weight={weight!r}"]
+        )
+        return ", ".join(
+            [
+                f"in_features={self.in_features}",
+                f"out_features={self.out_features}",
+                f"bias={self.bias is not None}",
+                *described,
+            ]
         )

@@ -21,7 +21,7 @@ from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["LayerRecipe", "Recipe", "weight_fingerprint"]
+__all__ = ["LayerRecipe", "Recipe", "read_header", "weight_fingerprint"]
 
 _FORMAT = "torchao_masquant.recipe"
 _FORMAT_VERSION = 2
@@ -284,7 +284,7 @@ class Recipe:
             raise FileNotFoundError(f"there is no recipe file {os.fspath(path)!r}.")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                header = _header(path, file.metadata() or {})
+                header = read_header(path, file.metadata() or {})
                 _check_names(set(file.keys()), header["layers"])
                 return cls(
                     options=SolverOptions(**header["options"]),
@@ -315,9 +315,18 @@ class _UnreadableError(ValueError):
     """A file that is whole, but not for this version to read."""
 
 
-def _header(
+def read_header(
     path: Union[str, os.PathLike], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
+    """All of a recipe but its tensors: its options, modalities, layers and versions.
+
+    Args:
+        path: of the file, for the messages.
+        metadata: of the safetensors file.
+
+    Raises:
+        ValueError: it is no recipe, or of another format.
+    """
     if metadata.get("format") != _FORMAT:
         raise _UnreadableError(
             f"{os.fspath(path)!r} is a safetensors file, but no MASQuant recipe."

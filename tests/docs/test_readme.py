@@ -3,34 +3,49 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Every python block of the README, of docs and of the tutorials runs, in order."""
+"""Every python block and masquant command of the pages runs, in order."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from torchao_masquant.__main__ import main
+
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [
     ROOT / "README.md",
     ROOT / "docs" / "checkpoints.md",
+    ROOT / "docs" / "cli.md",
     *sorted((ROOT / "tutorials").glob("*.md")),
 ]
 
 
+def _run_commands(block, page):
+    """The masquant commands of a bash block; others are for the reader's machine."""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and words[0] == "masquant":
+            assert main(words[1:]) == 0, f"{page.name}: {line}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_blocks_run(page, tmp_path, monkeypatch):
     text = page.read_text()
     blocks = list(BLOCK.finditer(text))
-    assert blocks, f"{page.name} shows no python"
+    assert any(block.group(1) == "python" for block in blocks), page.name
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {"__name__": "readme"}
     for block in blocks:
+        language, source = block.groups()
+        if language == "bash":
+            _run_commands(source, page)
+            continue
         line = text[: block.start()].count("\n") + 1
         # Blank lines in front, so that a traceback names the page's own line.
-        source = "\n" * line + block.group(1)
-        exec(compile(source, str(page), "exec"), scope)
+        exec(compile("\n" * line + source, str(page), "exec"), scope)
 
 
 def test_every_make_target_of_the_readme_exists():

@@ -82,7 +82,7 @@ def test_files_tell_what_they_are(folder, tmp_path, capsys):
     assert _report(*paths, "-o", tmp_path / "report.html", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["missing"] == [] and "recipe" in told["sections"]
-    assert _report(paths[0], folder, "-o", tmp_path / "report.html") == 2
+    assert _report(paths[0], folder, "-o", tmp_path / "report.html") == 1
     assert "a second recipe" in _sentence(capsys)
 
 
@@ -276,25 +276,25 @@ def test_a_damaged_file_is_named(folder, tmp_path, capsys, name, damage):
     damage(folder)
     output = tmp_path / "report.html"
     output.write_text("old")
-    assert _report(folder, "-o", output) == 2
+    assert _report(folder, "-o", output) == 1
     assert str(folder / name) in _sentence(capsys)
     assert output.read_text() == "old"
 
 
 def test_a_damaged_row_is_named(folder, tmp_path, capsys):
     _changed(folder, "results.json", lambda d: d["rows"][2].pop("scheme"))
-    assert _report(folder, "-o", tmp_path / "report.html") == 2
+    assert _report(folder, "-o", tmp_path / "report.html") == 1
     assert "rows[2] has no 'scheme'" in _sentence(capsys)
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path, capsys):
-    assert _report(tmp_path / "nowhere", "-o", tmp_path / "report.html") == 2
+    assert _report(tmp_path / "nowhere", "-o", tmp_path / "report.html") == 1
     assert "there is no" in (said := _sentence(capsys)) and "nowhere" in said
 
 
 def test_a_folder_with_nothing_in_it_is_named(tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
-    assert _report(tmp_path, "-o", tmp_path / "report.html") == 2
+    assert _report(tmp_path, "-o", tmp_path / "report.html") == 1
     said = _sentence(capsys)
     assert str(tmp_path) in said and "analysis.json" in said
 
@@ -306,7 +306,7 @@ def test_a_folder_with_nothing_in_it_is_named(tmp_path, capsys):
 def test_a_target_that_cannot_be_written_is_named(
     folder, tmp_path, capsys, output, words
 ):
-    assert _report(folder, "-o", tmp_path / output) == 2
+    assert _report(folder, "-o", tmp_path / output) == 1
     said = _sentence(capsys)
     assert words in said and str(tmp_path / output) in said
 
@@ -316,7 +316,7 @@ def test_a_target_that_cannot_be_written_is_named(
 )
 def test_a_folder_that_may_not_be_written_is_named(folder, capsys):
     folder.chmod(0o500)
-    assert _report(folder, "-o", folder / "report.html") == 2
+    assert _report(folder, "-o", folder / "report.html") == 1
     assert "Permission denied" in _sentence(capsys)
     folder.chmod(0o700)
 
@@ -324,7 +324,7 @@ def test_a_folder_that_may_not_be_written_is_named(folder, capsys):
 def test_figures_cannot_go_into_a_file(folder, tmp_path, capsys):
     (tmp_path / "png").touch()
     output = tmp_path / "report.html"
-    assert _report(folder, "-o", output, "--png", tmp_path / "png") == 2
+    assert _report(folder, "-o", output, "--png", tmp_path / "png") == 1
     assert "it is no folder" in _sentence(capsys)
     assert not output.exists()
 
@@ -336,7 +336,7 @@ def test_the_module_runs_as_a_command(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 2
+    assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: there is no ")
 
 

@@ -166,7 +166,10 @@ def calibrate(
     passes = plan_passes(probe, second_moments, max_statistics_bytes)
 
     data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
-    if len(passes) > 1 or epochs:
+    if isinstance(samples, Sequence):
+        # May be read again, and tells a progress bar how long it is.
+        data = samples
+    elif len(passes) > 1 or epochs:
         data = list(data)
     layers: dict[str, LayerRecipe] = {}
     for index, names in enumerate(passes, start=1):

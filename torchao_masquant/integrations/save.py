@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from torch import nn
 
@@ -19,9 +19,16 @@ from torchao_masquant.linear import MASQuantLinear
 
 __all__ = ["save_quantized"]
 
+# Of other formats that lie in folders of models, too.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5")
+
 
 def save_quantized(
-    model: nn.Module, folder: Union[str, os.PathLike], **options: Any
+    model: nn.Module,
+    folder: Union[str, os.PathLike],
+    *,
+    beside: Optional[Union[str, os.PathLike]] = None,
+    **options: Any,
 ) -> None:
     """``model.save_pretrained(folder)``, whole or not at all.
 
@@ -34,6 +41,8 @@ def save_quantized(
     Args:
         model: a quantized transformers model.
         folder: made where missing, together with its parents.
+        beside: folder of the original model, whose other files (its processor and
+            tokenizer, no weights, no folders) are copied along.
         **options: of ``save_pretrained``, such as ``max_shard_size``.
 
     Raises:
@@ -60,6 +69,8 @@ def save_quantized(
         # save_pretrained(push_to_hub=True) names the repository after it.
         new = temporary / "new" / target.name
         model.save_pretrained(new, **options)  # type: ignore[operator]
+        if beside is not None:
+            _copy_files(Path(beside), new)
         if target.exists():
             _keep_others(target, new)
             exchange(new, target, temporary / "old")
@@ -99,6 +110,19 @@ def _keep_others(old: Path, new: Path) -> None:
             shutil.copytree(path, kept, symlinks=True)
         else:
             shutil.copy2(path, kept, follow_symlinks=False)
+
+
+def _copy_files(original: Path, new: Path) -> None:
+    """Put the original model's files that were not written anew beside what was."""
+    for path in sorted(original.iterdir()):
+        if path.name.startswith(".") or not path.is_file() or _holds_weights(path):
+            continue
+        if not (new / path.name).exists():
+            shutil.copy2(path, new / path.name)
+
+
+def _holds_weights(path: Path) -> bool:
+    return _is_weight(path.name) or path.suffix in _WEIGHT_SUFFIXES
 
 
 def _is_weight(name: str) -> bool:

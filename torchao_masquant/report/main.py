@@ -7,8 +7,6 @@
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
 from torchao_masquant.report.page import Report, write_page
@@ -61,14 +59,15 @@ def main(arguments: argparse.Namespace) -> int:
     """Write the report.
 
     Returns:
-        Exit code: 0, or 2 where something is missing, damaged or cannot be written.
+        Exit code.
+
+    Raises:
+        ImportError: a library that draws is missing.
+        OSError: something is missing or cannot be written.
+        ValueError: something is damaged.
     """
-    try:
-        sources = read_sources(arguments.sources)
-        report = write_page(arguments.output, sources, arguments.title, arguments.png)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        return 2
+    sources = read_sources(arguments.sources)
+    report = write_page(arguments.output, sources, arguments.title, arguments.png)
     if arguments.json:
         print(json.dumps(_as_json(report), indent=2))
         return 0
@@ -78,15 +77,6 @@ def main(arguments: argparse.Namespace) -> int:
     if report.missing:
         print(f"Without {joined(report.missing)}: the page says what makes them.")
     return 0
-
-
-def _sentence(error: Exception) -> str:
-    """The system's own errors hold a number and a name, and no sentence."""
-    if isinstance(error, OSError) and error.strerror is not None:
-        name = error.filename
-        where = "" if name is None else f" {os.fsdecode(name)!r}"
-        return f"cannot read or write{where}: {error.strerror}."
-    return str(error)
 
 
 def _as_json(report: Report) -> dict:

@@ -1,0 +1,404 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""How a command ends: exit codes, one sentence, advice, and nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from torchao_masquant.__main__ import main
+from torchao_masquant.cli.ending import run as run_command
+from torchao_masquant.testing import model_folders
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """Check that a command fails with one sentence, and give it back."""
+    capsys.readouterr()
+    assert run(*arguments) == 1
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("error: ") and line.endswith(".")
+    return line
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    return model_folders.vision_model(tmp_path_factory.mktemp("models") / "vision")
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    "arguments, advice",
+    [
+        (["calibarte"], "did you mean 'calibrate'?"),
+        (["calibrate", "m", "d", "-o", "r", "--shceme", "w4a8"], "mean '--scheme'?"),
+        (["calibrate", "m", "d", "-o", "r", "--scheme", "w4a9"], "mean 'w4a8'?"),
+        (["inspect", "m", "--jsn"], "mean '--json'?"),
+        (["inspect", "m", "--layer"], "mean '--layers'?"),
+    ],
+)
+def test_a_typo_gets_advice(capsys, arguments, advice):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["calibrate", "model", "data"],
+        ["quantize", "model", "-o", "out"],
+        ["quantize", "model", "-o", "out", "--recipe", "r", "--rtn", "w8a8"],
+        ["calibrate", "m", "d", "-o", "r", "--rank", "much"],
+        ["calibrate", "m", "d", "-o", "r", "--max-samples", "0"],
+        ["calibrate", "m", "d", "-o", "r", "--modality-weights", "vision:1"],
+    ],
+)
+def test_wrong_arguments_end_with_two(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+COMMANDS = ("calibrate", "quantize", "eval", "inspect", "bench", "doctor")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        run(command, "--help")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"masquant {command} " in out.partition("examples:")[2]
+    described = out.partition("positional arguments:")[2] or out
+    assert max(map(len, described.splitlines())) <= 90
+
+
+def test_the_first_help_imports_no_command():
+    script = (
+        "import contextlib, io, sys\n"
+        "from torchao_masquant.__main__ import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "    try: main(['--help'])\n"
+        "    except SystemExit: pass\n"
+        "assert 'calibrate' in out.getvalue()\n"
+        "print([m for m in ('transformers', 'jinja2', 'PIL',\n"
+        "       'torchao_masquant.cli.calibrate') if m in sys.modules])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+# One sentence
+
+
+def test_any_error_is_one_sentence_unless_it_is_looked_for(capsys, monkeypatch):
+    def fail(arguments):
+        raise KeyError("a\n  key")
+
+    def parsed(debug):
+        return type("Arguments", (), {"debug": debug})()
+
+    assert run_command(fail, parsed(False)) == 1
+    assert capsys.readouterr().err == "error: KeyError: a key.\n"
+    with pytest.raises(KeyError):
+        run_command(fail, parsed(True))
+    monkeypatch.setenv("MASQUANT_DEBUG", "1")
+    with pytest.raises(KeyError):
+        run_command(fail, parsed(False))
+
+
+def test_debug_shows_where_it_comes_from(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run("inspect", tmp_path / "nowhere", "--debug")
+
+
+def test_an_interruption_ends_with_130(capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    assert run_command(interrupt, type("Arguments", (), {})()) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
+    said = refused(
+        capsys, "calibrate", tmp_path / "nowhere", "synthetic", "-o", tmp_path / "r"
+    )
+    assert "there is no folder" in said and "'owner/name'" in said
+    (tmp_path / "empty").mkdir()
+    said = refused(
+        capsys, "calibrate", tmp_path / "empty", "synthetic", "-o", tmp_path / "r"
+    )
+    assert "has no config.json" in said
+    # As where there is no network.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = refused(capsys, "calibrate", "owner/name", "synthetic", "-o", tmp_path / "r")
+    assert "'owner/name' is no folder here" in said and "no network" in said
+
+
+def test_a_target_that_cannot_be_written_is_told_first(vision, tmp_path, capsys):
+    # The data is not looked at: it would be told if it were.
+    said = refused(
+        capsys, "calibrate", vision, "nowhere", "-o", tmp_path / "no" / "r.safetensors"
+    )
+    assert "there is no folder" in said
+    said = refused(capsys, "calibrate", vision, "nowhere", "-o", tmp_path)
+    assert "it is a folder" in said
+
+
+def test_wrong_data_is_told_before_the_model_is_loaded(
+    vision, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("torchao_masquant.cli.calibrate.load_model", None)
+    data = model_folders.write_lines(tmp_path / "a.jsonl", {"image": "gone.png"})
+    said = refused(capsys, "calibrate", vision, data, "-o", tmp_path / "r")
+    assert "a.jsonl, line 1: there is no image" in said
+    model_folders.write_sound(tmp_path / "a.wav")
+    data = model_folders.write_lines(tmp_path / "a.jsonl", {"audio": "a.wav"})
+    said = refused(capsys, "calibrate", vision, data, "-o", tmp_path / "r")
+    assert "line 1 has an audio" in said
+
+
+def test_a_model_without_a_processor_is_told(vision, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (tmp_path / name).symlink_to(vision / name)
+    said = refused(capsys, "calibrate", tmp_path, "synthetic", "-o", tmp_path / "r")
+    assert "has no processor that can be loaded" in said
+
+
+def test_digits_are_for_the_model_that_reads_them(vision, tmp_path, capsys):
+    said = refused(capsys, "calibrate", vision, "digits", "-o", tmp_path / "r")
+    assert "for the model 'digits' alone" in said
+
+
+def test_a_device_that_is_not_there_is_named(vision, tmp_path, capsys):
+    said = refused(
+        capsys, "quantize", vision, "--rtn", "w8a8", "-o", tmp_path / "q",
+        "--device", "cuda:99",
+    )  # fmt: skip
+    assert "there is no device 'cuda:99' here" in said
+
+
+def test_what_is_quantized_is_not_quantized_again(vision, tmp_path, capsys):
+    out = tmp_path / "q"
+    assert run("quantize", vision, "--rtn", "w8a8", "-o", out) == 0
+    said = refused(capsys, "quantize", out, "--rtn", "w8a8", "-o", tmp_path / "again")
+    assert "is quantized already" in said
+    said = refused(capsys, "bench", out, vision)
+    assert "give the original model first" in said
+
+
+# Broken checkpoints and recipes
+
+
+def _damaged(folder, damage):
+    config = json.loads((folder / "config.json").read_text())
+    damage(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+DAMAGES = {
+    "not quantized": (
+        lambda f: _damaged(f, lambda c: c.pop("quantization_config")),
+        "is not quantized",
+    ),
+    "by another method": (
+        lambda f: _damaged(
+            f, lambda c: c["quantization_config"].update(quant_method="gptq")
+        ),
+        "is quantized by 'gptq'",
+    ),
+    "of a later format": (
+        lambda f: _damaged(
+            f, lambda c: c["quantization_config"].update(format_version=99)
+        ),
+        "upgrade it",
+    ),
+    "a layer less": (
+        lambda f: _damaged(f, lambda c: c["quantization_config"]["layers"].popitem()),
+        "config.json tells of 13",
+    ),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "is no JSON file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has neither"),
+    "cut off": (
+        lambda f: os.truncate(f / "model.safetensors", 2000),
+        "cut off or damaged",
+    ),
+    "a missing shard": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+        ),
+        "model-00001-of-00002.safetensors is not there",
+    ),
+    "a way out of the folder": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "../../secret.safetensors"}}'
+        ),
+        "secret.safetensors is not there",
+    ),
+    "an index of another form": (
+        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+        "is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage, words", DAMAGES.values(), ids=DAMAGES)
+def test_inspect_tells_what_is_wrong(vision, tmp_path, capsys, damage, words):
+    out = tmp_path / "q"
+    assert run("quantize", vision, "--rtn", "w8a8", "-o", out) == 0
+    damage(out)
+    assert words in refused(capsys, "inspect", out)
+
+
+def test_inspect_refuses_what_is_no_recipe(vision, tmp_path, capsys):
+    assert "there is no" in refused(capsys, "inspect", tmp_path / "nowhere")
+    said = refused(capsys, "inspect", vision / "model.safetensors")
+    assert "but no MASQuant recipe" in said
+    (tmp_path / "text").write_text("no recipe at all")
+    assert "is no recipe" in refused(capsys, "inspect", tmp_path / "text")
+
+
+def test_a_recipe_for_another_model_is_refused(vision, tmp_path, capsys):
+    recipe, out = tmp_path / "recipe.safetensors", tmp_path / "q"
+    other = model_folders.text_model(tmp_path / "text")
+    assert run(
+        "calibrate", other, "synthetic", "-o", recipe, "--method", "rtn",
+        "--max-samples", "1",
+    ) == 0  # fmt: skip
+    said = refused(capsys, "quantize", vision, "--recipe", recipe, "-o", out)
+    assert "made for another model" in said
+    assert not out.exists()
+    said = refused(capsys, "quantize", vision, "--recipe", tmp_path / "gone", "-o", out)
+    assert "there is no recipe file" in said
+
+
+# Ctrl-C
+
+_SLOW = """
+import signal, sys, time
+# Ignored in what a shell runs in the background, tests too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import torchao_masquant.recipe as recipe
+import transformers.modeling_utils as modeling
+from pathlib import Path
+
+def slowly(write):
+    def written(tensors, path, *args, **kwargs):
+        write(tensors, path, *args, **kwargs)
+        Path(sys.argv[1]).touch()
+        time.sleep(60)
+    return written
+
+recipe.save_file = slowly(recipe.save_file)
+modeling.safe_save_file = slowly(modeling.safe_save_file)
+from torchao_masquant.__main__ import main
+from torchao_masquant.testing import model_folders
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["calibrate", "quantize"])
+def test_an_interrupted_command_leaves_what_was_there(vision, tmp_path, command):
+    """Interrupted at the worst moment: all is written, and has no name yet."""
+    target = tmp_path / "target"
+    if command == "calibrate":
+        target.write_text("old")
+        arguments = ["calibrate", vision, "synthetic", "-o", target]
+        arguments += ["--method", "rtn", "--max-samples", "1"]
+    else:
+        target.mkdir()
+        (target / "model.safetensors").write_text("old")
+        arguments = ["quantize", vision, "--rtn", "w8a8", "-o", target]
+    begun = tmp_path / "begun"
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW, begun, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while not begun.exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    assert err.splitlines()[-1] == "interrupted: nothing is left half-written."
+    held = target if command == "calibrate" else target / "model.safetensors"
+    assert held.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "target"]
+
+
+# Doctor
+
+
+def test_doctor_tells_what_runs(capsys):
+    from torchao_masquant import SCHEMES
+    from torchao_masquant.kernels import cpu_lowering
+
+    code = run("doctor", "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert code == (1 if told["problems"] else 0)
+    assert told["cpu"]["engine"] == cpu_lowering.engine().engine.value
+    rows = {r["scheme"]: r for r in told["kernels"] if r["device"] == "cpu"}
+    assert set(rows) == set(SCHEMES)
+    for name, row in rows.items():
+        assert row["reason"] == cpu_lowering.engine().reason
+        assert row["many"] == cpu_lowering.kernel_of(
+            weight_bits=SCHEMES[name].weight_bits,
+            act_bits=SCHEMES[name].act_bits,
+            tokens=256,
+            in_features=4096,
+            groups=32 if SCHEMES[name].group_size else 1,
+        )
+    assert run("doctor") == code
+    assert "Kernel of the product" in capsys.readouterr().out
+
+
+def test_doctor_does_not_hide_that_kernels_cannot_be_built(tmp_path):
+    """A machine without a compiler: the reference runs, and that is a problem."""
+    environment = {
+        **os.environ,
+        "CXX": "no-such-compiler",
+        "MASQUANT_CACHE_DIR": str(tmp_path),
+    }
+    environment.pop("MASQUANT_CPU_ENGINE", None)
+    result = subprocess.run(
+        [sys.executable, "-m", "torchao_masquant", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    told = json.loads(result.stdout)
+    if "VNNI" not in told["cpu"]["reason"] and not told["problems"]:
+        pytest.skip("this processor has no kernels to build")
+    assert result.returncode == 1
+    assert told["cpu"]["engine"] == "reference"
+    assert "no-such-compiler" in told["cpu"]["compiler"]
+    assert "cannot be built" in told["problems"][0]
+    assert all(
+        "reference" in r["many"] for r in told["kernels"] if r["device"] == "cpu"
+    )

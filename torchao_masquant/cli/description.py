@@ -1,0 +1,313 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What is in a quantized checkpoint or a recipe, from the headers of its files."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import safetensors
+
+from torchao_masquant.integrations.checkpoint_format import (
+    QUANT_METHOD,
+    STORED_PART,
+    CheckpointFormat,
+)
+from torchao_masquant.integrations.layer_format import TensorKind
+from torchao_masquant.integrations.stored_tensors import stored_tensors
+from torchao_masquant.recipe import read_header
+from torchao_masquant.solver.methods import SolverOptions
+
+__all__ = [
+    "Description",
+    "LinearLine",
+    "describe",
+    "describe_checkpoint",
+    "pattern_of",
+]
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class LinearLine:
+    """One quantized linear.
+
+    Attributes:
+        name: in the model.
+        shape: of its original weight.
+        scheme: such as "w4a8".
+        group_size: None for one scale per output channel.
+        modalities: that it tells apart, base first; one name where it does not.
+        ranks: modality to the rank of its pair.
+        method: that it was quantized by; None where that is not known.
+        nbytes: in the file, all that belongs to its weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    group_size: Optional[int]
+    modalities: tuple[str, ...]
+    ranks: Mapping[str, int]
+    method: Optional[str]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """
+    Attributes:
+        kind: "checkpoint" or "recipe".
+        path: as it was given.
+        format_version: of it.
+        linears: in the model's order.
+        other_bytes: of tensors that are not quantized.
+        file_bytes: of the safetensors files, headers and all.
+        dtype: of what is not quantized; None for a recipe.
+        versions: of the libraries that made a recipe.
+    """
+
+    kind: str
+    path: str
+    format_version: int
+    linears: tuple[LinearLine, ...]
+    other_bytes: int
+    file_bytes: int
+    dtype: Optional[str] = None
+    versions: Optional[Mapping[str, str]] = None
+
+    @property
+    def quantized_bytes(self) -> int:
+        return sum(line.nbytes for line in self.linears)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the quantized weights, had they stayed bfloat16."""
+        return sum(2 * math.prod(line.shape) for line in self.linears)
+
+    def summary(self) -> dict[str, Any]:
+        """Totals, for scripts."""
+        return {
+            "kind": self.kind,
+            "format_version": self.format_version,
+            "dtype": self.dtype,
+            "quantized_linears": len(self.linears),
+            "schemes": sorted({line.scheme for line in self.linears}),
+            "methods": sorted({line.method or "unknown" for line in self.linears}),
+            "modalities": list(
+                dict.fromkeys(m for line in self.linears for m in line.modalities)
+            ),
+            "quantized_bytes": self.quantized_bytes,
+            "quantized_bytes_as_bfloat16": self.dense_bytes,
+            "other_bytes": self.other_bytes,
+            "file_bytes": self.file_bytes,
+            "versions": self.versions,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for scripts."""
+        return {
+            "path": self.path,
+            **self.summary(),
+            "linears": [asdict(line) for line in self.linears],
+        }
+
+    def headline(self) -> str:
+        """One line for people."""
+        found = self.summary()
+        line = (
+            f"{', '.join(found['schemes'])} ({', '.join(found['methods'])}), "
+            f"{len(self.linears)} linears, {', '.join(found['modalities'])}; "
+            f"{self.quantized_bytes / 2**20:.2f} MiB, "
+            f"{100 * self.quantized_bytes / self.dense_bytes:.1f} % of bfloat16"
+        )
+        if self.kind == "checkpoint":
+            line += f"; {self.other_bytes / 2**20:.2f} MiB that are not quantized"
+        return f"{line}."
+
+
+def describe(path: Path) -> Description:
+    """Look at a folder with a checkpoint, or at a file with a recipe.
+
+    No tensor is read.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: it is neither, or damaged.
+    """
+    if path.is_dir():
+        return describe_checkpoint(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {str(path)!r}: give the folder of a quantized model, or a "
+            "recipe."
+        )
+    return _describe_recipe(path)
+
+
+def describe_checkpoint(folder: Path) -> Description:
+    """Look at a folder that a quantized model was saved to; raises as ``describe``."""
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no config.json: give the folder of a quantized model."
+        )
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(config_path)!r} is no JSON file: {error}.") from error
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"{str(folder)!r} is not quantized: its config.json has no "
+            "quantization_config; 'masquant quantize' makes a quantized copy."
+        )
+    if entry.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{str(folder)!r} is quantized by {entry.get('quant_method')!r}, not by "
+            "MASQuant."
+        )
+    checkpoint = CheckpointFormat.from_json(entry)
+    files = _files(folder)
+    stored = stored_tensors([str(file) for file in files])
+    _check_parts(checkpoint, stored)
+    linears = tuple(
+        LinearLine(
+            name=name,
+            shape=tuple(layer.shape),
+            scheme=f"w{layer.weight_bits}a{layer.act_bits}",
+            group_size=layer.group_size,
+            modalities=layer.modalities if layer.routed else layer.modalities[:1],
+            ranks={m: r for m, r in zip(layer.modalities[1:], layer.ranks) if r},
+            method=checkpoint.options.get(name, {}).get("method"),
+            nbytes=layer.nbytes,
+        )
+        for name, layer in checkpoint.layers.items()
+    )
+    total = sum(map(_nbytes, stored.values()))
+    return Description(
+        kind="checkpoint",
+        path=str(folder),
+        format_version=int(entry["format_version"]),
+        linears=linears,
+        other_bytes=total - sum(line.nbytes for line in linears),
+        file_bytes=sum(file.stat().st_size for file in files),
+        dtype=checkpoint.dtype,
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if not index.is_file():
+        if not (folder / _SINGLE).is_file():
+            raise FileNotFoundError(
+                f"{str(folder)!r} has neither {_SINGLE} nor {_INDEX}: download or save "
+                "the checkpoint again."
+            )
+        return [folder / _SINGLE]
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(index)!r} is damaged: {error!r}.") from error
+    # Names, and no ways out of the folder.
+    return [folder / Path(str(name)).name for name in names]
+
+
+def _check_parts(
+    checkpoint: CheckpointFormat, stored: Mapping[str, TensorKind]
+) -> None:
+    """Raise unless what the config says and what the files hold are the same."""
+    found: dict[str, dict[str, TensorKind]] = {}
+    for name, kind in stored.items():
+        match = STORED_PART.fullmatch(name)
+        if match is not None:
+            found.setdefault(match[1], {})[match[2]] = kind
+    # transformers saves some models under other names than its modules have.
+    if set(found) == set(checkpoint.layers):
+        for name, layer in checkpoint.layers.items():
+            try:
+                layer.check_tensors(found[name])
+            except ValueError as error:
+                raise ValueError(
+                    f"the checkpoint is damaged, {name}: {error}."
+                ) from error
+    held = sum(_nbytes(kind) for parts in found.values() for kind in parts.values())
+    said = sum(layer.nbytes for layer in checkpoint.layers.values())
+    if held != said or len(found) != len(checkpoint.layers):
+        raise ValueError(
+            f"the checkpoint is damaged: its files hold {len(found)} quantized linears "
+            f"of {held} bytes, its config.json tells of {len(checkpoint.layers)} of "
+            f"{said} bytes; download or save it again."
+        )
+
+
+def _describe_recipe(path: Path) -> Description:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = read_header(path, file.metadata() or {})
+            version = int(file.metadata()["format_version"])
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is no recipe, or a damaged one: {error}."
+        ) from error
+    kinds = stored_tensors([str(path)])
+    try:
+        options = SolverOptions(**header["options"])
+        modalities = tuple(header["modalities"])
+        linears = tuple(
+            _recipe_line(name, entry, options, modalities, kinds)
+            for name, entry in header["layers"].items()
+        )
+        versions = dict(header["versions"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is a damaged recipe: {error}.") from error
+    if not linears:
+        raise ValueError(f"{str(path)!r} is a damaged recipe: it has no layers.")
+    return Description(
+        kind="recipe",
+        path=str(path),
+        format_version=version,
+        linears=linears,
+        other_bytes=0,
+        file_bytes=path.stat().st_size,
+        versions=versions,
+    )
+
+
+def _recipe_line(
+    name: str,
+    entry: Mapping[str, Any],
+    options: SolverOptions,
+    modalities: tuple[str, ...],
+    kinds: Mapping[str, TensorKind],
+) -> LinearLine:
+    own = {k: v for k, v in kinds.items() if k.rpartition(".")[0] == name}
+    routed = own[f"{name}.smoothing_factor"][1][0] > 1
+    return LinearLine(
+        name=name,
+        shape=tuple(int(size) for size in entry["shape"]),
+        scheme=options.scheme,
+        group_size=options.bits.group_size,
+        modalities=modalities if routed else modalities[:1],
+        ranks={m: int(r) for m, r in zip(modalities[1:], entry["ranks"]) if r},
+        method=options.method,
+        nbytes=sum(map(_nbytes, own.values())),
+    )
+
+
+def _nbytes(kind: TensorKind) -> int:
+    dtype, shape = kind
+    return dtype.itemsize * math.prod(shape)
+
+
+def pattern_of(name: str) -> str:
+    """The name of a linear, with a star for the number of its layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -1,0 +1,99 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The command ``eval``: scores of a model on data."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from torchao_masquant.cli.models import (
+    MODEL_HELP,
+    add_model_options,
+    load_config,
+    load_model,
+    resolve_device,
+)
+from torchao_masquant.cli.samples import (
+    DATA_FORMS,
+    add_data_argument,
+    evaluation_tasks,
+)
+
+__all__ = ["add_arguments", "main"]
+
+_EXAMPLES = """\
+What is scored is the assistant's last answer; where a conversation ends without one,
+all of its text. A line's "task" names the task that it counts for.
+
+examples:
+  masquant eval ./Qwen2.5-VL-3B-w4a8 held-out.jsonl --reference ./Qwen2.5-VL-3B
+  masquant eval ./digits-w8a8 digits --reference digits --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the evaluation."""
+    parser.epilog = f"{DATA_FORMS}\n{_EXAMPLES}"
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_data_argument(parser)
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="the model before it was quantized: adds the divergence of the logits and "
+        "each linear's signal-to-noise ratio; both are held in memory",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="also write evaluation.json here, as 'masquant report' reads it",
+    )
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    add_model_options(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Evaluate.
+
+    Returns:
+        Exit code.
+    """
+    from torchao_masquant.data import PlacedSamples
+    from torchao_masquant.evaluation import evaluate
+
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {str(arguments.output)!r}: there is no folder "
+            f"{str(arguments.output.parent)!r}."
+        )
+    config = load_config(arguments.model, arguments.trust_remote_code)
+    tasks = evaluation_tasks(arguments, config)
+    model = _load(arguments.model, config, arguments)
+    reference = None
+    if arguments.reference is not None:
+        other = load_config(arguments.reference, arguments.trust_remote_code)
+        reference = _load(arguments.reference, other, arguments)
+    evaluation = evaluate(
+        model,
+        {name: PlacedSamples(samples, model) for name, samples in tasks.items()},
+        reference,
+    )
+    if arguments.output is not None:
+        evaluation.save(arguments.output)
+    print(json.dumps(evaluation.to_json(), indent=2) if arguments.json else evaluation)
+    return 0
+
+
+def _load(name: str, config: Any, arguments: argparse.Namespace) -> Any:
+    return load_model(
+        name,
+        config,
+        dtype=arguments.dtype,
+        device=resolve_device(arguments.device),
+        trust_remote_code=arguments.trust_remote_code,
+    )

@@ -1,0 +1,237 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Models and processors, by a folder or by their name on the Hugging Face hub."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+import torch
+
+__all__ = [
+    "DIGITS",
+    "MODEL_HELP",
+    "add_model_options",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "model_folder",
+    "resolve_device",
+]
+
+#: the small model that this package ships, and its variant without trained-in outliers
+DIGITS = {"digits": "outliers", "digits-plain": "plain"}
+
+# Of transformers, the first that knows a config. A model that takes images or sounds is
+# in one of the first two, its bare language model may be in the third as well.
+_AUTO_CLASSES = (
+    "AutoModelForMultimodalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForCausalLM",
+)
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+#: of the argument MODEL
+MODEL_HELP = (
+    "a model's folder, its name on the Hugging Face hub, or 'digits', the small model "
+    "that comes with this package"
+)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of how a model is loaded."""
+    group = parser.add_argument_group("loading the model")
+    group.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="of its weights and activations; auto: as in the checkpoint "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="such as cpu, cuda, cuda:1; auto: the GPU where there is one "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that the model's folder brings along: off by default, since "
+        "it may do anything",
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        # Not any accelerator: calibration needs float64, which some do not have.
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"there is no device {name!r} here: {reason}") from error
+    return device
+
+
+def model_folder(name: str) -> str:
+    """What ``from_pretrained`` takes for a model's name on the command line.
+
+    Raises:
+        FileNotFoundError: it is written as a folder, and there is none.
+    """
+    if name in DIGITS and not Path(name).is_dir():
+        from torchao_masquant.testing.digits.checkpoints import checkpoint_path
+
+        return str(checkpoint_path(DIGITS[name]))
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{name!r} has no config.json: give the folder of a transformers model."
+            )
+        return name
+    if path.is_file():
+        raise NotADirectoryError(f"{name!r} is a file: give a model's folder.")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"there is no folder {name!r}; a model on the hub is named 'owner/name'."
+        )
+    return name
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """One sentence where a model on the hub cannot be had."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir() or error.strerror is not None:
+            raise
+        raise OSError(
+            f"{name!r} is no folder here, and cannot be had from the Hugging Face hub: "
+            "there is no network, no such model, or it asks for a login; give the "
+            "folder of a model that is downloaded."
+        ) from error
+    except ImportError as error:
+        # transformers' first sentence names what is missing; a page of advice follows.
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ImportError(
+            f"{name!r} needs a library that is missing: {reason}."
+        ) from error
+
+
+def quiet_transformers() -> None:
+    """No progress bars of transformers where standard error is no terminal."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The config of a model.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged, or of a model that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    folder = model_folder(name)
+    with _explained(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads models with this config.
+
+    Raises:
+        ValueError: none does.
+    """
+    import transformers
+
+    mapped = getattr(config, "auto_map", None) or {}
+    for name in _AUTO_CLASSES:
+        found = getattr(transformers, name, None)
+        if found is not None and (
+            type(config) in found._model_mapping.keys() or name in mapped
+        ):
+            return found
+    raise ValueError(
+        f"{config.model_type!r} is no language model that transformers loads by itself: "
+        f"its config is in none of {', '.join(_AUTO_CLASSES)}."
+    )
+
+
+def load_model(
+    name: str,
+    config: Any,
+    *,
+    dtype: str = "auto",
+    device: Optional[torch.device] = None,
+    trust_remote_code: bool = False,
+    quantization_config: Any = None,
+) -> Any:
+    """A model in evaluation mode.
+
+    Args:
+        name: a folder, or a name on the hub.
+        config: from :func:`load_config`.
+        dtype: "auto", or the name of a type of torch's.
+        device: None for the CPU.
+        trust_remote_code: run code of the model's folder.
+        quantization_config: quantizes while loading.
+    """
+    quiet_transformers()
+    folder = model_folder(name)
+    more = (
+        {}
+        if quantization_config is None
+        else {"quantization_config": quantization_config}
+    )
+    with _explained(folder):
+        model = auto_class(config).from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, **more
+        )
+    return model.eval() if device is None else model.eval().to(device)
+
+
+def load_processor(name: str, trust_remote_code: bool = False) -> Any:
+    """The processor of a model; a tokenizer for one that reads text only.
+
+    Raises:
+        OSError: there is none.
+        ImportError: it needs a library that is missing.
+    """
+    from transformers import AutoProcessor
+
+    folder = model_folder(name)
+    try:
+        with _explained(folder):
+            return AutoProcessor.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        if not Path(folder).is_dir():
+            raise
+        raise OSError(
+            f"{name!r} has no processor that can be loaded ({_first_line(error)}): copy "
+            "the processor and tokenizer files of the original model into it."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

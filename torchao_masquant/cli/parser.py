@@ -1,0 +1,97 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Arguments of a command: loaded when they are needed, with advice for a typo."""
+
+import argparse
+import difflib
+import importlib
+from typing import Any, Callable, Iterable, Optional, Sequence
+
+__all__ = ["CommandParser", "LazyCommand", "MainParser"]
+
+
+class MainParser(argparse.ArgumentParser):
+    """A parser that says what may have been meant.
+
+    Descriptions and examples keep their line breaks. Options are written out: an
+    abbreviation that is right today is another option's tomorrow.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    # Any: argparse's own signatures differ between its overloads.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        # Here, and not where argparse does it: the command knows its options.
+        if unknown:
+            self.error(self._unrecognized(unknown))
+        return parsed, unknown
+
+    def _unrecognized(self, unknown: Sequence[str]) -> str:
+        message = f"unrecognized arguments: {' '.join(unknown)}"
+        for argument in unknown:
+            if argument.startswith("-"):
+                advice = _advice(argument.split("=")[0], self._option_string_actions)
+                if advice:
+                    return message + advice
+        return message
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += _advice(str(value), map(str, action.choices or ()))
+            raise
+
+
+def _advice(given: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class CommandParser(MainParser):
+    """The parser of one command, whose arguments may wait until it is called."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._deferred: Optional[Callable[[argparse.ArgumentParser], None]] = None
+        self.add_argument(
+            "--debug",
+            action="store_true",
+            help="show where an error comes from (MASQUANT_DEBUG=1 does, too)",
+        )
+
+    def defer(self, add_arguments: Callable[[argparse.ArgumentParser], None]) -> None:
+        """Add arguments when this parser is first used, and not before."""
+        self._deferred = add_arguments
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._deferred is not None:
+            add_arguments, self._deferred = self._deferred, None
+            add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
+
+class LazyCommand:
+    """A command's module, imported when the command is the one that is called.
+
+    Args:
+        module: its name; it has ``add_arguments(parser)`` and ``main(arguments)``.
+    """
+
+    def __init__(self, module: str):
+        self.module = module
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Let the parser ask the module for its arguments."""
+        parser.defer(lambda p: importlib.import_module(self.module).add_arguments(p))
+
+    def main(self, arguments: argparse.Namespace) -> int:
+        """Run the command."""
+        return importlib.import_module(self.module).main(arguments)

@@ -1,0 +1,142 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The DATA argument of the commands: samples for a model."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+
+from torchao_masquant.cli.models import DIGITS, load_processor
+from torchao_masquant.data import (
+    Conversation,
+    ProcessedConversations,
+    media_of,
+    read_conversations,
+)
+from torchao_masquant.data.reading import SYNTHETIC
+
+__all__ = ["DATA_FORMS", "add_data_argument", "calibration_samples", "evaluation_tasks"]
+
+_DIGITS = "digits"
+
+#: What DATA may be, for the end of a command's help.
+DATA_FORMS = """\
+DATA is one of
+  samples.jsonl  a JSON object a line, in one of these forms; paths start from the file:
+                   {"messages": [{"role": "user", "content": [
+                      {"type": "image", "path": "cat.png"},
+                      {"type": "audio", "path": "meow.wav"},
+                      {"type": "text", "text": "Who is it?"}]}]}
+                   {"image": "cat.png", "prompt": "Who is it?", "answer": "A cat."}
+                   {"text": "Plain text, without a chat around it."}
+  a folder       images, sounds and texts; files of one name make one sample (cat.png,
+                 cat.wav, cat.txt), a text beside them is the prompt
+  a dataset      what save_to_disk() of the library datasets wrote, with the columns
+                 messages, or image, audio, prompt and answer, or text
+  synthetic      made-up shapes, tones and words: to try the commands, not to judge by
+  digits         digits seen, heard and read, for the model 'digits' alone
+"""
+
+
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    """DATA, and how much of it."""
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="a .jsonl file, a folder, a saved dataset, 'synthetic' or 'digits': see "
+        "below",
+    )
+    parser.add_argument(
+        "--max-samples",
+        type=_positive,
+        metavar="N",
+        help="of the data, the first N samples",
+    )
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero.")
+    return number
+
+
+def calibration_samples(
+    arguments: argparse.Namespace, config: Any
+) -> Sequence[Mapping[str, Any]]:
+    """A model's keyword inputs, one dict a sample.
+
+    Args:
+        arguments: with ``model``, ``data``, ``max_samples`` and
+            ``trust_remote_code``.
+        config: of the model, which need not be loaded yet: bad data is told at once.
+
+    Raises:
+        ValueError: the data is empty, damaged, or not for this model.
+        OSError: a file is not there.
+    """
+    if arguments.data == _DIGITS:
+        _check_digits(arguments.model, config)
+        from torchao_masquant.testing import digits
+
+        return digits.calibration_samples()[: arguments.max_samples]
+    conversations = _conversations(arguments, config)
+    processor = load_processor(arguments.model, arguments.trust_remote_code)
+    return ProcessedConversations(conversations, processor, config)
+
+
+def evaluation_tasks(
+    arguments: argparse.Namespace, config: Any
+) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Name of each task to its samples, with labels; raises as the above."""
+    if arguments.data == _DIGITS:
+        _check_digits(arguments.model, config)
+        return _digits_tasks(arguments.max_samples)
+    tasks: dict[str, list[Conversation]] = {}
+    for conversation in _conversations(arguments, config):
+        scored = "answers" if conversation.is_answered else "all text"
+        tasks.setdefault(conversation.task or scored, []).append(conversation)
+    processor = load_processor(arguments.model, arguments.trust_remote_code)
+    return {
+        name: ProcessedConversations(found, processor, config, labelled=True)
+        for name, found in tasks.items()
+    }
+
+
+def _conversations(arguments: argparse.Namespace, config: Any) -> list[Conversation]:
+    conversations = read_conversations(arguments.data, media_of(config))
+    return conversations[: arguments.max_samples]
+
+
+def _check_digits(model: str, config: Any) -> None:
+    from torchao_masquant.testing.digits import VOCABULARY
+
+    text = getattr(config, "text_config", None)
+    if model in DIGITS or getattr(text, "vocab_size", None) == len(VOCABULARY):
+        return
+    raise ValueError(
+        f"the data 'digits' is for the model 'digits' alone, not for {model!r}: give "
+        f"your own, or {SYNTHETIC!r}."
+    )
+
+
+def _digits_tasks(
+    count: Optional[int],
+) -> dict[str, Sequence[Mapping[str, Any]]]:
+    from torchao_masquant.testing import digits
+
+    tasks: dict[str, Sequence[Mapping[str, Any]]] = {}
+    for name, examples in digits.heldout().items():
+        batch = examples.select(slice(count)).batch(append_answer=True).inputs
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels[:, -1] = batch["input_ids"][:, -1]
+        tasks[name] = [{**batch, "labels": labels}]
+    return tasks
