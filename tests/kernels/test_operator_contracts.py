@@ -267,7 +267,7 @@ def test_schemas() -> None:
         )
     ] == [
         "masquant::linear(Tensor x, Tensor weight, Tensor? modality_ids=None, "
-        "Tensor? bias=None) -> Tensor",
+        "Tensor? bias=None, Tensor? smoothed_by=None) -> Tensor",
         "masquant::smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? "
         "modality_ids, int act_bits, Tensor? act_shift=None) -> (Tensor qdata, Tensor "
         "scale)",

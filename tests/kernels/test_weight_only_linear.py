@@ -9,7 +9,7 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import torch
-from operator_oracle import assert_within, f64, ids_for
+from operator_oracle import assert_within, bfloat16_operations, f64, ids_for
 
 weight_only_linear = torch.ops.masquant.weight_only_linear
 
@@ -116,7 +116,8 @@ class Problem:
     def operations(self) -> int:
         """The smoothing, the weight's scale, K products and sums; the pair's scale, R
         products and sums; three sums of the terms."""
-        return 2 + self.weight.shape[1] + 1 + 1 + sum(self.ranks) + 1 + 3
+        exact = 2 + self.weight.shape[1] + 1 + 1 + sum(self.ranks) + 1 + 3
+        return exact + bfloat16_operations(self.x)
 
 
 @pytest.mark.parametrize("asymmetric", [True, False])
