@@ -68,7 +68,9 @@ _state = _State()
 
 
 def _load(path: Any) -> Any:
-    torch.ops.load_library(str(path))
+    # An exported package may have brought it along, and no process takes it twice.
+    if not hasattr(torch.ops.masquant_cpu, "int_linear"):
+        torch.ops.load_library(str(path))
     torch.ops.masquant_cpu.use_brgemm(_state.choice.engine is CpuEngine.AMX)
     torch.ops.masquant_cpu.use_bfloat16(multiplies_bfloat16())
     return torch.ops.masquant_cpu

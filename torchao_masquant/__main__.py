@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 import torchao_masquant.demo.main as demo
+import torchao_masquant.deploy.main as export
 import torchao_masquant.report.main as report
 
 
@@ -30,6 +31,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(command)
     command.set_defaults(run=demo.main)
+    command = commands.add_parser(
+        "export",
+        help="a quantized decoder for a process that has torch alone",
+        description="Compile the decoder of a quantized model with AOTInductor: a "
+        "folder with the compiled programs, one copy of the weights, our kernels, and "
+        "a file that runs them and imports torch alone.",
+    )
+    export.add_arguments(command)
+    command.set_defaults(run=export.main)
     command = commands.add_parser(
         "report",
         help="one HTML page about how a model was quantized",

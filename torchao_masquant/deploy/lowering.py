@@ -1,0 +1,102 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Exported programs whose operators need none of our Python."""
+
+import functools
+from typing import Any, Optional
+
+import torch
+from torch.export import ExportedProgram
+
+from torchao_masquant.kernels import cpu_lowering, reference
+from torchao_masquant.kernels.cpu_engine import CpuEngine
+from torchao_masquant.kernels.shared_prologue import merge_equal_calls
+
+__all__ = ["KERNELS", "choose_kernels", "lower"]
+
+#: "cpu": our C++ kernels, which travel beside the package; "aten": none of ours.
+KERNELS = ("cpu", "aten")
+
+_OPERATORS = (
+    "smooth_quantize",
+    "low_rank_down",
+    "int_linear",
+    "weight_only_linear",
+)
+
+
+def choose_kernels(kernels: str, device: torch.device) -> str:
+    """Which kernels a program for a device is to call.
+
+    Args:
+        kernels: one of :data:`KERNELS`, or "auto", the C++ kernels where they run.
+        device: of the program.
+
+    Raises:
+        ValueError: there are no such kernels, or they do not run here.
+    """
+    if kernels not in ("auto", *KERNELS):
+        raise ValueError(
+            f"unknown kernels {kernels!r}: choose one of auto, {', '.join(KERNELS)}."
+        )
+    reason: Optional[str] = None
+    if device.type != "cpu":
+        reason = f"the program is for {device.type}"
+    elif kernels != "aten":
+        choice = cpu_lowering.prepare()
+        if choice.engine is CpuEngine.REFERENCE:
+            reason = choice.reason
+    if kernels == "cpu" and reason is not None:
+        raise ValueError(
+            f"kernels='cpu' cannot be ({reason}): choose 'aten', which runs everywhere."
+        )
+    if kernels == "auto":
+        return "cpu" if reason is None else "aten"
+    return kernels
+
+
+def lower(program: ExportedProgram, kernels: str = "cpu") -> ExportedProgram:
+    """Desugar the quantized linears of a program, down to operators that stay.
+
+    Its weights become plain tensors, and linears that share an input quantize it once.
+
+    Args:
+        program: exported, with ``masquant::linear`` calls or none.
+        kernels: "cpu": ``masquant_cpu::` operators, which the library of the C++
+            kernels defines wherever it is loaded; "aten": the formulas of
+            :mod:`torchao_masquant.kernels.reference`, operator by operator.
+
+    Returns:
+        A program without any ``masquant::`` operator.
+    """
+    if kernels == "aten":
+        return program.run_decompositions(
+            {
+                getattr(torch.ops.masquant, name).default: getattr(reference, name)
+                for name in _OPERATORS
+            }
+        )
+    lowered = program.run_decompositions({})
+    graph = lowered.graph
+    merge_equal_calls(graph)
+    ours = _cpu_operators()
+    for node in graph.nodes:
+        node.target = ours.get(node.target, node.target)
+    lowered.graph_module.recompile()
+    return lowered
+
+
+@functools.lru_cache(maxsize=None)
+def _cpu_operators() -> dict[Any, Any]:
+    """Each operator's namesake in the library, with shapes for the compiler."""
+    cpu_lowering.prepare()
+    found = {}
+    for name in _OPERATORS:
+        public = getattr(torch.ops.masquant, name).default
+        # Under fake tensors this is the public operator's own fake implementation.
+        torch.library.register_fake(f"masquant_cpu::{name}", public)
+        found[public] = getattr(torch.ops.masquant_cpu, name).default
+    return found
