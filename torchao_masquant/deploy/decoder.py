@@ -13,7 +13,7 @@ from typing import Any, Mapping, NamedTuple, Optional, Union
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from torchao_masquant.deploy.decoder_program import (
     Decode,
@@ -55,7 +55,7 @@ class ObservedCall(NamedTuple):
 
 @torch.no_grad()
 def export_decoder(
-    model: nn.Module,
+    model: PreTrainedModel,
     sample: Mapping[str, Any],
     folder: Union[str, os.PathLike],
     *,
@@ -133,7 +133,7 @@ def _placeholders(router: Optional[Router]) -> dict[str, list[int]]:
     return {name: list(tokens) for name, tokens in router.token_ids.items()}
 
 
-def check_layers(model: nn.Module) -> None:
+def check_layers(model: PreTrainedModel) -> None:
     """Raise unless a layer's state is its keys and values."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -145,7 +145,7 @@ def check_layers(model: nn.Module) -> None:
         )
 
 
-def observe(model: nn.Module, sample: Mapping[str, Any]) -> ObservedCall:
+def observe(model: PreTrainedModel, sample: Mapping[str, Any]) -> ObservedCall:
     """Run the model on the sample and see how its decoder is called."""
     seen: dict[str, Any] = {}
 
@@ -205,7 +205,7 @@ def _looks_ahead(mask: Any) -> bool:
 
 
 def _positions(
-    model: nn.Module,
+    model: PreTrainedModel,
     seen: Optional[torch.Tensor],
     batch: int,
     count: int,
@@ -225,7 +225,7 @@ def _positions(
 
 
 def _modality_ids(
-    model: nn.Module, sample: Mapping[str, Any], embeds: torch.Tensor
+    model: PreTrainedModel, sample: Mapping[str, Any], embeds: torch.Tensor
 ) -> torch.Tensor:
     router = router_of(model)
     ids = None
@@ -245,7 +245,7 @@ def _cache(
     return [empty(t) for t in call.keys], [empty(t) for t in call.values]
 
 
-def call_as_exported(model: nn.Module, call: ObservedCall) -> torch.Tensor:
+def call_as_exported(model: PreTrainedModel, call: ObservedCall) -> torch.Tensor:
     """Logits (B, 1, V) of the sample by what will be exported, eagerly."""
     count = call.inputs_embeds.shape[1]
     position = torch.arange(count, device=call.inputs_embeds.device)
@@ -258,7 +258,7 @@ def call_as_exported(model: nn.Module, call: ObservedCall) -> torch.Tensor:
     )
 
 
-def _check_result(model: nn.Module, call: ObservedCall) -> None:
+def _check_result(model: PreTrainedModel, call: ObservedCall) -> None:
     """Raise unless the decoder, called as exported, gives the model's own logits."""
     found = call_as_exported(model, call)
     wanted = call.logits.double()
@@ -271,7 +271,7 @@ def _check_result(model: nn.Module, call: ObservedCall) -> None:
         )
 
 
-def _programs(model: nn.Module, call: ObservedCall) -> dict[str, ExportedProgram]:
+def _programs(model: PreTrainedModel, call: ObservedCall) -> dict[str, ExportedProgram]:
     batch, count = call.inputs_embeds.shape[:2]
     device = call.inputs_embeds.device
     tokens, slots = Dim("tokens", min=2), Dim("slots", min=2)

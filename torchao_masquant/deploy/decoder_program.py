@@ -10,6 +10,7 @@ from typing import Any, Optional, Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from torchao_masquant.routing import router_of, token_modalities
@@ -17,7 +18,7 @@ from torchao_masquant.routing import router_of, token_modalities
 __all__ = ["Decode", "Embed", "Prefill", "cache_keyword"]
 
 
-def cache_keyword(model: nn.Module) -> str:
+def cache_keyword(model: PreTrainedModel) -> str:
     """What a model calls its keys and values, which depends on transformers' age."""
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
@@ -52,7 +53,7 @@ def _masks(config: Any, slots: int, position: torch.Tensor, dtype: torch.dtype) 
     """What each kind of layer attends to: (1, 1, T, S), or a dict of them by kind."""
     slot = torch.arange(slots, device=position.device)
     causal = slot[None] <= position[:, None]
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
 
     def shaped(allowed: torch.Tensor) -> torch.Tensor:
         if config._attn_implementation == "eager":
@@ -80,7 +81,9 @@ class Prefill(nn.Module):
         model: a transformers model whose decoder is quantized, or not.
     """
 
-    def __init__(self, model: nn.Module):
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
         self._last_only = (
@@ -155,7 +158,9 @@ class Decode(Prefill):
 class Embed(nn.Module):
     """The embeddings of token ids: (B, T) to (B, T, H)."""
 
-    def __init__(self, model: nn.Module):
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 

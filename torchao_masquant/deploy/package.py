@@ -111,7 +111,7 @@ def _write(
     device: torch.device,
     facts: dict[str, Any],
 ) -> None:
-    files = {}
+    files: dict[str, Any] = {}
     constants: dict[str, torch.Tensor] = {}
     for name, program in programs.items():
         lowered = lower(program, kernels)

@@ -224,7 +224,7 @@ class Decoder:
         )
 
     def _positions(self, count: int) -> torch.Tensor:
-        shape = (self.facts["batch"], count)
+        shape: tuple[int, ...] = (self.facts["batch"], count)
         if self.facts["position_rows"]:
             shape = (self.facts["position_rows"], *shape)
         positions = torch.arange(
