@@ -104,12 +104,25 @@ def test_a_shared_input_is_quantized_once(mixed: bool) -> None:
     assert names.count("masquant_cpu.low_rank_down.default") == 2 * mixed
 
 
+def test_for_gpus_the_operators_stay() -> None:
+    """They become Triton kernels where the program is compiled."""
+    _, program = lowered("w4a8", True, "triton")
+    names = [str(node.target) for node in program.graph.nodes]
+    assert names.count("masquant.smooth_quantize.default") == 1
+    assert names.count("masquant.int_linear.default") == 2
+
+
 def test_which_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert choose_kernels("aten", cpu) == "aten"
     assert choose_kernels("auto", cpu) == ("cpu" if HAVE_KERNELS else "aten")
-    with pytest.raises(ValueError, match="choose one of auto, cpu, aten"):
+    with pytest.raises(ValueError, match="choose one of auto, cpu, triton, aten"):
         choose_kernels("vnni", cpu)
+    with pytest.raises(ValueError, match="the program is for cpu"):
+        choose_kernels("triton", cpu)
+    with pytest.raises(ValueError, match="there are none for xpu"):
+        choose_kernels("triton", torch.device("xpu"))
+    assert choose_kernels("auto", torch.device("xpu")) == "aten"
     with pytest.raises(ValueError, match="the program is for cuda"):
         choose_kernels("cpu", torch.device("cuda"))
     choice = cpu_lowering.EngineChoice(CpuEngine.REFERENCE, "this is aarch64")

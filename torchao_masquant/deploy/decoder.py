@@ -80,8 +80,8 @@ def export_decoder(
             meet and without padding. The programs' results are held to the model's own
             on it; its batch size is theirs.
         folder: is made here; not there yet, or empty.
-        kernels: "cpu", our C++ kernels; "aten", operators of torch alone, slower;
-            "auto": the former where they run here.
+        kernels: "cpu", our C++ kernels, or "triton", those for GPUs; "aten", operators
+            of torch alone, slower; "auto": ours where they run here.
 
     Returns:
         The folder.

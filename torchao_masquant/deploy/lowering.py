@@ -6,6 +6,7 @@
 """Exported programs whose operators need none of our Python."""
 
 import functools
+import importlib
 from typing import Any, Optional
 
 import torch
@@ -17,8 +18,9 @@ from torchao_masquant.kernels.shared_prologue import merge_equal_calls
 
 __all__ = ["KERNELS", "choose_kernels", "lower"]
 
-#: "cpu": our C++ kernels, which travel beside the package; "aten": none of ours.
-KERNELS = ("cpu", "aten")
+#: "cpu": our C++ kernels, which travel beside the package; "triton": our kernels for
+#: GPUs, which are compiled into it; "aten": none of ours.
+KERNELS = ("cpu", "triton", "aten")
 
 _OPERATORS = (
     "smooth_quantize",
@@ -42,20 +44,34 @@ def choose_kernels(kernels: str, device: torch.device) -> str:
         raise ValueError(
             f"unknown kernels {kernels!r}: choose one of auto, {', '.join(KERNELS)}."
         )
-    reason: Optional[str] = None
-    if device.type != "cpu":
-        reason = f"the program is for {device.type}"
-    elif kernels != "aten":
-        choice = cpu_lowering.prepare()
-        if choice.engine is CpuEngine.REFERENCE:
-            reason = choice.reason
-    if kernels == "cpu" and reason is not None:
-        raise ValueError(
-            f"kernels='cpu' cannot be ({reason}): choose 'aten', which runs everywhere."
-        )
+    own = "cpu" if device.type == "cpu" else "triton"
+    if kernels == "aten":
+        return kernels
+    reason: Optional[str] = f"the program is for {device.type}"
+    if kernels in ("auto", own):
+        reason = _why_no_cpu() if own == "cpu" else _why_no_triton(device)
+    if reason is None:
+        return own
     if kernels == "auto":
-        return "cpu" if reason is None else "aten"
-    return kernels
+        return "aten"
+    raise ValueError(
+        f"kernels={kernels!r} cannot be ({reason}): choose 'aten', which runs everywhere."
+    )
+
+
+def _why_no_cpu() -> Optional[str]:
+    choice = cpu_lowering.prepare()
+    return choice.reason if choice.engine is CpuEngine.REFERENCE else None
+
+
+def _why_no_triton(device: torch.device) -> Optional[str]:
+    if device.type != "cuda":
+        return f"there are none for {device.type}"
+    try:
+        gpu = importlib.import_module("torchao_masquant.kernels.gpu_lowering")
+    except ImportError as error:
+        return str(error)
+    return gpu.why_reference(device)
 
 
 def lower(program: ExportedProgram, kernels: str = "cpu") -> ExportedProgram:
@@ -82,9 +98,10 @@ def lower(program: ExportedProgram, kernels: str = "cpu") -> ExportedProgram:
     lowered = program.run_decompositions({})
     graph = lowered.graph
     merge_equal_calls(graph)
-    ours = _cpu_operators()
-    for node in graph.nodes:
-        node.target = ours.get(node.target, node.target)
+    if kernels == "cpu":
+        ours = _cpu_operators()
+        for node in graph.nodes:
+            node.target = ours.get(node.target, node.target)
     lowered.graph_module.recompile()
     return lowered
 

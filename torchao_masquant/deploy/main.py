@@ -44,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=("auto", *KERNELS),
         default="auto",
-        help="cpu: our C++ kernels, which go into the package; aten: operators of torch "
-        "alone, slower; auto: the former where they run here (default: %(default)s)",
+        help="cpu: our C++ kernels, which go into the package; triton: those for GPUs; "
+        "aten: operators of torch alone, slower; auto: ours where they run here "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--json",

@@ -51,8 +51,8 @@ def write_package(
     Args:
         programs: name to program, on one device; weights of one name are one.
         folder: is made here; not there yet, or empty.
-        kernels: "cpu", "aten" (see :func:`~torchao_masquant.deploy.lower`), or
-            "auto": "cpu" where they run here.
+        kernels: "cpu", "triton", "aten" (see :func:`~torchao_masquant.deploy.lower`),
+            or "auto": ours where they run here.
         facts: goes to ``decoder.json`` too.
 
     Returns:
