@@ -22,7 +22,7 @@ from torchao_masquant.deploy.decoder_program import (
     cache_keyword,
 )
 from torchao_masquant.deploy.lowering import choose_kernels
-from torchao_masquant.deploy.package import write_package
+from torchao_masquant.deploy.package import new_folder, write_package
 from torchao_masquant.modality import TEXT
 from torchao_masquant.routing import Router, router_of
 
@@ -99,12 +99,7 @@ def export_decoder(
             f"export_decoder takes a transformers model, got a {type(model).__name__}: "
             "export your own with torch.export and give the programs to write_package."
         )
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(
-            f"{os.fspath(folder)!r} is there already: give the folder of a package that "
-            "is to be made."
-        )
+    target = new_folder(folder)
     check_layers(model)
     call = observe(model, sample)
     kernels = choose_kernels(kernels, call.inputs_embeds.device)

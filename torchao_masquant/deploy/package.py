@@ -21,7 +21,7 @@ from torchao_masquant.deploy.lowering import choose_kernels, lower
 from torchao_masquant.deploy.torch_only import masquant_decoder as names
 from torchao_masquant.kernels import cpu_lowering
 
-__all__ = ["write_package"]
+__all__ = ["new_folder", "write_package"]
 
 _OPTIONS = {
     "aot_inductor.package": True,
@@ -62,12 +62,7 @@ def write_package(
         FileExistsError: the folder is not empty.
         ValueError: there are no programs, or no such kernels here.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(
-            f"{os.fspath(folder)!r} is there already: give the folder of a package that "
-            "is to be made."
-        )
+    target = new_folder(folder)
     if not programs:
         raise ValueError("write_package needs a program to compile.")
     device = _device(programs)
@@ -83,6 +78,17 @@ def write_package(
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def new_folder(folder: Union[str, os.PathLike]) -> Path:
+    """The folder, if it can be made or is empty; else it raises FileExistsError."""
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{os.fspath(folder)!r} is there already: give the folder of a package that "
+            "is to be made."
+        )
     return target
 
 

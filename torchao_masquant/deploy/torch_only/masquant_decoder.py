@@ -180,7 +180,16 @@ class Decoder:
         return logits
 
     def decode(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 1, V) after one more token of the base modality, (B, 1)."""
+        """Logits (B, 1, V) after one more token of the base modality, (B, 1).
+
+        Raises:
+            ValueError: it is a placeholder of an image or a sound.
+        """
+        if bool(self.modality_ids(input_ids).any()):
+            raise ValueError(
+                f"token {input_ids.flatten().tolist()} stands for an image or a sound: "
+                "give it to prefill, with its features."
+            )
         cache_position = self._slots_of(1)
         logits = self._programs["decode"](
             input_ids, self._positions(1), cache_position, self._keys, self._values
