@@ -170,7 +170,16 @@ def main(arguments: Optional[list[str]] = None) -> list[Counts]:
 
     model = digits.load_model("outliers")
     quantized = copy.deepcopy(model)
-    recipe = calibrate(model, digits.calibration_samples(16), scheme=options.scheme)
+    # Nothing is chosen or searched: the counts do not depend on it.
+    recipe = calibrate(
+        model,
+        digits.calibration_samples(16),
+        scheme=options.scheme,
+        alpha=0.5,
+        separation=1.0,
+        rounding="nearest",
+        clip=False,
+    )
     quantize_(quantized, masquant_config(recipe))
     rows = count(model, "dense") + count(quantized, options.scheme)
 

@@ -112,7 +112,9 @@ def test_for_gpus_the_operators_stay() -> None:
     assert names.count("masquant.int_linear.default") == 2
 
 
-def test_which_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     cpu = torch.device("cpu")
     assert choose_kernels("aten", cpu) == "aten"
     assert choose_kernels("auto", cpu) == ("cpu" if HAVE_KERNELS else "aten")
@@ -122,7 +124,9 @@ def test_which_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_kernels("triton", cpu)
     with pytest.raises(ValueError, match="there are none for xpu"):
         choose_kernels("triton", torch.device("xpu"))
+    caplog.clear()
     assert choose_kernels("auto", torch.device("xpu")) == "aten"
+    assert "slower than our kernels: there are none for xpu" in caplog.text
     with pytest.raises(ValueError, match="the program is for cuda"):
         choose_kernels("cpu", torch.device("cuda"))
     choice = cpu_lowering.EngineChoice(CpuEngine.REFERENCE, "this is aarch64")

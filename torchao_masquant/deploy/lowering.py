@@ -7,6 +7,7 @@
 
 import functools
 import importlib
+import logging
 from typing import Any, Optional
 
 import torch
@@ -17,6 +18,8 @@ from torchao_masquant.kernels.cpu_engine import CpuEngine
 from torchao_masquant.kernels.shared_prologue import merge_equal_calls
 
 __all__ = ["KERNELS", "choose_kernels", "lower"]
+
+_LOGGER = logging.getLogger(__name__)
 
 #: "cpu": our C++ kernels, which travel beside the package; "triton": our kernels for
 #: GPUs, which are compiled into it; "aten": none of ours.
@@ -34,7 +37,8 @@ def choose_kernels(kernels: str, device: torch.device) -> str:
     """Which kernels a program for a device is to call.
 
     Args:
-        kernels: one of :data:`KERNELS`, or "auto", the C++ kernels where they run.
+        kernels: one of :data:`KERNELS`, or "auto", ours where they run; one warning
+            tells where they do not.
         device: of the program.
 
     Raises:
@@ -53,6 +57,11 @@ def choose_kernels(kernels: str, device: torch.device) -> str:
     if reason is None:
         return own
     if kernels == "auto":
+        _LOGGER.warning(
+            "the program will call operators of torch alone, which are slower than our "
+            "kernels: %s.",
+            reason,
+        )
         return "aten"
     raise ValueError(
         f"kernels={kernels!r} cannot be ({reason}): choose 'aten', which runs everywhere."
@@ -81,12 +90,14 @@ def lower(program: ExportedProgram, kernels: str = "cpu") -> ExportedProgram:
 
     Args:
         program: exported, with ``masquant::linear`` calls or none.
-        kernels: "cpu": ``masquant_cpu::` operators, which the library of the C++
-            kernels defines wherever it is loaded; "aten": the formulas of
-            :mod:`torchao_masquant.kernels.reference`, operator by operator.
+        kernels: "cpu": ``masquant_cpu::`` operators, which the library of the C++
+            kernels defines wherever it is loaded; "triton": ``masquant::`` operators
+            still, which become Triton kernels where the program is compiled; "aten":
+            the formulas of :mod:`torchao_masquant.kernels.reference`, operator by
+            operator.
 
     Returns:
-        A program without any ``masquant::`` operator.
+        The program that is to be compiled.
     """
     if kernels == "aten":
         return program.run_decompositions(

@@ -27,6 +27,8 @@ _OPTIONS = {
     "aot_inductor.package": True,
     # In one file beside it, which all programs share.
     "aot_inductor.package_constants_in_so": False,
+    # As many threads as torch has where it runs, not as it had here.
+    "cpp.dynamic_threads": True,
 }
 
 
