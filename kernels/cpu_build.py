@@ -28,7 +28,12 @@ __all__ = ["BuildError", "build_library", "cache_folder", "library_path"]
 CACHE_VARIABLE = "MASQUANT_CACHE_DIR"
 
 _FOLDER = Path(__file__).parent / "csrc"
-_SOURCES = ("cpu_kernels.cpp", "cpu_operators.cpp")
+# With the flags that each has beside those of all.
+_SOURCES = {
+    "cpu_kernels.cpp": (),
+    "cpu_operators.cpp": (),
+    "cpu_bfloat16.cpp": ("-mavx512bf16",),
+}
 _FLAGS = (
     "-std=c++20",
     "-O3",
@@ -69,7 +74,7 @@ def cache_folder(environ: Optional[Mapping[str, str]] = None) -> Path:
 def library_path() -> Path:
     """Where the library of these sources and this PyTorch is, or will be."""
     digest = hashlib.sha256()
-    for part in (torch.__version__, *_FLAGS):
+    for part in (torch.__version__, *_FLAGS, str(_SOURCES)):
         digest.update(part.encode() + b"\0")
     for source in sorted(_FOLDER.iterdir()):
         if source.suffix in (".cpp", ".h"):
@@ -135,9 +140,9 @@ def _compile(compiler: str, path: Path) -> None:
         objects = [Path(folder) / f"{source}.o" for source in _SOURCES]
         _run_all(
             [
-                [compiler, *_FLAGS, abi, *include, "-c", str(_FOLDER / source)]
-                + ["-o", str(made)]
-                for source, made in zip(_SOURCES, objects)
+                [compiler, *_FLAGS, *flags, abi, *include]
+                + ["-c", str(_FOLDER / source), "-o", str(made)]
+                for (source, flags), made in zip(_SOURCES.items(), objects)
             ]
         )
         made = Path(folder) / path.name

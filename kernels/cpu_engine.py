@@ -13,7 +13,7 @@ from typing import Mapping, NamedTuple, Optional
 
 import torch
 
-__all__ = ["CpuEngine", "EngineChoice", "choose_engine"]
+__all__ = ["CpuEngine", "EngineChoice", "choose_engine", "multiplies_bfloat16"]
 
 #: names an engine, in place of the choice made here
 ENGINE_VARIABLE = "MASQUANT_CPU_ENGINE"
@@ -21,6 +21,7 @@ ENGINE_VARIABLE = "MASQUANT_CPU_ENGINE"
 # oneDNN's levels, least first; users lower them to find faults. ``ALL`` and ``DEFAULT``
 # limit nothing.
 _BELOW_VNNI = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE")
+_BELOW_BF16 = (*_BELOW_VNNI, "AVX512_CORE_VNNI")
 _BELOW_AMX = ("AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
 
 
@@ -52,6 +53,20 @@ def _has_vnni() -> bool:
 
 def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
+
+
+def _has_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def multiplies_bfloat16(environ: Optional[Mapping[str, str]] = None) -> bool:
+    """Whether bfloat16 activations that are not quantized are multiplied as such.
+
+    Args:
+        environ: environment variables; None for the process's.
+    """
+    environ = os.environ if environ is None else environ
+    return _has_bfloat16() and _onednn_limit(environ) not in _BELOW_BF16
 
 
 def choose_engine(environ: Optional[Mapping[str, str]] = None) -> EngineChoice:
@@ -89,6 +104,11 @@ def choose_engine(environ: Optional[Mapping[str, str]] = None) -> EngineChoice:
     return EngineChoice(engine, f"{ENGINE_VARIABLE} says so")
 
 
+def _onednn_limit(environ: Mapping[str, str]) -> str:
+    limit = environ.get("ONEDNN_MAX_CPU_ISA") or environ.get("DNNL_MAX_CPU_ISA") or ""
+    return limit.upper()
+
+
 def _best_engine(environ: Mapping[str, str]) -> EngineChoice:
     def reference(reason: str) -> EngineChoice:
         return EngineChoice(CpuEngine.REFERENCE, reason)
@@ -103,8 +123,7 @@ def _best_engine(environ: Mapping[str, str]) -> EngineChoice:
     level = environ.get("ATEN_CPU_CAPABILITY", "avx512").lower()
     if level != "avx512":
         return reference(f"ATEN_CPU_CAPABILITY={level}")
-    limit = environ.get("ONEDNN_MAX_CPU_ISA") or environ.get("DNNL_MAX_CPU_ISA") or ""
-    limit = limit.upper()
+    limit = _onednn_limit(environ)
     if limit in _BELOW_VNNI:
         return reference(f"ONEDNN_MAX_CPU_ISA={limit}")
     if not _has_amx():

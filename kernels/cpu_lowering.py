@@ -19,6 +19,9 @@ What the kernels do, for T tokens, K channels and N output channels:
 - signed integers meet vpdpbusd, which wants unsigned ones, with 128 (packed: 8) added to
   the weights, and the sum of the token's integers times that taken off after. It adds
   up in 32 bits without saturating (the older vpmaddubsw saturates in 16);
+- weights of bfloat16 activations that are not quantized are unpacked to bfloat16, where
+  the processor multiplies it, and the smoothed activations rounded to it, as a bfloat16
+  linear's are: with more than 16 tokens only, which are bound by arithmetic;
 - scales, up-projection and biases are applied to a tile before it is stored;
 - tokens are sorted by modality, so base tokens do no low-rank work.
 """
@@ -31,7 +34,12 @@ import torch
 
 from torchao_masquant.kernels import reference
 from torchao_masquant.kernels.cpu_build import BuildError, build_library, library_path
-from torchao_masquant.kernels.cpu_engine import CpuEngine, EngineChoice, choose_engine
+from torchao_masquant.kernels.cpu_engine import (
+    CpuEngine,
+    EngineChoice,
+    choose_engine,
+    multiplies_bfloat16,
+)
 from torchao_masquant.kernels.library import _LIB
 
 __all__ = ["engine", "kernel_of", "prepare", "register", "report"]
@@ -60,8 +68,11 @@ _state = _State()
 
 
 def _load(path: Any) -> Any:
-    torch.ops.load_library(str(path))
+    # An exported package may have brought it along, and no process takes it twice.
+    if not hasattr(torch.ops.masquant_cpu, "int_linear"):
+        torch.ops.load_library(str(path))
     torch.ops.masquant_cpu.use_brgemm(_state.choice.engine is CpuEngine.AMX)
+    torch.ops.masquant_cpu.use_bfloat16(multiplies_bfloat16())
     return torch.ops.masquant_cpu
 
 

@@ -109,9 +109,8 @@ def _low_rank_hidden(
     low_rank_scale: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """(T, R) float32, of (T, K) float32 smoothed tokens."""
-    owner = torch.repeat_interleave(
-        torch.arange(1, len(ranks) + 1, device=l1.device),
-        torch.tensor(list(ranks), device=l1.device),
+    owner = torch.cat(
+        [torch.full((r,), m, device=l1.device) for m, r in enumerate(ranks, 1)]
     )
     hidden = smoothed @ l1.float()
     if low_rank_scale is not None:

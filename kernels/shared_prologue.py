@@ -16,7 +16,7 @@ from typing import Any, Mapping
 
 import torch
 
-__all__ = ["register"]
+__all__ = ["merge_equal_calls", "register"]
 
 # What stands between an input and its tokens.
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
@@ -106,13 +106,23 @@ def _merge_launches(match: Any, *args: Any, **kwargs: Any) -> None:
             return
 
 
-def _merge(match: Any, *args: Any, **kwargs: Any) -> None:
-    node = match.output_node()
-    for other in match.graph.find_nodes(op="call_function", target=node.target):
+def _merge_with_an_earlier(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    for other in graph.find_nodes(op="call_function", target=node.target):
         if other < node and _equal_calls(other, node):
             node.replace_all_uses_with(other)
-            match.graph.erase_node(node)
+            graph.erase_node(node)
             return
+
+
+def _merge(match: Any, *args: Any, **kwargs: Any) -> None:
+    _merge_with_an_earlier(match.graph, match.output_node())
+
+
+def merge_equal_calls(graph: torch.fx.Graph) -> None:
+    """Keep the first of equal calls of ``masquant::smooth_quantize`` in a graph."""
+    target = torch.ops.masquant.smooth_quantize.default
+    for node in graph.find_nodes(op="call_function", target=target):
+        _merge_with_an_earlier(graph, node)
 
 
 @functools.lru_cache(maxsize=None)

@@ -19,6 +19,7 @@ bench = LazyCommand("torchao_masquant.cli.bench")
 calibrate = LazyCommand("torchao_masquant.cli.calibrate")
 doctor = LazyCommand("torchao_masquant.cli.doctor")
 evaluate = LazyCommand("torchao_masquant.cli.evaluate")
+export = LazyCommand("torchao_masquant.deploy.main")
 inspect = LazyCommand("torchao_masquant.cli.inspect")
 kernels = LazyCommand("torchao_masquant.kernels.aot_command")
 plan = LazyCommand("torchao_masquant.planning.main")
@@ -105,6 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(command)
     command.set_defaults(run=demo.main)
+    command = commands.add_parser(
+        "export",
+        help="a quantized decoder for a process that has torch alone",
+        description="Compile the decoder of a quantized model with AOTInductor: a\n"
+        "folder with the compiled programs, one copy of the weights, our kernels, and\n"
+        "a file that runs them and imports torch alone.",
+    )
+    export.add_arguments(command)
+    command.set_defaults(run=export.main)
     command = commands.add_parser(
         "report",
         help="one HTML page about how a model was quantized",

@@ -206,6 +206,17 @@ void smooth_row(const void* x, Type type, const float* pre_scale, int64_t in_fea
   });
 }
 
+void smooth_row_bfloat16(const void* x, Type type, const float* pre_scale,
+                         int64_t in_features, uint16_t* smoothed) {
+  with_type(type, [&](auto t) {
+    for (int64_t i = 0; i < in_features; i += 16) {
+      const __mmask16 mask = mask16(in_features - i);
+      store(smoothed, Type::kBFloat16, i, mask,
+            _mm512_mul_ps(load<t()>(x, i, mask), _mm512_maskz_loadu_ps(mask, pre_scale + i)));
+    }
+  });
+}
+
 int32_t sum_row(const int8_t* q, int64_t in_features) {
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i sum = _mm512_setzero_si512();
@@ -330,14 +341,23 @@ void sum_columns(const int8_t* panel, int64_t width, int32_t* sums) {
   }
 }
 
-void expand_panel(const int8_t* panel, int64_t k, int64_t width, int64_t group_width,
-                  const float* scale, const float* zero, float* out) {
+namespace {
+
+// Calls f(i, c, values) for each channel i of a panel and 16 columns from c, channels of
+// a column one after the other.
+template <class F>
+inline void with_expanded(const int8_t* panel, int64_t k, int64_t width,
+                          int64_t group_width, const float* scale, const float* zero,
+                          F&& f) {
   for (int c = 0; c < kColumns; c += 16) {
-    int64_t group = -1;
+    // Where the next group begins: a division for each channel would cost more than all
+    // the rest.
+    int64_t next = 0;
     __m512 s = _mm512_setzero_ps(), z = s;
     for (int64_t i = 0; i < width; ++i) {
-      if ((k + i) / group_width != group) {
-        group = (k + i) / group_width;
+      if (i == next) {
+        const int64_t group = (k + i) / group_width;
+        next = (group + 1) * group_width - k;
         s = _mm512_loadu_ps(scale + group * kColumns + c);
         z = zero == nullptr ? _mm512_setzero_ps()
                             : _mm512_loadu_ps(zero + group * kColumns + c);
@@ -345,10 +365,45 @@ void expand_panel(const int8_t* panel, int64_t k, int64_t width, int64_t group_w
       const __m512i four = _mm512_load_si512(panel + (i / 4 * kColumns + c) * 4);
       const __m512i value = _mm512_srai_epi32(
           _mm512_sll_epi32(four, _mm_cvtsi64_si128(24 - 8 * (i % 4))), 24);
-      _mm512_storeu_ps(out + i * kColumns + c,
-                       _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(value), z), s));
+      f(i, c, _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(value), z), s));
     }
   }
+}
+
+}  // namespace
+
+void expand_panel(const int8_t* panel, int64_t k, int64_t width, int64_t group_width,
+                  const float* scale, const float* zero, float* out) {
+  with_expanded(panel, k, width, group_width, scale, zero,
+                [&](int64_t i, int c, __m512 v) __attribute__((always_inline)) {
+                  _mm512_storeu_ps(out + i * kColumns + c, v);
+                });
+}
+
+void expand_panel_bfloat16(const int8_t* panel, int64_t k, int64_t width,
+                           int64_t group_width, const float* scale, const float* zero,
+                           uint16_t* out) {
+  // Of pairs of neighbours the first waits for the second. Scales are finite, so no nan
+  // is to be looked after.
+  const __m512i odd = _mm512_set1_epi32(1), most = _mm512_set1_epi32(0x7FFF);
+  __m512i first = _mm512_setzero_si512();
+  with_expanded(
+      panel, k, width, group_width, scale, zero,
+      [&](int64_t i, int c, __m512 v) __attribute__((always_inline)) {
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i rounded = _mm512_add_epi32(
+            bits,
+            _mm512_add_epi32(most, _mm512_and_si512(_mm512_srli_epi32(bits, 16), odd)));
+        uint16_t* pair = out + (i / 2 * kColumns + c) * 2;
+        if (i % 2 == 0) {
+          first = _mm512_srli_epi32(rounded, 16);
+          if (i + 1 == width) _mm512_storeu_si512(pair, first);
+        } else {
+          const __m512i second =
+              _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
+          _mm512_storeu_si512(pair, _mm512_or_si512(first, second));
+        }
+      });
 }
 
 void float_panel(const void* matrix, Type type, int64_t stride, int64_t row,

@@ -41,6 +41,10 @@ void quantize_row(const void* x, Type type, const float* pre_scale, const float*
 void smooth_row(const void* x, Type type, const float* pre_scale, int64_t in_features,
                 float* smoothed);
 
+// The same, rounded to bfloat16.
+void smooth_row_bfloat16(const void* x, Type type, const float* pre_scale,
+                         int64_t in_features, uint16_t* smoothed);
+
 int32_t sum_row(const int8_t* q, int64_t in_features);
 
 // Nibbles of a byte of weights meet tokens of even and of odd channels: of each 128, the
@@ -79,6 +83,11 @@ void sum_columns(const int8_t* panel, int64_t width, int32_t* sums);
 void expand_panel(const int8_t* panel, int64_t k, int64_t width, int64_t group_width,
                   const float* scale, const float* zero, float* out);
 
+// The same, rounded to bfloat16, as [width / 2][kColumns][2]; a zero behind an odd width.
+void expand_panel_bfloat16(const int8_t* panel, int64_t k, int64_t width,
+                           int64_t group_width, const float* scale, const float* zero,
+                           uint16_t* out);
+
 // Rows [row, row + count) and columns [column, column + columns) of a matrix with row
 // length stride, as floats [count][kColumns], zeros behind the columns.
 void float_panel(const void* matrix, Type type, int64_t stride, int64_t row,
@@ -95,6 +104,11 @@ void multiply_panel(const int8_t* const* tokens, int rows, const uint8_t* panel,
 // the first columns count, 1 to kColumns.
 void multiply_float_panel(const float* const* tokens, int rows, const float* panel,
                           int64_t width, int64_t columns, bool add, float* c);
+
+// The same of bfloat16, by a panel [width / 2][kColumns][2], all columns; width is even.
+// cpu_bfloat16.cpp: for processors with AVX512-BF16.
+void multiply_bfloat16_panel(const uint16_t* const* tokens, int rows,
+                             const uint16_t* panel, int64_t width, bool add, float* c);
 
 // c[rows][kColumns] = tokens by the columns [n, n + columns) of the stored weights, each
 // too large by offset * (sum of the token). Of packed weights, tokens are as

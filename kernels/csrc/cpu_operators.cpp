@@ -8,6 +8,7 @@
 // and calls the kernels of cpu_kernels.h. Formulas: reference.py.
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
@@ -34,6 +35,19 @@ using MaybeTensor = std::optional<Tensor>;
 
 //: whether panels are multiplied by oneDNN's kernel (AMX) in place of ours (VNNI)
 std::atomic<bool> use_brgemm{false};
+//: whether bfloat16 tokens that are not quantized are multiplied as such (AVX512-BF16)
+std::atomic<bool> use_bfloat16{__builtin_cpu_supports("avx512bf16") != 0};
+
+void check_processor() {
+  // One that a package has brought the library to.
+  static const bool fits = at::cpu::is_avx512_vnni_supported();
+  TORCH_CHECK(fits, "masquant: these kernels need a processor with AVX512-VNNI.");
+}
+
+// Panels that are worth a thread of their own.
+int64_t panels_of_thread(int64_t tokens, int64_t in_features) {
+  return 1 + 65536 / (tokens * in_features * kColumns + 1);
+}
 
 // Memory that a thread keeps between calls: a fresh block would cost a page fault for
 // each 4 KiB, which is more than it takes to fill it.
@@ -142,6 +156,10 @@ bool reads_stored_floats(int64_t tokens, bool packed, int64_t width) {
   return tokens <= kFewTokens && packed && width % 128 == 0 && width > 0;
 }
 
+bool multiplies_bfloat16(int64_t tokens, Type type) {
+  return use_bfloat16 && type == Type::kBFloat16 && tokens > kFewTokens;
+}
+
 bool multiplies_by_brgemm(int64_t tokens, int64_t groups) {
   return use_brgemm && groups == 1 && !reads_stored(tokens, groups);
 }
@@ -151,9 +169,14 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
   const bool packed = weight_bits <= 4;
   const std::string weights = packed ? "packed int4" : "int8";
   if (act_bits == 16) {
-    return reads_stored_floats(tokens, packed, in_features / groups)
-               ? "float32, " + weights + " looked up as stored"
-               : "float32, " + weights + " unpacked by panels";
+    if (reads_stored_floats(tokens, packed, in_features / groups)) {
+      return "float32, " + weights + " looked up as stored";
+    }
+    const std::string type =
+        !multiplies_bfloat16(tokens, Type::kBFloat16) ? "float32, "
+        : use_brgemm ? "float32, of bfloat16 tokens oneDNN brgemm, "
+                     : "float32, of bfloat16 tokens bfloat16, ";
+    return type + weights + " unpacked by panels";
   }
   if (reads_stored(tokens, groups)) return "VNNI, " + weights + " as stored";
   const std::string product = multiplies_by_brgemm(tokens, groups) ? "oneDNN brgemm" : "VNNI";
@@ -304,6 +327,7 @@ std::tuple<Tensor, Tensor> smooth_quantize(const Tensor& x, const Tensor& act_pr
                                            const MaybeTensor& modality_ids,
                                            int64_t act_bits,
                                            const MaybeTensor& act_shift) {
+  check_processor();
   TORCH_CHECK(x.dim() == 2 && act_pre_scale.dim() == 2 &&
                   act_pre_scale.size(1) == x.size(1) && act_pre_scale.size(0) > 0,
               "masquant: smoothing factors of shape ", act_pre_scale.sizes(),
@@ -452,6 +476,7 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
                   const MaybeTensor& l2, const MaybeTensor& modality_bias,
                   const MaybeTensor& modality_ids, const MaybeTensor& bias,
                   int64_t weight_bits, at::ScalarType out_dtype) {
+  check_processor();
   TORCH_CHECK(qx.dim() == 2 && qx.scalar_type() == at::kChar && x_scale.numel() == qx.size(0),
               "masquant: quantized tokens are (T, K) int8 with T scales, got ", qx.sizes(),
               " ", qx.scalar_type(), " and ", x_scale.sizes(), ".");
@@ -501,7 +526,8 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
   const Tasks split(tokens, weights.out_features, few ? kFewTokens : 96);
   const int64_t panel_bytes = round_up(width, 64) * kColumns;
   const int32_t offset = brgemm ? 0 : weights.offset();
-  at::parallel_for(0, split.panels * split.chunks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = panels_of_thread(split.chunk, in_features);
+  at::parallel_for(0, split.panels * split.chunks, grain, [&](int64_t begin, int64_t end) {
     uint8_t* panel = few ? nullptr : scratch<uint8_t>(kPanel, groups * panel_bytes);
     float* scales = scratch<float>(kFloats, (groups + 1) * kColumns);
     float* arrays = scratch<float>(kArrays, results.array_size());
@@ -598,6 +624,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
                           const MaybeTensor& modality_bias, const MaybeTensor& modality_ids,
                           const MaybeTensor& bias, at::IntArrayRef ranks, int64_t weight_bits,
                           at::ScalarType out_dtype, const MaybeTensor& low_rank_scale) {
+  check_processor();
   TORCH_CHECK(x.dim() == 2 && act_pre_scale.dim() == 2 &&
                   act_pre_scale.size(1) == x.size(1) && act_pre_scale.size(0) > 0,
               "masquant: smoothing factors of shape ", act_pre_scale.sizes(),
@@ -636,23 +663,35 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
   if (tokens == 0 || weights.out_features == 0) return results.take();
 
   const bool few = reads_stored_floats(tokens, weights.packed, width);
+  const bool bfloat16 = multiplies_bfloat16(tokens, type), brgemm = bfloat16 && use_brgemm;
   // As many tokens at once as leave room for the panel in the second-level cache.
-  constexpr int64_t kChunk = 40 * kRows, kDepth = 128;
+  constexpr int64_t kDepth = 256;
+  const int64_t depth_of_block = bfloat16 ? kDepth : kDepth / 2;
+  const int64_t chunk = (bfloat16 ? 80 : 40) * kRows;
+  const int64_t stride = round_up(in_features, 2);
   const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
-  for (int64_t first = 0; first < tokens; first += kChunk) {
-    const int64_t count = std::min(kChunk, tokens - first);
-    // Smoothed tokens, in the order of the results.
-    float* smoothed = scratch<float>(kShared, count * in_features);
+  for (int64_t first = 0; first < tokens; first += chunk) {
+    const int64_t count = std::min(chunk, tokens - first);
+    // Smoothed tokens, in the order of the results: floats, or halves of as many.
+    float* smoothed = scratch<float>(kShared, count * stride);
+    uint16_t* halves = reinterpret_cast<uint16_t*>(smoothed);
     at::parallel_for(0, count, 1 + 16384 / (in_features + 1), [&](int64_t begin, int64_t end) {
       float* row = few ? scratch<float>(kRow, in_features) : nullptr;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = results.order[first + i];
+        if (bfloat16) {
+          uint16_t* out = halves + i * stride;
+          smooth_row_bfloat16(row_of(rows_of_x, t), type, factors(t), in_features, out);
+          if (stride > in_features) out[in_features] = 0;
+          continue;
+        }
         float* out = smoothed + i * in_features;
         smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, few ? row : out);
         if (few) split_by_eight(row, in_features, out);
       }
     });
-    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = panels_of_thread(count, in_features);
+    at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
       float* arrays = scratch<float>(kArrays, results.array_size());
       float* products = scratch<float>(kProducts, count * kColumns);
       int8_t* panel = scratch<int8_t>(kPanel, kDepth * kColumns);
@@ -660,7 +699,9 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
           scratch<float>(kFloats, (kDepth + 2 * groups) * kColumns);
       float* scales = floats_of_panel + kDepth * kColumns;
       float* zeros = scales + groups * kColumns;
+      uint16_t* halves_of_panel = reinterpret_cast<uint16_t*>(floats_of_panel);
       const float* pointers[kFewTokens];
+      const uint16_t* half_pointers[kRows];
       Token tile[kRows];
       for (int64_t p = begin; p < end; ++p) {
         const int64_t n = p * kColumns;
@@ -681,9 +722,27 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
             }
           }
           if (in_features == 0) std::memset(products, 0, count * kColumns * sizeof(float));
-          for (int64_t k = 0; k < in_features; k += kDepth) {
-            const int64_t depth = std::min(kDepth, in_features - k);
+          for (int64_t k = 0; k < in_features; k += depth_of_block) {
+            const int64_t depth = std::min(depth_of_block, in_features - k);
             pack_panel(weights, n, k, depth, true, reinterpret_cast<uint8_t*>(panel));
+            if (bfloat16) {
+              expand_panel_bfloat16(panel, k, depth, width, scales, zeros, halves_of_panel);
+              const int64_t even = round_up(depth, 2);
+              if (brgemm) {
+                at::native::cpublas::brgemm(
+                    count, kColumns, even, stride, kColumns, kColumns, k > 0,
+                    reinterpret_cast<const at::BFloat16*>(halves + k),
+                    reinterpret_cast<const at::BFloat16*>(halves_of_panel), products);
+                continue;
+              }
+              for (int64_t i = 0; i < count; i += kRows) {
+                const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
+                for (int r = 0; r < rows; ++r) half_pointers[r] = halves + (i + r) * stride + k;
+                multiply_bfloat16_panel(half_pointers, rows, halves_of_panel, even, k > 0,
+                                        products + i * kColumns);
+              }
+              continue;
+            }
             expand_panel(panel, k, depth, width, scales, zeros, floats_of_panel);
             for (int64_t i = 0; i < count; i += kRows) {
               const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
@@ -699,6 +758,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
           finish_floats(finish, products + i * kColumns, tile, rows);
         }
       }
+      if (brgemm) at::native::cpublas::brgemm_release();
     });
   }
   return results.take();
@@ -742,6 +802,7 @@ TORCH_LIBRARY(masquant_cpu, m) {
   m.def("kernel_of(int weight_bits, int act_bits, int tokens, int in_features,"
         " int groups) -> str", &kernel_of);
   m.def("use_brgemm(bool value) -> ()", [](bool value) { use_brgemm = value; });
+  m.def("use_bfloat16(bool value) -> ()", [](bool value) { use_bfloat16 = value; });
 }
 
 TORCH_LIBRARY_IMPL(masquant_cpu, CPU, m) { implement(m); }

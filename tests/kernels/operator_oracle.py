@@ -149,6 +149,16 @@ def assert_within(
     )
 
 
+def bfloat16_operations(x: torch.Tensor) -> int:
+    """What rounding both sides of a product to bfloat16 weighs in float32 roundings.
+
+    Where a processor multiplies bfloat16, more than 16 such tokens may meet their
+    dequantized weight in it, as in any bfloat16 linear.
+    """
+    rounded = x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) > 16
+    return round(2 * 2.0**-8 / UNIT) if rounded else 0
+
+
 def ids_for(tokens: int, modalities: int, seed: int = 0) -> torch.Tensor:
     """Every modality occurs, where there are tokens enough; in no order."""
     ids = torch.arange(tokens) % modalities

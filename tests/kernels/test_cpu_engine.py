@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from torchao_masquant.kernels import cpu_engine
-from torchao_masquant.kernels.cpu_engine import CpuEngine, choose_engine
+from torchao_masquant.kernels.cpu_engine import (
+    CpuEngine,
+    choose_engine,
+    multiplies_bfloat16,
+)
 
 
 @pytest.fixture
@@ -71,6 +75,25 @@ def test_variables_lower_the_choice(
     assert choose_engine({variable: value}).engine is engine
 
 
+@pytest.mark.parametrize(
+    "limit, expected",
+    [
+        ("", True),
+        ("AVX512_CORE", False),
+        ("avx512_core_vnni", False),
+        ("AVX512_CORE_BF16", True),
+        ("AVX512_CORE_AMX", True),
+    ],
+)
+def test_where_bfloat16_is_multiplied(
+    monkeypatch: pytest.MonkeyPatch, limit: str, expected: bool
+) -> None:
+    monkeypatch.setattr(cpu_engine, "_has_bfloat16", lambda: True)
+    assert multiplies_bfloat16({"ONEDNN_MAX_CPU_ISA": limit}) is expected
+    monkeypatch.setattr(cpu_engine, "_has_bfloat16", lambda: False)
+    assert not multiplies_bfloat16({"ONEDNN_MAX_CPU_ISA": limit})
+
+
 def test_an_engine_that_cannot_be_raises(machine) -> None:
     machine(vnni=False, amx=False)
     with pytest.raises(ValueError, match="cannot run here .*no AVX512-VNNI"):
@@ -86,4 +109,5 @@ def test_this_machine_is_asked_right() -> None:
     with open("/proc/cpuinfo") as file:
         flags = next(line for line in file if line.startswith("flags")).split()
     assert cpu_engine._has_vnni() == ("avx512_vnni" in flags)
+    assert cpu_engine._has_bfloat16() == ("avx512_bf16" in flags)
     assert torch.cpu._is_amx_tile_supported() <= ("amx_tile" in flags)

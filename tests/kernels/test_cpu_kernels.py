@@ -17,13 +17,18 @@ import torch
 from operator_oracle import (
     assert_integers,
     assert_within,
+    bfloat16_operations,
     ids_for,
     int_linear_f64,
     smooth_quantize_f64,
 )
 
 from torchao_masquant.kernels import cpu_lowering, reference
-from torchao_masquant.kernels.cpu_engine import CpuEngine, choose_engine
+from torchao_masquant.kernels.cpu_engine import (
+    CpuEngine,
+    choose_engine,
+    multiplies_bfloat16,
+)
 from torchao_masquant.kernels.int4_packing import pack_int4
 
 if choose_engine({}).engine is CpuEngine.REFERENCE:
@@ -206,17 +211,27 @@ def test_rounding_next_to_halves() -> None:
     assert_integers(q, smooth_quantize_f64(*terms), ties=1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("asymmetric", [True, False])
-@pytest.mark.parametrize("bits, groups", [(4, 2), (4, 1), (4, 8), (8, 2)])
-@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 260])
+@pytest.mark.parametrize(
+    "bits, groups, k", [(4, 2, 256), (4, 1, 301), (4, 8, 256), (8, 2, 514)]
+)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 500])
 def test_weight_only_products(
-    tokens: int, bits: int, groups: int, asymmetric: bool, threads: int
+    tokens: int,
+    bits: int,
+    groups: int,
+    k: int,
+    asymmetric: bool,
+    dtype: torch.dtype,
+    engine: str,
+    threads: int,
 ) -> None:
-    """Few tokens look packed integers up; 260 take more than one chunk of tokens."""
-    n, k = 67, 256
+    """Few tokens look packed integers up; 500 take more than one chunk of tokens."""
+    n = 67
     torch.manual_seed(0)
     _, weight, stored = integers((1, k, n), bits)
-    x = torch.randn(tokens, k).to(BF16)
+    x = torch.randn(tokens, k).to(dtype)
     scale = torch.rand(n, groups) + 0.1
     zero = torch.randint(-8, 8, (n, groups), dtype=torch.int8) if asymmetric else None
     pre_scale, ids = torch.randn(2, k).exp(), ids_for(tokens, 2)
@@ -233,7 +248,24 @@ def test_weight_only_products(
     expected = smoothed @ dense.t() + low + wide[7][ids]
     size = smoothed.abs() @ dense.abs().t() + wide[7][ids].abs()
     size += (smoothed.abs() @ wide[5].abs()) @ wide[6].abs()
-    assert_within(y, expected.numpy(), size.numpy(), 2 + k + 1 + 4 + 3)
+    operations = 2 + k + 1 + 4 + 3 + bfloat16_operations(x)
+    assert_within(y, expected.numpy(), size.numpy(), operations)
+
+
+@pytest.mark.parametrize("tokens", [16, 17])
+def test_where_bfloat16_is_rounded_to(tokens: int, engine: str) -> None:
+    """A smoothed 1 + 2 ** -9 is not one of its numbers: float32 tells it, it does not."""
+    _, _, stored = integers((1, 64, 8), 8)
+    x = torch.ones(tokens, 64)
+    pre_scale = torch.full((1, 64), 1 + 2.0**-9)
+    terms = (pre_scale, stored, torch.ones(8, 1), *[None] * 6, [], 8, torch.float32)
+    exact = ops.weight_only_linear(x, *terms)
+    rounded = ops.weight_only_linear(x.to(BF16), *terms)
+    differ = tokens > 16 and multiplies_bfloat16()
+    assert torch.equal(exact, rounded) is not differ
+    ops.use_bfloat16(False)
+    assert torch.equal(exact, ops.weight_only_linear(x.to(BF16), *terms))
+    ops.use_bfloat16(multiplies_bfloat16())
 
 
 def test_operands_that_would_be_read_out_of_bounds_raise() -> None:
@@ -288,7 +320,8 @@ def test_kernels_have_names() -> None:
     assert name(1, 8) == "VNNI, int8 as stored"
     assert name(16, 4) == "VNNI, packed int4 as stored"
     assert name(1, 4, 16, 8) == "float32, packed int4 looked up as stored"
-    assert name(64, 4, 16, 8) == "float32, packed int4 unpacked by panels"
+    assert name(64, 4, 16, 8).startswith("float32, ")
+    assert ("bfloat16" in name(64, 4, 16, 8)) is multiplies_bfloat16()
     assert name(64, 8, 8, 8) == "VNNI, int8 unpacked by panels, group by group"
     assert "int8 unpacked by panels" in name(17, 8)
     assert cpu_lowering.report()["engine"] in ("vnni", "amx")

@@ -96,13 +96,13 @@ def test_weight_only_linears_share_nothing() -> None:
     assert source(attention(model).k_proj) is None
 
 
-def layer_call(model: Any, mixed: bool) -> Any:
+def compiled_call(model: Any, mixed: bool, whole: bool) -> Any:
     language = model.model.language_model
     inputs = batch(*PROMPTS) if mixed else batch([21, 22, 23, 24, 25], [26, 27, 28])
     with torch.no_grad():
         expected = model(**inputs).logits
-        for layer in language.layers:
-            layer.compile(fullgraph=True)
+        for part in [language] if whole else language.layers:
+            part.compile(fullgraph=True)
         got = model(**inputs).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     return got
@@ -110,7 +110,7 @@ def layer_call(model: Any, mixed: bool) -> Any:
 
 @pytest.mark.slow
 def test_a_decoder_layer_of_base_tokens(operators: _Operators) -> None:
-    layer_call(quantized("w4a8"), mixed=False)
+    compiled_call(quantized("w4a8"), mixed=False, whole=False)
     (graph,) = operators.graphs
     assert_expected_inline(
         "\n".join(graph),
@@ -131,8 +131,8 @@ masquant.int_linear""",
 
 
 @pytest.mark.slow
-def test_a_decoder_layer_of_mixed_tokens(operators: _Operators) -> None:
-    layer_call(quantized("w4a8"), mixed=True)
+def test_a_language_model_of_mixed_tokens(operators: _Operators) -> None:
+    compiled_call(quantized("w4a8"), mixed=True, whole=True)
     (graph,) = operators.graphs
     assert_expected_inline(
         "\n".join(graph),

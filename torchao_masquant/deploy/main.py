@@ -1,0 +1,111 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The command ``export``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from torchao_masquant.deploy.decoder import export_decoder
+from torchao_masquant.deploy.lowering import KERNELS
+from torchao_masquant.routing import router_of
+
+__all__ = ["add_arguments", "main"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the export."""
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="folder of a quantized model"
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="to write the package to; not there"
+    )
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="SAFETENSORS",
+        help="the tensors of one call, as the model's processor makes them, with every "
+        "modality: safetensors.torch.save_file(dict(processor(...)), 'inputs.safetensors'); "
+        "a model of text alone needs none",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", *KERNELS),
+        default="auto",
+        help="cpu: our C++ kernels, which go into the package; triton: those for GPUs; "
+        "aten: operators of torch alone, slower; auto: ours where they run here "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print what was written as JSON, for scripts",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Export a decoder.
+
+    Returns:
+        Exit code: 0, or 2 where something is missing, damaged or cannot be exported.
+    """
+    try:
+        model = _load(arguments.model)
+        folder = export_decoder(
+            model,
+            _sample(model, arguments.inputs),
+            arguments.folder,
+            kernels=arguments.kernels,
+        )
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    if arguments.json:
+        print(json.dumps({"folder": str(folder), "bytes": sizes}, indent=2))
+        return 0
+    print(f"Wrote {folder} ({sum(sizes.values()) / 2**20:.1f} MiB).")
+    print(f"Run it: see Decoder in {folder / 'masquant_decoder.py'}.")
+    return 0
+
+
+def _load(folder: Path) -> nn.Module:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no config.json: give the folder of a saved model."
+        )
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = config.architectures or ()
+    classes = [c for c in (getattr(transformers, n, None) for n in names) if c]
+    if not classes:
+        raise ValueError(
+            f"{str(folder)!r} is a {', '.join(names) or 'model without a class'}, which "
+            "transformers does not have: export it from Python with export_decoder."
+        )
+    return classes[0].from_pretrained(folder).eval()
+
+
+def _sample(model: Any, path: Optional[Path]) -> dict[str, torch.Tensor]:
+    if path is not None:
+        return load_file(path)
+    router = router_of(model)
+    if router is not None and len(router.modalities) > 1:
+        raise ValueError(
+            f"the model knows {', '.join(router.modalities)}: give --inputs, one call "
+            "with all of them."
+        )
+    return {
+        "input_ids": torch.arange(8)[None] % model.config.get_text_config().vocab_size
+    }
