@@ -10,6 +10,7 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
 
 - ``library``: schemas and fake (shape) implementations;
 - ``reference``: the plain implementation that every lowering is tested against;
+- ``expert_operators``: those of mixture-of-experts weights, made of the others;
 - ``int4_packing``: two 4-bit integers per byte;
 - ``cpu_lowering``: C++ kernels for x86, compiled at their first use.
 """
@@ -18,7 +19,19 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
 # checkout, imports this folder by that name. Then there is nothing to be had here, and
 # importing the rest would import transformers again from inside of itself.
 if __name__ == "torchao_masquant.kernels":
-    from torchao_masquant.kernels import cpu_lowering, library, reference
+    from torchao_masquant.kernels import (
+        cpu_lowering,
+        expert_operators,
+        library,
+        reference,
+    )
     from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
 
-    __all__ = ["cpu_lowering", "library", "pack_int4", "reference", "unpack_int4"]
+    __all__ = [
+        "cpu_lowering",
+        "expert_operators",
+        "library",
+        "pack_int4",
+        "reference",
+        "unpack_int4",
+    ]

@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Tensor subclasses of MASQuant."""
 
+from torchao_masquant.tensor_subclasses import expert_linear as expert_linear
 from torchao_masquant.tensor_subclasses.low_rank_pair import (
     low_rank_dtype,
     quantize_low_rank_pair,

@@ -43,6 +43,11 @@ class MASQuantTensor(TorchAOBaseTensor):
 
     M modalities, base first; an (N, K) weight; R is the sum of ``ranks``.
 
+    The weights of E experts of a mixture, (E, N, K), are one such tensor too
+    (:meth:`stack`). All but the attributes that are about activations, ``act_pre_scale``
+    and ``act_shift``, then have a leading dimension E, and ``weight[e]`` is the weight of
+    an expert.
+
     Tensor Attributes:
         qdata: the integers of ``Q(W / p_0)``, signed: (N, K) int8, or
             (N, ceil(K / 2)) uint8, two per byte, where ``weight_bits`` is 4 or 3
@@ -112,7 +117,7 @@ class MASQuantTensor(TorchAOBaseTensor):
     ) -> "MASQuantTensor":
         return torch.Tensor._make_wrapper_subclass(
             cls,
-            (qdata.shape[0], in_features),
+            (*qdata.shape[:-1], in_features),
             device=qdata.device,
             dtype=dtype,
             requires_grad=False,
@@ -354,6 +359,42 @@ class MASQuantTensor(TorchAOBaseTensor):
             act_shift=held(act_shift, torch.float32),
         )
 
+    @classmethod
+    def stack(cls, weights: "Sequence[MASQuantTensor]") -> "MASQuantTensor":
+        """The weights of the experts of a mixture as one tensor.
+
+        Args:
+            weights: E tensors of one shape (N, K) and one layout, with the same
+                smoothing factors and shift.
+
+        Returns:
+            (E, N, K), a copy.
+
+        Raises:
+            ValueError: there are none, or they do not fit each other.
+        """
+        if not weights:
+            raise ValueError("MASQuantTensor.stack needs at least one weight.")
+        first = weights[0]
+        names, attributes = first.__tensor_flatten__()
+        for weight in weights[1:]:
+            if weight.__tensor_flatten__() != (names, attributes) or not all(
+                torch.equal(getattr(weight, name), getattr(first, name))
+                for name in _OF_ACTIVATIONS
+                if name in names
+            ):
+                raise ValueError(
+                    "experts need weights of one layout, with the same smoothing "
+                    f"factors and shift: got {weight!r} beside {first!r}."
+                )
+        inner = {
+            name: getattr(first, name)
+            if name in _OF_ACTIVATIONS
+            else torch.stack([getattr(weight, name) for weight in weights])
+            for name in names
+        }
+        return cls(**inner, **attributes)
+
     @property
     def is_routed(self) -> bool:
         """Whether the result depends on the modality of a token."""
@@ -382,7 +423,7 @@ class MASQuantTensor(TorchAOBaseTensor):
     @property
     def group_size(self) -> int:
         """Weights that share one scale; K for one scale per output channel."""
-        return self.in_features // self.scale.shape[1]
+        return self.in_features // self.scale.shape[-1]
 
     @property
     def nbytes_stored(self) -> int:
@@ -392,7 +433,7 @@ class MASQuantTensor(TorchAOBaseTensor):
         return sum(t.numel() * t.element_size() for t in inner)
 
     def int_data(self) -> torch.Tensor:
-        """The integers, unpacked: (N, K) int8."""
+        """The integers, unpacked: int8, of the weight's shape."""
         if self.weight_bits <= 4:
             return unpack_int4(self.qdata, self.in_features)
         return self.qdata
@@ -409,13 +450,16 @@ class MASQuantTensor(TorchAOBaseTensor):
             modality: one of ``modalities``; None for the base.
 
         Returns:
-            (N, K): ``Q(W / p_0) * p_0`` for the base, and
+            (N, K), for experts (E, N, K): ``Q(W / p_0) * p_0`` for the base, and
             ``(Q(W / p_0) + (L1_m L2_m)^T) * p_m`` for another modality. The
             modality bias and the shift are no part of it.
 
         Raises:
             ValueError: the tensor knows no such modality.
         """
+        if self.dim() == 3:
+            experts = (self[e] for e in range(self.shape[0]))
+            return torch.stack([w.dequantize(output_dtype, modality) for w in experts])
         index = 0
         if modality is not None:
             if modality not in self.modalities:
@@ -459,7 +503,7 @@ class MASQuantTensor(TorchAOBaseTensor):
             f"w{self.weight_bits}a{self.act_bits}",
             smoothing,
         ]
-        if self.scale.shape[1] > 1:
+        if self.scale.shape[-1] > 1:
             parts.append(f"group_size={self.group_size}")
         if not self.symmetric:
             parts.append("asymmetric")
@@ -477,6 +521,10 @@ class MASQuantTensor(TorchAOBaseTensor):
             f"device={self.device}",
         ]
         return f"MASQuantTensor({', '.join(parts)})"
+
+
+# The attributes that experts share.
+_OF_ACTIVATIONS = ("act_pre_scale", "act_shift")
 
 
 implements = MASQuantTensor.implements
@@ -499,6 +547,11 @@ def _check_weight(weight: torch.Tensor) -> None:
         raise TypeError(
             "masquant::linear takes a MASQuantTensor as its weight, and plain tensors "
             f"as everything else; got a {type(weight).__name__} weight."
+        )
+    if weight.dim() != 2:
+        raise ValueError(
+            f"masquant::linear takes the weight of one linear, got {weight!r}: experts "
+            "are for masquant::expert_linear."
         )
 
 
@@ -626,6 +679,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     bias rides with the slice that holds column 0.
     """
     self, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
+    if self.dim() != 2:
+        raise ValueError(
+            f"the experts of a MASQuantTensor are not sliced, but taken one by one, as "
+            f"weight[e]: got {self!r}."
+        )
     dim = dim + 2 if dim < 0 else dim
     if step != 1:
         raise ValueError(f"MASQuantTensor slices with step 1 only, got step={step}.")
@@ -693,6 +751,27 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             low_rank_scale=self.low_rank_scale,
             act_shift=act_shift,
         ),
+    )
+
+
+@implements(aten.select.int)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """The weight of one expert, as a view."""
+    self, dim, index = args
+    if self.dim() != 3 or dim not in (0, -3):
+        raise ValueError(
+            f"of a MASQuantTensor only experts are taken one by one, as weight[e]: got "
+            f"index {index} in dimension {dim} of {self!r}."
+        )
+    names, attributes = self.__tensor_flatten__()
+    inner = {
+        name: getattr(self, name)
+        if name in _OF_ACTIVATIONS
+        else aten.select.int(getattr(self, name), 0, index)
+        for name in names
+    }
+    return return_and_correct_aliasing(
+        func, args, kwargs, MASQuantTensor(**inner, **attributes)
     )
 
 
