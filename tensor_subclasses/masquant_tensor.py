@@ -379,7 +379,8 @@ class MASQuantTensor(TorchAOBaseTensor):
         names, attributes = first.__tensor_flatten__()
         for weight in weights[1:]:
             if weight.__tensor_flatten__() != (names, attributes) or not all(
-                torch.equal(getattr(weight, name), getattr(first, name))
+                getattr(weight, name) is getattr(first, name)
+                or torch.equal(getattr(weight, name), getattr(first, name))
                 for name in _OF_ACTIVATIONS
                 if name in names
             ):

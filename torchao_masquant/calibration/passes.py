@@ -33,7 +33,7 @@ def plan_passes(
     used = 0
     modalities = len(session.router.modalities)
     for leader, names in session.groups().items():
-        width = session.linears[leader].in_features
+        width = session.layers[leader].in_features
         needed = 24 * width * modalities
         if second_moments:
             needed += (8 * width + 4 * SAMPLE_TOKENS) * width * modalities
@@ -42,5 +42,5 @@ def plan_passes(
             chosen, used = [], 0
         chosen += names
         used += needed
-    chosen += [name for name in session.linears if name not in session.leaders]
+    chosen += [name for name in session.layers if name not in session.leaders]
     return [*passes, chosen]
