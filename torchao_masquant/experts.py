@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 __all__ = [
+    "PROJECTIONS",
     "ExpertWeight",
     "expert_weights",
     "experts_of",
@@ -31,6 +32,9 @@ _LOGGER = logging.getLogger(__name__)
 
 # What modules that hold the weights of all of a layer's experts call their number.
 _NUMBERS = ("num_experts", "num_local_experts")
+
+#: What the parameters of experts of a known layout are called.
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 # What transformers' decorator says of a module of experts.
 _LAYOUT = ("has_gate", "has_bias", "is_transposed")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+from torchao_masquant.experts import PROJECTIONS
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     flatten_state_dict,
@@ -113,9 +114,9 @@ class MASQuantHfQuantizer(HfQuantizer):
     def param_needs_quantization(
         self, model: Any, param_name: str, **kwargs: Any
     ) -> bool:
+        # Also of a saved weight: transformers then takes it in another shape.
         return (
-            isinstance(self.loading, QuantizingLoading)
-            and self.loading.linear_of(param_name) is not None
+            self.loading is not None and self.loading.linear_of(param_name) is not None
         )
 
     def param_element_size(
@@ -145,12 +146,20 @@ class MASQuantHfQuantizer(HfQuantizer):
         from torchao_masquant.integrations.hf_operations import AssembleWeight
 
         self.loading.check_stored(_renaming(weight_conversions, self.loading))
-        patterns = [rf"\._weight_{part}" for part in PARTS]
-        ours = WeightConverter(patterns, [".weight"], [AssembleWeight(self)])
-        return [*weight_conversions, ours]
+        ours = [
+            WeightConverter(
+                [rf"\._{name}_{part}" for part in PARTS],
+                [f".{name}"],
+                [AssembleWeight(self)],
+            )
+            for name in ("weight", *PROJECTIONS)
+        ]
+        return [*weight_conversions, *ours]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         loading, self.loading = self.loading, None
+        if loading is not None:
+            loading.finish_experts(model)
         if isinstance(loading, QuantizingLoading):
             loading.finish()
             self.options = dict.fromkeys(loading.names, loading.config.options)

@@ -14,7 +14,7 @@ from typing import Any, Union
 from torch import nn
 
 from torchao_masquant.integrations.attachment import attach_to_transformers
-from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.integrations.checkpoint_format import quantized_modules
 
 __all__ = ["save_quantized"]
 
@@ -72,7 +72,7 @@ def _check_model(model: nn.Module) -> None:
             "save_quantized takes a transformers model, got a "
             f"{type(model).__name__}: torch.save its state_dict()."
         )
-    if not any(isinstance(m, MASQuantLinear) for m in model.modules()):
+    if not quantized_modules(model):
         raise ValueError(
             f"{type(model).__name__} has no quantized linear: quantize it with "
             "masquant_config(recipe) first, or call its save_pretrained."
