@@ -262,9 +262,7 @@ def _masquant_transform(module: nn.Module, config: MASQuantConfig) -> nn.Module:
     return module
 
 
-def _transform_experts(
-    model: nn.Module, config: MASQuantConfig, plan: _Plan
-) -> None:
+def _transform_experts(model: nn.Module, config: MASQuantConfig, plan: _Plan) -> None:
     """Do what is planned for experts, which are not handed over one by one."""
     if config.step == QuantizationStep.CONVERT:
         for module in model.modules():
@@ -597,12 +595,10 @@ def _plan_loading(
     router.attach(model)
 
     def load(name: str, linear: nn.Linear) -> None:
-        weight = placeholder_weight(linear.weight, config.options.bits, modalities)
+        weight = placeholder_weight(linear, config.options.bits, modalities)
         MASQuantLinear.from_float(linear, weight, name, router)
 
-    def load_experts(
-        experts: nn.Module, weights: Mapping[str, ExpertWeight]
-    ) -> None:
+    def load_experts(experts: nn.Module, weights: Mapping[str, ExpertWeight]) -> None:
         zeros = {
             w.parameter: placeholder_experts(w, config.options.bits, modalities)
             for w in weights.values()

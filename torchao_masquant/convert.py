@@ -101,12 +101,12 @@ def placeholder_experts(
     weight: ExpertWeight, scheme: Scheme, modalities: Sequence[str]
 ) -> MASQuantTensor:
     """As :func:`placeholder_weight`, for one projection of experts: (E, N, K)."""
-    of_one = placeholder_weight(weight.weight[0], scheme, modalities)
+    of_one = _zeros(weight.weight[0], scheme, modalities)
     return MASQuantTensor.stack([of_one] * weight.weight.shape[0])
 
 
 def placeholder_weight(
-    weight: torch.Tensor, scheme: Scheme, modalities: Sequence[str]
+    linear: nn.Linear, scheme: Scheme, modalities: Sequence[str]
 ) -> MASQuantTensor:
     """A quantized weight of zeros, to be replaced by one from a checkpoint.
 
@@ -115,6 +115,12 @@ def placeholder_weight(
     Raises:
         ValueError: the scheme's group size does not divide the input width.
     """
+    return _zeros(linear.weight, scheme, modalities)
+
+
+def _zeros(
+    weight: torch.Tensor, scheme: Scheme, modalities: Sequence[str]
+) -> MASQuantTensor:
     n, k = weight.shape
     device = weight.device
     check_group_size(scheme.group_size, (n, k))

@@ -57,9 +57,7 @@ def _equal(a: Optional[torch.Tensor], b: Optional[torch.Tensor]) -> bool:
     return torch.equal(a, b)
 
 
-def weight_mismatch(
-    name: str, weight: Any, router: Optional[Router]
-) -> Optional[str]:
+def weight_mismatch(name: str, weight: Any, router: Optional[Router]) -> Optional[str]:
     """Why a checkpoint's weight is not one for a quantized module; None where it is.
 
     Args:

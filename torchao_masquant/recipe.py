@@ -101,7 +101,9 @@ class LayerRecipe:
             ValueError: a shape is wrong, or a part is missing.
         """
         if len(self.shape) not in (2, 3):
-            raise ValueError(f"{name} is of shape {self.shape}: a weight has 2 or 3 sizes")
+            raise ValueError(
+                f"{name} is of shape {self.shape}: a weight has 2 or 3 sizes"
+            )
         *experts, n, k = self.shape
         rank = sum(self.ranks)
         shared = self.smoothing_factor.shape[:1] == (1,)
@@ -154,7 +156,9 @@ class LayerRecipe:
         if len(self.shape) == 3:
             return MASQuantTensor.stack(
                 [
-                    self.expert(e).quantize(of_expert, scheme, modalities, low_rank_bits)
+                    self.expert(e).quantize(
+                        of_expert, scheme, modalities, low_rank_bits
+                    )
                     for e, of_expert in enumerate(weight)
                 ]
             )
@@ -198,9 +202,7 @@ class LayerRecipe:
         return dataclasses.replace(self, shape=self.shape[1:], **own)
 
     @classmethod
-    def stack(
-        cls, parts: "Sequence[LayerRecipe]", fingerprint: str
-    ) -> "LayerRecipe":
+    def stack(cls, parts: "Sequence[LayerRecipe]", fingerprint: str) -> "LayerRecipe":
         """One part for all experts of a mixture.
 
         Args:
@@ -384,11 +386,12 @@ def _header(
         )
     version = int(metadata["format_version"])
     if version not in _FORMAT_VERSIONS:
-        newest = max(_FORMAT_VERSIONS)
-        advice = "upgrade it" if version > newest else "calibrate again"
+        newer = version > max(_FORMAT_VERSIONS)
+        advice = "upgrade it" if newer else "calibrate again"
+        known = " and ".join(str(v) for v in _FORMAT_VERSIONS)
         raise _UnreadableError(
             f"{os.fspath(path)!r} is of recipe format {version}, this version of "
-            f"torchao_masquant reads {newest}: {advice}."
+            f"torchao_masquant reads {known}: {advice}."
         )
     return json.loads(metadata["recipe"])
 

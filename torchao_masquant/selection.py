@@ -13,13 +13,13 @@ from typing import Mapping, Optional, Sequence, Union
 import torch
 from torch import nn
 
+from torchao_masquant.expert_modules import RoutedExperts
 from torchao_masquant.experts import (
     ExpertWeight,
     experts_of,
     projections,
     warn_of_expert_weights,
 )
-from torchao_masquant.expert_modules import RoutedExperts
 from torchao_masquant.families import ModelFamily, family_of
 
 __all__ = [

@@ -168,9 +168,7 @@ class CalibrationSession:
         self.leaders[name] = name
         self._update(name, x, ids)
 
-    def _update(
-        self, name: str, x: torch.Tensor, ids: Optional[torch.Tensor]
-    ) -> None:
+    def _update(self, name: str, x: torch.Tensor, ids: Optional[torch.Tensor]) -> None:
         statistics = self.statistics.get(name)
         if statistics is None:
             statistics = self.statistics[name] = InputStatistics(

@@ -178,7 +178,7 @@ class CheckpointFormat:
             newer = type(version) is int and version > max(known_versions)
             raise ValueError(
                 f"the checkpoint is of MASQuant format {version!r}, this version of "
-                f"torchao_masquant reads {max(known_versions)}: "
+                f"torchao_masquant reads {FORMAT_VERSION} and {_WITH_EXPERTS}: "
                 f"{'upgrade it' if newer else 'quantize the model again'}."
             )
         try:
