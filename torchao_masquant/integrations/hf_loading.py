@@ -115,6 +115,12 @@ class CheckpointLoading:
         }
         return self._state | parts
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """What quantized parameters are called in their modules."""
+        full = (parameter_of(n, f.shape) for n, f in self.formats.items())
+        return list(dict.fromkeys(name.rpartition(".")[2] for name in full))
+
     def nbytes_of(self, name: str, weight: torch.Tensor) -> int:
         """Bytes of a linear's quantized weight."""
         return self.formats[name].nbytes

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from torchao_masquant.experts import PROJECTIONS
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     flatten_state_dict,
@@ -152,7 +151,7 @@ class MASQuantHfQuantizer(HfQuantizer):
                 [f".{name}"],
                 [AssembleWeight(self)],
             )
-            for name in ("weight", *PROJECTIONS)
+            for name in self.loading.parameter_names
         ]
         return [*weight_conversions, *ours]
 
