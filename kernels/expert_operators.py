@@ -75,6 +75,12 @@ torch.library.register_autograd(
 )
 
 
+def expert_of_rows(ends: torch.Tensor, rows: int) -> torch.Tensor:
+    """(rows,) whose each row is; the last expert's behind all of them."""
+    places = torch.arange(rows, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, places, right=True).clamp_max(ends.shape[0] - 1)
+
+
 def _of(tensor: Optional[torch.Tensor], expert: int) -> Optional[torch.Tensor]:
     return None if tensor is None else tensor[expert]
 

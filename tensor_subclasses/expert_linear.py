@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torchao.utils import fill_defaults
 
+from torchao_masquant.kernels.expert_operators import expert_of_rows
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
 
 __all__: list[str] = []
@@ -48,6 +49,30 @@ def _check(
             )
         if modality_ids.is_floating_point() or modality_ids.dtype == torch.bool:
             raise TypeError(f"modality ids are integers, got {modality_ids.dtype}.")
+
+
+def _quantize_by_expert(
+    x: torch.Tensor,
+    weight: MASQuantTensor,
+    ends: torch.Tensor,
+    row_ids: "torch.Tensor | None",
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """``smooth_quantize`` of rows in the order of experts, with each expert's shift.
+
+    An expert's modality is to the operator a modality of its own.
+    """
+    assert weight.act_shift is not None
+    experts, modalities, k = weight.act_shift.shape
+    ids = expert_of_rows(ends, x.shape[0]) * modalities
+    if row_ids is not None:
+        ids = ids + row_ids
+    return torch.ops.masquant.smooth_quantize(
+        x,
+        weight.act_pre_scale.expand(experts, modalities, k).reshape(-1, k),
+        ids,
+        weight.act_bits,
+        weight.act_shift.reshape(-1, k),
+    )
 
 
 @MASQuantTensor.implements(torch.ops.masquant.expert_linear.default)
@@ -95,13 +120,19 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             x.dtype,
             low_rank_scale,
         )
-    # Once for each token, however many experts read it.
-    qx, x_scale = torch.ops.masquant.smooth_quantize(
-        x, weight.act_pre_scale, ids, weight.act_bits, weight.act_shift
-    )
+    if weight.act_shift is not None and weight.act_shift.dim() == 3:
+        qx, x_scale = _quantize_by_expert(of_rows(x), weight, ends, row_ids)
+    else:
+        # Once for each token, however many experts read it.
+        qx, x_scale = map(
+            of_rows,
+            torch.ops.masquant.smooth_quantize(
+                x, weight.act_pre_scale, ids, weight.act_bits, weight.act_shift
+            ),
+        )
     return torch.ops.masquant.expert_int_linear(
-        of_rows(qx),
-        of_rows(x_scale),
+        qx,
+        x_scale,
         ends,
         weight.qdata,
         weight.scale,

@@ -44,9 +44,9 @@ class MASQuantTensor(TorchAOBaseTensor):
     M modalities, base first; an (N, K) weight; R is the sum of ``ranks``.
 
     The weights of E experts of a mixture, (E, N, K), are one such tensor too
-    (:meth:`stack`). All but the attributes that are about activations, ``act_pre_scale``
-    and ``act_shift``, then have a leading dimension E, and ``weight[e]`` is the weight of
-    an expert.
+    (:meth:`stack`), and ``weight[e]`` is the weight of an expert. All tensor attributes
+    then have a leading dimension E, but for ``act_pre_scale``, and for ``act_shift``
+    where the experts have the same one.
 
     Tensor Attributes:
         qdata: the integers of ``Q(W / p_0)``, signed: (N, K) int8, or
@@ -365,7 +365,7 @@ class MASQuantTensor(TorchAOBaseTensor):
 
         Args:
             weights: E tensors of one shape (N, K) and one layout, with the same
-                smoothing factors and shift.
+                smoothing factors.
 
         Returns:
             (E, N, K), a copy.
@@ -378,22 +378,18 @@ class MASQuantTensor(TorchAOBaseTensor):
         first = weights[0]
         names, attributes = first.__tensor_flatten__()
         for weight in weights[1:]:
-            if weight.__tensor_flatten__() != (names, attributes) or not all(
-                getattr(weight, name) is getattr(first, name)
-                or torch.equal(getattr(weight, name), getattr(first, name))
-                for name in _OF_ACTIVATIONS
-                if name in names
+            if weight.__tensor_flatten__() != (names, attributes) or not _same(
+                [first.act_pre_scale, weight.act_pre_scale]
             ):
                 raise ValueError(
                     "experts need weights of one layout, with the same smoothing "
-                    f"factors and shift: got {weight!r} beside {first!r}."
+                    f"factors: got {weight!r} beside {first!r}."
                 )
-        inner = {
-            name: getattr(first, name)
-            if name in _OF_ACTIVATIONS
-            else torch.stack([getattr(weight, name) for weight in weights])
-            for name in names
-        }
+        inner = {}
+        for name in names:
+            parts = [getattr(weight, name) for weight in weights]
+            shared = name == "act_pre_scale" or (name == "act_shift" and _same(parts))
+            inner[name] = parts[0] if shared else torch.stack(parts)
         return cls(**inner, **attributes)
 
     @property
@@ -524,8 +520,8 @@ class MASQuantTensor(TorchAOBaseTensor):
         return f"MASQuantTensor({', '.join(parts)})"
 
 
-# The attributes that experts share.
-_OF_ACTIVATIONS = ("act_pre_scale", "act_shift")
+def _same(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(t is tensors[0] or torch.equal(t, tensors[0]) for t in tensors[1:])
 
 
 implements = MASQuantTensor.implements
@@ -765,12 +761,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             f"index {index} in dimension {dim} of {self!r}."
         )
     names, attributes = self.__tensor_flatten__()
-    inner = {
-        name: getattr(self, name)
-        if name in _OF_ACTIVATIONS
-        else aten.select.int(getattr(self, name), 0, index)
-        for name in names
-    }
+    inner = {}
+    for name in names:
+        part = getattr(self, name)
+        shared = name == "act_pre_scale" or (name == "act_shift" and part.dim() == 2)
+        inner[name] = part if shared else aten.select.int(part, 0, index)
     return return_and_correct_aliasing(
         func, args, kwargs, MASQuantTensor(**inner, **attributes)
     )

@@ -60,7 +60,8 @@ class LayerRecipe:
     """Part of a recipe: one linear of shape (N, K), with M modalities.
 
     Or one projection of the E experts of a mixture, of shape (E, N, K). Those share the
-    smoothing factor and the shift; all other tensors have a leading dimension E.
+    smoothing factor, and may share the shift; all other tensors have a leading dimension
+    E.
 
     Attributes:
         shape: (N, K) or (E, N, K).
@@ -115,7 +116,8 @@ class LayerRecipe:
         if self.modality_bias is not None:
             expected["modality_bias"] = (*experts, modalities, n)
         if self.act_shift is not None:
-            expected["act_shift"] = (modalities, k)
+            own = experts if self.act_shift.dim() == 3 else []
+            expected["act_shift"] = (*own, modalities, k)
         integers = (self.qdata, self.scale, self.zero_point)
         if any(t is not None for t in integers):
             groups = 0 if self.scale is None else self.scale.shape[-1:].numel()
@@ -193,11 +195,11 @@ class LayerRecipe:
 
     def expert(self, index: int) -> "LayerRecipe":
         """The part of one expert, where this is that of E of them."""
-        shared = ("smoothing_factor", "act_shift")
         own = {
             name: tensor[index]
             for name, tensor in self.tensors().items()
-            if name not in shared
+            if name != "smoothing_factor"
+            and not (name == "act_shift" and tensor.dim() == 2)
         }
         return dataclasses.replace(self, shape=self.shape[1:], **own)
 
@@ -206,8 +208,8 @@ class LayerRecipe:
         """One part for all experts of a mixture.
 
         Args:
-            parts: of each expert, with the same smoothing factor and shift. Where pairs
-                differ in rank, smaller ones are filled up with zeros.
+            parts: of each expert, with the same smoothing factor. Where pairs differ in
+                rank, smaller ones are filled up with zeros.
             fingerprint: of the weights of all.
         """
         first = parts[0]
@@ -216,14 +218,16 @@ class LayerRecipe:
         stacked = {
             name: torch.stack([getattr(part, name) for part in padded])
             for name in padded[0].tensors()
-            if name not in ("smoothing_factor", "act_shift")
+            if name != "smoothing_factor"
         }
+        shift = stacked.get("act_shift")
+        if shift is not None and (shift == shift[0]).all():
+            stacked["act_shift"] = shift[0].clone()
         return cls(
             shape=(len(parts), *first.shape),
             fingerprint=fingerprint,
             smoothing_factor=first.smoothing_factor,
             ranks=ranks,
-            act_shift=first.act_shift,
             **stacked,
         )
 

@@ -209,7 +209,7 @@ def _reshaped(recipe):
     layers = {n: copy.copy(p) for n, p in recipe.layers.items() if "experts" in n}
     for layer in layers.values():
         for name, tensor in layer.tensors().items():
-            if name not in ("smoothing_factor", "act_shift"):
+            if tensor.dim() == 3:
                 setattr(layer, name, tensor[:3])
         layer.shape = (3, *layer.shape[1:])
     return type(recipe)(recipe.options, recipe.modalities, layers)

@@ -11,13 +11,14 @@ from expert_models import LAYOUTS, NAMES, E, H, MoEModel, sample, samples
 from torch import nn
 
 from torchao_masquant import Recipe, calibrate
+from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.experts import experts_of
 from torchao_masquant.recipe import weight_fingerprint
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import select, select_linears
-from torchao_masquant.solver.experts import solve_experts
+from torchao_masquant.solver.experts import recentered, solve_experts
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import SolverOptions
 
@@ -93,6 +94,61 @@ def test_experts_are_solved_for_as_linears_that_share_an_input(method):
         found, wanted = mine.tensors(), alone.tensors()
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@torch.no_grad()
+def test_the_second_projection_is_solved_for_without_each_experts_mean():
+    """Against statistics of the tokens themselves, with the mean taken off."""
+    generator = torch.Generator().manual_seed(4)
+    statistics = ExpertStatistics(E, 6, NAMES[:2], torch.device("cpu"), True)
+    direct = InputStatistics(6, NAMES[:2], torch.device("cpu"), True)
+    # Expert 3 sees no token of the second modality.
+    experts = torch.randint(0, E, (900,), generator=generator)
+    ids = torch.where(experts == 3, 0, torch.randint(0, 2, (900,), generator=generator))
+    x = torch.randn(900, 6, generator=generator)
+    x = x + 50 * torch.randn(E, 2, 6, generator=generator)[experts, ids]
+    # A channel that is constant in each expert.
+    x[:, 5] = 10.0 * experts + ids
+    for part in (slice(0, 600), slice(600, 610), slice(610, 900)):
+        statistics.update_experts("x", x[part], ids[part], experts[part])
+    found, means = recentered(statistics)
+    wanted = torch.zeros(E, 2, 6, dtype=torch.float64)
+    for e in range(E):
+        for m in range(2):
+            own = x[(experts == e) & (ids == m)].double()
+            everyone = x[ids == m].double().mean(0)
+            wanted[e, m] = (own.sum(0) + everyone) / (own.shape[0] + 1)
+    torch.testing.assert_close(means, wanted)
+    direct.update("x", (x - wanted[experts, ids]).float(), ids)
+    for one, other, whole in zip(found.moments, direct.moments, statistics.moments):
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        floor = 2.0**-8 * whole.absmax()
+        assert one.count == other.count
+        wanted_max = torch.maximum(other.absmax(), floor)
+        torch.testing.assert_close(one.absmax(), wanted_max, **close)
+        torch.testing.assert_close(one.mean(), other.mean(), **close)
+        torch.testing.assert_close(one.covariance(), other.covariance(), **close)
+        torch.testing.assert_close(one.sample, other.sample, **close)
+
+
+def test_a_channel_that_is_constant_in_each_expert_has_no_covariance():
+    statistics = ExpertStatistics(E, 4, ("text",), torch.device("cpu"), True)
+    experts = torch.arange(400) % E
+    x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 1e4
+    statistics.update_experts("x", x, None, experts)
+    (moments,) = recentered(statistics)[0].moments
+    assert not moments.covariance()[1].any() and not moments.covariance()[:, 1].any()
+    assert moments.covariance().diagonal()[[0, 2, 3]].gt(0.5).all()
+    weight = torch.randn(E, 8, 4, generator=torch.Generator().manual_seed(1))
+    layer = solve_experts("experts", weight, statistics, SolverOptions("w8a8"))
+    # On no token is the outlier rounded: y = W z is a part of the bias.
+    quantized = layer.quantize(weight, SolverOptions("w8a8").bits, ("text",))
+    order = torch.argsort(experts, stable=True)
+    ends = torch.arange(1, E + 1) * 100
+    y = torch.ops.masquant.expert_linear(x[order], quantized, ends)
+    exact = (weight[experts[order]].double() @ x[order].double()[..., None])[..., 0]
+    assert (y - exact).abs().max() < 0.2
 
 
 def test_pairs_of_different_ranks_are_filled_up_with_zeros():

@@ -137,6 +137,23 @@ def test_types_of_16_bits(dtype):
     assert y.dtype == dtype and torch.equal(y, wide.to(dtype))
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_each_expert_may_have_a_shift_of_its_own(mixed):
+    apart = experts(**SCHEMES["w4a6"])
+    generator = torch.Generator().manual_seed(8)
+    for alone in apart:
+        alone.act_shift = torch.randn(3, K, generator=generator)
+    weight = MASQuantTensor.stack(apart)
+    assert weight.act_shift.shape == (E, 3, K)
+    assert torch.equal(weight[2].act_shift, apart[2].act_shift)
+    chosen, rows, ends = routing(9, 2)
+    x = torch.randn(9, K, generator=generator)
+    ids = torch.arange(9) % 3 if mixed else torch.zeros(9, dtype=torch.int64)
+    given = ids if mixed else None
+    y = torch.ops.masquant.expert_linear(x, weight, ends, rows, given)
+    check_projection(weight, None, x[rows], ids[rows], chosen, y)
+
+
 def test_a_modality_that_an_expert_does_not_meet():
     weight = MASQuantTensor.stack(experts(**SCHEMES["w4a4"]))
     ids = torch.tensor([0, 0, 1, 2])
@@ -207,7 +224,7 @@ def test_weights_that_do_not_fit_each_other():
     with pytest.raises(ValueError, match="at least one weight"):
         MASQuantTensor.stack([])
     other_factor = experts(seed=1, **SCHEMES["w4a8"])
-    with pytest.raises(ValueError, match="the same smoothing factors and shift"):
+    with pytest.raises(ValueError, match="with the same smoothing factors"):
         MASQuantTensor.stack([apart[0], other_factor[0]])
     with pytest.raises(ValueError, match="weights of one layout"):
         MASQuantTensor.stack([apart[0], experts(**SCHEMES["w4a6"])[0]])

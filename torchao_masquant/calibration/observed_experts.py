@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.expert_modules import RoutedExperts, become, become_original
+from torchao_masquant.kernels.expert_operators import expert_of_rows
 
 if TYPE_CHECKING:
     from torchao_masquant.calibration.session import CalibrationSession
@@ -72,7 +73,13 @@ class MASQuantObservedExperts(RoutedExperts):
         bias: Optional[torch.Tensor],
     ) -> torch.Tensor:
         if name in self.observed:
-            self.session.observe_experts(self.observed[name], x, modality_ids)
+            read, ids, experts = x, modality_ids, None
+            if rows is None:
+                # Without those of experts that are elsewhere.
+                read = x[: int(ends[-1])]
+                ids = None if ids is None else ids[: read.shape[0]]
+                experts = expert_of_rows(ends, read.shape[0])
+            self.session.observe_experts(self.observed[name], read, ids, experts)
         weight = getattr(self, name)
         if self.is_transposed:
             weight = weight.transpose(1, 2)

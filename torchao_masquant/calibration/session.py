@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.statistics import InputStatistics
@@ -153,7 +154,11 @@ class CalibrationSession:
     @torch.inference_mode(False)
     @torch.no_grad()
     def observe_experts(
-        self, name: str, x: torch.Tensor, ids: Optional[torch.Tensor]
+        self,
+        name: str,
+        x: torch.Tensor,
+        ids: Optional[torch.Tensor],
+        experts: Optional[torch.Tensor] = None,
     ) -> None:
         """Add what one projection of experts reads in one call.
 
@@ -161,12 +166,25 @@ class CalibrationSession:
             name: of the parameter in the model.
             x: (S, K), each token once, or once for each of its experts.
             ids: (S,) modality ids, negative for padding; None: all base.
+            experts: (S,) which expert reads each row, None where all read the same.
 
         Raises:
             ValueError: the input holds nan or inf.
         """
         self.leaders[name] = name
-        self._update(name, x, ids)
+        if experts is None:
+            self._update(name, x, ids)
+            return
+        statistics = self.statistics.get(name)
+        if not isinstance(statistics, ExpertStatistics):
+            statistics = self.statistics[name] = ExpertStatistics(
+                self.experts[name].weight.shape[0],
+                x.shape[-1],
+                self.router.modalities,
+                x.device,
+                self.second_moments,
+            )
+        statistics.update_experts(name, x, ids, experts)
 
     def _update(self, name: str, x: torch.Tensor, ids: Optional[torch.Tensor]) -> None:
         statistics = self.statistics.get(name)

@@ -22,9 +22,6 @@ PARTS = (
     *MASQuantTensor.optional_tensor_data_names,
 )
 
-# What the experts of a mixture share.
-_SHARED = ("act_pre_scale", "act_shift")
-
 #: Type and shape of a stored tensor.
 TensorKind = tuple[torch.dtype, tuple[int, ...]]
 
@@ -60,6 +57,7 @@ class LayerFormat:
         routed: whether each modality has a smoothing factor of its own.
         ranks: of the pairs of modality 1, 2, ..., or empty.
         parts: name of each stored part to its type.
+        own_shift: whether each expert has a shift of its own; not said of linears.
     """
 
     shape: tuple[int, ...]
@@ -71,6 +69,7 @@ class LayerFormat:
     routed: bool
     ranks: tuple[int, ...]
     parts: tuple[tuple[str, str], ...]
+    own_shift: bool = False
 
     @classmethod
     def of(cls, weight: MASQuantTensor) -> "LayerFormat":
@@ -90,11 +89,12 @@ class LayerFormat:
                 for name, t in parts.items()
                 if t is not None
             ),
+            own_shift=weight.act_shift is not None and weight.act_shift.dim() == 3,
         )
 
     def to_json(self) -> dict[str, Any]:
         """As :meth:`from_json` reads it."""
-        return {
+        entry = {
             "shape": list(self.shape),
             "dtype": self.dtype,
             "weight_bits": self.weight_bits,
@@ -105,6 +105,9 @@ class LayerFormat:
             "ranks": list(self.ranks),
             "parts": dict(self.parts),
         }
+        if len(self.shape) == 3:
+            entry["own_shift"] = self.own_shift
+        return entry
 
     @classmethod
     def from_json(cls, entry: Any) -> "LayerFormat":
@@ -115,7 +118,8 @@ class LayerFormat:
         """
         if not isinstance(entry, dict):
             raise ValueError(f"a format is a dict, got {entry!r}")
-        names = list(cls.__dataclass_fields__)
+        of_experts = isinstance(entry.get("shape"), list) and len(entry["shape"]) == 3
+        names = [n for n in cls.__dataclass_fields__ if of_experts or n != "own_shift"]
         if sorted(entry) != sorted(names):
             raise ValueError(f"a format has the fields {names}, got {sorted(entry)}")
         shape = _integers(entry, "shape", least=1)
@@ -125,6 +129,9 @@ class LayerFormat:
             raise ValueError(f"dtype is one of {_FLOATING}, got {entry['dtype']!r}")
         if not isinstance(entry["routed"], bool):
             raise ValueError(f"routed is true or false, got {entry['routed']!r}")
+        own_shift = entry.get("own_shift", False)
+        if not isinstance(own_shift, bool):
+            raise ValueError(f"own_shift is true or false, got {own_shift!r}")
         modalities = entry["modalities"]
         if not _is_list_of(modalities, str):
             raise ValueError(f"modalities is a list of names, got {modalities!r}")
@@ -141,6 +148,7 @@ class LayerFormat:
             routed=entry["routed"],
             ranks=_integers(entry, "ranks"),
             parts=_parts(entry["parts"]),
+            own_shift=own_shift,
         )
         found._check()
         return found
@@ -149,7 +157,7 @@ class LayerFormat:
         """Raise unless the fields fit each other, as the tensor itself would."""
         # Of one expert: they are all alike.
         shape = (self.shape[-2], self.shape[-1])
-        kinds = dataclasses.replace(self, shape=shape).kinds()
+        kinds = dataclasses.replace(self, shape=shape, own_shift=False).kinds()
         check_group_size(self.group_size, shape)
 
         def meta(name: str) -> Optional[torch.Tensor]:
@@ -203,10 +211,11 @@ class LayerFormat:
             "low_rank_scale": (rank,),
             "act_shift": (modalities, k),
         }
+        shared = {"act_pre_scale"} if self.own_shift else {"act_pre_scale", "act_shift"}
         return {
             name: (
                 getattr(torch, t),
-                shapes[name] if name in _SHARED else (*experts, *shapes[name]),
+                shapes[name] if name in shared else (*experts, *shapes[name]),
             )
             for name, t in self.parts
         }
