@@ -385,7 +385,7 @@ class MASQuantTensor(TorchAOBaseTensor):
                     "experts need weights of one layout, with the same smoothing "
                     f"factors: got {weight!r} beside {first!r}."
                 )
-        inner = {}
+        inner: dict[str, Any] = {}
         for name in names:
             parts = [getattr(weight, name) for weight in weights]
             shared = name == "act_pre_scale" or (name == "act_shift" and _same(parts))
@@ -761,7 +761,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             f"index {index} in dimension {dim} of {self!r}."
         )
     names, attributes = self.__tensor_flatten__()
-    inner = {}
+    inner: dict[str, Any] = {}
     for name in names:
         part = getattr(self, name)
         shared = name == "act_pre_scale" or (name == "act_shift" and part.dim() == 2)

@@ -6,7 +6,7 @@
 """The experts that a quantized model has in place of transformers' own."""
 
 import functools
-from typing import Any, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import nn
@@ -33,6 +33,10 @@ class RoutedExperts(nn.Module):
     fqn: str
     #: its model's
     router: Optional[Router]
+    # What the original class has.
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
 
     def modality_ids(self, hidden_states: torch.Tensor) -> Optional[torch.Tensor]:
         """(T,) of tokens (T, H), or None: all base."""
@@ -100,7 +104,7 @@ class RoutedExperts(nn.Module):
 
 
 def _remade(kind: type, original: type) -> nn.Module:
-    cls = _class_of(kind, original)
+    cls: Any = _class_of(kind, original)
     return cls.__new__(cls)
 
 
@@ -118,7 +122,8 @@ def _class_of(kind: type, original: type) -> type:
 def become(module: nn.Module, kind: type) -> None:
     """Turn experts of transformers into a kind of :class:`RoutedExperts`, in place."""
     become_original(module)
-    module.__class__ = _class_of(kind, type(module))
+    original: type = type(module)
+    module.__class__ = _class_of(kind, original)
 
 
 def become_original(module: nn.Module) -> None:

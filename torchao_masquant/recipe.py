@@ -195,7 +195,7 @@ class LayerRecipe:
 
     def expert(self, index: int) -> "LayerRecipe":
         """The part of one expert, where this is that of E of them."""
-        own = {
+        own: dict[str, Any] = {
             name: tensor[index]
             for name, tensor in self.tensors().items()
             if name != "smoothing_factor"

@@ -118,6 +118,12 @@ class Selected:
     linears: dict[str, nn.Linear]
     experts: dict[str, ExpertWeight]
 
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weight of each, (N, K) or (E, N, K)."""
+        linears = {name: linear.weight for name, linear in self.linears.items()}
+        return linears | {name: e.weight for name, e in self.experts.items()}
+
 
 def select_linears(
     model: nn.Module, include: Patterns = None, exclude: Patterns = None

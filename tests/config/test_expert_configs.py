@@ -6,11 +6,10 @@
 """``quantize_`` on models whose experts are no linears."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from expert_models import LAYOUTS, NAMES, MoEModel, sample, samples
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
@@ -23,10 +22,6 @@ from torchao_masquant import (
     token_modalities,
 )
 from torchao_masquant.routing import router_of
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experts"))
-
-from expert_models import LAYOUTS, NAMES, MoEModel, sample, samples  # noqa: E402
 
 FIXED = {"alpha": 0.5, "separation": 1.0}
 

@@ -20,11 +20,16 @@ from torchao_masquant import (
     MASQuantConfig,
     MASQuantExperts,
     MASQuantHfConfig,
+    MASQuantTensor,
+    analyze,
     calibrate,
+    evaluate,
     masquant_config,
     save_quantized,
 )
 from torchao_masquant.expert_modules import RoutedExperts
+from torchao_masquant.report import write_report
+from torchao_masquant.report.recipe_bytes import recipe_bytes
 
 
 def _gpt_oss() -> Any:
@@ -126,10 +131,16 @@ def test_files_hold_packed_integers(saved):
         for projection in ("gate_up_proj", "down_proj"):
             weight = getattr(module, projection).data
             e, n, k = weight.shape
-            integers = stored[f"{name}._{projection}_qdata"]
+            # transformers may save under another prefix.
+            place = name[name.index("layers.") :]
+            (integers,) = (
+                tensor
+                for key, tensor in stored.items()
+                if key.endswith(f"{place}._{projection}_qdata")
+            )
             assert integers.dtype == torch.uint8
             assert integers.shape == (e, n, k // 2)
-            assert f"{name}.{projection}" not in stored
+            assert not any(k.endswith(f"{place}.{projection}") for k in stored)
             numbers = entry["layers"][f"{name}.{projection}"]
             assert entry["formats"][numbers["format"]]["shape"] == [e, n, k]
             assert entry["options"][numbers["options"]]["scheme"] == "w4a8"
@@ -252,3 +263,40 @@ def _half_of_experts(entry, tensors):
 def test_damage_is_named(saved, change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         damaged(saved, tmp_path, change)
+
+
+def test_scores_of_a_model_with_experts(saved):
+    dense, _, model, _, inputs = saved
+    labelled = {**inputs, "labels": inputs["input_ids"]}
+    found = evaluate(model, [labelled], reference=dense, progress=False)
+    assert found.scheme == "w4a8"
+    held = sum(
+        p.data.nbytes_stored
+        for p in model.get_decoder().parameters()
+        if isinstance(p.data, MASQuantTensor)
+    )
+    assert found.weight_bytes == held
+    # What is 4 bits of integers and a little more, of what was 32 bits.
+    assert held < found.reference_weight_bytes / 2
+
+
+def test_an_analysis_is_of_the_linears(saved):
+    dense, recipe, _, _, inputs = saved
+    found = analyze(dense, [inputs], progress=False)
+    linears = {name for name, part in recipe.layers.items() if len(part.shape) == 2}
+    assert {n for study in found.inputs.values() for n in study.linears} == linears
+
+
+def test_a_report_has_the_bytes_of_experts(saved, tmp_path):
+    _, recipe, model, _, _ = saved
+    sizes = recipe_bytes(recipe)
+    for name, part in recipe.layers.items():
+        module, _, parameter = name.rpartition(".")
+        if len(part.shape) == 3:
+            weight = getattr(model.get_submodule(module), parameter).data
+            # Pairs of float32 in a recipe, of 16 bits in the model.
+            assert sizes[name].total == weight.nbytes_stored, name
+            assert sizes[name].bfloat16 == 2 * weight.numel()
+    page = tmp_path / "report.html"
+    write_report(page, recipe=recipe)
+    assert "4 × 64 × 32" in page.read_text()

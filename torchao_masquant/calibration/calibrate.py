@@ -149,8 +149,8 @@ def calibrate(
             f"learning is for linears alone, and {next(iter(experts))} is of experts: "
             "calibrate with epochs=0, or exclude '*.experts.*'."
         )
-    for name, layer in {**linears, **experts}.items():
-        if layer.weight.is_meta:
+    for name, weight in selected.weights.items():
+        if weight.is_meta:
             raise ValueError(
                 f"{name} is on the meta device, without values to calibrate for: load "
                 "the model's weights first."

@@ -87,9 +87,9 @@ def recentered(
         # A bfloat16 activation is known to no better, whatever is taken off it.
         least = RESOLUTION * moments.absmax()
         crossed = own.sum.t() @ means
-        outer = moments.outer
-        if outer is not None:
-            outer = outer - crossed - crossed.t() + (means * count).t() @ means
+        outer = None
+        if moments.outer is not None:
+            outer = moments.outer - crossed - crossed.t() + (means * count).t() @ means
             # What is constant in every expert, to within rounding.
             varies = outer.diagonal() > ROUNDING * moments.outer.diagonal()
             outer = outer * torch.outer(varies, varies)
