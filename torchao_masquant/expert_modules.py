@@ -164,13 +164,20 @@ class MASQuantExperts(RoutedExperts):
             ``experts`` itself, of a class that is this one, too.
 
         Raises:
-            ValueError: a projection is left out, or a routed weight has no router.
+            ValueError: a projection is left out, weights are for other modalities than
+                each other, or a routed weight has no router.
         """
         names = projections(experts)
         if names is None or set(weights) != set(names):
             raise ValueError(
                 f"{fqn}: experts are quantized as a whole, their {names}; got weights "
                 f"for {tuple(weights)}."
+            )
+        modalities = {weight.modalities for weight in weights.values()}
+        if len(modalities) > 1:
+            raise ValueError(
+                f"{fqn}: the weights of experts are for the same modalities, got "
+                f"{sorted(modalities)}."
             )
         routed = any(weight.is_routed for weight in weights.values())
         if routed and router is None:

@@ -239,3 +239,16 @@ def test_a_projection_alone_is_refused():
             model.experts, {"down_proj": weight}, "experts", None
         )
     assert type(model.experts) is LAYOUTS["gated"]
+
+
+def test_projections_for_different_modalities_are_refused():
+    model, other = quantized(), quantized()
+    weights = {
+        "gate_up_proj": model.experts.gate_up_proj.data,
+        "down_proj": other.experts.down_proj.data,
+    }
+    weights["down_proj"].modalities = NAMES[::-1]
+    with pytest.raises(ValueError, match="^experts: .* for the same modalities, got"):
+        MASQuantExperts.from_float(
+            MoEModel().experts, weights, "experts", model.experts.router
+        )

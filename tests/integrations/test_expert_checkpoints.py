@@ -257,7 +257,7 @@ def _half_of_experts(entry, tensors):
         (_shift_of_another_kind, "damaged: own_shift is true or false, got 1"),
         (_four_sizes, r"damaged: .*"),
         (_not_experts, "damaged: model.elsewhere of shape .* is none of"),
-        (_half_of_experts, "that its config.json does not know"),
+        (_half_of_experts, "damaged: experts are quantized as a whole, and"),
     ],
 )
 def test_damage_is_named(saved, change, message, tmp_path):

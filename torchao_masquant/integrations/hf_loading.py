@@ -90,6 +90,12 @@ class CheckpointLoading:
                 routers[layer.modalities] = Router.for_model(model, layer.modalities)
             self.formats[name] = layer
             self._routers[name] = routers[layer.modalities]
+        try:
+            check_whole(list(self.formats), experts_of(model))
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint's config.json is damaged: {error}"
+            ) from error
 
     def _name_in(
         self, modules: Mapping[str, Any], saved_name: str, layer: LayerFormat
@@ -332,8 +338,7 @@ class QuantizingLoading:
 
     def finish_experts(self, model: nn.Module) -> None:
         """Turn experts into quantized ones, once all of their weights are there."""
-        if self.error is None:
-            _finish_experts(model, dict.fromkeys(self._layers, self.router))
+        _finish_experts(model, dict.fromkeys(self._layers, self.router))
 
     def finish(self) -> None:
         """Raise unless every weight has been quantized.
@@ -396,13 +401,14 @@ def _finish_experts(model: nn.Module, routers: Mapping[str, Router]) -> None:
         if name in routers:
             modules.setdefault(weight.module, {})[name] = weight
     for module, weights in modules.items():
-        name, first = next(iter(weights.items()))
-        MASQuantExperts.from_float(
-            module,
-            {w.parameter: getattr(module, w.parameter).data for w in weights.values()},
-            name.removesuffix(f".{first.parameter}"),
-            routers[name],
-        )
+        loaded = {
+            w.parameter: getattr(module, w.parameter).data for w in weights.values()
+        }
+        # Of one that was not there transformers has its own to say.
+        if all(isinstance(tensor, MASQuantTensor) for tensor in loaded.values()):
+            name, first = next(iter(weights.items()))
+            fqn = name.removesuffix(f".{first.parameter}")
+            MASQuantExperts.from_float(module, loaded, fqn, routers[name])
 
 
 def _optional_names(model: Any) -> Callable[[str, set[str]], bool]:

@@ -157,10 +157,11 @@ class MASQuantHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         loading, self.loading = self.loading, None
+        if isinstance(loading, QuantizingLoading):
+            loading.finish()
         if loading is not None:
             loading.finish_experts(model)
         if isinstance(loading, QuantizingLoading):
-            loading.finish()
             self.options = dict.fromkeys(loading.names, loading.config.options)
             # The recipe, which may be as large as the model, is done with.
             self.quantization_config = MASQuantHfConfig.of_checkpoint(
