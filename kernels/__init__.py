@@ -11,6 +11,7 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
 - ``library``: schemas and fake (shape) implementations;
 - ``autocast``: what ``masquant::linear`` does under ``torch.autocast``;
 - ``reference``: the plain implementation that every lowering is tested against;
+- ``expert_operators``: those of mixture-of-experts weights, made of the others;
 - ``int4_packing``: two 4-bit integers per byte;
 - ``cpu_lowering``: C++ kernels for x86, compiled at their first use;
 - ``gpu_lowering``: Triton kernels for CUDA and ROCm, which are in ``gpu``.
@@ -23,6 +24,7 @@ if __name__ == "torchao_masquant.kernels":
     from torchao_masquant.kernels import (
         autocast,
         cpu_lowering,
+        expert_operators,
         gpu_lowering,
         library,
         reference,
@@ -32,6 +34,7 @@ if __name__ == "torchao_masquant.kernels":
     __all__ = [
         "autocast",
         "cpu_lowering",
+        "expert_operators",
         "gpu_lowering",
         "library",
         "pack_int4",

@@ -44,6 +44,11 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
 
     M modalities, base first; an (N, K) weight; R is the sum of ``ranks``.
 
+    The weights of E experts of a mixture, (E, N, K), are one such tensor too
+    (:meth:`stack`), and ``weight[e]`` is the weight of an expert. All tensor attributes
+    then have a leading dimension E, but for ``act_pre_scale``, and for ``act_shift``
+    where the experts have the same one.
+
     Tensor Attributes:
         qdata: the integers of ``Q(W / p_0)``, signed: (N, K) int8, or
             (N, ceil(K / 2)) uint8, two per byte, where ``weight_bits`` is 4 or 3
@@ -113,7 +118,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     ) -> "MASQuantTensor":
         return torch.Tensor._make_wrapper_subclass(
             cls,
-            (qdata.shape[0], in_features),
+            (*qdata.shape[:-1], in_features),
             device=qdata.device,
             dtype=dtype,
             requires_grad=False,
@@ -355,6 +360,39 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             act_shift=held(act_shift, torch.float32),
         )
 
+    @classmethod
+    def stack(cls, weights: "Sequence[MASQuantTensor]") -> "MASQuantTensor":
+        """The weights of the experts of a mixture as one tensor.
+
+        Args:
+            weights: E tensors of one shape (N, K) and one layout, with the same
+                smoothing factors.
+
+        Returns:
+            (E, N, K), a copy.
+
+        Raises:
+            ValueError: there are none, or they do not fit each other.
+        """
+        if not weights:
+            raise ValueError("MASQuantTensor.stack needs at least one weight.")
+        first = weights[0]
+        names, attributes = first.__tensor_flatten__()
+        for weight in weights[1:]:
+            if weight.__tensor_flatten__() != (names, attributes) or not _same(
+                [first.act_pre_scale, weight.act_pre_scale]
+            ):
+                raise ValueError(
+                    "experts need weights of one layout, with the same smoothing "
+                    f"factors: got {weight!r} beside {first!r}."
+                )
+        inner: dict[str, Any] = {}
+        for name in names:
+            parts = [getattr(weight, name) for weight in weights]
+            shared = name == "act_pre_scale" or (name == "act_shift" and _same(parts))
+            inner[name] = parts[0] if shared else torch.stack(parts)
+        return cls(**inner, **attributes)
+
     @property
     def is_routed(self) -> bool:
         """Whether the result depends on the modality of a token."""
@@ -383,7 +421,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     @property
     def group_size(self) -> int:
         """Weights that share one scale; K for one scale per output channel."""
-        return self.in_features // self.scale.shape[1]
+        return self.in_features // self.scale.shape[-1]
 
     @property
     def nbytes_stored(self) -> int:
@@ -393,7 +431,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         return sum(t.numel() * t.element_size() for t in inner)
 
     def int_data(self) -> torch.Tensor:
-        """The integers, unpacked: (N, K) int8."""
+        """The integers, unpacked: int8, of the weight's shape."""
         if self.weight_bits <= 4:
             return unpack_int4(self.qdata, self.in_features)
         return self.qdata
@@ -410,13 +448,16 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             modality: one of ``modalities``; None for the base.
 
         Returns:
-            (N, K): ``Q(W / p_0) * p_0`` for the base, and
+            (N, K), for experts (E, N, K): ``Q(W / p_0) * p_0`` for the base, and
             ``(Q(W / p_0) + (L1_m L2_m)^T) * p_m`` for another modality. The
             modality bias and the shift are no part of it.
 
         Raises:
             ValueError: the tensor knows no such modality.
         """
+        if self.dim() == 3:
+            experts = (self[e] for e in range(self.shape[0]))
+            return torch.stack([w.dequantize(output_dtype, modality) for w in experts])
         index = 0
         if modality is not None:
             if modality not in self.modalities:
@@ -457,7 +498,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             else "one smoothing factor for all modalities"
         )
         parts = [f"w{self.weight_bits}a{self.act_bits}", smoothing]
-        if self.scale.shape[1] > 1:
+        if self.scale.shape[-1] > 1:
             parts.append(f"group_size={self.group_size}")
         if not self.symmetric:
             parts.append("asymmetric")
@@ -481,6 +522,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         return f"MASQuantTensor({', '.join(parts)})"
 
 
+def _same(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(t is tensors[0] or torch.equal(t, tensors[0]) for t in tensors[1:])
+
+
 implements = MASQuantTensor.implements
 implements_torch_function = MASQuantTensor.implements_torch_function
 
@@ -501,6 +546,11 @@ def _check_weight(weight: torch.Tensor) -> None:
         raise TypeError(
             "masquant::linear takes a MASQuantTensor as its weight, and plain tensors "
             f"as everything else; got a {type(weight).__name__} weight."
+        )
+    if weight.dim() != 2:
+        raise ValueError(
+            f"masquant::linear takes the weight of one linear, got {weight!r}: experts "
+            "are for masquant::expert_linear."
         )
 
 
@@ -628,6 +678,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     bias rides with the slice that holds column 0.
     """
     self, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
+    if self.dim() != 2:
+        raise ValueError(
+            f"the experts of a MASQuantTensor are not sliced, but taken one by one, as "
+            f"weight[e]: got {self!r}."
+        )
     dim = dim + 2 if dim < 0 else dim
     if step != 1:
         raise ValueError(f"MASQuantTensor slices with step 1 only, got step={step}.")
@@ -695,6 +750,26 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             low_rank_scale=self.low_rank_scale,
             act_shift=act_shift,
         ),
+    )
+
+
+@implements(aten.select.int)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """The weight of one expert, as a view."""
+    self, dim, index = args
+    if self.dim() != 3 or dim not in (0, -3):
+        raise ValueError(
+            f"of a MASQuantTensor only experts are taken one by one, as weight[e]: got "
+            f"index {index} in dimension {dim} of {self!r}."
+        )
+    names, attributes = self.__tensor_flatten__()
+    inner: dict[str, Any] = {}
+    for name in names:
+        part = getattr(self, name)
+        shared = name == "act_pre_scale" or (name == "act_shift" and part.dim() == 2)
+        inner[name] = part if shared else aten.select.int(part, 0, index)
+    return return_and_correct_aliasing(
+        func, args, kwargs, MASQuantTensor(**inner, **attributes)
     )
 
 

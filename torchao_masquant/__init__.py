@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torchao_masquant.calibration import calibrate, modality_sensitivity
 from torchao_masquant.config import MASQuantConfig, masquant_config
 from torchao_masquant.evaluation import Analysis, Evaluation, analyze, evaluate
+from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.gpu_tuning import tune_kernels
 from torchao_masquant.integrations import register_integrations
 from torchao_masquant.linear import MASQuantLinear
@@ -35,6 +36,7 @@ __all__ = [
     "LayerRecipe",
     "MASQuantConfig",
     "MASQuantHfConfig",
+    "MASQuantExperts",
     "MASQuantLinear",
     "MASQuantTensor",
     "Recipe",

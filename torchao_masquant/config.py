@@ -17,22 +17,31 @@ import torch
 from torch import nn
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization import quantize_
+from torchao.quantization.quant_api import _is_linear
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from torchao_masquant.calibration.calibrate import base_first, solve
+from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.session import (
     CalibrationSession,
     MASQuantObservedLinear,
 )
-from torchao_masquant.convert import convert_linear, placeholder_weight
+from torchao_masquant.convert import (
+    convert_experts,
+    convert_linear,
+    placeholder_experts,
+    placeholder_weight,
+)
+from torchao_masquant.expert_modules import MASQuantExperts
+from torchao_masquant.experts import ExpertWeight, experts_of
 from torchao_masquant.integrations.attachment import attach_to_transformers
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.modality import TEXT
 from torchao_masquant.recipe import LayerRecipe, Recipe, weight_fingerprint
 from torchao_masquant.routing import Router, router_of
-from torchao_masquant.selection import Patterns, match_names, select_linears
+from torchao_masquant.selection import Patterns, check_whole, match_names, select
 from torchao_masquant.sharing import share_smoothing
 from torchao_masquant.solver.methods import SolverOptions
 
@@ -62,6 +71,11 @@ class MASQuantConfig(AOBaseConfig):
 
     Each step is checked for the whole model before its first linear is changed.
 
+    ``quantize_`` hands linears over, unless its ``filter_fn`` says otherwise; the experts
+    of a mixture, whose weights are no linears, are quantized together with the first of
+    them. A ``filter_fn`` of the caller's own, and ``FqnToConfig``, choose experts as they
+    choose linears: by the module.
+
     Args:
         step: "prepare" (observe the linears), "convert" (quantize them), or
             "prepare_for_loading" (give the linears quantized weights of zeros, to load
@@ -82,7 +96,8 @@ class MASQuantConfig(AOBaseConfig):
         lr: its learning rate.
         base_modality: the one that the shared weight is smoothed for.
         modalities: those that the model will meet; None for all its config declares.
-        include: patterns of names of linears, in place of all of the decoder.
+        include: patterns of names of linears and expert weights, in place of all of the
+            decoder.
         exclude: patterns of names to leave out.
         recipe: what ``calibrate`` found, or the path of one; its options take the
             place of those above. Only a path can be written to JSON
@@ -241,18 +256,40 @@ def _masquant_transform(module: nn.Module, config: MASQuantConfig) -> nn.Module:
         _attach(model, config, plan)
     elif (
         config.step == QuantizationStep.CONVERT
-        and isinstance(module, MASQuantObservedLinear)
+        and isinstance(module, _OBSERVED)
         and module not in plan.targets
     ):
         # Observed by another "prepare" step than those before it.
         plan.add(_plan_observed(model, config, module.session))
         _attach(model, config, plan)
     plan.apply(module)
-    if config.step != QuantizationStep.PREPARE and isinstance(module, MASQuantLinear):
+    if _hands_over_linears_alone():
+        _transform_experts(model, config, plan)
+    if config.step != QuantizationStep.PREPARE and isinstance(
+        module, (MASQuantLinear, MASQuantExperts)
+    ):
         share_smoothing(plan.parents.get(module, module))
-        if module.weight.device.type == "cpu":
+        if next(module.parameters()).device.type == "cpu":
             cpu_lowering.prepare()
     return module
+
+
+def _transform_experts(model: nn.Module, config: MASQuantConfig, plan: _Plan) -> None:
+    """Do what is planned for experts, which are not handed over one by one."""
+    if config.step == QuantizationStep.CONVERT:
+        for module in model.modules():
+            if (
+                isinstance(module, MASQuantObservedExperts)
+                and module not in plan.targets
+            ):
+                plan.add(_plan_observed(model, config, module.session))
+                _attach(model, config, plan)
+    for module in [m for m in plan.actions if not isinstance(m, nn.Linear)]:
+        plan.apply(module)
+
+
+# What a "prepare" step leaves.
+_OBSERVED = (MASQuantObservedLinear, MASQuantObservedExperts)
 
 
 def _attach(model: nn.Module, config: MASQuantConfig, plan: _Plan) -> None:
@@ -270,11 +307,23 @@ def _model_in_quantize() -> nn.Module:
     MASQuant needs both: calls are routed at the model, a recipe goes by names, and
     nothing may change before everything is checked. So it looks at its caller.
     """
+    model = _quantize_locals()["model"]
+    return getattr(model, "_orig_mod", model)
+
+
+def _hands_over_linears_alone() -> bool:
+    """Whether ``quantize_`` was called without a choice of modules by its caller."""
+    given = _quantize_locals()
+    return (
+        isinstance(given["config"], MASQuantConfig) and given["filter_fn"] is _is_linear
+    )
+
+
+def _quantize_locals() -> Mapping[str, Any]:
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is quantize_.__code__:
-            model = frame.f_locals["model"]
-            return getattr(model, "_orig_mod", model)
+            return frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
     raise RuntimeError(
         "MASQuantConfig works through torchao.quantization.quantize_(model, config) "
@@ -291,36 +340,53 @@ def _plan(
         return _plan_loading(model, config)
     if config.loaded_recipe is not None:
         return _plan_recipe(model, config, config.loaded_recipe)
-    observed = [m for m in model.modules() if isinstance(m, MASQuantObservedLinear)]
+    observed = [m for m in model.modules() if isinstance(m, _OBSERVED)]
     if not observed:
         raise ValueError(
             f"{type(model).__name__} has no observed linear to convert: call "
             "quantize_(model, MASQuantConfig(step='prepare', ...)) and run calibration "
             "data first, or give a recipe."
         )
-    first = module if isinstance(module, MASQuantObservedLinear) else observed[0]
+    first = module if isinstance(module, _OBSERVED) else observed[0]
     return _plan_observed(model, config, first.session)
 
 
 def _plan_prepare(
     model: nn.Module, config: MASQuantConfig
 ) -> dict[nn.Module, Callable[[], object]]:
-    linears = select_linears(model, config.include, config.exclude)
+    selected = select(model, config.include, config.exclude)
     modalities = base_first(model, config.base_modality, config.modalities)
     # Another part of the model may be observed already, by another config.
-    router = next(
-        (m.router for m in model.modules() if isinstance(m, MASQuantObservedLinear)),
-        None,
-    )
+    router = next((m.router for m in model.modules() if isinstance(m, _OBSERVED)), None)
     if router is None or router.modalities != modalities:
         router = Router.for_model(model, modalities)
         router.skip_padding = True
         router.attach(model)
     session = CalibrationSession({}, router, config.options.parts.per_modality)
-    return {
+    actions: dict[nn.Module, Callable[[], object]] = {
         linear: partial(session.attach_linear, name, linear)
-        for name, linear in linears.items()
+        for name, linear in selected.linears.items()
     }
+    for experts, weights in _by_module(selected.experts).items():
+        actions[experts] = partial(_observe_experts, session, weights)
+    return actions
+
+
+def _by_module(
+    experts: Mapping[str, ExpertWeight],
+) -> dict[nn.Module, dict[str, ExpertWeight]]:
+    """Module to its weights of experts by their names in the model."""
+    modules: dict[nn.Module, dict[str, ExpertWeight]] = {}
+    for name, weight in experts.items():
+        modules.setdefault(weight.module, {})[name] = weight
+    return modules
+
+
+def _observe_experts(
+    session: CalibrationSession, weights: Mapping[str, ExpertWeight]
+) -> None:
+    for name, weight in weights.items():
+        session.attach_experts(name, weight)
 
 
 def _plan_observed(
@@ -334,17 +400,57 @@ def _plan_observed(
     layers = solve(session, config.options, progress=True)
     router = session.router
     router.detach(model)
-    mine = set(session.linears.values())
+    experts = _by_module(session.experts)
+    mine = {*session.linears.values(), *experts}
     if _needs_router(router, layers) or any(
         getattr(m, "router", None) is router and m not in mine for m in model.modules()
     ):
         router.attach(model)
-    return {
-        session.linears[name]: partial(
-            _convert_observed, session, name, layer, config, router
-        )
-        for name, layer in layers.items()
+    actions: dict[nn.Module, Callable[[], object]] = {
+        linear: partial(_convert_observed, session, name, layers[name], config, router)
+        for name, linear in session.linears.items()
     }
+    for module, weights in experts.items():
+        convert = _conversion_of_experts(
+            module, {n: layers[n] for n in weights}, weights, config, router
+        )
+        actions[module] = partial(_convert_observed_experts, session, module, convert)
+    return actions
+
+
+def _convert_observed_experts(
+    session: CalibrationSession, experts: nn.Module, convert: Callable[[], object]
+) -> None:
+    # As for linears.
+    session.router.skip_padding = False
+    session.detach_experts(experts)
+    convert()
+
+
+def _conversion_of_experts(
+    experts: nn.Module,
+    layers: Mapping[str, LayerRecipe],
+    weights: Mapping[str, ExpertWeight],
+    config: MASQuantConfig,
+    router: Router,
+) -> Callable[[], object]:
+    """What quantizes one module of experts.
+
+    Args:
+        layers: name in the model of each of its weights to its part of a recipe.
+        weights: of those names.
+    """
+    first = next(iter(weights))
+    return partial(
+        convert_experts,
+        experts,
+        first.removesuffix(f".{weights[first].parameter}"),
+        {weights[name].parameter: layer for name, layer in layers.items()},
+        config.options.bits,
+        router.modalities,
+        router,
+        config.options.low_rank_bits,
+    )
 
 
 def _convert_observed(
@@ -375,9 +481,15 @@ def _plan_recipe(
     modules = dict(model.named_modules())
     names = match_names(list(recipe.layers), config.include, config.exclude)
     layers = {name: recipe.layers[name] for name in names}
+    experts = experts_of(model)
     for name, layer in layers.items():
-        _check_layer(modules.get(name), name, layer)
+        if len(layer.shape) == 3:
+            _check_experts(experts.get(name), name, layer)
+        else:
+            _check_layer(modules.get(name), name, layer)
+    check_whole(names, experts)
     router = _router_for(model, recipe.modalities, layers)
+    chosen = _by_module({name: w for name, w in experts.items() if name in layers})
     return {
         modules[name]: partial(
             convert_linear,
@@ -390,38 +502,67 @@ def _plan_recipe(
             config.options.low_rank_bits,
         )
         for name, layer in layers.items()
+        if len(layer.shape) == 2
+    } | {
+        module: _conversion_of_experts(
+            module, {name: layers[name] for name in weights}, weights, config, router
+        )
+        for module, weights in chosen.items()
     }
+
+
+_AGAIN = "use the model that it was made for, or calibrate again"
+
+
+def _check_experts(
+    weight: Optional[ExpertWeight], name: str, layer: LayerRecipe
+) -> None:
+    """Raise unless a recipe's layer was made for these experts."""
+    if weight is None:
+        raise ValueError(
+            f"the recipe was made for another model: this one has no {name}; {_AGAIN}."
+        )
+    if isinstance(weight.module, MASQuantExperts):
+        raise ValueError(f"{name} is quantized already.")
+    held = type(weight.weight)
+    if held is not torch.Tensor or isinstance(weight.module, MASQuantObservedExperts):
+        raise ValueError(f"{name} holds no plain tensor (a {held.__name__}); {_AGAIN}.")
+    _check_values(weight.weight, name, layer)
 
 
 def _check_layer(module: Optional[nn.Module], name: str, layer: LayerRecipe) -> None:
     """Raise unless a recipe's layer was made for this module."""
-    again = "use the model that it was made for, or calibrate again"
     if module is None:
         raise ValueError(
-            f"the recipe was made for another model: this one has no {name}; {again}."
+            f"the recipe was made for another model: this one has no {name}; {_AGAIN}."
         )
     if isinstance(module, MASQuantLinear):
         raise ValueError(f"{name} is quantized already.")
     if type(module) is not nn.Linear or type(module.weight.data) is not torch.Tensor:
         raise ValueError(
             f"{name} is a {type(module).__name__}, not a plain nn.Linear with a plain "
-            f"weight; {again}."
+            f"weight; {_AGAIN}."
         )
-    if tuple(module.weight.shape) != tuple(layer.shape):
+    _check_values(module.weight, name, layer)
+
+
+def _check_values(weight: torch.Tensor, name: str, layer: LayerRecipe) -> None:
+    """Raise unless a recipe's layer was made for this weight."""
+    if tuple(weight.shape) != tuple(layer.shape):
         raise ValueError(
             f"{name}: the recipe was made for a weight of shape {tuple(layer.shape)}, "
-            f"the model's is {tuple(module.weight.shape)}; {again}."
+            f"the model's is {tuple(weight.shape)}; {_AGAIN}."
         )
-    if module.weight.is_meta:
+    if weight.is_meta:
         raise ValueError(
             f"{name} is on the meta device, without values to quantize: load the "
             "model's weights first."
         )
-    fingerprint = weight_fingerprint(module.weight)
+    fingerprint = weight_fingerprint(weight)
     if fingerprint != layer.fingerprint:
         raise ValueError(
             f"{name}: the recipe was made for a weight with fingerprint "
-            f"{layer.fingerprint}, the model's is {fingerprint}; {again}."
+            f"{layer.fingerprint}, the model's is {fingerprint}; {_AGAIN}."
         )
 
 
@@ -455,7 +596,7 @@ def _router_for(
 def _plan_loading(
     model: nn.Module, config: MASQuantConfig
 ) -> dict[nn.Module, Callable[[], object]]:
-    linears = select_linears(model, config.include, config.exclude)
+    selected = select(model, config.include, config.exclude)
     modalities = base_first(model, config.base_modality, config.modalities)
     # Another part of the model may be made ready already, by another config.
     router = router_of(model)
@@ -469,4 +610,18 @@ def _plan_loading(
         weight = placeholder_weight(linear, config.options.bits, modalities)
         MASQuantLinear.from_float(linear, weight, name, router)
 
-    return {linear: partial(load, name, linear) for name, linear in linears.items()}
+    def load_experts(experts: nn.Module, weights: Mapping[str, ExpertWeight]) -> None:
+        zeros = {
+            w.parameter: placeholder_experts(w, config.options.bits, modalities)
+            for w in weights.values()
+        }
+        name, weight = next(iter(weights.items()))
+        fqn = name.removesuffix(f".{weight.parameter}")
+        MASQuantExperts.from_float(experts, zeros, fqn, router)
+
+    return {
+        linear: partial(load, name, linear) for name, linear in selected.linears.items()
+    } | {
+        experts: partial(load_experts, experts, weights)
+        for experts, weights in _by_module(selected.experts).items()
+    }

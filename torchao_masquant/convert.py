@@ -3,20 +3,27 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""From an ``nn.Linear`` and its part of a recipe to a quantized linear."""
+"""From an ``nn.Linear``, or experts, and their part of a recipe to quantized ones."""
 
-from typing import Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 
+from torchao_masquant.expert_modules import MASQuantExperts
+from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import Scheme
 from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
 
-__all__ = ["convert_linear", "placeholder_weight"]
+__all__ = [
+    "convert_experts",
+    "convert_linear",
+    "placeholder_experts",
+    "placeholder_weight",
+]
 
 
 def convert_linear(
@@ -55,6 +62,49 @@ def convert_linear(
     return MASQuantLinear.from_float(linear, quantized, fqn, router)
 
 
+def convert_experts(
+    experts: nn.Module,
+    fqn: str,
+    layers: Mapping[str, LayerRecipe],
+    scheme: Scheme,
+    modalities: Sequence[str],
+    router: Optional[Router],
+    low_rank_bits: int = 16,
+) -> MASQuantExperts:
+    """Quantize the experts of a layer in place.
+
+    Args:
+        experts: a module of transformers, of a known layout.
+        fqn: its name in the model.
+        layers: name of each of its projections to the part made for its weights.
+
+    All else is as in :func:`convert_linear`.
+
+    Returns:
+        ``experts`` itself, quantized.
+
+    Raises:
+        ValueError: a weight does not fit the scheme or the recipe; names ``fqn``.
+    """
+    weights = {}
+    for name, layer in layers.items():
+        try:
+            weights[name] = layer.quantize(
+                ExpertWeight(experts, name).weight, scheme, modalities, low_rank_bits
+            )
+        except ValueError as error:
+            raise ValueError(f"{fqn}.{name}: {error}") from error
+    return MASQuantExperts.from_float(experts, weights, fqn, router)
+
+
+def placeholder_experts(
+    weight: ExpertWeight, scheme: Scheme, modalities: Sequence[str]
+) -> MASQuantTensor:
+    """As :func:`placeholder_weight`, for one projection of experts: (E, N, K)."""
+    of_one = _zeros(weight.weight[0], scheme, modalities)
+    return MASQuantTensor.stack([of_one] * weight.weight.shape[0])
+
+
 def placeholder_weight(
     linear: nn.Linear, scheme: Scheme, modalities: Sequence[str]
 ) -> MASQuantTensor:
@@ -65,8 +115,14 @@ def placeholder_weight(
     Raises:
         ValueError: the scheme's group size does not divide the input width.
     """
-    n, k = linear.weight.shape
-    device = linear.weight.device
+    return _zeros(linear.weight, scheme, modalities)
+
+
+def _zeros(
+    weight: torch.Tensor, scheme: Scheme, modalities: Sequence[str]
+) -> MASQuantTensor:
+    n, k = weight.shape
+    device = weight.device
     check_group_size(scheme.group_size, (n, k))
     groups = 1 if scheme.group_size is None else k // scheme.group_size
     packed = scheme.weight_bits <= 4
@@ -83,7 +139,7 @@ def placeholder_weight(
         scheme.act_bits,
         modalities,
         (),
-        linear.weight.dtype,
+        weight.dtype,
         zero_point=None
         if scheme.symmetric
         else torch.zeros((n, groups), dtype=torch.int8, device=device),

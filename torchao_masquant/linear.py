@@ -15,7 +15,7 @@ from torchao_masquant.distributed.sharded_linear import sharded_linear
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["MASQuantLinear", "SmoothingSiblings"]
+__all__ = ["MASQuantLinear", "SmoothingSiblings", "weight_mismatch"]
 
 
 class SmoothingSiblings:
@@ -57,6 +57,31 @@ def _equal(a: Optional[torch.Tensor], b: Optional[torch.Tensor]) -> bool:
     if a is None or b is None:
         return a is b
     return torch.equal(a, b)
+
+
+def weight_mismatch(name: str, weight: Any, router: Optional[Router]) -> Optional[str]:
+    """Why a checkpoint's weight is not one for a quantized module; None where it is.
+
+    Args:
+        name: of the module, for the message.
+        weight: from a state_dict, None where it has none.
+        router: the module's.
+    """
+    if isinstance(weight, torch.Tensor) and not isinstance(weight, MASQuantTensor):
+        return (
+            f"{name} is quantized, the checkpoint's weight is not: load it into the "
+            "original model."
+        )
+    if isinstance(weight, MASQuantTensor) and weight.is_routed:
+        ours = router.modalities if router is not None else ()
+        if weight.modalities != ours:
+            return (
+                f"{name}: the checkpoint was quantized for the modalities "
+                f"{weight.modalities}, this model for {ours}: give "
+                "step='prepare_for_loading' the checkpoint's base_modality and "
+                "modalities."
+            )
+    return None
 
 
 class MASQuantLinear(nn.Linear):
@@ -149,23 +174,12 @@ class MASQuantLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         """Refuse a weight whose modality ids would mean something else here."""
-        weight = state_dict.get(f"{prefix}weight")
-        if isinstance(weight, torch.Tensor) and not isinstance(weight, MASQuantTensor):
-            error_msgs.append(
-                f"{self.fqn} is quantized, the checkpoint's weight is not: load it into "
-                "the original model."
-            )
+        problem = weight_mismatch(
+            self.fqn, state_dict.get(f"{prefix}weight"), self.router
+        )
+        if problem is not None:
+            error_msgs.append(problem)
             return
-        if isinstance(weight, MASQuantTensor) and weight.is_routed:
-            ours = self.router.modalities if self.router is not None else ()
-            if weight.modalities != ours:
-                error_msgs.append(
-                    f"{self.fqn}: the checkpoint was quantized for the modalities "
-                    f"{weight.modalities}, this model for {ours}: give "
-                    "step='prepare_for_loading' the checkpoint's base_modality and "
-                    "modalities."
-                )
-                return
         super()._load_from_state_dict(
             state_dict,
             prefix,

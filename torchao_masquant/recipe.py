@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """What calibration found: everything needed to quantize a model, but its weights."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +25,8 @@ from torchao_masquant.tensor_subclasses import MASQuantTensor
 __all__ = ["LayerRecipe", "Recipe", "read_header", "weight_fingerprint"]
 
 _FORMAT = "torchao_masquant.recipe"
-_FORMAT_VERSION = 2
+# 3 where there are weights of experts, which readers of 2 alone do not know.
+_FORMAT_VERSIONS = (2, 3)
 _TENSORS = (
     "smoothing_factor",
     "l1",
@@ -50,9 +52,11 @@ def weight_fingerprint(weight: torch.Tensor) -> str:
     Args:
         weight: any floating point tensor.
     """
-    values = weight.detach().to("cpu", torch.float32).contiguous()
     digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    digest.update(values.view(torch.uint8).numpy().data)
+    # Expert by expert: a whole layer's are large.
+    for part in weight if weight.dim() == 3 else (weight,):
+        values = part.detach().to("cpu", torch.float32).contiguous()
+        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -60,8 +64,12 @@ def weight_fingerprint(weight: torch.Tensor) -> str:
 class LayerRecipe:
     """Part of a recipe: one linear of shape (N, K), with M modalities.
 
+    Or one projection of the E experts of a mixture, of shape (E, N, K). Those share the
+    smoothing factor, and may share the shift; all other tensors have a leading dimension
+    E.
+
     Attributes:
-        shape: (N, K).
+        shape: (N, K) or (E, N, K).
         fingerprint: of the weight that it was made for, see :func:`weight_fingerprint`.
         smoothing_factor: (M, K) float32, or (1, K) where all modalities share one.
         ranks: of the pairs of modality 1, 2, ..., or empty: no pairs.
@@ -76,7 +84,7 @@ class LayerRecipe:
         zero_point: (N, G) of ``qdata`` where it is asymmetric.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     fingerprint: str
     smoothing_factor: torch.Tensor
     ranks: tuple[int, ...] = ()
@@ -98,25 +106,30 @@ class LayerRecipe:
         Raises:
             ValueError: a shape is wrong, or a part is missing.
         """
-        n, k = self.shape
+        if len(self.shape) not in (2, 3):
+            raise ValueError(
+                f"{name} is of shape {self.shape}: a weight has 2 or 3 sizes"
+            )
+        *experts, n, k = self.shape
         rank = sum(self.ranks)
         shared = self.smoothing_factor.shape[:1] == (1,)
         expected: dict[str, Optional[tuple[int, ...]]] = {
             "smoothing_factor": (1 if shared else modalities, k),
-            "l1": (k, rank) if rank else None,
-            "l2": (rank, n) if rank else None,
+            "l1": (*experts, k, rank) if rank else None,
+            "l2": (*experts, rank, n) if rank else None,
         }
         if self.modality_bias is not None:
-            expected["modality_bias"] = (modalities, n)
+            expected["modality_bias"] = (*experts, modalities, n)
         if self.act_shift is not None:
-            expected["act_shift"] = (modalities, k)
+            own = experts if self.act_shift.dim() == 3 else []
+            expected["act_shift"] = (*own, modalities, k)
         integers = (self.qdata, self.scale, self.zero_point)
         if any(t is not None for t in integers):
             groups = 0 if self.scale is None else self.scale.shape[-1:].numel()
-            expected["qdata"] = (n, k)
-            expected["scale"] = (n, groups)
+            expected["qdata"] = (*experts, n, k)
+            expected["scale"] = (*experts, n, groups)
             if self.zero_point is not None:
-                expected["zero_point"] = (n, groups)
+                expected["zero_point"] = (*experts, n, groups)
         if rank and len(self.ranks) != modalities - 1:
             raise ValueError(
                 f"{name} has {len(self.ranks)} ranks for {modalities} modalities"
@@ -139,7 +152,7 @@ class LayerRecipe:
         """The quantized weight.
 
         Args:
-            weight: (N, K) floating point, the one that this part was made for.
+            weight: floating point, the one that this part was made for.
             scheme: integer formats.
             modalities: names, base first.
             low_rank_bits: 16 or 8, of the low-rank pairs.
@@ -147,6 +160,15 @@ class LayerRecipe:
         Raises:
             ValueError: the weight does not fit the scheme or this part.
         """
+        if len(self.shape) == 3:
+            return MASQuantTensor.stack(
+                [
+                    self.expert(e).quantize(
+                        of_expert, scheme, modalities, low_rank_bits
+                    )
+                    for e, of_expert in enumerate(weight)
+                ]
+            )
         parts: dict[str, Any] = dict(
             weight_bits=scheme.weight_bits,
             act_bits=scheme.act_bits,
@@ -176,10 +198,69 @@ class LayerRecipe:
             **parts,
         )
 
+    def expert(self, index: int) -> "LayerRecipe":
+        """The part of one expert, where this is that of E of them."""
+        own: dict[str, Any] = {
+            name: tensor[index]
+            for name, tensor in self.tensors().items()
+            if name != "smoothing_factor"
+            and not (name == "act_shift" and tensor.dim() == 2)
+        }
+        return dataclasses.replace(self, shape=self.shape[1:], **own)
+
+    @classmethod
+    def stack(cls, parts: "Sequence[LayerRecipe]", fingerprint: str) -> "LayerRecipe":
+        """One part for all experts of a mixture.
+
+        Args:
+            parts: of each expert, with the same smoothing factor. Where pairs differ in
+                rank, smaller ones are filled up with zeros.
+            fingerprint: of the weights of all.
+        """
+        first = parts[0]
+        ranks = tuple(max(r) for r in zip(*(p.ranks for p in parts if p.ranks)))
+        padded = [_padded(part, ranks) for part in parts]
+        stacked = {
+            name: torch.stack([getattr(part, name) for part in padded])
+            for name in padded[0].tensors()
+            if name != "smoothing_factor"
+        }
+        shift = stacked.get("act_shift")
+        if shift is not None and (shift == shift[0]).all():
+            stacked["act_shift"] = shift[0].clone()
+        return cls(
+            shape=(len(parts), *first.shape),
+            fingerprint=fingerprint,
+            smoothing_factor=first.smoothing_factor,
+            ranks=ranks,
+            **stacked,
+        )
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by name."""
         found = {name: getattr(self, name) for name in _TENSORS}
         return {name: t for name, t in found.items() if t is not None}
+
+
+def _padded(part: LayerRecipe, ranks: tuple[int, ...]) -> LayerRecipe:
+    """The same part of a linear, with components of zeros up to these ranks."""
+    if part.ranks == ranks:
+        return part
+    n, k = part.shape
+    downs, ups = [], []
+    start = 0
+    for own, rank in zip(part.ranks or (0,) * len(ranks), ranks):
+        down, up = torch.zeros(k, rank), torch.zeros(rank, n)
+        if part.l1 is not None and part.l2 is not None:
+            components = slice(start, start + own)
+            down, up = down.to(part.l1.dtype), up.to(part.l2.dtype)
+            down[:, :own], up[:own] = part.l1[:, components], part.l2[components]
+        downs.append(down)
+        ups.append(up)
+        start += own
+    return dataclasses.replace(
+        part, ranks=ranks, l1=torch.cat(downs, dim=1), l2=torch.cat(ups)
+    )
 
 
 @dataclass
@@ -189,7 +270,8 @@ class Recipe:
     Attributes:
         options: scheme, method, alpha and rank that it was solved for.
         modalities: names, base first; modality ids index them.
-        layers: name of a linear in the model to its part.
+        layers: name of a linear in the model, or of a parameter that holds the weights
+            of experts, to its part.
         versions: of the libraries that made it.
     """
 
@@ -259,9 +341,10 @@ class Recipe:
                     tensor = tensor.clone()
                 storages.add(tensor.untyped_storage().data_ptr())
                 tensors[f"{name}.{key}"] = tensor
+        experts = any(len(layer.shape) == 3 for layer in self.layers.values())
         metadata = {
             "format": _FORMAT,
-            "format_version": str(_FORMAT_VERSION),
+            "format_version": str(_FORMAT_VERSIONS[experts]),
             "recipe": json.dumps(header),
         }
         if not path.parent.is_dir():
@@ -332,11 +415,13 @@ def read_header(
             f"{os.fspath(path)!r} is a safetensors file, but no MASQuant recipe."
         )
     version = int(metadata["format_version"])
-    if version != _FORMAT_VERSION:
-        advice = "upgrade it" if version > _FORMAT_VERSION else "calibrate again"
+    if version not in _FORMAT_VERSIONS:
+        newer = version > max(_FORMAT_VERSIONS)
+        advice = "upgrade it" if newer else "calibrate again"
+        known = " and ".join(str(v) for v in _FORMAT_VERSIONS)
         raise _UnreadableError(
             f"{os.fspath(path)!r} is of recipe format {version}, this version of "
-            f"torchao_masquant reads {_FORMAT_VERSION}: {advice}."
+            f"torchao_masquant reads {known}: {advice}."
         )
     header = json.loads(metadata["recipe"])
     for key in ("options", "layers", "versions"):
@@ -363,7 +448,7 @@ def _check_names(stored: set[str], layers: Mapping[str, Any]) -> None:
 
 
 def _load_layer(file: Any, name: str, entry: Mapping[str, Any]) -> LayerRecipe:
-    n, k = _sizes(entry["shape"], "shape", 1)
+    shape = _sizes(entry["shape"], "shape", 1)
     ranks = _sizes(entry["ranks"], "ranks", 0)
     if not isinstance(entry["fingerprint"], str):
         raise ValueError(f"the fingerprint of {name} is no string")
@@ -381,7 +466,7 @@ def _load_layer(file: Any, name: str, entry: Mapping[str, Any]) -> LayerRecipe:
             raise ValueError(f"{key} of {name} is of type {tensor.dtype}")
         tensors[key] = tensor
     return LayerRecipe(
-        shape=(n, k), fingerprint=entry["fingerprint"], ranks=ranks, **tensors
+        shape=shape, fingerprint=entry["fingerprint"], ranks=ranks, **tensors
     )
 
 

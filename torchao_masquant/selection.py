@@ -3,19 +3,33 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Which linears of a model are quantized."""
+"""Which linears and experts of a model are quantized."""
 
 import fnmatch
 import re
-from typing import Optional, Sequence, Union
+from dataclasses import dataclass
+from typing import Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
 
-from torchao_masquant.experts import warn_of_expert_weights
+from torchao_masquant.expert_modules import RoutedExperts
+from torchao_masquant.experts import (
+    ExpertWeight,
+    experts_of,
+    projections,
+    warn_of_expert_weights,
+)
 from torchao_masquant.families import ModelFamily, family_of
 
-__all__ = ["Patterns", "match_names", "select_linears"]
+__all__ = [
+    "Patterns",
+    "Selected",
+    "check_whole",
+    "match_names",
+    "select",
+    "select_linears",
+]
 
 Patterns = Optional[Union[str, Sequence[str]]]
 
@@ -91,10 +105,47 @@ def _towers(decoder: nn.Module, family: ModelFamily) -> set[int]:
     }
 
 
+@dataclass(frozen=True)
+class Selected:
+    """What is quantized of a model.
+
+    Attributes:
+        linears: name in the model to module, in the model's order.
+        experts: name in the model to the weights of a mixture's experts, both
+            projections of each of them.
+    """
+
+    linears: dict[str, nn.Linear]
+    experts: dict[str, ExpertWeight]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weight of each, (N, K) or (E, N, K)."""
+        linears = {name: linear.weight for name, linear in self.linears.items()}
+        return linears | {name: e.weight for name, e in self.experts.items()}
+
+
 def select_linears(
     model: nn.Module, include: Patterns = None, exclude: Patterns = None
 ) -> dict[str, nn.Linear]:
-    """The linears to quantize: by default, all of the language model's decoder.
+    """The linears of :func:`select`, for what has nothing to say of experts.
+
+    Raises:
+        ValueError: as :func:`select`, and where experts alone are left.
+    """
+    linears = select(model, include, exclude).linears
+    if not linears:
+        raise ValueError(
+            f"include ({include!r}) and exclude ({exclude!r}) leave experts alone, and "
+            "no linear."
+        )
+    return linears
+
+
+def select(
+    model: nn.Module, include: Patterns = None, exclude: Patterns = None
+) -> Selected:
+    """What to quantize: by default, all of the language model's decoder.
 
     Args:
         model: a transformers model, or any module. What ``model.get_decoder()`` gives
@@ -105,47 +156,90 @@ def select_linears(
         exclude: patterns of full names to leave out.
 
     Patterns are shell-style (``*.layers.0.*``), or regular expressions that match the
-    whole name where they start with ``re:``, as in torchao's ``FqnToConfig``.
-
-    Returns:
-        Name in ``model`` to module, in the model's order.
+    whole name where they start with ``re:``, as in torchao's ``FqnToConfig``. Experts
+    go by the names of their parameters (``*.experts.*``).
 
     Raises:
-        ValueError: a pattern matches nothing, nothing is left to quantize, or a linear
-            is no plain one of the decoder.
+        ValueError: a pattern matches nothing, nothing is left to quantize, a linear is
+            no plain one of the decoder, or experts are chosen in part.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    experts = experts_of(model)
     decoder = _decoder(model)
     family = family_of(getattr(model, "config", None))
     towers = _towers(decoder, family)
     inside = {id(m) for m in decoder.modules() if id(m) not in towers}
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
+    modules = linears | {name: weight.module for name, weight in experts.items()}
     default = [
         n
-        for n, m in linears.items()
+        for n, m in modules.items()
         if id(m) in inside
         and m is not head
         and not any(fnmatch.fnmatchcase(n, p) for p in family.high_precision)
     ]
-    names = match_names(list(linears), include, exclude, default)
-    selected = {name: linears[name] for name in names}
-    for name, linear in selected.items():
-        if id(linear) not in inside or linear is head:
+    names = match_names(list(modules), include, exclude, default)
+    for name in names:
+        module = modules[name]
+        if id(module) not in inside or module is head:
             raise ValueError(
                 f"{name} is not part of the decoder, so what it is called with are not "
                 "the call's tokens, whose modalities are known: leave it out."
             )
+        if name in experts:
+            _check_plain_experts(name, experts[name])
+            continue
         # A subclass may compute something else than x W^T + b.
-        if type(linear) is not nn.Linear:
+        if type(module) is not nn.Linear:
             raise ValueError(
-                f"{name} is a {type(linear).__name__}, not a plain nn.Linear: it is "
+                f"{name} is a {type(module).__name__}, not a plain nn.Linear: it is "
                 "quantized or observed already, or needs to be excluded."
             )
-        if type(linear.weight.data) is not torch.Tensor:
+        if type(module.weight.data) is not torch.Tensor:
             raise ValueError(
-                f"{name} holds a {type(linear.weight.data).__name__}, not a plain "
+                f"{name} holds a {type(module.weight.data).__name__}, not a plain "
                 "tensor: it is quantized already, or needs to be excluded."
             )
-    warn_of_expert_weights(decoder)
-    return selected
+    check_whole(names, experts)
+    warn_of_expert_weights(decoder, experts.values())
+    return Selected(
+        {name: linears[name] for name in names if name in linears},
+        {name: experts[name] for name in names if name in experts},
+    )
+
+
+def _check_plain_experts(name: str, weight: ExpertWeight) -> None:
+    if isinstance(weight.module, RoutedExperts):
+        raise ValueError(
+            f"{name} is quantized or observed already, or needs to be excluded."
+        )
+    held = type(weight.weight)
+    if held is not torch.Tensor:
+        raise ValueError(
+            f"{name} is a {held.__name__}, not a plain tensor: it is quantized already, "
+            "or needs to be excluded."
+        )
+
+
+def check_whole(names: Sequence[str], experts: Mapping[str, ExpertWeight]) -> None:
+    """Raise where one projection of experts is chosen, and the other is not.
+
+    Args:
+        names: that are chosen.
+        experts: all of the model, by name.
+
+    Raises:
+        ValueError: names one.
+    """
+    chosen = set(names)
+    for name in names:
+        if name not in experts:
+            continue
+        prefix = name.removesuffix(experts[name].parameter)
+        for other in projections(experts[name].module) or ():
+            if prefix + other not in chosen:
+                raise ValueError(
+                    f"experts are quantized as a whole, and {name} is chosen without "
+                    f"{prefix}{other}: include or exclude both."
+                )

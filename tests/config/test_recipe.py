@@ -186,11 +186,11 @@ def test_files_that_are_no_recipe(recipe, tmp_path):
 
 def test_a_newer_format_is_refused(recipe, tmp_path, monkeypatch):
     path = tmp_path / "recipe.safetensors"
-    monkeypatch.setattr("torchao_masquant.recipe._FORMAT_VERSION", 3)
+    monkeypatch.setattr("torchao_masquant.recipe._FORMAT_VERSIONS", (4, 4))
     recipe.save(path)
     monkeypatch.undo()
     with pytest.raises(
-        ValueError, match=re.escape("is of recipe format 3, this version")
+        ValueError, match=re.escape("is of recipe format 4, this version")
     ):
         Recipe.load(path)
 

@@ -67,7 +67,7 @@ class Family:
             image, 2 video, 3 audio).
         compiles: the largest part that transformers lets compile with
             ``fullgraph=True``: "language model" or "layer".
-        has_experts: whether a layer has expert weights, which stay as they are.
+        has_experts: whether layers without a linear MLP have experts in its place.
     """
 
     name: str
@@ -93,6 +93,15 @@ class Family:
             for name in names
         }
         return of_layers | set(self.more_linears)
+
+    @property
+    def experts(self) -> set[str]:
+        """Full names of the modules of experts to quantize."""
+        return {
+            f"{self.decoder}.layers.{layer}.mlp.experts"
+            for layer, names in enumerate(self.layers)
+            if self.has_experts and "mlp.up_proj" not in names
+        }
 
     def model(self, seed: int = 0) -> Any:
         """The model, with random weights of usable size."""

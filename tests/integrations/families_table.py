@@ -35,7 +35,9 @@ and `get_decoder()` gives the decoder; what differs otherwise is in
 - **routed from**: the fields of the config whose tokens tell the modality. Everything
   else is text; a model without such a field has one modality and no pairs.
 - **linears**: of a decoder layer, quantized unless `include=` and `exclude=` say
-  otherwise. The towers, `lm_head` and expert weights in 3-D parameters are left alone.
+  otherwise. The towers and `lm_head` are left alone. "Experts" are the 3-D parameters of
+  a mixture's experts, of any layout that transformers' `use_experts_implementation`
+  marks; those of other layouts stay in high precision, with a warning.
 - **compiled**: the largest part that compiles with `fullgraph=True`: Dynamo makes one
   graph for calls of text alone and one for mixed ones. A layer of Qwen2.5-VL,
   Qwen3-VL-MoE and Phi-4-multimodal is run by Inductor, too.
@@ -75,7 +77,7 @@ def _linears(family: Family) -> str:
         n.rsplit(".", 1)[0] if n[-1].isdigit() else n.split(".")[-1] for n in names
     ]
     shown = ", ".join(dict.fromkeys(n.removesuffix("_proj") for n in short))
-    return f"{shown} (experts are not)" if family.has_experts else shown
+    return f"{shown}, experts" if family.has_experts else shown
 
 
 def _row(family: Family) -> str:

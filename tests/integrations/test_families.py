@@ -19,6 +19,8 @@ import families_table
 import pytest
 import torch
 import transformers
+from expert_oracle import check_experts, recorded_experts
+from expert_oracle import experts_of as quantized_experts_of
 from families import AUDIO, FAMILIES, IMAGE, REFUSED, Family
 from linear_oracle import LinearCall, assert_routed, linears_of, recorded
 from torch import nn
@@ -33,7 +35,7 @@ from torchao_masquant import (
 )
 from torchao_masquant.experts import expert_weights
 from torchao_masquant.modality import modality_token_ids
-from torchao_masquant.selection import select_linears
+from torchao_masquant.selection import select
 
 # Tokens that a random model must not generate: an image or a sound that is not there.
 _NOT_WORDS = [*range(10), *range(64, 80)]
@@ -82,7 +84,13 @@ def test_placeholder_tokens(family):
 @every_family
 def test_all_linears_of_the_decoder_and_no_other(family):
     model = family.build()
-    assert set(select_linears(model)) == family.linears
+    selected = select(model)
+    assert set(selected.linears) == family.linears
+    assert set(selected.experts) == {
+        f"{name}.{projection}"
+        for name in family.experts
+        for projection in ("gate_up_proj", "down_proj")
+    }
     everything = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     # The towers, and what is left out by name.
     assert bool(everything - family.linears - {"lm_head"}) == bool(family.runs)
@@ -100,6 +108,14 @@ def test_what_is_quantized(w4a8):
         if min(weight.shape) >= 20:
             assert len(weight.ranks) == len(modalities) - 1 and all(weight.ranks)
         assert linear.routed == family_is_multimodal(w4a8.family)
+    experts = quantized_experts_of(w4a8.model)
+    assert experts.keys() == w4a8.family.experts
+    for module in experts.values():
+        for weight in (module.gate_up_proj.data, module.down_proj.data):
+            assert (weight.weight_bits, weight.act_bits) == (4, 8)
+            assert weight.qdata.dtype == torch.uint8 and weight.shape[0] == 4
+            assert weight.modalities == modalities
+            assert len(weight.ranks) == len(modalities) - 1 and all(weight.ranks)
     assert type(w4a8.model.get_output_embeddings()) is nn.Linear
 
 
@@ -131,7 +147,8 @@ def test_ids_of_every_linear_are_those_of_the_placeholders(w4a8):
     mixed, text = family.mixed(seed=3), family.text(seed=3)
     placeholders = {t for tokens in family.modalities.values() for t in tokens}
     wanted = [[t in placeholders for t in row] for row in mixed["input_ids"].tolist()]
-    asked = len(family.linears) if family_is_multimodal(family) else 0
+    readers = len(family.linears) + len(family.experts)
+    asked = readers if family_is_multimodal(family) else 0
     assert torch.tensor(wanted).any() == bool(asked)
     with ids_given(w4a8.router) as given:
         w4a8.model(**mixed)
@@ -157,9 +174,12 @@ def recorded_apart(model: nn.Module) -> Iterator[list[LinearCall]]:
 def test_every_linear_computes_what_its_tokens_modalities_ask_for(w4a8, prompt):
     """Held to a float64 emulation, linear by linear."""
     inputs = getattr(w4a8.family, prompt)(seed=5)
-    with recorded_apart(w4a8.model) as calls:
+    with recorded_apart(w4a8.model) as calls, recorded_experts(w4a8.model) as mixtures:
         logits = w4a8.model(**inputs).logits
     ids = w4a8.family.ids(inputs)
+    assert {call.name for call in mixtures} == w4a8.family.experts
+    for call in mixtures:
+        check_experts(call, ids)
     assert (ids != 0).any() == (family_is_multimodal(w4a8.family) and prompt != "text")
     assert_routed(calls, ids, linears=len(w4a8.family.linears))
     assert logits.isfinite().all()
@@ -171,7 +191,7 @@ def test_generate(w4a8):
     inputs = family.mixed(seed=4)
     shape = inputs["input_ids"].shape
     vocabulary = w4a8.model.get_output_embeddings().out_features
-    with recorded_apart(w4a8.model) as calls:
+    with recorded_apart(w4a8.model) as calls, recorded_experts(w4a8.model) as mixtures:
         tokens = w4a8.model.generate(
             **inputs,
             max_new_tokens=4,
@@ -184,6 +204,14 @@ def test_generate(w4a8):
     count = len(family.linears)
     assert_routed(calls[:count], family.ids(inputs))
     assert_routed(calls[count:], torch.zeros(1, 1, dtype=torch.int64), 3 * count)
+    count = len(family.experts)
+    assert len(mixtures) == 4 * count
+    for index, call in enumerate(mixtures):
+        prefill = index < count
+        check_experts(
+            call,
+            family.ids(inputs) if prefill else torch.zeros(1, dtype=torch.int64),
+        )
     assert w4a8.router is None or not w4a8.router.call.known
 
 
@@ -258,11 +286,16 @@ def test_text_alone_needs_no_routing(name):
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.has_experts])
-def test_the_user_is_told_once_what_experts_weigh(family, caplog):
+def test_the_user_is_told_once_what_experts_of_another_layout_weigh(family, caplog):
     model = family.build()
     caplog.set_level(logging.WARNING, logger="torchao_masquant.experts")
+    select(model)
+    assert not caplog.records
+    for name in family.experts:
+        # Not marked by transformers.
+        del model.get_submodule(name).is_transposed
     for _ in range(3):
-        select_linears(model)
+        assert not select(model).experts
     (message,) = [r.getMessage() for r in caplog.records if "experts" in r.getMessage()]
     # 4 experts of (gate, up, down), 64 x 32 each, in each layer without a dense MLP.
     layers = sum("mlp.up_proj" not in names for names in family.layers)
@@ -282,14 +315,14 @@ def test_only_experts_are_taken_for_experts(family):
 
 def test_what_is_left_out_by_name_can_be_included_by_name():
     model = named("Gemma 3n").build()
-    assert not any("altup." in name for name in select_linears(model))
-    chosen = select_linears(model, include="*.0.altup.modality_router")
+    assert not any("altup." in name for name in select(model).linears)
+    chosen = select(model, include="*.0.altup.modality_router").linears
     assert list(chosen) == ["model.language_model.layers.0.altup.modality_router"]
 
 
 def test_towers_inside_of_a_decoder_cannot_be_included():
     with pytest.raises(ValueError, match="img_projection_up is not part of the decod"):
-        select_linears(named("Phi-4-multimodal").build(), include="*img_projection_up")
+        select(named("Phi-4-multimodal").build(), include="*img_projection_up")
 
 
 _REFUSAL = "models are not supported: its images reach the decoder through cross-atten"

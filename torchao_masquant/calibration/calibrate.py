@@ -20,7 +20,8 @@ from torchao_masquant.learning import learn
 from torchao_masquant.modality import TEXT
 from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router
-from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.selection import Patterns, select
+from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
@@ -108,8 +109,8 @@ def calibrate(
             nothing extra at run time.
         modalities: those that the model will meet; None for all that its config
             declares (only "text" where it has none).
-        include: patterns of the names of the linears to quantize, in place of all
-            linears of the decoder; see :func:`~torchao_masquant.selection.select_linears`.
+        include: patterns of the names of the linears and expert weights to quantize, in
+            place of all of the decoder; see :func:`~torchao_masquant.selection.select`.
         exclude: patterns of names to leave out.
         max_statistics_bytes: bound of the statistics' memory, in bytes.
         progress: show a bar on a terminal.
@@ -141,9 +142,15 @@ def calibrate(
         lr=lr,
     )
     model = getattr(model, "_orig_mod", model)
-    linears = select_linears(model, include, exclude)
-    for name, linear in linears.items():
-        if linear.weight.is_meta:
+    selected = select(model, include, exclude)
+    linears, experts = selected.linears, selected.experts
+    if epochs and experts:
+        raise ValueError(
+            f"learning is for linears alone, and {next(iter(experts))} is of experts: "
+            "calibrate with epochs=0, or exclude '*.experts.*'."
+        )
+    for name, weight in selected.weights.items():
+        if weight.is_meta:
             raise ValueError(
                 f"{name} is on the meta device, without values to calibrate for: load "
                 "the model's weights first."
@@ -160,7 +167,7 @@ def calibrate(
     second_moments = options.parts.per_modality
 
     # One sample, without covariances, shows which linears share their input.
-    probe = CalibrationSession(linears, router, second_moments=False)
+    probe = CalibrationSession(linears, router, False, experts)
     with probe.observing(model):
         run_samples(model, [first], router, progress=False, description="")
     passes = plan_passes(probe, second_moments, max_statistics_bytes)
@@ -174,7 +181,10 @@ def calibrate(
     layers: dict[str, LayerRecipe] = {}
     for index, names in enumerate(passes, start=1):
         session = CalibrationSession(
-            {name: linears[name] for name in names}, router, second_moments
+            {name: linears[name] for name in names if name in linears},
+            router,
+            second_moments,
+            {name: experts[name] for name in names if name in experts},
         )
         of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
         with session.observing(model):
@@ -187,7 +197,7 @@ def calibrate(
     return Recipe(
         options=options,
         modalities=router.modalities,
-        layers={name: layers[name] for name in linears},
+        layers={name: layers[name] for name in (*linears, *experts)},
         versions=library_versions(),
     )
 
@@ -203,7 +213,7 @@ def solve(
         progress: show a bar on a terminal.
 
     Returns:
-        Name of each linear to its part of a recipe, in the model's order.
+        Name of each linear, and of each weight of experts, to its part of a recipe.
 
     Raises:
         ValueError: a linear or a modality was left out by the data; a group size does
@@ -217,10 +227,10 @@ def solve(
             f"modality_weights name {sorted(unknown)[0]!r}, which is not one of the "
             f"modalities {session.router.modalities}."
         )
-    for name, linear in session.linears.items():
+    for name, layer in session.layers.items():
         try:
             check_group_size(
-                options.bits.group_size, (linear.out_features, linear.in_features)
+                options.bits.group_size, (layer.out_features, layer.in_features)
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -228,6 +238,7 @@ def solve(
     groups = [
         ({name: session.linears[name].weight for name in names}, leader)
         for leader, names in session.groups().items()
+        if leader in session.linears
     ]
     ranks = None
     if options.parts.per_modality and options.rank == AUTO:
@@ -241,7 +252,15 @@ def solve(
         groups, desc="Solving", disable=None if progress else True
     ):
         layers |= solve_group(weights, session.statistics[leader], options, ranks)
-    return {name: layers[name] for name in session.linears}
+    for name, experts in tqdm(
+        session.experts.items(),
+        desc="Solving experts",
+        disable=None if progress and session.experts else True,
+    ):
+        layers[name] = solve_experts(
+            name, experts.weight, session.statistics[name], options
+        )
+    return {name: layers[name] for name in session.layers}
 
 
 def _warn_of_few_tokens(session: CalibrationSession) -> None:

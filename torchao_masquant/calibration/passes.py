@@ -7,6 +7,7 @@
 
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
+from torchao_masquant.experts import ExpertWeight
 
 __all__ = ["plan_passes"]
 
@@ -33,8 +34,11 @@ def plan_passes(
     used = 0
     modalities = len(session.router.modalities)
     for leader, names in session.groups().items():
-        width = session.linears[leader].in_features
+        layer = session.layers[leader]
+        width = layer.in_features
         needed = 24 * width * modalities
+        if isinstance(layer, ExpertWeight):
+            needed *= 1 + layer.weight.shape[0]
         if second_moments:
             needed += (8 * width + 4 * SAMPLE_TOKENS) * width * modalities
         if chosen and used + needed > max_bytes:
@@ -42,5 +46,5 @@ def plan_passes(
             chosen, used = [], 0
         chosen += names
         used += needed
-    chosen += [name for name in session.linears if name not in session.leaders]
+    chosen += [name for name in session.layers if name not in session.leaders]
     return [*passes, chosen]

@@ -3,17 +3,20 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Observing the inputs of a model's linears while data runs through it."""
+"""Observing the inputs of a model's linears and experts while data runs through it."""
 
 import contextlib
-from typing import Iterator
+from typing import Iterator, Mapping, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.groups import SharedInputs
+from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.routing import Router
 
 __all__ = ["CalibrationSession", "MASQuantObservedLinear"]
@@ -42,12 +45,19 @@ class CalibrationSession:
         router: tells the modality of each token of a call.
         second_moments: keep covariances too (8 K^2 bytes for each input and each
             modality).
+        experts: name in the model to the weights of a mixture's experts. All experts of
+            a layer share the statistics of one input.
     """
 
     def __init__(
-        self, linears: dict[str, nn.Linear], router: Router, second_moments: bool
+        self,
+        linears: dict[str, nn.Linear],
+        router: Router,
+        second_moments: bool,
+        experts: Optional[Mapping[str, ExpertWeight]] = None,
     ):
         self.linears = linears
+        self.experts = dict(experts or {})
         self.router = router
         self.second_moments = second_moments
         #: linear to the first linear that reads the same input
@@ -65,10 +75,14 @@ class CalibrationSession:
         try:
             for name, linear in self.linears.items():
                 self.attach_linear(name, linear)
+            for name, weight in self.experts.items():
+                self.attach_experts(name, weight)
             yield
         finally:
             for linear in self.linears.values():
                 self.detach_linear(linear)
+            for weight in self.experts.values():
+                self.detach_experts(weight.module)
             self.router.detach(model)
 
     def attach_linear(self, name: str, linear: nn.Linear) -> None:
@@ -87,6 +101,21 @@ class CalibrationSession:
             linear.__class__ = nn.Linear  # type: ignore[assignment]
             for name in ("fqn", "router", "session"):
                 delattr(linear, name)
+
+    def attach_experts(self, name: str, weight: ExpertWeight) -> None:
+        """Observe one projection of experts."""
+        self.experts[name] = weight
+        MASQuantObservedExperts.attach(weight.module, name, weight.parameter, self)
+
+    @staticmethod
+    def detach_experts(experts: nn.Module) -> None:
+        """Make observed experts the original ones again."""
+        MASQuantObservedExperts.detach(experts)
+
+    @property
+    def layers(self) -> dict[str, Union[nn.Linear, ExpertWeight]]:
+        """Linears and experts, by name."""
+        return {**self.linears, **self.experts}
 
     # Opaque to Dynamo, where a part of the model is compiled.
     @torch.compiler.disable
@@ -119,15 +148,50 @@ class CalibrationSession:
                 )
             return
         self._reading[name] = reader
+        self._update(name, x, self.router.ids_for(name, x))
+
+    @torch.compiler.disable
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def observe_experts(
+        self,
+        name: str,
+        x: torch.Tensor,
+        ids: Optional[torch.Tensor],
+        experts: Optional[torch.Tensor] = None,
+    ) -> None:
+        """Add what one projection of experts reads in one call.
+
+        Args:
+            name: of the parameter in the model.
+            x: (S, K), each token once, or once for each of its experts.
+            ids: (S,) modality ids, negative for padding; None: all base.
+            experts: (S,) which expert reads each row, None where all read the same.
+
+        Raises:
+            ValueError: the input holds nan or inf.
+        """
+        self.leaders[name] = name
+        if experts is None:
+            self._update(name, x, ids)
+            return
         statistics = self.statistics.get(name)
-        if statistics is None:
-            statistics = self.statistics[name] = InputStatistics(
-                linear.in_features,
+        if not isinstance(statistics, ExpertStatistics):
+            statistics = self.statistics[name] = ExpertStatistics(
+                self.experts[name].weight.shape[0],
+                x.shape[-1],
                 self.router.modalities,
                 x.device,
                 self.second_moments,
             )
-        ids = self.router.ids_for(name, x)
+        statistics.update_experts(name, x, ids, experts)
+
+    def _update(self, name: str, x: torch.Tensor, ids: Optional[torch.Tensor]) -> None:
+        statistics = self.statistics.get(name)
+        if statistics is None:
+            statistics = self.statistics[name] = InputStatistics(
+                x.shape[-1], self.router.modalities, x.device, self.second_moments
+            )
         statistics.update(
             name,
             x.reshape(-1, x.shape[-1]),
@@ -135,9 +199,9 @@ class CalibrationSession:
         )
 
     def groups(self) -> dict[str, list[str]]:
-        """Leader to all linears that read its input, in the model's order."""
+        """Leader to all that read its input, in the model's order; experts last."""
         groups: dict[str, list[str]] = {}
-        for name in self.linears:
+        for name in self.layers:
             if name in self.leaders:
                 groups.setdefault(self.leaders[name], []).append(name)
         return groups
@@ -150,11 +214,11 @@ class CalibrationSession:
         """
         if not self.leaders:
             raise ValueError("no calibration data ran through the model.")
-        unseen = [name for name in self.linears if name not in self.leaders]
+        unseen = [name for name in self.layers if name not in self.leaders]
         if unseen:
             raise ValueError(
                 f"{unseen[0]} was never called by the calibration data "
-                f"({len(unseen)} of {len(self.linears)} linears were not): exclude it, "
+                f"({len(unseen)} of {len(self.layers)} linears were not): exclude it, "
                 "or add samples that use it."
             )
         for name, statistics in self.statistics.items():

@@ -10,13 +10,13 @@ from typing import Any, Optional
 
 import torch
 
-__all__ = ["InputStatistics", "Moments", "SAMPLE_TOKENS"]
+__all__ = ["InputStatistics", "Moments", "SAMPLE_TOKENS", "thinned"]
 
 #: Tokens of a modality that are kept to judge solutions by, at most.
 SAMPLE_TOKENS = 256
 
 # Of a sum of float64 squares over a million tokens, with room to spare.
-_ROUNDING = 1e-11
+ROUNDING = 1e-11
 
 
 @dataclass
@@ -69,9 +69,7 @@ class Moments:
         """Keep every ``2 ** j``-th token of all, j as small as their number allows."""
         if self.outer is None:
             return
-        old, new = _stride(self.count), _stride(self.count + x.shape[0])
-        kept, more = self.sample[:: new // old], x[-self.count % new :: new]
-        self.sample = torch.cat((kept, more.float()))
+        self.sample = thinned(self.sample, x.float(), self.count)
 
     def absmax(self, center: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(K,) float64, ``max_t |x - center|``; zeros without a token.
@@ -100,8 +98,20 @@ class Moments:
             return second
         mean = self.mean()
         covariance = second - torch.outer(mean, mean)
-        varies = covariance.diagonal() > _ROUNDING * second.diagonal()
+        varies = covariance.diagonal() > ROUNDING * second.diagonal()
         return covariance * torch.outer(varies, varies)
+
+
+def thinned(sample: torch.Tensor, x: torch.Tensor, count: int) -> torch.Tensor:
+    """Every ``2 ** j``-th of some rows, of which ``sample`` is that of the first.
+
+    Args:
+        sample: (S, ...) kept of the first rows.
+        x: (T, ...) the rows behind them.
+        count: how many the first rows were.
+    """
+    old, new = _stride(count), _stride(count + x.shape[0])
+    return torch.cat((sample[:: new // old], x[-count % new :: new]))
 
 
 def _stride(count: int) -> int:

@@ -180,6 +180,12 @@ def _split(
     return {k: v for k, v in sample.items() if k != _LABELS}, sample[_LABELS]
 
 
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Its sizes; experts' may be either way round, and are not once quantized."""
+    sizes = tuple(parameter.shape)
+    return (sizes[0], *sorted(sizes[1:])) if len(sizes) == 3 else sizes
+
+
 def _check_reference(model: nn.Module, reference: nn.Module) -> None:
     """Raise unless one is the other before quantization."""
     if quantized_linears(reference):
@@ -193,7 +199,7 @@ def _check_reference(model: nn.Module, reference: nn.Module) -> None:
             f"{sizes[0]}: give the model that was quantized."
         )
     shapes, expected = (
-        {name: tuple(p.shape) for name, p in m.named_parameters()}
+        {name: _shape(p) for name, p in m.named_parameters()}
         for m in (model, reference)
     )
     if shapes != expected:

@@ -10,7 +10,9 @@ from typing import Optional
 import torch
 from torch import nn
 
+from torchao_masquant.experts import expert_weights
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["method_of", "quantized_linears", "scheme_of", "weight_bytes"]
 
@@ -21,7 +23,7 @@ def quantized_linears(model: nn.Module) -> dict[str, MASQuantLinear]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the weights of the decoder's linears, as they are held.
+    """Bytes of the weights of the decoder's linears and experts, as they are held.
 
     Biases, ``lm_head`` and the towers in front of the decoder are not counted. A weight
     that several linears share counts once.
@@ -36,6 +38,7 @@ def weight_bytes(model: nn.Module) -> int:
         for m in part.modules()
         if isinstance(m, nn.Linear) and m is not head
     }
+    weights |= {id(p): p for p in expert_weights(part).values()}
     return sum(_bytes_held(weight.data) for weight in weights.values())
 
 
@@ -48,14 +51,15 @@ def _bytes_held(tensor: torch.Tensor) -> int:
 
 
 def scheme_of(model: nn.Module) -> Optional[str]:
-    """Name of the scheme of a model's quantized linears.
+    """Name of the scheme of a model's quantized linears and experts.
 
     Returns:
         "mixed" where they differ; None where there are none.
     """
     found = {
-        (linear.weight.weight_bits, linear.weight.act_bits)
-        for linear in quantized_linears(model).values()
+        (parameter.data.weight_bits, parameter.data.act_bits)
+        for parameter in model.parameters()
+        if isinstance(parameter.data, MASQuantTensor)
     }
     if not found:
         return None

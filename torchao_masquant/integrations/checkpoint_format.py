@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Format version 1 of a quantized checkpoint.
+"""Format versions 1 and 2 of a quantized checkpoint.
 
 Each quantized weight ``X.weight`` is stored as plain tensors ``X._weight_qdata``,
 ``X._weight_scale``, ..., named as torchao names them; all other tensors are stored as
@@ -15,16 +15,22 @@ they are. What the parts mean is in the ``quantization_config`` of ``config.json
      "layers": {"model.layers.0.mlp.up_proj": {"format": 0, "options": 0}, ...}}
 
 where ``formats`` are :class:`LayerFormat`, and ``options`` say how they were made.
+
+Version 2 has weights of experts, too: the parameter ``X.gate_up_proj`` is stored as
+``X._gate_up_proj_qdata``, ..., goes by its own name in ``layers``, and is of the shape
+[E, N, K] however the model holds it. A checkpoint without any is written as version 1.
 """
 
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
 
+from torchao_masquant.expert_modules import MASQuantExperts
+from torchao_masquant.experts import PROJECTIONS, projections
 from torchao_masquant.integrations.layer_format import PARTS, LayerFormat
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.solver.methods import SolverOptions
@@ -33,22 +39,55 @@ from torchao_masquant.tensor_subclasses import MASQuantTensor
 __all__ = [
     "FORMAT_VERSION",
     "QUANT_METHOD",
-    "STORED_PART",
     "CheckpointFormat",
     "flatten_state_dict",
+    "parameter_of",
+    "quantized_modules",
     "stored_name",
+    "stored_part",
 ]
 
 QUANT_METHOD = "masquant"
+#: Of linears alone.
 FORMAT_VERSION = 1
+_WITH_EXPERTS = 2
 
-#: Matches names of stored parts: the linear's, and the part's.
-STORED_PART = re.compile(rf"(.+)\._weight_({'|'.join(PARTS)})")
+_OF_EXPERTS = tuple(f".{name}" for name in PROJECTIONS)
+
+_STORED_PART = re.compile(
+    rf"(.+)\._({'|'.join(('weight', *PROJECTIONS))})_({'|'.join(PARTS)})"
+)
 
 
-def stored_name(linear: str, part: str) -> str:
-    """What a part of a linear's weight is called in a file."""
-    return f"{linear}._weight_{part}"
+def parameter_of(layer: str, shape: Sequence[int]) -> str:
+    """Name of the parameter of what ``layers`` calls so.
+
+    Args:
+        layer: name of a linear, or of a parameter of experts.
+        shape: of its weight.
+    """
+    return layer if len(shape) == 3 else f"{layer}.weight"
+
+
+def stored_name(parameter: str, part: str) -> str:
+    """What a part of a quantized parameter is called in a file."""
+    module, _, name = parameter.rpartition(".")
+    return f"{module}._{name}_{part}" if module else f"_{name}_{part}"
+
+
+def stored_part(name: str) -> Optional[tuple[str, str]]:
+    """The name in ``layers`` and the part that a stored tensor is; None for others."""
+    match = _STORED_PART.fullmatch(name)
+    if match is None:
+        return None
+    module, parameter, part = match.groups()
+    return module if parameter == "weight" else f"{module}.{parameter}", part
+
+
+def quantized_modules(model: nn.Module) -> list[Union[MASQuantLinear, MASQuantExperts]]:
+    """All quantized linears and experts."""
+    kinds = (MASQuantLinear, MASQuantExperts)
+    return [m for m in model.modules() if isinstance(m, kinds)]
 
 
 @dataclass
@@ -57,7 +96,8 @@ class CheckpointFormat:
 
     Attributes:
         dtype: of the model that was saved, such as "bfloat16".
-        layers: name of a linear to the format of its weight.
+        layers: name of a linear, or of a parameter of experts, to the format of its
+            weight.
         options: name of a linear to the options that it was solved with, where they
             are known.
     """
@@ -74,23 +114,36 @@ class CheckpointFormat:
 
         Args:
             model: a transformers model.
-            options: name of a linear to the options that it was solved with.
+            options: name of a linear, or of a module of experts, to the options that it
+                was solved with.
         """
-        layers = {
-            name: LayerFormat.of(module.weight.data)
-            for name, module in model.named_modules()
-            if isinstance(module, MASQuantLinear)
-        }
+        layers, modules = {}, {}
+        for name, module in model.named_modules():
+            if isinstance(module, MASQuantLinear):
+                layers[name] = LayerFormat.of(module.weight.data)
+                modules[name] = name
+            elif isinstance(module, MASQuantExperts):
+                for parameter in projections(module) or ():
+                    weight = getattr(module, parameter).data
+                    layers[f"{name}.{parameter}"] = LayerFormat.of(weight)
+                    modules[f"{name}.{parameter}"] = name
+        given = options or {}
         known = {
             name: {k: _plain(v) for k, v in vars(option).items()}
-            for name, option in (options or {}).items()
-            if name in layers
+            for name, module in modules.items()
+            if (option := given.get(name, given.get(module))) is not None
         }
         return cls(str(model.dtype).removeprefix("torch."), layers, known)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @property
+    def version(self) -> int:
+        """The least format version that has all of its layers."""
+        experts = any(len(layer.shape) == 3 for layer in self.layers.values())
+        return _WITH_EXPERTS if experts else FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """As :meth:`from_json` reads it."""
@@ -105,7 +158,7 @@ class CheckpointFormat:
             }
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.version,
             "dtype": self.dtype,
             "formats": [entry.to_json() for entry in formats],
             "options": options,
@@ -120,11 +173,12 @@ class CheckpointFormat:
             ValueError: it is of another format version, or damaged.
         """
         version = entry.get("format_version")
-        if version != FORMAT_VERSION or type(version) is not int:
-            newer = type(version) is int and version > FORMAT_VERSION
+        known_versions = (FORMAT_VERSION, _WITH_EXPERTS)
+        if version not in known_versions or type(version) is not int:
+            newer = type(version) is int and version > max(known_versions)
             raise ValueError(
                 f"the checkpoint is of MASQuant format {version!r}, this version of "
-                f"torchao_masquant reads {FORMAT_VERSION}: "
+                f"torchao_masquant reads {FORMAT_VERSION} and {_WITH_EXPERTS}: "
                 f"{'upgrade it' if newer else 'quantize the model again'}."
             )
         try:
@@ -138,6 +192,11 @@ class CheckpointFormat:
                 if not name.isprintable():
                     raise ValueError(f"{name!r} is no name of a linear")
                 layers[name] = _pick(formats, numbers, "format", name)
+                if len(layers[name].shape) == 3 and not name.endswith(_OF_EXPERTS):
+                    raise ValueError(
+                        f"{name} of shape {list(layers[name].shape)} is none of "
+                        f"{PROJECTIONS} of experts"
+                    )
                 if numbers.get("options") is not None:
                     known[name] = dict(_pick(options, numbers, "options", name))
             if not layers:
@@ -166,8 +225,6 @@ def flatten_state_dict(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         if not isinstance(tensor, MASQuantTensor):
             flat[name] = tensor
             continue
-        linear, _, parameter = name.rpartition(".")
-        assert parameter == "weight", name
         for part in PARTS:
             value = getattr(tensor, part)
             if value is None:
@@ -181,7 +238,7 @@ def flatten_state_dict(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             ):
                 value = value.clone()
             storages.add(value.untyped_storage().data_ptr())
-            flat[stored_name(linear, part)] = value
+            flat[stored_name(name, part)] = value
     return flat
 
 

@@ -6,24 +6,28 @@
 """What one ``from_pretrained`` does with the linears of a model on the meta device."""
 
 import re
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
 
 from torchao_masquant.calibration.calibrate import base_first
 from torchao_masquant.config import MASQuantConfig
+from torchao_masquant.expert_modules import MASQuantExperts
+from torchao_masquant.experts import ExpertWeight, experts_of
 from torchao_masquant.integrations.checkpoint_format import (
-    STORED_PART,
     CheckpointFormat,
+    parameter_of,
+    quantized_modules,
     stored_name,
+    stored_part,
 )
 from torchao_masquant.integrations.freed_memory import return_freed_memory
 from torchao_masquant.integrations.layer_format import LayerFormat, TensorKind
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.routing import Router
-from torchao_masquant.selection import match_names, select_linears
+from torchao_masquant.selection import check_whole, match_names, select
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["CheckpointLoading", "QuantizingLoading", "attach_routers"]
@@ -31,11 +35,11 @@ __all__ = ["CheckpointLoading", "QuantizingLoading", "attach_routers"]
 
 def attach_routers(model: nn.Module) -> None:
     """Route the calls of a loaded model, where the modality of a token matters."""
-    linears = [m for m in model.modules() if isinstance(m, MASQuantLinear)]
-    for router in dict.fromkeys(m.router for m in linears if m.router is not None):
+    modules = quantized_modules(model)
+    for router in dict.fromkeys(m.router for m in modules if m.router is not None):
         # An incomplete router refuses tokens of a modality that it does not know.
         if not router.is_complete or any(
-            m.routed for m in linears if m.router is router
+            m.routed for m in modules if m.router is router
         ):
             router.detach(model)
             router.attach(model)
@@ -71,11 +75,12 @@ class CheckpointLoading:
         self._class = type(model).__name__
         self._is_saved_class = self._class in (model.config.architectures or ())
         self._optional = _optional_names(model)
-        modules = dict(model.named_modules())
+        modules: dict[str, Any] = dict(model.named_modules())
+        modules |= experts_of(model)
         routers: dict[tuple[str, ...], Router] = {}
         self._routers: dict[str, Router] = {}
         for saved_name, layer in checkpoint.layers.items():
-            name = self._name_in(modules, saved_name)
+            name = self._name_in(modules, saved_name, layer)
             shape = tuple(modules[name].weight.shape)
             if shape != layer.shape:
                 raise ValueError(
@@ -86,12 +91,21 @@ class CheckpointLoading:
                 routers[layer.modalities] = Router.for_model(model, layer.modalities)
             self.formats[name] = layer
             self._routers[name] = routers[layer.modalities]
+        try:
+            check_whole(list(self.formats), experts_of(model))
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint's config.json is damaged: {error}"
+            ) from error
 
-    def _name_in(self, modules: Mapping[str, nn.Module], saved_name: str) -> str:
-        """The name here of a linear, in a class with or without head."""
+    def _name_in(
+        self, modules: Mapping[str, Any], saved_name: str, layer: LayerFormat
+    ) -> str:
+        """The name here of a linear or of experts, in a class with or without head."""
         prefix = f"{self.prefix}."
+        kind = ExpertWeight if len(layer.shape) == 3 else nn.Linear
         for name in (saved_name, saved_name.removeprefix(prefix), prefix + saved_name):
-            if type(modules.get(name)) is nn.Linear:
+            if type(modules.get(name)) is kind:
                 return name
         raise ValueError(
             f"the checkpoint has a quantized linear {saved_name}, {self._class} has "
@@ -102,11 +116,17 @@ class CheckpointLoading:
     def state_with_parts(self) -> dict[str, Any]:
         """Names that tensors of the checkpoint may have here."""
         parts = {
-            stored_name(name, part): True
+            stored_name(parameter_of(name, layer.shape), part): True
             for name, layer in self.formats.items()
             for part in layer.kinds()
         }
         return self._state | parts
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """What quantized parameters are called in their modules."""
+        full = (parameter_of(n, f.shape) for n, f in self.formats.items())
+        return list(dict.fromkeys(name.rpartition(".")[2] for name in full))
 
     def nbytes_of(self, name: str, weight: torch.Tensor) -> int:
         """Bytes of a linear's quantized weight."""
@@ -128,13 +148,13 @@ class CheckpointLoading:
         covered: set[str] = set()
         for in_file, kind in self.stored.items():
             names, as_it_is = rename(in_file)
-            match = STORED_PART.fullmatch(names[0])
-            if match is None:
+            found = stored_part(names[0])
+            if found is None:
                 covered.update(names)
                 if as_it_is:
                     self._check_plain(names[0], kind)
-            elif match[1] in parts:
-                parts[match[1]][match[2]] = kind
+            elif found[0] in parts:
+                parts[found[0]][found[1]] = kind
             else:
                 raise ValueError(
                     f"the checkpoint has a part of a quantized weight, {in_file}, "
@@ -170,7 +190,7 @@ class CheckpointLoading:
             )
 
     def _check_complete(self, covered: set[str]) -> None:
-        quantized = {f"{name}.weight" for name in self.formats}
+        quantized = {parameter_of(n, f.shape) for n, f in self.formats.items()}
         for name in self._state:
             if name in covered or name in quantized or self._optional(name, covered):
                 continue
@@ -181,15 +201,21 @@ class CheckpointLoading:
 
     def linear_of(self, weight_name: str) -> Optional[str]:
         """The quantized linear whose weight has this name, if it is one."""
-        name = weight_name.removesuffix(".weight")
-        return name if name in self.formats else None
+        return _layer_of(weight_name, self.formats)
 
     def load(
         self, model: nn.Module, name: str, parts: Mapping[str, torch.Tensor]
     ) -> nn.Parameter:
-        """Turn a linear into a quantized one, with the weight of some loaded parts."""
+        """Turn a linear into a quantized one, with the weight of some loaded parts.
+
+        Of experts, this replaces the parameter alone: see :meth:`finish_experts`.
+        """
         weight = self.formats[name].build(parts, self.dtype)
         return _replace(model, name, weight, self._routers[name])
+
+    def finish_experts(self, model: nn.Module) -> None:
+        """Turn experts into quantized ones, once all of their weights are there."""
+        _finish_experts(model, self._routers)
 
 
 class QuantizingLoading:
@@ -209,6 +235,7 @@ class QuantizingLoading:
         #: the first weight that could not be quantized
         self.error: Optional[ValueError] = None
         self._class = type(model).__name__
+        self._experts = experts_of(model)
         self._layers: dict[str, Optional[LayerRecipe]]
         recipe = config.loaded_recipe
         if recipe is not None:
@@ -216,17 +243,21 @@ class QuantizingLoading:
             self._layers = {name: recipe.layers[name] for name in names}
             modalities = recipe.modalities
             self._check_names(dict(model.named_modules()))
+            check_whole(names, self._experts)
         else:
-            linears = select_linears(model, config.include, config.exclude)
-            self._layers = dict.fromkeys(linears)
+            selected = select(model, config.include, config.exclude)
+            self._layers = dict.fromkeys([*selected.linears, *selected.experts])
             modalities = base_first(model, config.base_modality, config.modalities)
         self.router = Router.for_model(model, modalities)
 
     def _check_names(self, modules: Mapping[str, nn.Module]) -> None:
         again = "use the model that it was made for, or calibrate again"
         for name, layer in self._layers.items():
-            module = modules.get(name)
-            if not isinstance(module, nn.Linear):
+            of_experts = layer is not None and len(layer.shape) == 3
+            module: Union[nn.Module, ExpertWeight, None] = (
+                self._experts.get(name) if of_experts else modules.get(name)
+            )
+            if not isinstance(module, (nn.Linear, ExpertWeight)):
                 raise ValueError(
                     f"the recipe was made for another model: {self._class} has no "
                     f"linear {name}; {again}."
@@ -245,8 +276,7 @@ class QuantizingLoading:
 
     def linear_of(self, weight_name: str) -> Optional[str]:
         """The linear to quantize whose weight has this name, if it is one."""
-        name = weight_name.removesuffix(".weight")
-        return name if name in self._layers and name != weight_name else None
+        return _layer_of(weight_name, self._layers, self._experts)
 
     def nbytes_of(self, name: str, weight: torch.Tensor) -> float:
         """Bytes of a linear's weight once it is quantized."""
@@ -277,16 +307,22 @@ class QuantizingLoading:
         nothing = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
         parameter = nn.Parameter(nothing, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        model.get_submodule(name).weight = parameter
+        if name in self._experts:
+            experts = self._experts[name]
+            setattr(experts.module, experts.parameter, parameter)
+        else:
+            model.get_submodule(name).weight = parameter
 
     def _quantized(self, name: str, weight: torch.Tensor) -> MASQuantTensor:
         options = self.config.options
         layer = self._layers[name]
+        if name in self._experts and self._experts[name].module.is_transposed:
+            weight = weight.transpose(1, 2)
         if layer is None:
             layer = LayerRecipe(
-                shape=(weight.shape[0], weight.shape[1]),
+                shape=tuple(weight.shape),
                 fingerprint="",
-                smoothing_factor=torch.ones(1, weight.shape[1]),
+                smoothing_factor=torch.ones(1, weight.shape[-1]),
             )
         elif (found := weight_fingerprint(weight)) != layer.fingerprint:
             raise ValueError(
@@ -300,6 +336,10 @@ class QuantizingLoading:
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+    def finish_experts(self, model: nn.Module) -> None:
+        """Turn experts into quantized ones, once all of their weights are there."""
+        _finish_experts(model, dict.fromkeys(self._layers, self.router))
 
     def finish(self) -> None:
         """Raise unless every weight has been quantized.
@@ -318,16 +358,58 @@ class QuantizingLoading:
             )
 
 
+def _layer_of(
+    weight_name: str,
+    layers: Mapping[str, Any],
+    experts: Optional[Mapping[str, ExpertWeight]] = None,
+) -> Optional[str]:
+    """Name in ``layers`` of what has a weight of this name, if it is there.
+
+    Args:
+        experts: whose parameters go by their own names; None: any in ``layers`` may.
+    """
+    name = weight_name.removesuffix(".weight")
+    if name not in layers:
+        return None
+    own = experts is None or name in experts
+    return name if own or name != weight_name else None
+
+
 def _replace(
     model: nn.Module, name: str, weight: MASQuantTensor, router: Router
 ) -> nn.Parameter:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    MASQuantLinear.from_float(linear, weight, name, router)
-    parameter = linear.weight
+    if weight.dim() == 3:
+        prefix, _, parameter_name = name.rpartition(".")
+        parameter = nn.Parameter(weight, requires_grad=False)
+        setattr(model.get_submodule(prefix), parameter_name, parameter)
+    else:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        parameter = MASQuantLinear.from_float(linear, weight, name, router).weight
     # So that transformers does not initialize it again.
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    return parameter  # type: ignore[return-value]
+    return parameter
+
+
+def _finish_experts(model: nn.Module, routers: Mapping[str, Router]) -> None:
+    """Turn the experts whose parameters are quantized into quantized experts.
+
+    Args:
+        routers: name of a parameter to its router, of those that should be.
+    """
+    modules: dict[nn.Module, dict[str, ExpertWeight]] = {}
+    for name, weight in experts_of(model).items():
+        if name in routers:
+            modules.setdefault(weight.module, {})[name] = weight
+    for module, weights in modules.items():
+        loaded = {
+            w.parameter: getattr(module, w.parameter).data for w in weights.values()
+        }
+        # Of one that was not there transformers has its own to say.
+        if all(isinstance(tensor, MASQuantTensor) for tensor in loaded.values()):
+            name, first = next(iter(weights.items()))
+            fqn = name.removesuffix(f".{first.parameter}")
+            MASQuantExperts.from_float(module, loaded, fqn, routers[name])
 
 
 def _optional_names(model: Any) -> Callable[[str, set[str]], bool]:

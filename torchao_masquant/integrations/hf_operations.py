@@ -46,8 +46,9 @@ class AssembleWeight(ConversionOps):
         if name is None:
             raise ValueError(f"{full_layer_name} is no quantized weight.")
         _check_whole(model, full_layer_name)
+        prefix = rf"\._{full_layer_name.rpartition('.')[2]}_"
         parts = {
-            pattern.partition("_weight_")[2]: tensors[0]
+            pattern.removeprefix(prefix): tensors[0]
             for pattern, tensors in input_dict.items()
         }
         return {full_layer_name: loading.load(model, name, parts)}

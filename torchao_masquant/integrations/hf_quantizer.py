@@ -113,9 +113,9 @@ class MASQuantHfQuantizer(HfQuantizer):
     def param_needs_quantization(
         self, model: Any, param_name: str, **kwargs: Any
     ) -> bool:
+        # Also of a saved weight: transformers then takes it in another shape.
         return (
-            isinstance(self.loading, QuantizingLoading)
-            and self.loading.linear_of(param_name) is not None
+            self.loading is not None and self.loading.linear_of(param_name) is not None
         )
 
     def param_element_size(
@@ -145,14 +145,23 @@ class MASQuantHfQuantizer(HfQuantizer):
         from torchao_masquant.integrations.hf_operations import AssembleWeight
 
         self.loading.check_stored(_renaming(weight_conversions, self.loading))
-        patterns = [rf"\._weight_{part}" for part in PARTS]
-        ours = WeightConverter(patterns, [".weight"], [AssembleWeight(self)])
-        return [*weight_conversions, ours]
+        ours = [
+            WeightConverter(
+                [rf"\._{name}_{part}" for part in PARTS],
+                [f".{name}"],
+                [AssembleWeight(self)],
+            )
+            for name in self.loading.parameter_names
+        ]
+        return [*weight_conversions, *ours]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         loading, self.loading = self.loading, None
         if isinstance(loading, QuantizingLoading):
             loading.finish()
+        if loading is not None:
+            loading.finish_experts(model)
+        if isinstance(loading, QuantizingLoading):
             self.options = dict.fromkeys(loading.names, loading.config.options)
             # The recipe, which may be as large as the model, is done with.
             self.quantization_config = MASQuantHfConfig.of_checkpoint(

@@ -3,8 +3,9 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""What a checkpoint says of one quantized linear, and what its tensors must be."""
+"""What a checkpoint says of one quantized weight, and what its tensors must be."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional
 
@@ -47,7 +48,7 @@ class LayerFormat:
     """Everything about a :class:`MASQuantTensor` but its values.
 
     Attributes:
-        shape: (N, K) of the original weight.
+        shape: (N, K) of the original weight, or (E, N, K) of E experts'.
         dtype: its type, such as "bfloat16".
         weight_bits: 8, 4 or 3.
         act_bits: 2 to 8, or 16.
@@ -56,9 +57,10 @@ class LayerFormat:
         routed: whether each modality has a smoothing factor of its own.
         ranks: of the pairs of modality 1, 2, ..., or empty.
         parts: name of each stored part to its type.
+        own_shift: whether each expert has a shift of its own; not said of linears.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     weight_bits: int
     act_bits: int
@@ -67,17 +69,18 @@ class LayerFormat:
     routed: bool
     ranks: tuple[int, ...]
     parts: tuple[tuple[str, str], ...]
+    own_shift: bool = False
 
     @classmethod
     def of(cls, weight: MASQuantTensor) -> "LayerFormat":
         """The format of a weight."""
         parts = {name: getattr(weight, name) for name in PARTS}
         return cls(
-            shape=(weight.shape[0], weight.shape[1]),
+            shape=tuple(weight.shape),
             dtype=_type_name(weight.dtype),
             weight_bits=weight.weight_bits,
             act_bits=weight.act_bits,
-            group_size=None if weight.scale.shape[1] == 1 else weight.group_size,
+            group_size=None if weight.scale.shape[-1] == 1 else weight.group_size,
             modalities=tuple(weight.modalities),
             routed=weight.is_routed,
             ranks=tuple(weight.ranks),
@@ -86,11 +89,12 @@ class LayerFormat:
                 for name, t in parts.items()
                 if t is not None
             ),
+            own_shift=weight.act_shift is not None and weight.act_shift.dim() == 3,
         )
 
     def to_json(self) -> dict[str, Any]:
         """As :meth:`from_json` reads it."""
-        return {
+        entry = {
             "shape": list(self.shape),
             "dtype": self.dtype,
             "weight_bits": self.weight_bits,
@@ -101,6 +105,9 @@ class LayerFormat:
             "ranks": list(self.ranks),
             "parts": dict(self.parts),
         }
+        if len(self.shape) == 3:
+            entry["own_shift"] = self.own_shift
+        return entry
 
     @classmethod
     def from_json(cls, entry: Any) -> "LayerFormat":
@@ -111,16 +118,20 @@ class LayerFormat:
         """
         if not isinstance(entry, dict):
             raise ValueError(f"a format is a dict, got {entry!r}")
-        names = list(cls.__dataclass_fields__)
+        of_experts = isinstance(entry.get("shape"), list) and len(entry["shape"]) == 3
+        names = [n for n in cls.__dataclass_fields__ if of_experts or n != "own_shift"]
         if sorted(entry) != sorted(names):
             raise ValueError(f"a format has the fields {names}, got {sorted(entry)}")
         shape = _integers(entry, "shape", least=1)
-        if len(shape) != 2:
-            raise ValueError(f"shape is (N, K), got {list(shape)}")
+        if len(shape) not in (2, 3):
+            raise ValueError(f"shape is (N, K) or (E, N, K), got {list(shape)}")
         if entry["dtype"] not in _FLOATING:
             raise ValueError(f"dtype is one of {_FLOATING}, got {entry['dtype']!r}")
         if not isinstance(entry["routed"], bool):
             raise ValueError(f"routed is true or false, got {entry['routed']!r}")
+        own_shift = entry.get("own_shift", False)
+        if not isinstance(own_shift, bool):
+            raise ValueError(f"own_shift is true or false, got {own_shift!r}")
         modalities = entry["modalities"]
         if not _is_list_of(modalities, str):
             raise ValueError(f"modalities is a list of names, got {modalities!r}")
@@ -128,7 +139,7 @@ class LayerFormat:
         if group_size is not None:
             group_size = _integer(entry, "group_size", least=2)
         found = cls(
-            shape=(shape[0], shape[1]),
+            shape=shape,
             dtype=entry["dtype"],
             weight_bits=_integer(entry, "weight_bits"),
             act_bits=_integer(entry, "act_bits"),
@@ -137,27 +148,30 @@ class LayerFormat:
             routed=entry["routed"],
             ranks=_integers(entry, "ranks"),
             parts=_parts(entry["parts"]),
+            own_shift=own_shift,
         )
         found._check()
         return found
 
     def _check(self) -> None:
         """Raise unless the fields fit each other, as the tensor itself would."""
-        kinds = self.kinds()
-        check_group_size(self.group_size, self.shape)
+        # Of one expert: they are all alike.
+        shape = (self.shape[-2], self.shape[-1])
+        kinds = dataclasses.replace(self, shape=shape, own_shift=False).kinds()
+        check_group_size(self.group_size, shape)
 
         def meta(name: str) -> Optional[torch.Tensor]:
             if name not in kinds:
                 return None
-            dtype, shape = kinds[name]
-            return torch.empty(shape, dtype=dtype, device="meta")
+            dtype, size = kinds[name]
+            return torch.empty(size, dtype=dtype, device="meta")
 
         smoothing_factor = meta("act_pre_scale")
         if smoothing_factor is None or not {"qdata", "scale"} <= set(kinds):
             raise ValueError("qdata, scale and act_pre_scale are parts of every weight")
         integer_pair = "l1" in kinds and kinds["l1"][0] == torch.int8
         check_parts(
-            self.shape,
+            shape,
             weight_bits=self.weight_bits,
             act_bits=self.act_bits,
             modalities=self.modalities,
@@ -183,7 +197,7 @@ class LayerFormat:
 
     def kinds(self) -> dict[str, TensorKind]:
         """Type and shape of each part."""
-        n, k = self.shape
+        *experts, n, k = self.shape
         modalities, rank = len(self.modalities), sum(self.ranks)
         groups = 1 if self.group_size is None else k // self.group_size
         shapes: dict[str, tuple[int, ...]] = {
@@ -197,7 +211,14 @@ class LayerFormat:
             "low_rank_scale": (rank,),
             "act_shift": (modalities, k),
         }
-        return {name: (getattr(torch, t), shapes[name]) for name, t in self.parts}
+        shared = {"act_pre_scale"} if self.own_shift else {"act_pre_scale", "act_shift"}
+        return {
+            name: (
+                getattr(torch, t),
+                shapes[name] if name in shared else (*experts, *shapes[name]),
+            )
+            for name, t in self.parts
+        }
 
     @property
     def nbytes(self) -> int:
@@ -243,7 +264,7 @@ class LayerFormat:
         """
         self.check_tensors({n: (t.dtype, tuple(t.shape)) for n, t in parts.items()})
         return MASQuantTensor(
-            in_features=self.shape[1],
+            in_features=self.shape[-1],
             weight_bits=self.weight_bits,
             act_bits=self.act_bits,
             modalities=self.modalities,

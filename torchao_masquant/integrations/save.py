@@ -14,8 +14,8 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from torchao_masquant.integrations.attachment import attach_to_transformers
+from torchao_masquant.integrations.checkpoint_format import quantized_modules
 from torchao_masquant.integrations.exchange import exchange
-from torchao_masquant.linear import MASQuantLinear
 
 __all__ = ["save_quantized"]
 
@@ -86,7 +86,7 @@ def _check_model(model: nn.Module) -> None:
             "save_quantized takes a transformers model, got a "
             f"{type(model).__name__}: torch.save its state_dict()."
         )
-    if not any(isinstance(m, MASQuantLinear) for m in model.modules()):
+    if not quantized_modules(model):
         raise ValueError(
             f"{type(model).__name__} has no quantized linear: quantize it with "
             "masquant_config(recipe) first, or call its save_pretrained."

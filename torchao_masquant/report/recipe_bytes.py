@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """What a recipe's linears will weigh, part by part."""
 
+import math
 from dataclasses import dataclass
 
 from torchao_masquant.recipe import LayerRecipe, Recipe
@@ -68,7 +69,9 @@ def layer_bytes(layer: LayerRecipe, options: SolverOptions) -> LayerBytes:
         layer: its part of a recipe.
         options: the recipe's.
     """
-    n, k = layer.shape
+    *leading, k = layer.shape
+    # Output channels, of all experts where there are several.
+    n = math.prod(leading)
     bits = options.bits
     sizes = {part: 0 for part in PART_NAMES}
     sizes["integers"] = n * (-(-k // 2) if bits.weight_bits <= 4 else k)
@@ -86,7 +89,8 @@ def layer_bytes(layer: LayerRecipe, options: SolverOptions) -> LayerBytes:
         width = options.low_rank_bits // 8 if part == "pairs" else _FLOAT32
         sizes[part] += width * tensor.numel()
     if options.low_rank_bits == 8:
-        sizes["pairs"] += _FLOAT32 * sum(layer.ranks)
+        experts = math.prod(leading[:-1])
+        sizes["pairs"] += _FLOAT32 * sum(layer.ranks) * experts
     return LayerBytes(**sizes, bfloat16=_BFLOAT16 * n * k)
 
 

@@ -201,7 +201,7 @@ def _layers(recipe: Recipe) -> Table:
         rows.append(
             (
                 Cell(label),
-                Cell(f"{layer.shape[0]} × {layer.shape[1]}"),
+                Cell(" × ".join(str(size) for size in layer.shape)),
                 *(Cell(str(rank)) for rank in ranks),
                 *(Cell(byte_size(getattr(size, part))) for part in PART_NAMES),
                 Cell(byte_size(size.total)),

@@ -32,7 +32,7 @@ __all__ = ["solve_group"]
 
 # Of the range of a channel: a bfloat16 activation is known to no better than this, so
 # that what a shift leaves of a constant is not smoothed as if it were a signal.
-_RESOLUTION = 2.0**-8
+RESOLUTION = 2.0**-8
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -125,7 +125,7 @@ class _PerModality:
         ]
         weight_absmax = _weight_absmax(weights)
         ranges = [
-            torch.maximum(m.absmax(shift), _RESOLUTION * m.absmax())
+            torch.maximum(m.absmax(shift), RESOLUTION * m.absmax())
             for m, shift in zip(self.moments, self.shifts)
         ]
         unified = torch.stack(ranges).amax(0)

@@ -1,0 +1,95 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What calibration keeps of what each expert of a mixture reads by itself."""
+
+from typing import Any, Optional
+
+import torch
+
+from torchao_masquant.calibration.statistics import InputStatistics, thinned
+
+__all__ = ["ExpertMoments", "ExpertStatistics"]
+
+
+class ExpertMoments:
+    """First moments of one modality, expert by expert, beside those of all experts.
+
+    Attributes:
+        count: (E,) float64, number of tokens.
+        amin: (E, K) float64, inf without a token.
+        amax: (E, K) float64, -inf without a token.
+        sum: (E, K) float64.
+        sample_experts: (S,) int64, whose each row of the sample of all experts is.
+    """
+
+    def __init__(self, experts: int, width: int, device: torch.device):
+        zeros: dict[str, Any] = dict(dtype=torch.float64, device=device)
+        self.count = torch.zeros(experts, **zeros)
+        self.amin = torch.full((experts, width), float("inf"), **zeros)
+        self.amax = torch.full((experts, width), float("-inf"), **zeros)
+        self.sum = torch.zeros(experts, width, **zeros)
+        self.sample_experts = torch.zeros(0, dtype=torch.int64, device=device)
+
+    def update(self, x: torch.Tensor, experts: torch.Tensor, before: int) -> None:
+        """Add tokens.
+
+        Args:
+            x: (T, K).
+            experts: (T,) int64.
+            before: number of tokens that all experts had before.
+        """
+        x = x.double()
+        places = experts[:, None].expand_as(x)
+        self.count.index_add_(0, experts, torch.ones_like(x[:, 0]))
+        self.amin.scatter_reduce_(0, places, x, "amin")
+        self.amax.scatter_reduce_(0, places, x, "amax")
+        self.sum.index_add_(0, experts, x)
+        self.sample_experts = thinned(self.sample_experts, experts, before)
+
+
+class ExpertStatistics(InputStatistics):
+    """Moments of all experts of a projection together, and first moments of each.
+
+    Args:
+        experts: E.
+        width: K.
+        modalities: names, base first.
+        second_moments: of all experts together.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        width: int,
+        modalities: tuple[str, ...],
+        device: torch.device,
+        second_moments: bool,
+    ):
+        super().__init__(width, modalities, device, second_moments)
+        self.of_experts = [ExpertMoments(experts, width, device) for _ in modalities]
+
+    def update_experts(
+        self,
+        name: str,
+        x: torch.Tensor,
+        modality_ids: Optional[torch.Tensor],
+        experts: torch.Tensor,
+    ) -> None:
+        """Add the tokens of one call.
+
+        Args:
+            experts: (T,) int64, which expert reads each token.
+
+        All else is as in :meth:`InputStatistics.update`.
+        """
+        before = [moments.count for moments in self.moments]
+        self.update(name, x, modality_ids)
+        for index, moments in enumerate(self.of_experts):
+            if modality_ids is None:
+                rows = torch.full_like(experts, index == 0, dtype=torch.bool)
+            else:
+                rows = modality_ids == index
+            moments.update(x[rows], experts[rows], before[index])
