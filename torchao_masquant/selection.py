@@ -15,7 +15,7 @@ from torch import nn
 from torchao_masquant.experts import warn_of_expert_weights
 from torchao_masquant.families import ModelFamily, family_of
 
-__all__ = ["Patterns", "match_names", "select_linears"]
+__all__ = ["Patterns", "decoder_of", "match_names", "select_linears"]
 
 Patterns = Optional[Union[str, Sequence[str]]]
 
@@ -74,7 +74,7 @@ def match_names(
     return [name for name in names if name in chosen]
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
     """The part of a model that turns token embeddings into hidden states."""
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
@@ -115,7 +115,7 @@ def select_linears(
             is no plain one of the decoder.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     family = family_of(getattr(model, "config", None))
     towers = _towers(decoder, family)
     inside = {id(m) for m in decoder.modules() if id(m) not in towers}
