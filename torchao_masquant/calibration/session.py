@@ -6,7 +6,7 @@
 """Observing the inputs of a model's linears while data runs through it."""
 
 import contextlib
-from typing import Iterator
+from typing import Iterator, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,14 +42,21 @@ class CalibrationSession:
         router: tells the modality of each token of a call.
         second_moments: keep covariances too (8 K^2 bytes for each input and each
             modality).
+        before: tokens of each modality that another process counts, see
+            :class:`~torchao_masquant.calibration.statistics.Moments`.
     """
 
     def __init__(
-        self, linears: dict[str, nn.Linear], router: Router, second_moments: bool
+        self,
+        linears: dict[str, nn.Linear],
+        router: Router,
+        second_moments: bool,
+        before: Optional[Sequence[int]] = None,
     ):
         self.linears = linears
         self.router = router
         self.second_moments = second_moments
+        self.before = before
         #: linear to the first linear that reads the same input
         self.leaders: dict[str, str] = {}
         #: leader to the statistics of its input
@@ -126,6 +133,7 @@ class CalibrationSession:
                 self.router.modalities,
                 x.device,
                 self.second_moments,
+                self.before,
             )
         ids = self.router.ids_for(name, x)
         statistics.update(

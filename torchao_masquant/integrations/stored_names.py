@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Which weights of a model the tensors in a checkpoint's files become."""
 
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Sequence
 
 __all__ = ["model_names", "stored_to_model_names"]
 

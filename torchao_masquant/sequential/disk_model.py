@@ -97,7 +97,9 @@ class DiskModel:
             model.generation_config = transformers.GenerationConfig.from_pretrained(
                 self.folder
             )
-        self._non_persistent = {name for name, _ in model.named_non_persistent_buffers()}
+        self._non_persistent = {
+            name for name, _ in model.named_non_persistent_buffers()
+        }
         _to_meta(model, list(state))
         for name, buffer in model.named_buffers():
             if name in self._non_persistent:
@@ -119,14 +121,15 @@ class DiskModel:
                     "model_class that it was saved from."
                 )
 
-    def names_under(self, prefix: str) -> list[str]:
-        """Names of the weights and buffers of one module that files hold."""
+    @property
+    def names_in_files(self) -> list[str]:
+        """Names in the model of the weights and buffers that files hold."""
         covered = {name for names in self.names.values() for name in names}
-        return [
-            name
-            for name in self.model.state_dict()
-            if name.startswith(f"{prefix}.") and name in covered
-        ]
+        return [name for name in self.model.state_dict() if name in covered]
+
+    def names_under(self, prefix: str) -> list[str]:
+        """Those of one module."""
+        return [n for n in self.names_in_files if n.startswith(f"{prefix}.")]
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """Bytes of some weights, once they are loaded."""

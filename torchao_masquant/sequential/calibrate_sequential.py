@@ -1,0 +1,575 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``calibrate_sequential``: quantize a model that does not fit in memory."""
+
+import functools
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
+
+import safetensors
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from torchao_masquant.calibration.calibrate import base_first, library_versions
+from torchao_masquant.learning.blocks import decoder_blocks
+from torchao_masquant.modality import TEXT
+from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes
+from torchao_masquant.routing import Router
+from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.sequential.activations import ActivationStore, kept
+from torchao_masquant.sequential.block_solver import BlockSolver
+from torchao_masquant.sequential.block_store import BlockStore
+from torchao_masquant.sequential.checkpoint_parts import (
+    assemble,
+    other_parts,
+    write_part,
+)
+from torchao_masquant.sequential.decoder_walk import DecoderCall, DecoderWalk
+from torchao_masquant.sequential.disk_model import DiskModel
+from torchao_masquant.sequential.durable import durable, sync_folder
+from torchao_masquant.sequential.manifest import (
+    Manifest,
+    SampleSummary,
+    file_digests,
+    read_json,
+    summarize_samples,
+)
+from torchao_masquant.sequential.team import Team
+from torchao_masquant.solver.methods import AUTO, SolverOptions
+
+__all__ = ["SequentialResult", "calibrate_sequential"]
+
+_MAX_STATISTICS_BYTES = 4 << 30
+
+#: Of the file in a finished checkpoint that says what it was made from.
+_ORIGIN = "masquant_calibration.json"
+
+
+@dataclass(frozen=True)
+class SequentialResult:
+    """What :func:`calibrate_sequential` wrote.
+
+    Attributes:
+        checkpoint: folder that ``from_pretrained`` loads, None where none was asked for.
+        recipe: file that ``Recipe.load`` reads, None where none was asked for.
+        blocks: of the decoder.
+        resumed: how many of them an interrupted run had finished.
+        seconds: that each of the others took.
+    """
+
+    checkpoint: Optional[Path]
+    recipe: Optional[Path]
+    blocks: int
+    resumed: int
+    seconds: tuple[float, ...]
+
+
+def calibrate_sequential(
+    model: Union[str, os.PathLike],
+    samples: Iterable[Mapping[str, Any]],
+    *,
+    output: Union[str, os.PathLike, None] = None,
+    recipe: Union[str, os.PathLike, None] = None,
+    scheme: str = "w4a8",
+    method: str = "masquant",
+    alpha: Union[float, str, None] = None,
+    separation: Union[float, str, None] = None,
+    rank: Union[int, float, str] = 0.05,
+    group_size: Optional[int] = None,
+    shift: Optional[bool] = None,
+    rounding: Optional[str] = None,
+    clip: Optional[bool] = None,
+    low_rank_bits: int = 16,
+    modality_weights: Optional[Mapping[str, float]] = None,
+    epochs: int = 0,
+    lr: float = 3e-4,
+    base_modality: str = TEXT,
+    modalities: Optional[Sequence[str]] = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    max_statistics_bytes: int = _MAX_STATISTICS_BYTES,
+    dtype: Optional[torch.dtype] = None,
+    device: Union[str, torch.device] = "cpu",
+    activations: str = "memory",
+    model_class: Optional[type] = None,
+    timeout: float = 7200.0,
+    progress: bool = True,
+) -> SequentialResult:
+    """Calibrate and quantize a model one block at a time, from disk to disk.
+
+    Gives what ``calibrate`` gives, and what ``quantize_`` and ``save_pretrained`` make of
+    it, for a model that is never in memory as a whole. Towers and embeddings are
+    loaded to run the samples up to the decoder, and freed; then each block of the
+    decoder is loaded, observed, solved for, quantized and written, and freed. What
+    stays in memory is one block, its statistics, and the samples' activations between
+    blocks (two hidden states a token), which ``activations="disk"`` maps from files.
+
+    A finished block is durable. After an interruption, however hard, the same call goes
+    on behind the last one: samples run through the finished blocks again, nothing is
+    solved twice, and the result is that of an uninterrupted run, bit for bit (on the
+    same machine, with as many threads). Until the end everything lies in a folder
+    beside the result, its name with ``.partial`` added.
+
+    Under ``torchrun``, after ``torch.distributed.init_process_group``, the processes
+    share the samples and the solving; process 0 writes. The folders must be on a file
+    system that all of them see.
+
+    Args:
+        model: folder of a transformers checkpoint in safetensors files, or its name on
+            the hub.
+        samples: as for ``calibrate``, on the CPU; run through more than once.
+        output: folder of the quantized checkpoint to write.
+        recipe: file of the recipe to write. At least one of the two.
+        scheme, method, alpha, separation, rank, group_size, shift, rounding, clip,
+            low_rank_bits, modality_weights, lr, base_modality, modalities, include,
+            exclude: as for ``calibrate``. ``rank="auto"`` spends its bytes in each
+            block by itself.
+        epochs: zero: learning needs ``calibrate``.
+        max_statistics_bytes: bound of the statistics' memory, in bytes: a block runs
+            several times where its statistics do not fit.
+        dtype: to run the model in; None for what its config says.
+        device: where blocks run and are solved for.
+        activations: "memory", or "disk": in mapped files in the folder of the run.
+        model_class: of transformers; None for the one that the config names.
+        timeout: seconds that a process waits for the others.
+        progress: show a bar on a terminal.
+
+    Returns:
+        Where the results are.
+
+    Raises:
+        ValueError: as ``calibrate``; the decoder cannot be run block by block; model,
+            samples or options are not those that an interrupted run was begun with;
+            ``output`` or ``recipe`` is there already, and of something else.
+        TypeError: an option or a sample is of the wrong type; ``samples`` is an
+            iterator.
+        FileNotFoundError: there is no such model.
+        TeamError: another process has died.
+    """
+    options = SolverOptions(
+        scheme=scheme,
+        method=method,
+        alpha=alpha,
+        separation=separation,
+        rank=rank,
+        group_size=group_size,
+        shift=shift,
+        rounding=rounding,
+        clip=clip,
+        low_rank_bits=low_rank_bits,
+        modality_weights=modality_weights,
+        epochs=epochs,
+        lr=lr,
+    )
+    if epochs:
+        raise ValueError(
+            "learning (epochs above zero) is not done block by block from disk: use "
+            "epochs=0, or calibrate() with the model in memory."
+        )
+    if activations not in ("memory", "disk"):
+        raise ValueError(
+            f"activations are kept in 'memory' or on 'disk', not {activations!r}."
+        )
+    outputs = _Outputs(output, recipe)
+    team = Team(timeout)
+    team.on_first(outputs.check)
+    summary = summarize_samples(samples)
+    if summary.count < team.size:
+        raise ValueError(
+            f"there are {summary.count} samples for {team.size} processes: start as many "
+            "processes as there are samples, or fewer."
+        )
+    disk = DiskModel(model, dtype, device, model_class)
+    linears = select_linears(disk.model, include, exclude)
+    blocks = decoder_blocks(disk.model, list(linears))
+    router = Router.for_model(
+        disk.model, base_first(disk.model, base_modality, modalities)
+    )
+    router.skip_padding = True
+    run = _Run(
+        disk,
+        linears,
+        blocks,
+        router,
+        options,
+        outputs,
+        team,
+        summary,
+        max_statistics_bytes,
+        progress,
+    )
+    return run(samples, activations)
+
+
+class _Outputs:
+    """Where results go, and whether they are there."""
+
+    def __init__(
+        self,
+        output: Union[str, os.PathLike, None],
+        recipe: Union[str, os.PathLike, None],
+    ):
+        if output is None and recipe is None:
+            raise ValueError(
+                "name what to write: output=, a folder for the quantized checkpoint, or "
+                "recipe=, a file."
+            )
+        # Where links lead: they stay.
+        self.checkpoint, self.recipe = (
+            None if path is None else Path(os.path.realpath(path))
+            for path in (output, recipe)
+        )
+        main = self.checkpoint or self.recipe
+        assert main is not None
+        self.partial = main.with_name(f"{main.name}.partial")
+
+    def check(self) -> None:
+        """Raise where a result could not be written in the end.
+
+        Raises:
+            FileNotFoundError: the folder around it does not exist.
+            ValueError: something else is there.
+        """
+        for path in (self.checkpoint, self.recipe):
+            if path is None:
+                continue
+            if not path.parent.is_dir():
+                raise FileNotFoundError(
+                    f"cannot write {str(path)!r}: there is no folder "
+                    f"{str(path.parent)!r}."
+                )
+            if path.exists() and self._origin(path) is None:
+                raise self._occupied(path)
+
+    @staticmethod
+    def _occupied(path: Path) -> ValueError:
+        return ValueError(
+            f"{str(path)!r} is there already, and not a result of this calibration: "
+            "remove it, or give another name."
+        )
+
+    @staticmethod
+    def _origin(path: Path) -> Optional[str]:
+        """Digest of the manifest that a result was made by."""
+        if path.is_dir():
+            return (read_json(path / _ORIGIN) or {}).get("digest")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return (file.metadata() or {}).get("calibration")
+        except (OSError, safetensors.SafetensorError):
+            return None
+
+    def finished(self, digest: str) -> bool:
+        """Whether all results of a calibration are there.
+
+        Raises:
+            ValueError: one is of another calibration.
+        """
+        paths = [p for p in (self.checkpoint, self.recipe) if p is not None]
+        there = [path for path in paths if path.exists()]
+        for path in there:
+            if self._origin(path) != digest:
+                raise self._occupied(path)
+        return len(there) == len(paths)
+
+
+class _Run:
+    """One call of :func:`calibrate_sequential`."""
+
+    def __init__(
+        self,
+        disk: DiskModel,
+        linears: dict[str, nn.Linear],
+        blocks: dict[str, nn.Module],
+        router: Router,
+        options: SolverOptions,
+        outputs: _Outputs,
+        team: Team,
+        summary: SampleSummary,
+        max_statistics_bytes: int,
+        progress: bool,
+    ):
+        self.disk, self.linears, self.router = disk, linears, router
+        self.options, self.outputs, self.team = options, outputs, team
+        self.summary, self.progress = summary, progress
+        self.max_statistics_bytes = max_statistics_bytes
+        self.walk = DecoderWalk(disk.model, blocks, router, disk.device)
+        self.names = [disk.names_under(name) for name in blocks]
+        self.mine = team.share_of(summary.count)
+
+    def __call__(
+        self, samples: Iterable[Mapping[str, Any]], activations: str
+    ) -> SequentialResult:
+        self.store, manifest, done = self.team.on_first(self._begin)
+        blocks = len(self.walk.blocks)
+        if done:
+            return self._result(blocks, ())
+        finished = self.team.on_first(
+            lambda: [
+                bool(self.store.finished(self.store.part_of(i))) for i in range(blocks)
+            ]
+        )
+        seconds: list[float] = []
+        if not all(finished):
+            folder = self.store.folder / f"activations-{self.team.rank}"
+            kept_activations = ActivationStore(
+                folder if activations == "disk" else None
+            )
+            try:
+                seconds = self._blocks(samples, kept_activations, finished)
+            finally:
+                kept_activations.close()
+        self.team.on_first(lambda: self._finish(manifest.digest))
+        return self._result(sum(finished), tuple(seconds))
+
+    def _result(self, resumed: int, seconds: tuple[float, ...]) -> SequentialResult:
+        return SequentialResult(
+            self.outputs.checkpoint,
+            self.outputs.recipe,
+            len(self.walk.blocks),
+            resumed,
+            seconds,
+        )
+
+    def _begin(self) -> tuple[BlockStore, Manifest, bool]:
+        """Compare with an interrupted run; whether nothing is left to do."""
+        store = BlockStore(self.outputs.partial)
+        folder = self.disk.folder
+        config = (folder / "config.json").read_bytes()
+        options = {f"option {k}": v for k, v in vars(self.options).items()}
+        if self.options.rank == AUTO:
+            # Bytes are spent among the linears of one pass.
+            options["option max_statistics_bytes"] = self.max_statistics_bytes
+        manifest = Manifest(
+            store.folder / "manifest.json",
+            {
+                "model": [
+                    config.decode(),
+                    file_digests(self.disk.files, store.folder / "digests.json"),
+                    type(self.disk.model).__name__,
+                ],
+                "set of samples": self.summary.digest,
+                **options,
+                "choice of modalities": self.router.modalities,
+                "choice of linears": list(self.linears),
+                "dtype": str(self.disk.dtype),
+                "kind of device": self.disk.device.type,
+                "number of processes": self.team.size,
+                "version of a library": library_versions(),
+                "output": self.outputs.checkpoint is not None,
+                "recipe": self.outputs.recipe is not None,
+            },
+        )
+        manifest.begin()
+        done = self.outputs.finished(manifest.digest)
+        if done:
+            store.remove()
+        return store, manifest, done
+
+    def _blocks(
+        self,
+        samples: Iterable[Mapping[str, Any]],
+        activations: ActivationStore,
+        finished: Sequence[bool],
+    ) -> list[float]:
+        before = self._capture(samples, activations)
+        solver = BlockSolver(
+            self.router, self.options, self.max_statistics_bytes, self.team, before
+        )
+        seconds = []
+        last = max(i for i, done in enumerate(finished) if not done)
+        bar = tqdm(
+            range(last + 1),
+            desc="Blocks",
+            disable=None if self.progress and self.team.rank == 0 else True,
+        )
+        for index in bar:
+            start = time.perf_counter()
+            self.team.barrier()
+            with self.disk.loaded(self.names[index]):
+                if finished[index]:
+                    self._advance(index, activations)
+                else:
+                    self._calibrate(index, activations, solver)
+                    seconds.append(time.perf_counter() - start)
+        return seconds
+
+    # In front of the decoder
+
+    def _capture(
+        self, samples: Iterable[Mapping[str, Any]], activations: ActivationStore
+    ) -> list[int]:
+        """Run this process's samples up to the decoder; prove that it can be walked.
+
+        Returns:
+            Tokens of each modality in the samples of the processes before this one.
+        """
+        disk, walk = self.disk, self.walk
+        blocks = {name for names in self.names for name in names}
+        head = disk.model.get_output_embeddings()
+        front = [
+            name
+            for name in disk.names_in_files
+            if name not in blocks
+            and (
+                walk.decoder is disk.model
+                or head is None
+                or disk.model.get_submodule(name.rpartition(".")[0]) is not head
+            )
+        ]
+        counts = [0] * len(self.router.modalities)
+        with disk.loaded(front):
+            bar = tqdm(
+                samples,
+                desc="Embedding",
+                total=self.summary.count,
+                disable=None if self.progress and self.team.rank == 0 else True,
+            )
+            for index, sample in enumerate(bar):
+                if index in self.mine:
+                    call = walk.capture(sample)
+                    self._count(index, call, counts)
+                    activations.put(f"call-{index}", vars(call))
+        own = [name for name in front if self._of_decoder(name)]
+        proof = self.team.on_first(lambda: self.store.finished("proof"))
+        if proof is None:
+            with disk.loaded(own), walk.watching() as used:
+                for index in self.summary.kinds.values():
+                    if index in self.mine:
+                        walk.prove(
+                            self._call(activations, index),
+                            lambda block: disk.loaded(self.names[block]),
+                        )
+            modules = sorted({name for part in self.team.gather(used) for name in part})
+            proof = {"modules": modules}
+            self.team.on_first(lambda: self.store.finish("proof", note=proof))
+        # Of the decoder's own, what runs around the blocks stays.
+        used = set(proof["modules"])
+        disk.load(n for n in own if n.rpartition(".")[0] in used)
+        gathered = self.team.gather(counts)[: self.team.rank]
+        return [sum(column) for column in zip(*gathered)] or [0] * len(counts)
+
+    def _of_decoder(self, name: str) -> bool:
+        prefix = next(
+            n for n, m in self.disk.model.named_modules() if m is self.walk.decoder
+        )
+        return not prefix or name.startswith(f"{prefix}.")
+
+    def _count(self, index: int, call: DecoderCall, counts: list[int]) -> None:
+        if call.ids is None:
+            counts[0] += self.summary.tokens[index] or 0
+        else:
+            for modality in range(len(counts)):
+                counts[modality] += int((call.ids == modality).sum())
+
+    @staticmethod
+    def _call(activations: ActivationStore, index: int) -> DecoderCall:
+        return DecoderCall(**activations.get(f"call-{index}"))
+
+    # The blocks
+
+    def _runs(
+        self, index: int, activations: ActivationStore, *, replace: bool
+    ) -> Iterator[None]:
+        """Run a block on each sample of this process in turn.
+
+        Args:
+            index: of the block.
+            activations: outputs of the block before it.
+            replace: put the block's own outputs in their place.
+        """
+        for number in self.mine:
+            call = self._call(activations, number)
+            previous = activations.get(f"hidden-{number}") if index else None
+            block_call = self.walk.block_call(index, call, previous)
+            output = self.walk.run_block(index, call, block_call)
+            if replace and index + 1 < len(self.walk.blocks):
+                activations.put(f"hidden-{number}", kept(output))
+            yield
+
+    def _advance(self, index: int, activations: ActivationStore) -> None:
+        for _ in self._runs(index, activations, replace=True):
+            pass
+
+    def _calibrate(
+        self, index: int, activations: ActivationStore, solver: BlockSolver
+    ) -> None:
+        prefix = f"{self.walk.names[index]}."
+        linears = {n: m for n, m in self.linears.items() if n.startswith(prefix)}
+        layers: dict[str, LayerRecipe] = {}
+        if not linears:
+            self._advance(index, activations)
+        else:
+            first = self._runs(index, activations, replace=False)
+            passes = solver.passes(linears, functools.partial(next, first))
+            for number, names in enumerate(passes, start=1):
+                runs = self._runs(index, activations, replace=number == len(passes))
+                layers |= solver.solve({name: linears[name] for name in names}, runs)
+        self.team.on_first(lambda: self._write(index, linears, layers))
+
+    def _write(
+        self,
+        index: int,
+        linears: Mapping[str, nn.Linear],
+        layers: Mapping[str, LayerRecipe],
+    ) -> None:
+        part = self.store.part_of(index)
+        if self.outputs.recipe is not None:
+            found = Recipe(
+                self.options,
+                self.router.modalities,
+                {name: layers[name] for name in linears},
+                library_versions(),
+            )
+            self.store.save_recipe(index, found)
+        if self.outputs.checkpoint is None:
+            self.store.finish(part)
+            return
+        quantized = {
+            name: layers[name].quantize(
+                linear.weight.data,
+                self.options.bits,
+                self.router.modalities,
+                self.options.low_rank_bits,
+            )
+            for name, linear in linears.items()
+        }
+        write_part(self.disk, self.store, part, self.names[index], quantized)
+
+    # Behind the blocks
+
+    def _finish(self, digest: str) -> None:
+        """Write what is no block's, and give the results their names."""
+        store, parts = (
+            self.store,
+            [self.store.part_of(index) for index in range(len(self.walk.blocks))],
+        )
+        if self.outputs.recipe is not None:
+            files = [store.recipe_of(index) for index in range(len(parts))]
+            with durable(self.outputs.recipe) as temporary:
+                join_recipes(files, temporary, {"calibration": digest})
+        if self.outputs.checkpoint is not None and not self.outputs.checkpoint.exists():
+            in_blocks = [name for names in self.names for name in names]
+            others = other_parts(self.disk, in_blocks)
+            for part, names in others.items():
+                if not store.finished(part):
+                    with self.disk.loaded(names):
+                        write_part(self.disk, store, part, names, {})
+            folder = assemble(
+                self.disk,
+                store,
+                [*others, *parts],
+                self.options,
+                {_ORIGIN: json.dumps({"digest": digest})},
+            )
+            os.rename(folder, self.outputs.checkpoint)
+            sync_folder(self.outputs.checkpoint.parent)
+        store.remove()
