@@ -85,6 +85,10 @@ class BlockStore:
         with durable(self._marker(part)) as temporary:
             temporary.write_text(json.dumps(marker))
 
+    def forget(self, part: str) -> None:
+        """Let a part count as not finished."""
+        self._marker(part).unlink(missing_ok=True)
+
     def save_recipe(self, index: int, recipe: Recipe) -> None:
         """Write a block's part of the recipe; before :meth:`finish`."""
         with durable(self.recipe_of(index)) as temporary:

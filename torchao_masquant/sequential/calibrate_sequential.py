@@ -368,6 +368,10 @@ class _Run:
                 "recipe": self.outputs.recipe is not None,
             },
         )
+        if not store.finished(store.part_of(0)):
+            # Nothing is lost with what it was begun with.
+            manifest.path.unlink(missing_ok=True)
+            store.forget("proof")
         manifest.begin()
         done = self.outputs.finished(manifest.digest)
         if done:
@@ -451,17 +455,24 @@ class _Run:
             modules = sorted({name for part in self.team.gather(used) for name in part})
             proof = {"modules": modules}
             self.team.on_first(lambda: self.store.finish("proof", note=proof))
-        # Of the decoder's own, what runs around the blocks stays.
-        used = set(proof["modules"])
-        disk.load(n for n in own if n.rpartition(".")[0] in used)
+        disk.load(n for n in own if self._is_used(n, set(proof["modules"])))
         gathered = self.team.gather(counts)[: self.team.rank]
         return [sum(column) for column in zip(*gathered)] or [0] * len(counts)
 
+    @functools.cached_property
+    def _decoder_name(self) -> str:
+        modules = self.disk.model.named_modules()
+        return next(name for name, module in modules if module is self.walk.decoder)
+
     def _of_decoder(self, name: str) -> bool:
-        prefix = next(
-            n for n, m in self.disk.model.named_modules() if m is self.walk.decoder
-        )
-        return not prefix or name.startswith(f"{prefix}.")
+        return not self._decoder_name or name.startswith(f"{self._decoder_name}.")
+
+    def _is_used(self, name: str, used: set[str]) -> bool:
+        """Whether one of the decoder's own weights is needed around the blocks."""
+        module = name.rpartition(".")[0]
+        parent = module.rpartition(".")[0]
+        # Some modules take the weights of their children without calling them.
+        return module in used or (parent in used and parent != self._decoder_name)
 
     def _count(self, index: int, call: DecoderCall, counts: list[int]) -> None:
         if call.ids is None:

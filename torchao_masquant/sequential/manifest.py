@@ -40,11 +40,8 @@ class Manifest:
         text = json.dumps(self.entries, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def begin(self) -> bool:
+    def begin(self) -> None:
         """Write the record, or compare with the one that is there.
-
-        Returns:
-            Whether one was there: the calibration goes on.
 
         Raises:
             ValueError: it was begun with something else.
@@ -53,7 +50,7 @@ class Manifest:
         if found is None:
             with durable(self.path) as temporary:
                 temporary.write_text(json.dumps(self.entries, indent=1))
-            return False
+            return
         changed = [
             name
             for name in [*self.entries, *found]
@@ -65,7 +62,6 @@ class Manifest:
                 f"{changed[0]}{_values(found, self.entries, changed[0])}: go on with "
                 "the same, or remove that folder to begin again."
             )
-        return True
 
 
 def _values(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
