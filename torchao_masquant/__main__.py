@@ -12,6 +12,7 @@ from typing import Optional, Sequence
 
 import torchao_masquant.demo.main as demo
 import torchao_masquant.report.main as report
+import torchao_masquant.sequential.main as sequential
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,6 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_arguments(command)
     command.set_defaults(run=report.main)
+    command = commands.add_parser(
+        "calibrate-sequential",
+        help="quantize a model that does not fit in memory, block by block",
+        description="Calibrate and quantize a model one block at a time, from disk to "
+        "disk, alone or on several processes under torchrun. An interrupted run goes on "
+        "from the last finished block when it is started again.",
+    )
+    sequential.add_arguments(command)
+    command.set_defaults(run=sequential.main)
     return parser
 
 

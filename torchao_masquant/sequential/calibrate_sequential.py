@@ -42,6 +42,11 @@ from torchao_masquant.sequential.manifest import (
     read_json,
     summarize_samples,
 )
+from torchao_masquant.sequential.preflight import (
+    available_memory,
+    check_time,
+    estimate,
+)
 from torchao_masquant.sequential.team import Team
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 
@@ -100,6 +105,8 @@ def calibrate_sequential(
     device: Union[str, torch.device] = "cpu",
     activations: str = "memory",
     model_class: Optional[type] = None,
+    max_memory_bytes: Optional[int] = None,
+    max_seconds: Optional[float] = None,
     timeout: float = 7200.0,
     progress: bool = True,
 ) -> SequentialResult:
@@ -117,6 +124,9 @@ def calibrate_sequential(
     solved twice, and the result is that of an uninterrupted run, bit for bit (on the
     same machine, with as many threads). Until the end everything lies in a folder
     beside the result, its name with ``.partial`` added.
+
+    Before hours are spent, peak memory, disk and time are estimated, and what will not
+    fit is refused, with the option that would make it fit.
 
     Under ``torchrun``, after ``torch.distributed.init_process_group``, the processes
     share the samples and the solving; process 0 writes. The folders must be on a file
@@ -139,6 +149,10 @@ def calibrate_sequential(
         device: where blocks run and are solved for.
         activations: "memory", or "disk": in mapped files in the folder of the run.
         model_class: of transformers; None for the one that the config names.
+        max_memory_bytes: that each process may take; None for what is free on the
+            machine, shared by its processes.
+        max_seconds: that the blocks may take, as far as a short measurement tells; None
+            for any time.
         timeout: seconds that a process waits for the others.
         progress: show a bar on a terminal.
 
@@ -146,8 +160,8 @@ def calibrate_sequential(
         Where the results are.
 
     Raises:
-        ValueError: as ``calibrate``; the decoder cannot be run block by block; model,
-            samples or options are not those that an interrupted run was begun with;
+        ValueError: as ``calibrate``; the decoder cannot be run block by block; memory,
+            disk or time will not do; model, samples or options are not those that an interrupted run was begun with;
             ``output`` or ``recipe`` is there already, and of something else.
         TypeError: an option or a sample is of the wrong type; ``samples`` is an
             iterator.
@@ -182,6 +196,11 @@ def calibrate_sequential(
     team = Team(timeout)
     team.on_first(outputs.check)
     summary = summarize_samples(samples)
+    if len(set(team.gather(summary.digest))) > 1:
+        raise ValueError(
+            "the processes were given different samples: give all of them to each, in "
+            "the same order; they share the work themselves."
+        )
     if summary.count < team.size:
         raise ValueError(
             f"there are {summary.count} samples for {team.size} processes: start as many "
@@ -206,7 +225,8 @@ def calibrate_sequential(
         max_statistics_bytes,
         progress,
     )
-    return run(samples, activations)
+    run.check_room(max_memory_bytes, activations == "disk")
+    return run(samples, activations, max_seconds)
 
 
 class _Outputs:
@@ -305,8 +325,49 @@ class _Run:
         self.names = [disk.names_under(name) for name in blocks]
         self.mine = team.share_of(summary.count)
 
+    def check_room(self, memory: Optional[int], on_disk: bool) -> None:
+        """Raise where memory or disk will not do."""
+        disk, device = self.disk, self.disk.device
+        blocks = {name for names in self.names for name in names}
+        others = [name for name in disk.names_in_files if name not in blocks]
+        needs = estimate(
+            blocks=[self._shapes(index) for index in range(len(self.names))],
+            block_bytes=[disk.bytes_of(names) for names in self.names],
+            front_bytes=disk.bytes_of(self._front()),
+            other_bytes=disk.bytes_of(others),
+            hidden=disk.model.config.get_text_config().hidden_size,
+            itemsize=disk.dtype.itemsize,
+            tokens=[self.summary.tokens[index] or 0 for index in self.mine],
+            modalities=len(self.router.modalities),
+            options=self.options,
+            max_statistics_bytes=self.max_statistics_bytes,
+            on_disk=on_disk,
+            writes=(
+                self.outputs.checkpoint is not None,
+                self.outputs.recipe is not None,
+            ),
+        )
+        if memory is None:
+            free = available_memory()
+            memory = None if free is None else free // self.team.local_size
+        free_there = None
+        if device.type == "cuda":
+            free_there = torch.cuda.mem_get_info(device)[0]
+        needs.check(memory, free_there, self.outputs.partial.parent)
+
+    def _shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        prefix = f"{self.walk.names[index]}."
+        return {
+            name: (linear.out_features, linear.in_features)
+            for name, linear in self.linears.items()
+            if name.startswith(prefix)
+        }
+
     def __call__(
-        self, samples: Iterable[Mapping[str, Any]], activations: str
+        self,
+        samples: Iterable[Mapping[str, Any]],
+        activations: str,
+        max_seconds: Optional[float],
     ) -> SequentialResult:
         self.store, manifest, done = self.team.on_first(self._begin)
         blocks = len(self.walk.blocks)
@@ -324,7 +385,7 @@ class _Run:
                 folder if activations == "disk" else None
             )
             try:
-                seconds = self._blocks(samples, kept_activations, finished)
+                seconds = self._blocks(samples, kept_activations, finished, max_seconds)
             finally:
                 kept_activations.close()
         self.team.on_first(lambda: self._finish(manifest.digest))
@@ -383,8 +444,10 @@ class _Run:
         samples: Iterable[Mapping[str, Any]],
         activations: ActivationStore,
         finished: Sequence[bool],
+        max_seconds: Optional[float],
     ) -> list[float]:
         before = self._capture(samples, activations)
+        self._check_time(activations, finished, max_seconds)
         solver = BlockSolver(
             self.router, self.options, self.max_statistics_bytes, self.team, before
         )
@@ -406,7 +469,53 @@ class _Run:
                     seconds.append(time.perf_counter() - start)
         return seconds
 
+    def _check_time(
+        self,
+        activations: ActivationStore,
+        finished: Sequence[bool],
+        limit: Optional[float],
+    ) -> None:
+        """Measure, and raise where it would take too long."""
+        first = self._runs(0, activations, replace=False)
+        with self.disk.loaded(self.names[0]):
+            start = time.perf_counter()
+            next(first)
+            if self.disk.device.type == "cuda":
+                torch.cuda.synchronize(self.disk.device)
+            passed = time.perf_counter() - start
+        done = self.summary.tokens[self.mine[0]] or 1
+        mine = sum(self.summary.tokens[index] or 1 for index in self.mine)
+
+        def check() -> None:
+            check_time(
+                [self._shapes(i) for i, there in enumerate(finished) if not there],
+                len(self.router.modalities),
+                self.options,
+                forward=passed * mine / done,
+                device=self.disk.device,
+                processes=self.team.size,
+                limit=limit,
+            )
+
+        self.team.on_first(check)
+
     # In front of the decoder
+
+    def _front(self) -> list[str]:
+        """Names of the weights that samples need on their way to the decoder."""
+        model = self.disk.model
+        blocks = {name for names in self.names for name in names}
+        head = model.get_output_embeddings()
+        return [
+            name
+            for name in self.disk.names_in_files
+            if name not in blocks
+            and (
+                self.walk.decoder is model
+                or head is None
+                or model.get_submodule(name.rpartition(".")[0]) is not head
+            )
+        ]
 
     def _capture(
         self, samples: Iterable[Mapping[str, Any]], activations: ActivationStore
@@ -417,18 +526,7 @@ class _Run:
             Tokens of each modality in the samples of the processes before this one.
         """
         disk, walk = self.disk, self.walk
-        blocks = {name for names in self.names for name in names}
-        head = disk.model.get_output_embeddings()
-        front = [
-            name
-            for name in disk.names_in_files
-            if name not in blocks
-            and (
-                walk.decoder is disk.model
-                or head is None
-                or disk.model.get_submodule(name.rpartition(".")[0]) is not head
-            )
-        ]
+        front = self._front()
         counts = [0] * len(self.router.modalities)
         with disk.loaded(front):
             bar = tqdm(

@@ -7,6 +7,7 @@
 
 import contextlib
 import datetime
+import os
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence, TypeVar
 
 import torch
@@ -39,6 +40,8 @@ class Team:
         together = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size() if together else 1
         self.rank = dist.get_rank() if together else 0
+        #: how many of the processes are on this machine
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self._timeout = datetime.timedelta(seconds=timeout)
         self._group: Any = None
         if self.size > 1:
@@ -90,17 +93,18 @@ class Team:
     def on_first(self, function: Callable[[], _T]) -> _T:
         """Run a function on process 0, and give its result, or its error, to all."""
         result: Any = None
+        failure: Optional[Exception] = None
         if self.rank == 0:
             try:
-                result = function(), None
+                result = function()
             except Exception as error:
                 if self.size == 1:
                     raise
-                result = None, error
-        value, error = self.broadcast(result)
-        if error is not None:
-            raise error
-        return value
+                failure = error
+        result, failure = self.broadcast((result, failure))
+        if failure is not None:
+            raise failure
+        return result
 
     def collect(self, layers: Mapping[str, Any]) -> dict[str, Any]:
         """On process 0 what all have solved; elsewhere nothing."""
