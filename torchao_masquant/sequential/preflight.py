@@ -43,6 +43,7 @@ class Estimate:
         front: weights in front of the decoder.
         block: weights of the largest block, with their quantized copy.
         statistics: of the linears that are observed at a time.
+        least: of these, what one linear needs alone.
         solver: matrices of the solver, for the linear that needs most.
         widest: name of that linear.
         forward: activations inside a block, of the longest sample.
@@ -54,6 +55,7 @@ class Estimate:
     front: int
     block: int
     statistics: int
+    least: int
     solver: int
     widest: str
     forward: int
@@ -111,7 +113,7 @@ class Estimate:
             )
         if self.front >= self.block + self.statistics + self.solver:
             return "the embeddings and towers alone take it; run on a larger machine"
-        if self.statistics - missing >= self.solver / 12:
+        if self.statistics - missing >= self.least:
             return (
                 "observe fewer linears at a time, with max_statistics_bytes="
                 f"{self.statistics - missing}"
@@ -157,7 +159,7 @@ def estimate(
         writes: whether a checkpoint, and a recipe.
     """
     per_modality = options.parts.per_modality
-    statistics, solver, widest = 0, 0, ""
+    statistics, least, solver, widest = 0, 0, 0, ""
     for linears in blocks:
         needs = [0]
         for name, (n, k) in linears.items():
@@ -173,7 +175,7 @@ def estimate(
                 solver, widest = work, name
         # Linears that share their input need it once: all of them are more than enough.
         total = max(max(needs), min(sum(needs), max_statistics_bytes))
-        statistics = max(statistics, total)
+        statistics, least = max(statistics, total), max(least, *needs)
     every = [shape for linears in blocks for shape in linears.values()]
     integers = sum(n * k for n, k in every)
     pairs = modalities * sum(n + k for n, k in every) * 4
@@ -198,6 +200,7 @@ def estimate(
         front=front_bytes,
         block=largest,
         statistics=statistics,
+        least=least,
         solver=solver,
         widest=widest,
         forward=longest * (4 * inner + 12 * hidden) * max(itemsize, 4),
