@@ -23,6 +23,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -83,7 +84,7 @@ def _config(layers: int, hidden: int, inner: int) -> Qwen2_5_VLConfig:
 
 
 def _write(folder: Path, config: Qwen2_5_VLConfig) -> int:
-    """A checkpoint of random weights, a layer at a time; its bytes."""
+    """A checkpoint of random weights, the same in each layer; its bytes."""
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(
@@ -96,17 +97,10 @@ def _write(folder: Path, config: Qwen2_5_VLConfig) -> int:
         shards.setdefault(layer, {})[name] = tensor.shape
     weight_map: dict[str, str] = {}
     size = 0
-    generator = torch.Generator().manual_seed(0)
+    known: dict[str, torch.Tensor] = {}
     for layer, shapes in shards.items():
         file = f"model-{layer}.safetensors"
-        tensors = {
-            name: torch.ones(shape, dtype=torch.bfloat16)
-            if len(shape) == 1
-            else torch.empty(shape, dtype=torch.bfloat16)
-            .normal_(generator=generator)
-            .mul_(shape[1:].numel() ** -0.5)
-            for name, shape in shapes.items()
-        }
+        tensors = {name: _weight(known, name, shape) for name, shape in shapes.items()}
         size += sum(t.nbytes for t in tensors.values())
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shapes, file)
@@ -114,6 +108,19 @@ def _write(folder: Path, config: Qwen2_5_VLConfig) -> int:
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
     return size
+
+
+def _weight(
+    known: dict[str, torch.Tensor], name: str, shape: torch.Size
+) -> torch.Tensor:
+    """Random values of usable size, made once for each kind of weight."""
+    kind = re.sub(r"\.layers\.\d+\.", ".layers.", name)
+    if kind not in known:
+        tensor = torch.ones(shape, dtype=torch.bfloat16)
+        if len(shape) > 1:
+            tensor.normal_().mul_(shape[1:].numel() ** -0.5)
+        known[kind] = tensor
+    return known[kind]
 
 
 def _samples(count: int, tokens: int) -> list[dict[str, torch.Tensor]]:

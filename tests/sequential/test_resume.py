@@ -165,6 +165,27 @@ def test_other_memory_is_no_other_option(interrupted, original, uninterrupted):
     assert_same_files(uninterrupted, interrupted)
 
 
+def test_learning_goes_on(original, tmp_path, monkeypatch):
+    """The quantized stream is that of the finished blocks."""
+    options = {"epochs": 1, "lr": 3e-3}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole.mkdir(), halves.mkdir()
+    run(original, whole, **options)
+    finish = BlockStore.finish
+
+    def stop(store, part, *args, **kwargs):
+        if part == store.part_of(2):
+            raise Stop
+        finish(store, part, *args, **kwargs)
+
+    monkeypatch.setattr(BlockStore, "finish", stop)
+    with pytest.raises(Stop):
+        run(original, halves, **options)
+    monkeypatch.undo()
+    assert run(original, halves, **options).resumed == 2
+    assert_same_files(whole, halves)
+
+
 def test_samples_that_hold_other_types(original, interrupted):
     """The digest is of values: an equal copy of the data is the same data."""
     copies = [

@@ -242,8 +242,8 @@ def test_a_process_that_dies_stops_the_others_and_all_go_on(original, by_two, tm
 
 
 def refused(rank, original, folder, case):
-    count = {"few": 1, "different": 2 + rank, "error": 3}[case]
-    options = {"exclude": "*.nothing"} if case == "error" else {}
+    count = {"few": 1, "different": 2 + rank}.get(case, 3)
+    options = {"error": {"exclude": "*.nothing"}, "epochs": {"epochs": 1}}.get(case, {})
     try:
         calibrate_sequential(
             original,
@@ -262,6 +262,7 @@ def refused(rank, original, folder, case):
         ("few", "there are 1 samples for 2 processes"),
         ("different", "the processes were given different samples"),
         ("error", "matches no linear"),
+        ("epochs", "use epochs=0, or one process"),
     ],
 )
 def test_all_processes_refuse(original, tmp_path, case, message):

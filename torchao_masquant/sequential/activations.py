@@ -12,6 +12,8 @@ from typing import Any, Callable, Optional
 
 import torch
 
+from torchao_masquant.learning.blocks import is_cache
+
 __all__ = ["ActivationStore", "kept", "tensor_bytes", "tree_map"]
 
 
@@ -55,7 +57,7 @@ def kept(tree: Any) -> Any:
         return tuple(values) if isinstance(tree, tuple) else values
     if tree is None or isinstance(tree, (bool, int, float, str, torch.dtype)):
         return tree
-    if "Cache" in type(tree).__name__:
+    if is_cache("", tree):
         return None
     raise TypeError(
         f"the decoder is called with a {type(tree).__name__}, which cannot be kept "

@@ -25,6 +25,7 @@ from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Patterns, select_linears
 from torchao_masquant.sequential.activations import ActivationStore, kept
+from torchao_masquant.sequential.block_learner import BlockLearner
 from torchao_masquant.sequential.block_solver import BlockSolver
 from torchao_masquant.sequential.block_store import BlockStore
 from torchao_masquant.sequential.checkpoint_parts import (
@@ -142,7 +143,7 @@ def calibrate_sequential(
             low_rank_bits, modality_weights, lr, base_modality, modalities, include,
             exclude: as for ``calibrate``. ``rank="auto"`` spends its bytes in each
             block by itself.
-        epochs: zero: learning needs ``calibrate``.
+        epochs: as for ``calibrate``; zero where there are several processes.
         max_statistics_bytes: bound of the statistics' memory, in bytes: a block runs
             several times where its statistics do not fit.
         dtype: to run the model in; None for what its config says.
@@ -183,17 +184,17 @@ def calibrate_sequential(
         epochs=epochs,
         lr=lr,
     )
-    if epochs:
-        raise ValueError(
-            "learning (epochs above zero) is not done block by block from disk: use "
-            "epochs=0, or calibrate() with the model in memory."
-        )
     if activations not in ("memory", "disk"):
         raise ValueError(
             f"activations are kept in 'memory' or on 'disk', not {activations!r}."
         )
     outputs = _Outputs(output, recipe)
     team = Team(timeout)
+    if epochs and team.size > 1:
+        raise ValueError(
+            "learning takes one step for each sample, the next from where the last one "
+            "led, which several processes cannot share: use epochs=0, or one process."
+        )
     team.on_first(outputs.check)
     summary = summarize_samples(samples)
     if len(set(team.gather(summary.digest))) > 1:
@@ -453,6 +454,9 @@ class _Run:
         )
         seconds = []
         last = max(i for i, done in enumerate(finished) if not done)
+        learner = None
+        if self.options.epochs:
+            learner = BlockLearner(self.walk, activations, self.mine, self.options)
         bar = tqdm(
             range(last + 1),
             desc="Blocks",
@@ -464,8 +468,10 @@ class _Run:
             with self.disk.loaded(self.names[index]):
                 if finished[index]:
                     self._advance(index, activations)
+                    if learner is not None:
+                        learner.learn(index, self.store.layers(index), done=True)
                 else:
-                    self._calibrate(index, activations, solver)
+                    self._calibrate(index, activations, solver, learner)
                     seconds.append(time.perf_counter() - start)
         return seconds
 
@@ -600,7 +606,7 @@ class _Run:
             previous = activations.get(f"hidden-{number}") if index else None
             block_call = self.walk.block_call(index, call, previous)
             output = self.walk.run_block(index, call, block_call)
-            if replace and index + 1 < len(self.walk.blocks):
+            if replace:
                 activations.put(f"hidden-{number}", kept(output))
             yield
 
@@ -609,7 +615,11 @@ class _Run:
             pass
 
     def _calibrate(
-        self, index: int, activations: ActivationStore, solver: BlockSolver
+        self,
+        index: int,
+        activations: ActivationStore,
+        solver: BlockSolver,
+        learner: Optional[BlockLearner],
     ) -> None:
         prefix = f"{self.walk.names[index]}."
         linears = {n: m for n, m in self.linears.items() if n.startswith(prefix)}
@@ -622,6 +632,8 @@ class _Run:
             for number, names in enumerate(passes, start=1):
                 runs = self._runs(index, activations, replace=number == len(passes))
                 layers |= solver.solve({name: linears[name] for name in names}, runs)
+        if learner is not None:
+            layers = learner.learn(index, layers, done=False)
         self.team.on_first(lambda: self._write(index, linears, layers))
 
     def _write(
@@ -631,7 +643,8 @@ class _Run:
         layers: Mapping[str, LayerRecipe],
     ) -> None:
         part = self.store.part_of(index)
-        if self.outputs.recipe is not None:
+        # The quantized stream of a run that goes on is made from it.
+        if self.outputs.recipe is not None or self.options.epochs:
             found = Recipe(
                 self.options,
                 self.router.modalities,

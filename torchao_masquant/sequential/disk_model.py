@@ -152,6 +152,8 @@ class DiskModel:
         keys = [key for key, to in self.names.items() if wanted & set(to)]
         if keys:
             self._load(keys)
+        for name in wanted:
+            _get(self.model, name).requires_grad_(False)
         tied = {t: s for t, s in self._tied.items() if s in wanted}
         for target, source in tied.items():
             _set(self.model, target, _get(self.model, source))
