@@ -56,7 +56,7 @@ def calibrate(folder: Path, rank: int, size: int, store: str) -> None:
     )
 
 
-def _run(folder: Path, size: int, kill_after: Optional[float], victim: int) -> bool:
+def run_once(folder: Path, size: int, kill_after: Optional[float], victim: int) -> bool:
     """Whether a run ended by itself; all of its processes have ended in any case."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchao_masquant.sequential", __name__])
@@ -115,7 +115,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         undisturbed = Path(work) / "undisturbed"
         undisturbed.mkdir()
         start = time.perf_counter()
-        if not _run(undisturbed, arguments.processes, None, 0):
+        if not run_once(undisturbed, arguments.processes, None, 0):
             raise RuntimeError("the run that nobody disturbed did not end")
         seconds = time.perf_counter() - start
         expected = _files(undisturbed)
@@ -129,7 +129,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 wanted = kills < arguments.kills
                 moment = generator.uniform(0, seconds) if wanted else None
                 victim = generator.randrange(arguments.processes)
-                if _run(folder, arguments.processes, moment, victim):
+                if run_once(folder, arguments.processes, moment, victim):
                     break
                 kills += 1
                 moments.append(moment or 0.0)

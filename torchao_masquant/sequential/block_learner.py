@@ -114,7 +114,8 @@ class _Call:
 
     @property
     def ids(self) -> Optional[torch.Tensor]:
-        return self.call.ids
+        ids = self.call.ids
+        return None if ids is None else ids.to(self.learner.walk.device)
 
     def block_call(self, index: int) -> BlockCall:
         """What a block is called with in the quantized stream."""

@@ -36,6 +36,7 @@ from torchao_masquant.sequential.checkpoint_parts import (
 from torchao_masquant.sequential.decoder_walk import DecoderCall, DecoderWalk
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.sequential.durable import durable, sync_folder
+from torchao_masquant.sequential.freed_memory import return_freed_memory
 from torchao_masquant.sequential.manifest import (
     Manifest,
     SampleSummary,
@@ -473,6 +474,7 @@ class _Run:
                 else:
                     self._calibrate(index, activations, solver, learner)
                     seconds.append(time.perf_counter() - start)
+            return_freed_memory()
         return seconds
 
     def _check_time(

@@ -108,7 +108,9 @@ class DecoderWalk:
             if "use_cache" in signature.parameters:
                 kwargs["use_cache"] = False
             call = self.router.call
-            state["call"] = DecoderCall(kept(args), kept(kwargs), call.known, call.ids)
+            state["call"] = DecoderCall(
+                kept(args), kept(kwargs), call.known, kept(call.ids)
+            )
             raise _ReachedError(args, kwargs)
 
         state: dict[str, DecoderCall] = {}

@@ -58,8 +58,13 @@ class DiskModel:
     ):
         self.folder = _folder(model)
         self.device = torch.device(device)
+        self._file_of: dict[str, Path] = {}
+        self.stored: dict[str, TensorKind] = {}
         self.files = _files(self.folder)
-        self.stored = stored_tensors([str(f) for f in self.files])
+        for file in self.files:
+            tensors = stored_tensors([str(file)])
+            self.stored |= tensors
+            self._file_of |= dict.fromkeys(tensors, file)
         config = transformers.AutoConfig.from_pretrained(self.folder)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
@@ -162,13 +167,9 @@ class DiskModel:
         with contextlib.ExitStack() as stack, _quiet():
             files = {
                 path: stack.enter_context(safetensors.safe_open(path, framework="pt"))
-                for path in self._files_of(keys)
+                for path in sorted({self._file_of[key] for key in keys})
             }
-            slices = {
-                key: file.get_slice(key)
-                for file in files.values()
-                for key in set(file.keys()) & set(keys)
-            }
+            slices = {key: files[self._file_of[key]].get_slice(key) for key in keys}
             conversions = self.model._weight_conversions
             info, _ = convert_and_load_state_dict_in_model(
                 self.model,
@@ -189,14 +190,6 @@ class DiskModel:
                 f"weights in {os.fspath(self.folder)!r} do not fit "
                 f"{type(self.model).__name__}: {wrong[0]}."
             )
-
-    def _files_of(self, keys: Iterable[str]) -> list[Path]:
-        wanted = set(keys)
-        return [f for f in self.files if wanted & self._keys_in(f)]
-
-    def _keys_in(self, file: Path) -> set[str]:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            return set(opened.keys())
 
     def free(self, names: Iterable[str]) -> None:
         """Forget some loaded weights."""
