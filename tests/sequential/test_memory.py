@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """A model several times larger than the memory that a process may take."""
 
+import ctypes
 import resource
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ HIDDEN, INNER, LAYERS = 512, 2048, 20
 #: Of memory that is private to the process and can be written to: heap, stacks of threads,
 #: and mappings of files such as weights.
 LIMIT = 96 * MIB
+_M_MMAP_THRESHOLD = -3
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,10 @@ def limited(function, original, folder):
     torch.set_num_threads(1)
     # A stack of 8 MiB for each thread that loads a file is no part of the claim.
     threading.stack_size(MIB)
+    # Nor are holes in the heap of pages that are not there: what is freed is unmapped.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 17)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData"):
             bound = 1024 * int(line.split()[1]) + LIMIT

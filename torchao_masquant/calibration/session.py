@@ -70,13 +70,21 @@ class CalibrationSession:
         """Observe calls of ``model`` inside; it is as it was afterwards, always."""
         self.router.attach(model)
         try:
+            with self.watching():
+                yield
+        finally:
+            self.router.detach(model)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Observe the linears inside, whose calls others route."""
+        try:
             for name, linear in self.linears.items():
                 self.attach_linear(name, linear)
             yield
         finally:
             for linear in self.linears.values():
                 self.detach_linear(linear)
-            self.router.detach(model)
 
     def attach_linear(self, name: str, linear: nn.Linear) -> None:
         """Observe a linear."""

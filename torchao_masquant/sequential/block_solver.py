@@ -5,7 +5,6 @@
 # LICENSE file in the root directory of this source tree.
 """Statistics and solutions of one block, whose weights are loaded."""
 
-import contextlib
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 from torch import nn
@@ -58,7 +57,7 @@ class BlockSolver:
             run: runs the block once, on a sample.
         """
         probe = CalibrationSession(linears, self.router, second_moments=False)
-        with _observing(probe):
+        with probe.watching():
             run()
         second = self.options.parts.per_modality
         return self.team.broadcast(
@@ -83,7 +82,7 @@ class BlockSolver:
         session = CalibrationSession(
             linears, self.router, self.options.parts.per_modality, self.before
         )
-        with _observing(session):
+        with session.watching():
             for _ in runs:
                 pass
         self.team.reduce(session)
@@ -134,15 +133,3 @@ def group_cost(
         each = 4.0 * n * k**2 + 10.0 * small**3
         cost += attempts * (modalities * each + 2.0 * n * k**2 + k**3)
     return cost
-
-
-@contextlib.contextmanager
-def _observing(session: CalibrationSession) -> Iterator[None]:
-    """Observe the session's linears, inside; their calls are routed by others."""
-    try:
-        for name, linear in session.linears.items():
-            session.attach_linear(name, linear)
-        yield
-    finally:
-        for linear in session.linears.values():
-            session.detach_linear(linear)
