@@ -26,6 +26,7 @@ plan = LazyCommand("torchao_masquant.planning.main")
 quantize = LazyCommand("torchao_masquant.cli.quantize")
 demo = LazyCommand("torchao_masquant.demo.main")
 report = LazyCommand("torchao_masquant.report.main")
+sequential = LazyCommand("torchao_masquant.sequential.main")
 
 
 def _version() -> str:
@@ -140,6 +141,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernels.add_arguments(command)
     command.set_defaults(run=kernels.main)
+    command = commands.add_parser(
+        "calibrate-sequential",
+        help="quantize a model that does not fit in memory, block by block",
+        description="Calibrate and quantize a model one block at a time, from disk to\n"
+        "disk, alone or on several processes under torchrun. An interrupted run goes on\n"
+        "from the last finished block when it is started again.",
+    )
+    sequential.add_arguments(command)
+    command.set_defaults(run=sequential.main)
     return parser
 
 

@@ -22,7 +22,13 @@ from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["LayerRecipe", "Recipe", "read_header", "weight_fingerprint"]
+__all__ = [
+    "LayerRecipe",
+    "Recipe",
+    "join_recipes",
+    "read_header",
+    "weight_fingerprint",
+]
 
 _FORMAT = "torchao_masquant.recipe"
 # 3 where there are weights of experts, which readers of 2 alone do not know.
@@ -341,19 +347,13 @@ class Recipe:
                     tensor = tensor.clone()
                 storages.add(tensor.untyped_storage().data_ptr())
                 tensors[f"{name}.{key}"] = tensor
-        experts = any(len(layer.shape) == 3 for layer in self.layers.values())
-        metadata = {
-            "format": _FORMAT,
-            "format_version": str(_FORMAT_VERSIONS[experts]),
-            "recipe": json.dumps(header),
-        }
         if not path.parent.is_dir():
             raise FileNotFoundError(
                 f"cannot write {os.fspath(path)!r}: there is no folder "
                 f"{os.fspath(path.parent)!r}."
             )
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=_metadata(header))
 
     @classmethod
     def load(cls, path: Union[str, os.PathLike]) -> "Recipe":
@@ -392,6 +392,43 @@ class Recipe:
             raise ValueError(
                 f"{os.fspath(path)!r} is no recipe, or a damaged one: {cause}."
             ) from error
+
+
+def join_recipes(
+    parts: Sequence[Path], path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write one recipe's file from those of its parts, without holding them in memory.
+
+    Args:
+        parts: files of recipes of one calibration, for different linears.
+        path: a file of that name is replaced whole.
+        metadata: more for the file's header.
+
+    Raises:
+        ValueError: a part is no recipe.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    whole: dict[str, Any] = {}
+    for part in parts:
+        # Mapped: pages of the parts' files, which go straight to the new one.
+        with safetensors.safe_open(part, framework="pt") as file:
+            header = read_header(part, file.metadata() or {})
+            whole = {
+                **header,
+                "layers": {**whole.get("layers", {}), **header["layers"]},
+            }
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={**metadata, **_metadata(whole)})
+
+
+def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    experts = any(len(layer["shape"]) == 3 for layer in header["layers"].values())
+    return {
+        "format": _FORMAT,
+        "format_version": str(_FORMAT_VERSIONS[experts]),
+        "recipe": json.dumps(header),
+    }
 
 
 class _UnreadableError(ValueError):

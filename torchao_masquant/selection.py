@@ -26,6 +26,7 @@ __all__ = [
     "Patterns",
     "Selected",
     "check_whole",
+    "decoder_of",
     "match_names",
     "select",
     "select_linears",
@@ -88,7 +89,7 @@ def match_names(
     return [name for name in names if name in chosen]
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
     """The part of a model that turns token embeddings into hidden states."""
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
@@ -165,7 +166,7 @@ def select(
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     experts = experts_of(model)
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     family = family_of(getattr(model, "config", None))
     towers = _towers(decoder, family)
     inside = {id(m) for m in decoder.modules() if id(m) not in towers}

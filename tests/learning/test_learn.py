@@ -9,8 +9,10 @@ import copy
 import logging
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
+from transformers import Cache
 
 from torchao_masquant import calibrate
 from torchao_masquant.learning.blocks import capture_calls, decoder_blocks
@@ -277,3 +279,23 @@ def test_on_the_small_model():
         for n in start.layers
     ]
     assert any(changed)
+
+
+def test_no_cache_is_kept():
+    """One that is called ``cache``, too: it would grow by every call that is repeated."""
+    model = tiny_models.qwen25_vl(2)
+    blocks = decoder_blocks(model, ["model.language_model.layers.0.mlp.up_proj"])
+    router = Router.for_model(model)
+    calls = capture_calls(
+        model,
+        list(blocks.values()),
+        tiny_models.samples(audio=False, count=1),
+        router,
+        progress=False,
+    )
+    values = [v for keywords in calls[0].keywords for v in keywords.values()]
+    assert not any(isinstance(value, Cache) for value in values)
+    block = list(blocks.values())[0]
+    with torch.no_grad():
+        outputs = [calls[0].run(0, block, calls[0].hidden) for _ in range(2)]
+    assert torch.equal(*outputs)

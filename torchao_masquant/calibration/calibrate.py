@@ -27,7 +27,14 @@ from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
 from torchao_masquant.tensor_subclasses import check_group_size
 
-__all__ = ["base_first", "calibrate", "library_versions", "solve"]
+__all__ = [
+    "base_first",
+    "calibrate",
+    "check_session",
+    "library_versions",
+    "solve",
+    "warn_of_few_tokens",
+]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -219,21 +226,8 @@ def solve(
         ValueError: a linear or a modality was left out by the data; a group size does
             not divide the width of a linear.
     """
-    session.check_complete()
-    _warn_of_few_tokens(session)
-    unknown = set(options.modality_weights or {}) - set(session.router.modalities)
-    if unknown:
-        raise ValueError(
-            f"modality_weights name {sorted(unknown)[0]!r}, which is not one of the "
-            f"modalities {session.router.modalities}."
-        )
-    for name, layer in session.layers.items():
-        try:
-            check_group_size(
-                options.bits.group_size, (layer.out_features, layer.in_features)
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+    check_session(session, options)
+    warn_of_few_tokens(session)
     layers: dict[str, LayerRecipe] = {}
     groups = [
         ({name: session.linears[name].weight for name in names}, leader)
@@ -263,7 +257,29 @@ def solve(
     return {name: layers[name] for name in session.layers}
 
 
-def _warn_of_few_tokens(session: CalibrationSession) -> None:
+def check_session(session: CalibrationSession, options: SolverOptions) -> None:
+    """Raise unless a session has what :func:`solve` needs.
+
+    Raises:
+        ValueError: as :func:`solve` does.
+    """
+    session.check_complete()
+    unknown = set(options.modality_weights or {}) - set(session.router.modalities)
+    if unknown:
+        raise ValueError(
+            f"modality_weights name {sorted(unknown)[0]!r}, which is not one of the "
+            f"modalities {session.router.modalities}."
+        )
+    for name, layer in session.layers.items():
+        try:
+            check_group_size(
+                options.bits.group_size, (layer.out_features, layer.in_features)
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def warn_of_few_tokens(session: CalibrationSession) -> None:
     """Once for each modality that is too small a sample of what is to come."""
     fewest: dict[str, int] = {}
     for statistics in session.statistics.values():

@@ -6,7 +6,7 @@
 """Observing the inputs of a model's linears and experts while data runs through it."""
 
 import contextlib
-from typing import Iterator, Mapping, Optional, Union
+from typing import Iterator, Mapping, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,8 @@ class CalibrationSession:
             modality).
         experts: name in the model to the weights of a mixture's experts. All experts of
             a layer share the statistics of one input.
+        before: tokens of each modality that another process counts, see
+            :class:`~torchao_masquant.calibration.statistics.Moments`.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class CalibrationSession:
         router: Router,
         second_moments: bool,
         experts: Optional[Mapping[str, ExpertWeight]] = None,
+        before: Optional[Sequence[int]] = None,
     ):
         self.linears = linears
         self.experts = dict(experts or {})
         self.router = router
         self.second_moments = second_moments
+        self.before = before
         #: linear to the first linear that reads the same input
         self.leaders: dict[str, str] = {}
         #: leader to the statistics of its input
@@ -73,6 +77,15 @@ class CalibrationSession:
         """Observe calls of ``model`` inside; it is as it was afterwards, always."""
         self.router.attach(model)
         try:
+            with self.watching():
+                yield
+        finally:
+            self.router.detach(model)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Observe the linears inside, whose calls others route."""
+        try:
             for name, linear in self.linears.items():
                 self.attach_linear(name, linear)
             for name, weight in self.experts.items():
@@ -83,7 +96,6 @@ class CalibrationSession:
                 self.detach_linear(linear)
             for weight in self.experts.values():
                 self.detach_experts(weight.module)
-            self.router.detach(model)
 
     def attach_linear(self, name: str, linear: nn.Linear) -> None:
         """Observe a linear."""
@@ -190,7 +202,11 @@ class CalibrationSession:
         statistics = self.statistics.get(name)
         if statistics is None:
             statistics = self.statistics[name] = InputStatistics(
-                x.shape[-1], self.router.modalities, x.device, self.second_moments
+                x.shape[-1],
+                self.router.modalities,
+                x.device,
+                self.second_moments,
+                self.before,
             )
         statistics.update(
             name,

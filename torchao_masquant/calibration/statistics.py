@@ -6,7 +6,7 @@
 """What calibration keeps of the inputs of a linear: per modality, not per token."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 
@@ -31,6 +31,8 @@ class Moments:
         outer: (K, K) float64, ``sum_t x x^T``; None where it is not needed.
         sample: (S, K) float32, some of the tokens, S at most ``SAMPLE_TOKENS``; none
             where ``outer`` is None.
+        before: number of tokens that come before these and are counted elsewhere (by
+            another process): ``sample`` holds what a sample of all would hold of these.
     """
 
     count: int
@@ -39,9 +41,12 @@ class Moments:
     sum: torch.Tensor
     outer: Optional[torch.Tensor]
     sample: torch.Tensor
+    before: int = 0
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device, second: bool) -> "Moments":
+    def zeros(
+        cls, width: int, device: torch.device, second: bool, before: int = 0
+    ) -> "Moments":
         zeros: dict[str, Any] = dict(dtype=torch.float64, device=device)
         return cls(
             0,
@@ -50,6 +55,7 @@ class Moments:
             torch.zeros(width, **zeros),
             torch.zeros(width, width, **zeros) if second else None,
             torch.zeros(0, width, dtype=torch.float32, device=device),
+            before,
         )
 
     def update(self, x: torch.Tensor) -> None:
@@ -69,7 +75,11 @@ class Moments:
         """Keep every ``2 ** j``-th token of all, j as small as their number allows."""
         if self.outer is None:
             return
-        self.sample = thinned(self.sample, x.float(), self.count)
+        self.sample = thinned(self.sample, x.float(), self.count, self.before)
+
+    def sample_of(self, total: int) -> torch.Tensor:
+        """(S, K), what stays of the sample where there are ``total`` tokens in all."""
+        return _still_kept(self.sample, self.before + self.count, total, self.before)
 
     def absmax(self, center: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(K,) float64, ``max_t |x - center|``; zeros without a token.
@@ -102,16 +112,32 @@ class Moments:
         return covariance * torch.outer(varies, varies)
 
 
-def thinned(sample: torch.Tensor, x: torch.Tensor, count: int) -> torch.Tensor:
+def thinned(
+    sample: torch.Tensor, x: torch.Tensor, count: int, before: int = 0
+) -> torch.Tensor:
     """Every ``2 ** j``-th of some rows, of which ``sample`` is that of the first.
 
     Args:
         sample: (S, ...) kept of the first rows.
         x: (T, ...) the rows behind them.
         count: how many the first rows were.
+        before: rows before all of these, which others sample.
     """
-    old, new = _stride(count), _stride(count + x.shape[0])
-    return torch.cat((sample[:: new // old], x[-count % new :: new]))
+    seen = before + count
+    total = seen + x.shape[0]
+    stride = _stride(total)
+    more = x[-seen % stride :: stride]
+    return torch.cat((_still_kept(sample, seen, total, before), more))
+
+
+def _still_kept(
+    sample: torch.Tensor, seen: int, total: int, before: int
+) -> torch.Tensor:
+    """Of a sample of ``seen`` rows what is one of ``total``."""
+    old, new = _stride(seen), _stride(total)
+    # Rows are kept where their number among all is a multiple of the stride.
+    first = [-(-before // stride) * stride for stride in (old, new)]
+    return sample[(first[1] - first[0]) // old :: new // old]
 
 
 def _stride(count: int) -> int:
@@ -134,6 +160,7 @@ class InputStatistics:
         modalities: names, base first.
         second_moments: keep ``sum x x^T``, 8 K^2 bytes for each modality, and a sample
             of tokens.
+        before: of each modality, see :class:`Moments`; None for none.
     """
 
     def __init__(
@@ -142,10 +169,12 @@ class InputStatistics:
         modalities: tuple[str, ...],
         device: torch.device,
         second_moments: bool,
+        before: Optional[Sequence[int]] = None,
     ):
         self.modalities = modalities
         self.moments = [
-            Moments.zeros(width, device, second_moments) for _ in modalities
+            Moments.zeros(width, device, second_moments, earlier)
+            for earlier in before or [0] * len(modalities)
         ]
 
     def update(

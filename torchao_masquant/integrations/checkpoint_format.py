@@ -128,12 +128,33 @@ class CheckpointFormat:
                     layers[f"{name}.{parameter}"] = LayerFormat.of(weight)
                     modules[f"{name}.{parameter}"] = name
         given = options or {}
-        known = {
-            name: {k: _plain(v) for k, v in vars(option).items()}
+        solved = {
+            name: option
             for name, module in modules.items()
             if (option := given.get(name, given.get(module))) is not None
         }
-        return cls(str(model.dtype).removeprefix("torch."), layers, known)
+        return cls.described(model.dtype, layers, solved)  # type: ignore[arg-type]
+
+    @classmethod
+    def described(
+        cls,
+        dtype: torch.dtype,
+        layers: dict[str, LayerFormat],
+        options: Mapping[str, SolverOptions],
+    ) -> "CheckpointFormat":
+        """The format of a checkpoint whose weights are elsewhere.
+
+        Args:
+            dtype: of the model.
+            layers: name of a linear to the format of its weight.
+            options: name of a linear to the options that it was solved with.
+        """
+        known = {
+            name: {k: _plain(v) for k, v in vars(option).items()}
+            for name, option in options.items()
+            if name in layers
+        }
+        return cls(str(dtype).removeprefix("torch."), layers, known)
 
     @property
     def torch_dtype(self) -> torch.dtype:

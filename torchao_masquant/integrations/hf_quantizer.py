@@ -22,6 +22,7 @@ from torchao_masquant.integrations.hf_loading import (
     attach_routers,
 )
 from torchao_masquant.integrations.layer_format import PARTS
+from torchao_masquant.integrations.stored_names import model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
 from torchao_masquant.sharing import share_smoothing
 from torchao_masquant.solver.methods import SolverOptions
@@ -191,28 +192,14 @@ def _renaming(
     conversions: list[Any], loading: CheckpointLoading
 ) -> Callable[[str], tuple[list[str], bool]]:
     """transformers' way from a name in a file to names in the model."""
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {p: c for c in converters for p in c.source_patterns}
     known = loading.state_with_parts
 
     def rename(stored: str) -> tuple[list[str], bool]:
-        name, pattern = rename_source_key(
-            stored, renamings, converters, loading.prefix, known
-        )
-        if name not in known and stored in known:
-            # As transformers does: it was not meant to be renamed.
-            return [stored], True
-        if pattern is None:
-            return [name], True
-        targets = by_pattern[pattern].target_patterns
-        return [name.replace(targets[0], target) for target in targets], False
+        return model_names(stored, renamings, converters, loading.prefix, known)
 
     return rename
 

@@ -7,7 +7,16 @@
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+)
 
 import torch
 from torch import nn
@@ -15,7 +24,15 @@ from torch import nn
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.routing import Router
 
-__all__ = ["BlockCalls", "capture_calls", "decoder_blocks", "forwards"]
+__all__ = [
+    "BlockCalls",
+    "RunsBlocks",
+    "capture_calls",
+    "decoder_blocks",
+    "forwards",
+    "hidden_states",
+    "is_cache",
+]
 
 
 def decoder_blocks(model: nn.Module, linears: Sequence[str]) -> dict[str, nn.Module]:
@@ -39,10 +56,22 @@ def decoder_blocks(model: nn.Module, linears: Sequence[str]) -> dict[str, nn.Mod
                 f"{name}.{index}": block for index, block in module.named_children()
             }
     raise ValueError(
-        f"learning goes block by block, and no nn.ModuleList of {type(model).__name__} "
-        f"holds all of its {len(linears)} linears, {linears[0]} among them: calibrate "
-        "with epochs=0, or include the linears of one stack of blocks."
+        f"learning goes block by block, as calibrating from disk does, and no "
+        f"nn.ModuleList of {type(model).__name__} holds all of its {len(linears)} "
+        f"linears, {linears[0]} among them: include the linears of one stack of blocks, "
+        "or calibrate in memory with epochs=0."
     )
+
+
+class RunsBlocks(Protocol):
+    """One sample, for which blocks run on hidden states that are given."""
+
+    @property
+    def ids(self) -> Optional[torch.Tensor]:
+        """(batch, sequence) modality ids, negative for padding; None: all base."""
+
+    def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Output of one block for these hidden states."""
 
 
 @dataclass
@@ -73,6 +102,16 @@ class BlockCalls:
         return hidden_states(
             block(hidden, *self.positional[index], **self.keywords[index])
         )
+
+
+def is_cache(name: str, value: Any) -> bool:
+    """Whether an argument is a cache of keys and values.
+
+    transformers calls it ``past_key_values``, or ``cache`` from version 5.24 on.
+    """
+    return name.startswith("past_key_value") or any(
+        kind.__name__ == "Cache" for kind in type(value).__mro__
+    )
 
 
 def hidden_states(output: Any) -> torch.Tensor:
@@ -106,7 +145,7 @@ def capture_calls(
                 name: value for name, value in kwargs.items() if name != "hidden_states"
             }
             # A cache would grow by every call that is repeated.
-            rest.update({n: None for n in rest if n.startswith("past_key_value")})
+            rest.update({n: None for n, value in rest.items() if is_cache(n, value)})
             if "use_cache" in rest:
                 rest["use_cache"] = False
             if index == 0:

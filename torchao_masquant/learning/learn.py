@@ -9,14 +9,14 @@ import copy
 import logging
 import math
 from functools import partial
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from torchao_masquant.learning.blocks import (
-    BlockCalls,
+    RunsBlocks,
     capture_calls,
     decoder_blocks,
     forwards,
@@ -27,7 +27,7 @@ from torchao_masquant.routing import Router
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["learn"]
+__all__ = ["BlockTask", "learn"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -86,12 +86,12 @@ def learn(
         for index, (name, block) in enumerate(bar):
             with torch.no_grad():
                 exact = [c.run(index, block, x) for c, x in zip(calls, exact)]
-            task = _BlockTask(
+            task = BlockTask(
                 name, block, index, learned, router.modalities, options, calls
             )
             if task.linears:
                 learned |= task.learn(met, exact)
-            met = task.run_quantized(learned, met)
+            met = list(task.quantized_outputs(learned, met))
     finally:
         for module in modes:
             module.training = True
@@ -100,7 +100,7 @@ def learn(
     return learned
 
 
-class _BlockTask:
+class BlockTask:
     """One block: its quantized linears, and how far its output is from its target."""
 
     def __init__(
@@ -111,7 +111,7 @@ class _BlockTask:
         layers: Mapping[str, LayerRecipe],
         modalities: Sequence[str],
         options: SolverOptions,
-        calls: Sequence[BlockCalls],
+        calls: Sequence[RunsBlocks],
     ):
         self.name, self.block, self.index = name, block, index
         self.modalities, self.options, self.calls = modalities, options, calls
@@ -137,10 +137,10 @@ class _BlockTask:
         }
 
     @torch.no_grad()
-    def run_quantized(
+    def quantized_outputs(
         self, layers: Mapping[str, LayerRecipe], inputs: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Outputs of the block as it will run: from integers."""
+    ) -> Iterator[torch.Tensor]:
+        """Outputs of the block as it will run, from integers, sample by sample."""
         weights = self._quantized(layers)
 
         def forward(name: str, ids: Any, x: torch.Tensor) -> torch.Tensor:
@@ -148,12 +148,13 @@ class _BlockTask:
             rows = None if ids is None else ids.reshape(x.shape[:-1]).clamp_min(0)
             return torch.ops.masquant.linear(x, weights[name], rows, linear.bias)
 
-        return [self._run(forward, call, x) for call, x in zip(self.calls, inputs)]
+        for call, x in zip(self.calls, inputs):
+            yield self._run(forward, call, x)
 
     def _run(
         self,
         forward: Callable[[str, Any, torch.Tensor], torch.Tensor],
-        call: BlockCalls,
+        call: RunsBlocks,
         x: torch.Tensor,
     ) -> torch.Tensor:
         replaced = [

@@ -1,0 +1,66 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Calibrations in a process of their own, killed without a warning."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any, Optional
+
+import tiny_models
+import torch
+
+from torchao_masquant.sequential import calibrate_sequential
+
+# What a killed process must not be in the middle of without harm.
+_STEPS = ("replace", "fsync", "rename", "link", "unlink", "rmdir")
+
+
+def context() -> Any:
+    """Processes that come with everything imported."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["torchao_masquant.sequential", __name__])
+    return found
+
+
+def calibrate(
+    model: Path, folder: Path, die_at: Optional[int] = None, **options: Any
+) -> None:
+    """Calibrate a tiny Qwen2.5-VL into ``folder``.
+
+    Args:
+        model: of the original.
+        folder: for the checkpoint "quantized" and "recipe.safetensors".
+        die_at: number of the file operation that the process is killed at.
+    """
+    torch.set_num_threads(1)
+    if die_at is not None:
+        _die_at(die_at)
+    calibrate_sequential(
+        model,
+        tiny_models.samples(audio=False),
+        output=folder / "quantized",
+        recipe=folder / "recipe.safetensors",
+        **options,
+    )
+
+
+def _die_at(number: int) -> None:
+    left = number
+
+    def counted(function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return function(*args, **kwargs)
+
+        return run
+
+    for name in _STEPS:
+        setattr(os, name, counted(getattr(os, name)))

@@ -1,0 +1,200 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Killed at any moment, a calibration goes on, and ends as if nothing had been."""
+
+import json
+import os
+import random
+import signal
+
+import killed_runs
+import pytest
+import tiny_models
+from results import FIXED, assert_same_files
+
+from torchao_masquant.sequential import calibrate_sequential
+from torchao_masquant.sequential.block_store import BlockStore
+
+LAYERS = 3
+#: Of the file operations of a whole run; a few more or fewer do no harm.
+STEPS = 62
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original") / "model"
+    tiny_models.qwen25_vl(LAYERS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = killed_runs.context().Process(
+        target=killed_runs.calibrate, args=(original, folder), kwargs=FIXED
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_file_operation(original, uninterrupted, tmp_path, seed):
+    """Again and again, each time a little further, until nothing is left to kill."""
+    context, kills = killed_runs.context(), 0
+    generator = random.Random(seed)
+    while True:
+        die_at = generator.randrange(STEPS // 2) if kills < 4 else None
+        process = context.Process(
+            target=killed_runs.calibrate,
+            args=(original, tmp_path, die_at),
+            kwargs=FIXED,
+        )
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert kills
+    assert_same_files(uninterrupted, tmp_path)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupted(original, tmp_path, monkeypatch):
+    """A folder in which the second of three blocks was being written."""
+    finish, done = BlockStore.finish, []
+
+    def stop(store, part, *args, **kwargs):
+        if part == store.part_of(1):
+            raise Stop
+        done.append(part)
+        finish(store, part, *args, **kwargs)
+
+    monkeypatch.setattr(BlockStore, "finish", stop)
+    with pytest.raises(Stop):
+        run(original, tmp_path)
+    monkeypatch.undo()
+    assert done == ["proof", "block-00000"]
+    return tmp_path
+
+
+def run(original, folder, **options):
+    data = options.pop("samples", tiny_models.samples(audio=False))
+    return calibrate_sequential(
+        original,
+        data,
+        output=folder / "quantized",
+        recipe=folder / "recipe.safetensors",
+        **{**FIXED, **options},
+    )
+
+
+def test_finished_blocks_are_not_solved_again(original, interrupted, uninterrupted):
+    before = os.stat(interrupted / "quantized.partial" / "block-00000.json")
+    assert len(list(interrupted.iterdir())) == 1
+    done = run(original, interrupted)
+    assert (done.resumed, len(done.seconds)) == (1, LAYERS - 1)
+    assert before.st_ino
+    assert_same_files(uninterrupted, interrupted)
+
+
+def test_a_finished_calibration_is_not_repeated(original, interrupted):
+    run(original, interrupted)
+    times = {p: p.stat().st_mtime_ns for p in interrupted.rglob("*")}
+    assert run(original, interrupted).seconds == ()
+    assert times == {p: p.stat().st_mtime_ns for p in interrupted.rglob("*")}
+    with pytest.raises(ValueError, match="is there already, and not a result of this"):
+        run(original, interrupted, rank=3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rank": 3}, r"another option rank \(2, now 3\)"),
+        ({"scheme": "w8a8"}, r"another option scheme \(w4a8, now w8a8\)"),
+        ({"exclude": "*.q_proj"}, "another choice of linears"),
+        ({"modalities": ("vision", "text")}, None),
+        ({"base_modality": "vision"}, "another choice of modalities"),
+        ({"samples": tiny_models.samples(audio=False, count=5)}, "set of samples"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_option_is_refused(original, interrupted, change, message):
+    folder = interrupted / "quantized.partial"
+    before = sorted(p.name for p in folder.iterdir())
+    if message is None:
+        # The same choice in another order.
+        assert run(original, interrupted, **change).resumed == 1
+        return
+    with pytest.raises(ValueError, match=message) as raised:
+        run(original, interrupted, **change)
+    assert "or remove that folder to begin again" in str(raised.value)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_another_model_is_refused(interrupted, original, tmp_path_factory):
+    """One of the same shape, in the same place."""
+    other = tmp_path_factory.mktemp("other") / "model"
+    tiny_models.qwen25_vl(LAYERS, seed=1).save_pretrained(other)
+    with pytest.raises(ValueError, match="begun with another model: go on with"):
+        run(other, interrupted)
+
+
+def test_a_copy_of_the_model_is_the_same(interrupted, original, tmp_path_factory):
+    import shutil
+
+    copy = tmp_path_factory.mktemp("copy") / "model"
+    shutil.copytree(original, copy)
+    assert run(copy, interrupted).resumed == 1
+
+
+def test_other_memory_is_no_other_option(interrupted, original, uninterrupted):
+    """What does not change the result may change on the way."""
+    assert run(
+        original, interrupted, max_statistics_bytes=200_000, activations="disk"
+    ).resumed
+    assert_same_files(uninterrupted, interrupted)
+
+
+def test_learning_goes_on(original, tmp_path, monkeypatch):
+    """The quantized stream is that of the finished blocks."""
+    options = {"epochs": 1, "lr": 3e-3}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole.mkdir(), halves.mkdir()
+    run(original, whole, **options)
+    finish = BlockStore.finish
+
+    def stop(store, part, *args, **kwargs):
+        if part == store.part_of(2):
+            raise Stop
+        finish(store, part, *args, **kwargs)
+
+    monkeypatch.setattr(BlockStore, "finish", stop)
+    with pytest.raises(Stop):
+        run(original, halves, **options)
+    monkeypatch.undo()
+    assert run(original, halves, **options).resumed == 2
+    assert_same_files(whole, halves)
+
+
+def test_samples_that_hold_other_types(original, interrupted):
+    """The digest is of values: an equal copy of the data is the same data."""
+    copies = [
+        {name: value.clone() for name, value in sample.items()}
+        for sample in tiny_models.samples(audio=False)
+    ]
+    assert run(original, interrupted, samples=copies).resumed == 1
+
+
+def test_a_manifest_is_readable(interrupted):
+    text = (interrupted / "quantized.partial" / "manifest.json").read_text()
+    assert json.loads(text)["option scheme"] == "w4a8"

@@ -1,0 +1,71 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Which weights of a model the tensors in a checkpoint's files become."""
+
+from typing import Any, Mapping, Sequence
+
+__all__ = ["model_names", "stored_to_model_names"]
+
+
+def model_names(
+    stored: str,
+    renamings: Sequence[Any],
+    converters: Sequence[Any],
+    prefix: str,
+    known: Mapping[str, Any],
+) -> tuple[list[str], bool]:
+    """transformers' way from a name in a file to names in the model.
+
+    Args:
+        stored: name in a file.
+        renamings: transformers' ``WeightRenaming`` of the model.
+        converters: its ``WeightConverter``.
+        prefix: its ``base_model_prefix``.
+        known: names in the model.
+
+    Returns:
+        Names in the model, and whether the tensor becomes one of them as it is.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
+    if name not in known and stored in known:
+        # As transformers does: it was not meant to be renamed.
+        return [stored], True
+    if pattern is None:
+        return [name], True
+    targets = next(c for c in converters if pattern in c.source_patterns)
+    first, *_ = targets.target_patterns
+    return [name.replace(first, t) for t in targets.target_patterns], False
+
+
+def stored_to_model_names(model: Any, stored: Sequence[str]) -> dict[str, list[str]]:
+    """The same for all tensors of a checkpoint; the model remembers how to go back.
+
+    Args:
+        model: a transformers model, which may be on the meta device.
+        stored: names in its files.
+
+    Returns:
+        Name in a file to names in the model, of those that the model has.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    known = model.state_dict()
+    found = {}
+    for name in stored:
+        targets, _ = model_names(
+            name, renamings, converters, model.base_model_prefix, known
+        )
+        if any(target in known for target in targets):
+            found[name] = [target for target in targets if target in known]
+    # What saving undoes, see transformers' revert_weight_conversion.
+    model._weight_conversions = [c for c in conversions if c.was_used()]
+    return found

@@ -1,0 +1,171 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""A quantized checkpoint written part by part, as ``save_pretrained`` writes it whole."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Iterator, Mapping, Sequence
+
+import safetensors
+import torch
+
+from torchao_masquant.integrations.checkpoint_format import (
+    CheckpointFormat,
+    flatten_state_dict,
+)
+from torchao_masquant.integrations.hf_config import MASQuantHfConfig
+from torchao_masquant.integrations.layer_format import LayerFormat
+from torchao_masquant.sequential.block_store import BlockStore
+from torchao_masquant.sequential.disk_model import DiskModel
+from torchao_masquant.sequential.durable import sync_folder
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+
+__all__ = ["assemble", "other_parts", "write_part"]
+
+#: Of the weights outside of the blocks that are in memory at a time.
+_PART_BYTES = 1 << 30
+
+
+def other_parts(disk: DiskModel, in_blocks: Sequence[str]) -> dict[str, list[str]]:
+    """Weights outside of the blocks, in parts that fit in memory.
+
+    Args:
+        disk: the model.
+        in_blocks: names of all weights of blocks.
+
+    Returns:
+        Name of a part to names of weights in the model; those that come out of the same
+        stored tensors stay together.
+    """
+    taken = set(in_blocks)
+    together: dict[str, list[str]] = {}
+    for names in disk.names.values():
+        if not taken & set(names):
+            together[names[0]] = names
+    parts: list[list[str]] = []
+    used = _PART_BYTES
+    for names in together.values():
+        needed = disk.bytes_of(names)
+        if used + needed > _PART_BYTES:
+            parts.append([])
+            used = 0
+        parts[-1] += names
+        used += needed
+    return {f"other-{index:05d}": names for index, names in enumerate(parts)}
+
+
+def write_part(
+    disk: DiskModel,
+    store: BlockStore,
+    part: str,
+    names: Sequence[str],
+    quantized: Mapping[str, MASQuantTensor],
+) -> None:
+    """Write some of the model's weights, which are loaded, and mark the part finished.
+
+    Args:
+        part: its name.
+        names: of the weights in the model.
+        quantized: name of a linear to the weight that takes its weight's place.
+    """
+    state = disk.model.state_dict()
+    unsaved = set(getattr(disk.model, "_keys_to_ignore_on_save", None) or ())
+    tensors = {name: state[name].detach() for name in names if name not in unsaved}
+    tensors |= {f"{name}.weight": weight for name, weight in quantized.items()}
+    store.finish(
+        part,
+        _apart(disk.in_files(flatten_state_dict(tensors))),
+        {name: LayerFormat.of(weight) for name, weight in quantized.items()},
+    )
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors that share no memory, which safetensors refuses."""
+    found: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        found[name] = tensor
+    return found
+
+
+def assemble(
+    disk: DiskModel,
+    store: BlockStore,
+    parts: Sequence[str],
+    options: SolverOptions,
+    extra: Mapping[str, str],
+) -> Path:
+    """A folder that ``from_pretrained`` loads, from finished parts.
+
+    The parts' files are linked, not copied, where the file system can.
+
+    Args:
+        parts: names of all of them.
+        options: that all linears were solved with.
+        extra: name to text of other files to write.
+
+    Returns:
+        The folder, inside that of ``store``: to be renamed to where it belongs.
+    """
+    folder = store.folder / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    weight_map: dict[str, str] = {}
+    size = 0
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        _link(store.shard_of(part), folder / name)
+        with safetensors.safe_open(folder / name, framework="pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), name)
+        size += (folder / name).stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder / "model.safetensors.index.json").write_text(text)
+    model = disk.model
+    formats = store.formats(parts)
+    known = {name: options for name in formats}
+    checkpoint = CheckpointFormat.described(model.dtype, formats, known)
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.quantization_config = MASQuantHfConfig.of_checkpoint(checkpoint)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    for path in _companions(disk.folder):
+        if not (folder / path.name).exists():
+            shutil.copy2(path, folder / path.name)
+    for name, text in extra.items():
+        (folder / name).write_text(text)
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_folder(folder)
+    return folder
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _companions(folder: Path) -> Iterator[Path]:
+    """Files of the original that a user needs beside the weights: tokenizer, processor."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".txt", ".jinja", ".model"):
+            if not path.name.endswith(".index.json"):
+                yield path

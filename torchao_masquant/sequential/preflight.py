@@ -1,0 +1,313 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What a calibration will take, before it takes it."""
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Mapping, Optional, Sequence
+
+import torch
+
+from torchao_masquant.calibration.statistics import SAMPLE_TOKENS, InputStatistics
+from torchao_masquant.sequential.block_solver import group_cost
+from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.methods import SolverOptions
+
+__all__ = ["Estimate", "available_memory", "check_time", "estimate", "solving_rate"]
+
+_LOGGER = logging.getLogger(__name__)
+
+_MIB, _GIB = 1 << 20, 1 << 30
+
+#: Of Python, torch and transformers, imported.
+_PROGRAM_BYTES = 400 * _MIB
+
+#: Width of the linear that the time of solving is measured on.
+_PROBE_WIDTH = 512
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Upper estimates, in bytes; those of memory of one process.
+
+    Attributes:
+        longest: tokens of the longest sample.
+        front: weights in front of the decoder.
+        block: weights of the largest block, with their quantized copy.
+        statistics: of the linears that are observed at a time.
+        least: of these, what one linear needs alone.
+        solver: matrices of the solver, for the linear that needs most.
+        widest: name of that linear.
+        forward: activations inside a block, of the longest sample.
+        activations: of all samples, between blocks; zero where they are on disk.
+        disk: of what is written, temporary files with it.
+    """
+
+    longest: int
+    front: int
+    block: int
+    statistics: int
+    least: int
+    solver: int
+    widest: str
+    forward: int
+    activations: int
+    disk: int
+
+    @property
+    def device(self) -> int:
+        """Peak of the memory where blocks run, less what the program itself takes."""
+        solving = self.statistics + max(self.solver, self.forward)
+        return max(self.front, self.block + solving)
+
+    @property
+    def peak(self) -> int:
+        """Peak of the memory of a process whose blocks run on the CPU."""
+        return _PROGRAM_BYTES + self.device + self.activations
+
+    def check(
+        self, memory: Optional[int], on_device: Optional[int], folder: Path
+    ) -> None:
+        """Raise where it will not fit.
+
+        Args:
+            memory: bytes that this process may take; None where that is not known.
+            on_device: bytes that are free on the device, None where blocks run on the
+                CPU.
+            folder: that is written to.
+
+        Raises:
+            ValueError: names the option that would make it fit.
+        """
+        needed = self.peak if on_device is None else _PROGRAM_BYTES + self.activations
+        for name, need, has in (
+            ("memory", needed, memory),
+            ("device memory", self.device, on_device),
+        ):
+            if has is not None and need > has:
+                raise ValueError(
+                    f"the calibration needs about {need / _GIB:.2f} GiB of {name}, and "
+                    f"there are {has / _GIB:.2f} GiB: {self._advice(need - has)}."
+                )
+        free = shutil.disk_usage(folder).free
+        if self.disk > free:
+            raise ValueError(
+                f"the calibration writes about {self.disk / _GIB:.2f} GiB, and "
+                f"{str(folder)!r} has {free / _GIB:.2f} GiB left: give an output on "
+                "another disk."
+            )
+
+    def _advice(self, missing: int) -> str:
+        if self.activations >= missing:
+            return (
+                f"keep the {self.activations / _GIB:.2f} GiB of activations in files, "
+                "with activations='disk'"
+            )
+        if self.front >= self.block + self.statistics + self.solver:
+            return "the embeddings and towers alone take it; run on a larger machine"
+        if self.statistics - missing >= self.least:
+            return (
+                "observe fewer linears at a time, with max_statistics_bytes="
+                f"{self.statistics - missing}"
+            )
+        if self.forward > self.solver:
+            return f"shorten the longest sample, of {self.longest} tokens"
+        return (
+            f"most of it is for covariances of {self.widest}: leave such linears out, "
+            f"with exclude='*.{self.widest.rpartition('.')[2]}', or choose "
+            "method='smoothquant', which needs none"
+        )
+
+
+def estimate(
+    *,
+    blocks: Sequence[Shapes],
+    block_bytes: Sequence[int],
+    front_bytes: int,
+    other_bytes: int,
+    hidden: int,
+    itemsize: int,
+    tokens: Sequence[int],
+    modalities: int,
+    options: SolverOptions,
+    max_statistics_bytes: int,
+    on_disk: bool,
+    writes: tuple[bool, bool],
+) -> Estimate:
+    """Estimate memory and disk from sizes alone.
+
+    Args:
+        blocks: of each block, name to (N, K) of the linears to quantize.
+        block_bytes: of each block's weights.
+        front_bytes: of the weights in front of the decoder.
+        other_bytes: of all weights outside of the blocks.
+        hidden: width of the hidden states.
+        itemsize: of their type.
+        tokens: of each sample of this process.
+        modalities: M.
+        options: of the solution.
+        max_statistics_bytes: bound of the statistics.
+        on_disk: whether activations are.
+        writes: whether a checkpoint, and a recipe.
+    """
+    per_modality = options.parts.per_modality
+    statistics, least, solver, widest = 0, 0, 0, ""
+    for linears in blocks:
+        needs = [0]
+        for name, (n, k) in linears.items():
+            needed = 24 * k * modalities
+            work = 8 * n * k
+            if per_modality:
+                needed += (8 * k + 4 * SAMPLE_TOKENS) * k * modalities
+                # Covariances and whitenings of each modality, Hessian and its factors;
+                # weight, target, rounded values and pairs in float64.
+                work = 8 * ((2 * modalities + 8) * k**2 + 8 * n * k)
+            needs.append(needed)
+            if work > solver:
+                solver, widest = work, name
+        # Linears that share their input need it once: all of them are more than enough.
+        total = max(max(needs), min(sum(needs), max_statistics_bytes))
+        statistics, least = max(statistics, total), max(least, *needs)
+    every = [shape for linears in blocks for shape in linears.values()]
+    integers = sum(n * k for n, k in every)
+    pairs = modalities * sum(n + k for n, k in every) * 4
+    longest = max(tokens)
+    inner = max((n for n, _ in every), default=hidden)
+    states = 2 * sum(tokens) * hidden * itemsize
+    disk = states if on_disk else 0
+    if writes[0]:
+        disk += sum(block_bytes) + other_bytes + 4 * pairs
+    if writes[1]:
+        # In parts, and joined.
+        disk += 2 * (integers + 8 * pairs)
+    largest = max(
+        (
+            size + sum(n * k for n, k in linears.values())
+            for size, linears in zip(block_bytes, blocks)
+        ),
+        default=0,
+    )
+    return Estimate(
+        longest=longest,
+        front=front_bytes,
+        block=largest,
+        statistics=statistics,
+        least=least,
+        solver=solver,
+        widest=widest,
+        forward=longest * (4 * inner + 12 * hidden) * max(itemsize, 4),
+        activations=0 if on_disk else states,
+        disk=disk,
+    )
+
+
+def available_memory() -> Optional[int]:
+    """Bytes that this process may still take; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [1024 * int(n.split()[1]) for n in lines if n.startswith("MemAvailable")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            found.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+        except (OSError, ValueError):
+            pass
+    return min(found, default=None)
+
+
+def solving_rate(
+    modalities: int, options: SolverOptions, device: torch.device
+) -> float:
+    """Multiplications a second of the solver, measured on a small linear."""
+    generator = torch.Generator().manual_seed(0)
+    width = _PROBE_WIDTH
+    names = tuple(f"modality {index}" for index in range(modalities))
+    statistics = InputStatistics(
+        width, names, device, second_moments=options.parts.per_modality
+    )
+    for index in range(modalities):
+        x = torch.randn(2 * width, width, generator=generator).to(device)
+        ids = torch.full((len(x),), index, device=device)
+        statistics.update("probe", x, ids)
+    weight = torch.randn(width, width, generator=generator).to(device)
+    probe = SolverOptions(
+        **{
+            **vars(options),
+            "alpha": 0.5,
+            "separation": 1.0,
+            "rank": 0.05,
+            "modality_weights": None,
+            "group_size": None,
+        }
+    )
+    start = time.perf_counter()
+    solve_group({"probe": weight}, statistics, probe)
+    seconds = time.perf_counter() - start
+    return group_cost([(width, width)], modalities, probe) / seconds
+
+
+def check_time(
+    blocks: Sequence[Shapes],
+    modalities: int,
+    options: SolverOptions,
+    *,
+    forward: float,
+    device: torch.device,
+    processes: int,
+    limit: Optional[float],
+) -> Optional[float]:
+    """Seconds that the blocks will take, to within a factor of two or three.
+
+    Measured on a small linear, and scaled by the operations of the larger ones; not
+    measured where that alone would take a good part of the time.
+
+    Args:
+        blocks: of each block that is left, name to (N, K) of its linears.
+        modalities: M.
+        options: of the solution.
+        forward: seconds that all samples take to run through one block.
+        device: that solves.
+        processes: that share the work.
+        limit: seconds that it may take; None for any.
+
+    Returns:
+        The seconds, None where they were not measured.
+
+    Raises:
+        ValueError: it will take longer.
+    """
+    costs = [
+        sum(group_cost([shape], modalities, options) for shape in linears.values())
+        for linears in blocks
+    ]
+    probe = group_cost([(_PROBE_WIDTH, _PROBE_WIDTH)], modalities, options)
+    if limit is None and sum(costs) < 20 * probe:
+        return None
+    rate = solving_rate(modalities, options, device)
+    seconds = 2 * forward * len(blocks) + sum(costs) / rate / processes
+    _LOGGER.info(
+        "%d blocks, about %.1f minutes (%.1f of them to run the samples).",
+        len(blocks),
+        seconds / 60,
+        2 * forward * len(blocks) / 60,
+    )
+    if limit is not None and seconds > limit:
+        widest = max(
+            ((shape[1], name) for linears in blocks for name, shape in linears.items()),
+            default=(0, ""),
+        )[1].rpartition(".")[2]
+        raise ValueError(
+            f"the calibration would take about {seconds / 60:.0f} minutes, more than the "
+            f"{limit / 60:.0f} of max_seconds: fix alpha=0.5 and separation=1.0, leave "
+            f"the widest linears out with exclude='*.{widest}', or start more processes."
+        )
+    return seconds
