@@ -17,8 +17,8 @@ import safetensors
 
 from torchao_masquant.integrations.checkpoint_format import (
     QUANT_METHOD,
-    STORED_PART,
     CheckpointFormat,
+    stored_part,
 )
 from torchao_masquant.integrations.layer_format import TensorKind
 from torchao_masquant.integrations.stored_tensors import stored_tensors
@@ -227,9 +227,9 @@ def _check_parts(
     """Raise unless what the config says and what the files hold are the same."""
     found: dict[str, dict[str, TensorKind]] = {}
     for name, kind in stored.items():
-        match = STORED_PART.fullmatch(name)
-        if match is not None:
-            found.setdefault(match[1], {})[match[2]] = kind
+        part = stored_part(name)
+        if part is not None:
+            found.setdefault(part[0], {})[part[1]] = kind
     # transformers saves some models under other names than its modules have.
     if set(found) == set(checkpoint.layers):
         for name, layer in checkpoint.layers.items():

@@ -15,6 +15,7 @@ from torchao_masquant.calibration.calibrate import base_first
 from torchao_masquant.config import MASQuantConfig
 from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import ExpertWeight, experts_of
+from torchao_masquant.freed_memory import return_freed_memory
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     parameter_of,
@@ -22,7 +23,6 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_name,
     stored_part,
 )
-from torchao_masquant.integrations.freed_memory import return_freed_memory
 from torchao_masquant.integrations.layer_format import LayerFormat, TensorKind
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint

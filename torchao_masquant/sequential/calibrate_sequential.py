@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.calibrate import base_first, library_versions
+from torchao_masquant.freed_memory import return_freed_memory
 from torchao_masquant.learning.blocks import decoder_blocks
 from torchao_masquant.modality import TEXT
 from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes
@@ -36,7 +37,6 @@ from torchao_masquant.sequential.checkpoint_parts import (
 from torchao_masquant.sequential.decoder_walk import DecoderCall, DecoderWalk
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.sequential.durable import durable, sync_folder
-from torchao_masquant.sequential.freed_memory import return_freed_memory
 from torchao_masquant.sequential.manifest import (
     Manifest,
     SampleSummary,

@@ -18,7 +18,8 @@ def return_freed_memory() -> None:
 
     glibc keeps freed blocks of up to 32 MiB. What a weight's quantization needs for a
     moment is of that size, and its result comes to lie between: without this, a model
-    that is quantized weight by weight ends up with as much memory as in full precision.
+    that is quantized weight by weight ends up with as much memory as in full precision,
+    and a calibration's memory creeps up block by block.
     """
     trim = _malloc_trim()
     if trim is not None:
