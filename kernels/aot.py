@@ -15,6 +15,7 @@ process chose does not matter.
 """
 
 import concurrent.futures
+import contextlib
 import importlib
 import inspect
 import multiprocessing
@@ -28,7 +29,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 __all__ = [
     "TARGETS",
@@ -255,7 +256,9 @@ def compile_all(names: Sequence[CaseName], jobs: int = 0) -> Iterable[Compiled]:
             initargs=(folder,),
         ) as pool,
     ):
-        futures = [pool.submit(_compile, name) for name in names]
+        # Processes begin where work is handed in, and import Triton first of all.
+        with _no_interpreter():
+            futures = [pool.submit(_compile, name) for name in names]
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
@@ -269,8 +272,17 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def _no_interpreter() -> Iterator[None]:
+    kept = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.environ["TRITON_INTERPRET"] = kept
+
+
 def _begin(folder: str) -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, str(os.getpid()))
     # What Triton says at import and at the first compilation, once a process.
     warnings.simplefilter("ignore")
