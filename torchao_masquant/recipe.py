@@ -367,7 +367,7 @@ class Recipe:
             raise FileNotFoundError(f"there is no recipe file {os.fspath(path)!r}.")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                header = read_header(path, file.metadata() or {})
+                header = _header(path, file.metadata() or {})
                 _check_names(set(file.keys()), header["layers"])
                 return cls(
                     options=SolverOptions(**header["options"]),
@@ -412,7 +412,7 @@ def join_recipes(
     for part in parts:
         # Mapped: pages of the parts' files, which go straight to the new one.
         with safetensors.safe_open(part, framework="pt") as file:
-            header = read_header(part, file.metadata() or {})
+            header = _header(part, file.metadata() or {})
             whole = {
                 **header,
                 "layers": {**whole.get("layers", {}), **header["layers"]},
@@ -435,18 +435,30 @@ class _UnreadableError(ValueError):
     """A file that is whole, but not for this version to read."""
 
 
-def read_header(
-    path: Union[str, os.PathLike], metadata: Mapping[str, str]
-) -> dict[str, Any]:
-    """All of a recipe but its tensors: its options, modalities, layers and versions.
+def read_header(path: Union[str, os.PathLike]) -> tuple[int, dict[str, Any]]:
+    """All of a recipe but its tensors, which are not read.
 
-    Args:
-        path: of the file, for the messages.
-        metadata: of the safetensors file.
+    Returns:
+        The format version; and options, modalities, versions and layers, as in the file.
 
     Raises:
-        ValueError: it is no recipe, or of another format.
+        ValueError: the file is no recipe, is damaged, or is of another format.
     """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return int(metadata.get("format_version", "0")), _header(path, metadata)
+    except _UnreadableError:
+        raise
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is no recipe, or a damaged one: {error}."
+        ) from error
+
+
+def _header(
+    path: Union[str, os.PathLike], metadata: Mapping[str, str]
+) -> dict[str, Any]:
     if metadata.get("format") != _FORMAT:
         raise _UnreadableError(
             f"{os.fspath(path)!r} is a safetensors file, but no MASQuant recipe."

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import safetensors
-
 from torchao_masquant.integrations.checkpoint_format import (
     QUANT_METHOD,
     CheckpointFormat,
@@ -250,14 +248,7 @@ def _check_parts(
 
 
 def _describe_recipe(path: Path) -> Description:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = read_header(path, file.metadata() or {})
-            version = int(file.metadata()["format_version"])
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{str(path)!r} is no recipe, or a damaged one: {error}."
-        ) from error
+    version, header = read_header(path)
     kinds = stored_tensors([str(path)])
     try:
         options = SolverOptions(**header["options"])

@@ -13,15 +13,24 @@ from typing import Any, Callable, Iterable, Optional, Sequence
 __all__ = ["CommandParser", "LazyCommand", "MainParser"]
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a text, and wraps one that has none."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
 class MainParser(argparse.ArgumentParser):
     """A parser that says what may have been meant.
 
-    Descriptions and examples keep their line breaks. Options are written out: an
+    Descriptions and examples keep line breaks where they have some. Options are written out: an
     abbreviation that is right today is another option's tomorrow.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("formatter_class", _Formatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
