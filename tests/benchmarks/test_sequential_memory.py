@@ -7,7 +7,8 @@
 
 import json
 import re
-import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -15,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_narrow_decoder(tmp_path):
     report = tmp_path / "memory.json"
-    main = runpy.run_path(str(ROOT / "benchmarks" / "sequential_memory.py"))["main"]
+    script = str(ROOT / "benchmarks" / "sequential_memory.py")
     size = ["--hidden", "256", "--inner", "320", "--layers", "2", "--samples", "1"]
     arguments = ["--folder", str(tmp_path), "--tokens", "32", "--json", str(report)]
-    assert main([*size, *arguments]) == 0
+    subprocess.run([sys.executable, script, *size, *arguments], check=True)
     (row,) = json.loads(report.read_text())["rows"]
     assert row["layers"] == 2 and row["quantized_gib"] > 0
     assert row["peak_anonymous_gib"] >= row["program_gib"] > 0

@@ -362,7 +362,9 @@ class _Run:
         free_there = None
         if device.type == "cuda":
             free_there = torch.cuda.mem_get_info(device)[0]
-        needs.check(memory, free_there, self.outputs.partial.parent)
+        partial = self.outputs.partial
+        written = sum(f.stat().st_size for f in partial.glob("*") if f.is_file())
+        needs.check(memory, free_there, partial.parent, written)
 
     def _shapes(self, index: int) -> dict[str, tuple[int, int]]:
         prefix = f"{self.walk.names[index]}."

@@ -74,7 +74,11 @@ class Estimate:
         return _PROGRAM_BYTES + self.device + self.activations
 
     def check(
-        self, memory: Optional[int], on_device: Optional[int], folder: Path
+        self,
+        memory: Optional[int],
+        on_device: Optional[int],
+        folder: Path,
+        written: int = 0,
     ) -> None:
         """Raise where it will not fit.
 
@@ -83,6 +87,7 @@ class Estimate:
             on_device: bytes that are free on the device, None where blocks run on the
                 CPU.
             folder: that is written to.
+            written: bytes that an interrupted run has written already.
 
         Raises:
             ValueError: names the option that would make it fit.
@@ -98,9 +103,10 @@ class Estimate:
                     f"there are {has / _GIB:.2f} GiB: {self._advice(need - has)}."
                 )
         free = shutil.disk_usage(folder).free
-        if self.disk > free:
+        left = self.disk - written
+        if left > free:
             raise ValueError(
-                f"the calibration writes about {self.disk / _GIB:.2f} GiB, and "
+                f"the calibration writes about {left / _GIB:.2f} GiB, and "
                 f"{str(folder)!r} has {free / _GIB:.2f} GiB left: give an output on "
                 "another disk."
             )
@@ -164,7 +170,8 @@ def estimate(
         needs = [0]
         for name, (n, k) in linears.items():
             needed = 24 * k * modalities
-            work = 8 * n * k
+            # Rounding holds copies in float32 and integers.
+            work = 16 * n * k
             if per_modality:
                 needed += (8 * k + 4 * SAMPLE_TOKENS) * k * modalities
                 # Covariances and whitenings of each modality, Hessian and its factors;
