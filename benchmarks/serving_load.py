@@ -50,9 +50,10 @@ from torchao_masquant.testing import digits
 _NEW_TOKENS = 4
 _UTILISATION = 0.7
 _KINDS = ("text", "image", "audio", "both")
-# Of the largest logit. The same graphs run on the same numbers: only a different order
-# of a sum could differ, and another token's modality moves logits by a tenth and more.
-_TOLERANCE = 1e-4
+# Of the largest logit. The same graph gives the same numbers; the model as it is without
+# graphs, which a layer falls back to where Dynamo compiles no more of them, was seen to
+# be 8e-4 away; and one modality's tokens taken for another's, 3e-2 at least.
+_SAME, _NEAR = 1e-4, 1e-2
 
 
 @dataclass
@@ -63,7 +64,9 @@ class Load:
         load: its name.
         requests: answered or refused.
         raised: refused, as they should be.
-        wrong: results that are not those of the call made alone.
+        near: results of another rounding than those of the call made alone: of a layer
+            that ran without its graph.
+        wrong: all other results that are not those of the call made alone.
         p50_ms: half of the answers took no longer; so on for ``p90_ms``, ``p99_ms``.
         per_second: answers.
         graphs: compiled while it ran.
@@ -74,6 +77,7 @@ class Load:
     load: str
     requests: int
     raised: int
+    near: int
     wrong: int
     p50_ms: float
     p90_ms: float
@@ -138,7 +142,7 @@ class Server:
         self.lock = lock
         self.latencies: list[float] = []
         self.resident: list[tuple[int, int]] = []
-        self.wrong = self.raised = self.done = 0
+        self.wrong = self.near = self.raised = self.done = 0
         self.every = 1
         self.account = threading.Lock()
 
@@ -160,7 +164,9 @@ class Server:
                 self.wrong += result is not None or left_behind
             else:
                 self.latencies.append(finished - arrived)
-                self.wrong += left_behind or not same(result, expected)
+                within = same(result, expected)
+                self.near += not within and same(result, expected, _NEAR)
+                self.wrong += left_behind or not same(result, expected, _NEAR)
             if self.done % self.every == 0:
                 self.resident.append((self.done, resident_bytes()))
 
@@ -171,6 +177,7 @@ class Server:
             name,
             self.done,
             self.raised,
+            self.near,
             self.wrong,
             *percentiles(self.latencies),
             len(self.latencies) / seconds,
@@ -180,10 +187,13 @@ class Server:
         )
 
 
-def same(result: torch.Tensor, expected: torch.Tensor) -> bool:
+def same(
+    result: torch.Tensor, expected: torch.Tensor, tolerance: float = _SAME
+) -> bool:
+    """Logits within a tolerance of the largest, or equal tokens."""
     if not result.is_floating_point():
         return torch.equal(result, expected)
-    bound = _TOLERANCE * expected.abs().max()
+    bound = tolerance * expected.abs().max()
     return bool(((result - expected).abs() <= bound).all())
 
 

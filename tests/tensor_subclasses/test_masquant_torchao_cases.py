@@ -14,7 +14,8 @@ with activations left as they are.
 
 Left out:
 - without an accelerator, ``test_device1_to_device2``: it calls ``.cuda()``;
-- ``TorchAOTensorParallelTestCase``: all of it needs CUDA.
+- ``TorchAOTensorParallelTestCase``: it needs CUDA, and runs on two processes of a CPU
+  in ``tests/distributed/test_torchao_case.py``.
 """
 
 import unittest
