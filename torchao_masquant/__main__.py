@@ -27,6 +27,7 @@ quantize = LazyCommand("torchao_masquant.cli.quantize")
 demo = LazyCommand("torchao_masquant.demo.main")
 report = LazyCommand("torchao_masquant.report.main")
 sequential = LazyCommand("torchao_masquant.sequential.main")
+tune = LazyCommand("torchao_masquant.cli.tune")
 
 
 def _version() -> str:
@@ -141,6 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernels.add_arguments(command)
     command.set_defaults(run=kernels.main)
+    command = commands.add_parser(
+        "tune",
+        help="measure the GPU kernels' tilings for a model",
+        description="Measure every tiling of the Triton kernels for the linears of a\n"
+        "quantized model, on this machine's GPU, and write down what wins.",
+    )
+    tune.add_arguments(command)
+    command.set_defaults(run=tune.main)
     command = commands.add_parser(
         "calibrate-sequential",
         help="quantize a model that does not fit in memory, block by block",

@@ -199,6 +199,13 @@ def test_a_device_that_is_not_there_is_named(vision, tmp_path, capsys):
     assert "there is no device 'cuda:99' here" in said
 
 
+def test_tilings_are_tuned_on_a_gpu_alone(vision, capsys):
+    said = refused(capsys, "tune", vision, "--device", "cpu")
+    assert "this would run on cpu: there is nothing to tune" in said
+    said = refused(capsys, "tune", vision, "--tokens", "0", "16")
+    assert "--tokens must be at least 1, got 0" in said
+
+
 def test_what_is_quantized_is_not_quantized_again(vision, tmp_path, capsys):
     out = tmp_path / "q"
     assert run("quantize", vision, "--rtn", "w8a8", "-o", out) == 0

@@ -69,7 +69,7 @@ def test_what_is_missing(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(*arguments: str) -> str:
-        assert main(["export", *arguments]) == 2
+        assert main(["export", *arguments]) == 1
         return capsys.readouterr().err
 
     target = str(tmp_path / "package")

@@ -260,7 +260,7 @@ def test_errors_are_one_sentence(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     model = str(tmp_path / name) if name else folder
-    assert run(model, *arguments) == 2
+    assert run(model, *arguments) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

@@ -7,7 +7,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, Optional
 
@@ -59,19 +58,19 @@ def main(arguments: argparse.Namespace) -> int:
     """Export a decoder.
 
     Returns:
-        Exit code: 0, or 2 where something is missing, damaged or cannot be exported.
+        Exit code.
+
+    Raises:
+        ValueError, TypeError, OSError: something is missing, damaged or cannot be
+            exported.
     """
-    try:
-        model = _load(arguments.model)
-        folder = export_decoder(
-            model,
-            _sample(model, arguments.inputs),
-            arguments.folder,
-            kernels=arguments.kernels,
-        )
-    except (OSError, TypeError, ValueError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    model = _load(arguments.model)
+    folder = export_decoder(
+        model,
+        _sample(model, arguments.inputs),
+        arguments.folder,
+        kernels=arguments.kernels,
+    )
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     if arguments.json:
         print(json.dumps({"folder": str(folder), "bytes": sizes}, indent=2))
@@ -99,7 +98,10 @@ def _load(folder: Path) -> nn.Module:
 
 def _sample(model: Any, path: Optional[Path]) -> dict[str, torch.Tensor]:
     if path is not None:
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
     router = router_of(model)
     if router is not None and len(router.modalities) > 1:
         raise ValueError(

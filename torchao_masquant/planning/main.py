@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import re
-import sys
 from typing import Any, Optional
 
 from rich import box
@@ -105,14 +104,13 @@ def main(arguments: argparse.Namespace) -> int:
 
     Returns:
         Exit code: 0; 1 where calibration, or every scheme, does not fit the memory or
-        the number of devices; 2 where the model or the machine can't be read.
+        the number of devices.
+
+    Raises:
+        ValueError, OSError: the model or the machine can't be read.
     """
-    try:
-        skeleton = read_skeleton(arguments.model)
-        machine = load_machine(arguments.machine)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    skeleton = read_skeleton(arguments.model)
+    machine = load_machine(arguments.machine)
     compensation = Compensation(
         len(skeleton.modalities), arguments.rank, arguments.low_rank_bits
     )

@@ -186,7 +186,7 @@ def test_command_prints_what_it_found_and_what_is_wrong(
 
 
 def test_command_says_what_to_choose_of(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["kernels", "--kernel", "no such kernel"]) == 2
+    assert main(["kernels", "--kernel", "no such kernel"]) == 1
     assert "no kernel's name has 'no such kernel' in it" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["kernels", "--target", "sm_70"])
