@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import tiny_models
 import torch
@@ -27,22 +27,31 @@ def context() -> Any:
     return found
 
 
+def _samples() -> list[dict[str, Any]]:
+    return tiny_models.samples(audio=False)
+
+
 def calibrate(
-    model: Path, folder: Path, die_at: Optional[int] = None, **options: Any
+    model: Path,
+    folder: Path,
+    die_at: Optional[int] = None,
+    samples: Callable[[], list[dict[str, Any]]] = _samples,
+    **options: Any,
 ) -> None:
-    """Calibrate a tiny Qwen2.5-VL into ``folder``.
+    """Calibrate a tiny model into ``folder``.
 
     Args:
         model: of the original.
         folder: for the checkpoint "quantized" and "recipe.safetensors".
         die_at: number of the file operation that the process is killed at.
+        samples: makes them; those of Qwen2.5-VL where it is not given.
     """
     torch.set_num_threads(1)
     if die_at is not None:
         _die_at(die_at)
     calibrate_sequential(
         model,
-        tiny_models.samples(audio=False),
+        samples(),
         output=folder / "quantized",
         recipe=folder / "recipe.safetensors",
         **options,

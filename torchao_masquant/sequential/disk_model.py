@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """A transformers model whose weights stay on disk until a part of it is to run."""
 
+import collections
 import contextlib
 import json
 import os
@@ -140,6 +141,16 @@ class DiskModel:
         """Bytes of some weights, once they are loaded."""
         state = self.model.state_dict()
         return sum(state[name].numel() * state[name].element_size() for name in names)
+
+    def bytes_of_conversion(self, names: Iterable[str]) -> int:
+        """Bytes that loading some weights takes, for a moment, beyond what they are.
+
+        A weight that is made from several tensors of the files (transformers stacks
+        those of experts) is there twice: in parts, and as a whole.
+        """
+        counts = collections.Counter(n for to in self.names.values() for n in to)
+        made = [self.bytes_of([name]) for name in names if counts[name] > 1]
+        return max(made, default=0)
 
     def load(self, names: Iterable[str]) -> None:
         """Load some weights, with those that come out of the same tensors.
