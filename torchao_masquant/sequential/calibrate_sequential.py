@@ -547,16 +547,15 @@ class _Run:
         counts = [0] * len(self.router.modalities)
         with disk.loaded(front):
             bar = tqdm(
-                samples,
+                self._own(samples),
                 desc="Embedding",
-                total=self.summary.count,
+                total=len(self.mine),
                 disable=None if self.progress and self.team.rank == 0 else True,
             )
-            for index, sample in enumerate(bar):
-                if index in self.mine:
-                    call = walk.capture(sample)
-                    self._count(index, call, counts)
-                    activations.put(f"call-{index}", vars(call))
+            for index, sample in bar:
+                call = walk.capture(sample)
+                self._count(index, call, counts)
+                activations.put(f"call-{index}", vars(call))
         own = [name for name in front if self._of_decoder(name)]
         proof = self.team.on_first(lambda: self.store.finished("proof"))
         if proof is None:
@@ -573,6 +572,18 @@ class _Run:
         disk.load(n for n in own if self._is_used(n, set(proof["modules"])))
         gathered = self.team.gather(counts)[: self.team.rank]
         return [sum(column) for column in zip(*gathered)] or [0] * len(counts)
+
+    def _own(
+        self, samples: Iterable[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """This process's samples, with their numbers."""
+        if isinstance(samples, Sequence):
+            # Those of others are not made.
+            yield from ((index, samples[index]) for index in self.mine)
+            return
+        for index, sample in enumerate(samples):
+            if index in self.mine:
+                yield index, sample
 
     @functools.cached_property
     def _decoder_name(self) -> str:

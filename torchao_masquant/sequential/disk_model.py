@@ -28,7 +28,7 @@ from torchao_masquant.integrations.layer_format import TensorKind
 from torchao_masquant.integrations.stored_names import stored_to_model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
 
-__all__ = ["DiskModel"]
+__all__ = ["DiskModel", "checkpoint_dtype"]
 
 
 class DiskModel:
@@ -72,7 +72,7 @@ class DiskModel:
                 f"{os.fspath(model)!r} is quantized already: calibrate the original."
             )
         if dtype is None:
-            dtype = getattr(config, "dtype", None) or _first_float(self.stored)
+            dtype = _dtype(config, self.files)
         self.dtype: torch.dtype = dtype
         kind: Any = _class_of(config) if model_class is None else model_class
         self.model: Any = self._skeleton(kind, config)
@@ -272,8 +272,26 @@ def _class_of(config: Any) -> Any:
     )
 
 
-def _first_float(stored: dict[str, TensorKind]) -> torch.dtype:
-    return next(dtype for dtype, _ in stored.values() if dtype.is_floating_point)
+def checkpoint_dtype(model: Union[str, os.PathLike]) -> torch.dtype:
+    """What a checkpoint's config says its weights are, or else its first weights are.
+
+    Args:
+        model: its folder, or its name on the hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no safetensors file in it.
+    """
+    folder = _folder(model)
+    return _dtype(transformers.AutoConfig.from_pretrained(folder), _files(folder))
+
+
+def _dtype(config: Any, files: Iterable[Path]) -> torch.dtype:
+    return getattr(config, "dtype", None) or next(
+        dtype
+        for file in files
+        for dtype, _ in stored_tensors([str(file)]).values()
+        if dtype.is_floating_point
+    )
 
 
 @contextlib.contextmanager
