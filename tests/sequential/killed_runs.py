@@ -15,6 +15,7 @@ import tiny_models
 import torch
 
 from torchao_masquant.sequential import calibrate_sequential
+from torchao_masquant.sequential.block_store import BlockStore
 
 # What a killed process must not be in the middle of without harm.
 _STEPS = ("replace", "fsync", "rename", "link", "unlink", "rmdir")
@@ -56,6 +57,27 @@ def calibrate(
         recipe=folder / "recipe.safetensors",
         **options,
     )
+
+
+class Stop(Exception):
+    """Ends a run in the middle."""
+
+
+def stop_at(patch: Any, index: int) -> None:
+    """Let runs end where a block has been solved for, and is to be written.
+
+    Args:
+        patch: a pytest ``monkeypatch``.
+        index: of the block.
+    """
+    finish = BlockStore.finish
+
+    def stop(store: BlockStore, part: str, *args: Any, **kwargs: Any) -> None:
+        if part == store.part_of(index):
+            raise Stop
+        finish(store, part, *args, **kwargs)
+
+    patch.setattr(BlockStore, "finish", stop)
 
 
 def _die_at(number: int) -> None:

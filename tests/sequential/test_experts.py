@@ -23,7 +23,6 @@ from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.experts import experts_of
 from torchao_masquant.sequential import calibrate_sequential
-from torchao_masquant.sequential.block_store import BlockStore
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.sequential.preflight import estimate
 from torchao_masquant.sequential.team import Team
@@ -111,34 +110,25 @@ def test_several_passes_give_the_same(original, whole, tmp_path):
     )
 
 
-class Stop(Exception):
-    pass
-
-
 def test_it_goes_on(original, tmp_path, monkeypatch):
     """Through a finished block, experts run as they ran when they were observed.
 
     transformers' "eager" ones add up what the experts of a token give in another order.
     """
-    made, finish = DiskModel._skeleton, BlockStore.finish
+    made = DiskModel._skeleton
 
     def eager(self, kind, config):
         model = made(self, kind, config)
         model.set_experts_implementation("eager")
         return model
 
-    def stop(store, part, *args, **kwargs):
-        if part == store.part_of(2):
-            raise Stop
-        finish(store, part, *args, **kwargs)
-
     monkeypatch.setattr(DiskModel, "_skeleton", eager)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     whole.mkdir(), halves.mkdir()
     run(original, whole)
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(BlockStore, "finish", stop)
-        with pytest.raises(Stop):
+        killed_runs.stop_at(interrupted, 2)
+        with pytest.raises(killed_runs.Stop):
             run(original, halves)
     assert run(original, halves).resumed == 2
     assert_same_files(whole, halves)
