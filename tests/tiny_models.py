@@ -21,6 +21,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from torchao_masquant import (
@@ -91,12 +93,15 @@ def _prepared(model: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            width = parameter[0].numel()
+            # Of experts, (E, N, K), each is a matrix.
+            expert = name.endswith(("gate_up_proj", "down_proj"))
+            width = parameter.shape[-1] if expert else parameter[0].numel()
             parameter.data.normal_(generator=generator).mul_(width**-0.5)
     merger = model.get_submodule(
         "model.visual.merger" if hasattr(model.model, "visual") else "visual.merger"
     )
-    merger.mlp[-1].bias.data[[3, 11]] = torch.tensor([30.0, -20.0])
+    last = merger.mlp[-1] if hasattr(merger, "mlp") else merger.linear_fc2
+    last.bias.data[[3, 11]] = torch.tensor([30.0, -20.0])
     if hears(model):
         proj = model.get_submodule(
             "model.audio_tower.proj"
@@ -119,6 +124,32 @@ def qwen25_vl(layers: int = 2, seed: int = 0) -> Qwen2_5_VLForConditionalGenerat
         tie_word_embeddings=False,
     )
     return _prepared(Qwen2_5_VLForConditionalGeneration(config), seed)
+
+
+def qwen3_vl_moe(layers: int = 2, seed: int = 0) -> Qwen3VLMoeForConditionalGeneration:
+    """Three of six experts for a token, so that the order of their sum shows."""
+    torch.manual_seed(seed)
+    config = Qwen3VLMoeConfig(
+        text_config={
+            **_TEXT,
+            "num_hidden_layers": layers,
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+        },
+        vision_config={
+            **_VISION,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=False,
+    )
+    return _prepared(Qwen3VLMoeForConditionalGeneration(config), seed)
 
 
 def omni_thinker(

@@ -26,7 +26,6 @@ plan = LazyCommand("torchao_masquant.planning.main")
 quantize = LazyCommand("torchao_masquant.cli.quantize")
 demo = LazyCommand("torchao_masquant.demo.main")
 report = LazyCommand("torchao_masquant.report.main")
-sequential = LazyCommand("torchao_masquant.sequential.main")
 tune = LazyCommand("torchao_masquant.cli.tune")
 
 
@@ -150,15 +149,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_arguments(command)
     command.set_defaults(run=tune.main)
-    command = commands.add_parser(
-        "calibrate-sequential",
-        help="quantize a model that does not fit in memory, block by block",
-        description="Calibrate and quantize a model one block at a time, from disk to\n"
-        "disk, alone or on several processes under torchrun. An interrupted run goes on\n"
-        "from the last finished block when it is started again.",
-    )
-    sequential.add_arguments(command)
-    command.set_defaults(run=sequential.main)
     return parser
 
 
@@ -167,6 +157,9 @@ A model in three steps:
   masquant calibrate MODEL samples.jsonl -o recipe.safetensors
   masquant quantize MODEL --recipe recipe.safetensors -o QUANTIZED
   masquant eval QUANTIZED held-out.jsonl --reference MODEL
+
+A model larger than memory, in one:
+  masquant calibrate MODEL samples.jsonl --sequential --quantized QUANTIZED
 
 Without data or network, on the small model that comes along:
   masquant calibrate digits digits -o recipe.safetensors

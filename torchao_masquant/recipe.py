@@ -399,6 +399,8 @@ def join_recipes(
 ) -> None:
     """Write one recipe's file from those of its parts, without holding them in memory.
 
+    Linears come first, and experts behind them, as :func:`calibrate` has them.
+
     Args:
         parts: files of recipes of one calibration, for different linears.
         path: a file of that name is replaced whole.
@@ -418,6 +420,8 @@ def join_recipes(
                 "layers": {**whole.get("layers", {}), **header["layers"]},
             }
             tensors |= {name: file.get_tensor(name) for name in file.keys()}
+    layers = whole.get("layers", {})
+    whole["layers"] = dict(sorted(layers.items(), key=lambda n: len(n[1]["shape"])))
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={**metadata, **_metadata(whole)})
 

@@ -19,6 +19,7 @@ from torchao_masquant.sequential import calibrate_sequential
 NAMES = [
     "Qwen3-VL",
     "Qwen3-VL-MoE",
+    "Qwen3-Omni-MoE thinker",
     "Gemma 3",
     "Phi-4-multimodal",
     "MiniCPM-V 4.6",

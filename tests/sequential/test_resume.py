@@ -16,7 +16,6 @@ import tiny_models
 from results import FIXED, assert_same_files
 
 from torchao_masquant.sequential import calibrate_sequential
-from torchao_masquant.sequential.block_store import BlockStore
 
 LAYERS = 3
 #: Of the file operations of a whole run; a few more or fewer do no harm.
@@ -64,26 +63,17 @@ def test_killed_at_any_file_operation(original, uninterrupted, tmp_path, seed):
     assert_same_files(uninterrupted, tmp_path)
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.fixture
 def interrupted(original, tmp_path, monkeypatch):
     """A folder in which the second of three blocks was being written."""
-    finish, done = BlockStore.finish, []
-
-    def stop(store, part, *args, **kwargs):
-        if part == store.part_of(1):
-            raise Stop
-        done.append(part)
-        finish(store, part, *args, **kwargs)
-
-    monkeypatch.setattr(BlockStore, "finish", stop)
-    with pytest.raises(Stop):
+    killed_runs.stop_at(monkeypatch, 1)
+    with pytest.raises(killed_runs.Stop):
         run(original, tmp_path)
     monkeypatch.undo()
-    assert done == ["proof", "block-00000"]
+    found = {
+        path.name for path in (tmp_path / "quantized.partial").glob("block-*.json")
+    }
+    assert found == {"block-00000.json"}
     return tmp_path
 
 
@@ -171,15 +161,8 @@ def test_learning_goes_on(original, tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     whole.mkdir(), halves.mkdir()
     run(original, whole, **options)
-    finish = BlockStore.finish
-
-    def stop(store, part, *args, **kwargs):
-        if part == store.part_of(2):
-            raise Stop
-        finish(store, part, *args, **kwargs)
-
-    monkeypatch.setattr(BlockStore, "finish", stop)
-    with pytest.raises(Stop):
+    killed_runs.stop_at(monkeypatch, 2)
+    with pytest.raises(killed_runs.Stop):
         run(original, halves, **options)
     monkeypatch.undo()
     assert run(original, halves, **options).resumed == 2

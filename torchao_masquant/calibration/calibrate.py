@@ -30,6 +30,7 @@ from torchao_masquant.tensor_subclasses import check_group_size
 __all__ = [
     "base_first",
     "calibrate",
+    "check_learnable",
     "check_session",
     "library_versions",
     "solve",
@@ -151,11 +152,7 @@ def calibrate(
     model = getattr(model, "_orig_mod", model)
     selected = select(model, include, exclude)
     linears, experts = selected.linears, selected.experts
-    if epochs and experts:
-        raise ValueError(
-            f"learning is for linears alone, and {next(iter(experts))} is of experts: "
-            "calibrate with epochs=0, or exclude '*.experts.*'."
-        )
+    check_learnable(experts, epochs)
     for name, weight in selected.weights.items():
         if weight.is_meta:
             raise ValueError(
@@ -255,6 +252,24 @@ def solve(
             name, experts.weight, session.statistics[name], options
         )
     return {name: layers[name] for name in session.layers}
+
+
+def check_learnable(experts: Iterable[str], epochs: int) -> None:
+    """Raise where experts were to be learned for.
+
+    Args:
+        experts: names of the weights of experts that are chosen.
+        epochs: of learning.
+
+    Raises:
+        ValueError: names one.
+    """
+    first = next(iter(experts), None)
+    if epochs and first is not None:
+        raise ValueError(
+            f"learning is for linears alone, and {first} is of experts: calibrate with "
+            "epochs=0, or exclude '*.experts.*'."
+        )
 
 
 def check_session(session: CalibrationSession, options: SolverOptions) -> None:

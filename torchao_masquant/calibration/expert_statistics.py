@@ -5,11 +5,15 @@
 # LICENSE file in the root directory of this source tree.
 """What calibration keeps of what each expert of a mixture reads by itself."""
 
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics, thinned
+from torchao_masquant.calibration.statistics import (
+    InputStatistics,
+    still_kept,
+    thinned,
+)
 
 __all__ = ["ExpertMoments", "ExpertStatistics"]
 
@@ -23,31 +27,44 @@ class ExpertMoments:
         amax: (E, K) float64, -inf without a token.
         sum: (E, K) float64.
         sample_experts: (S,) int64, whose each row of the sample of all experts is.
+        before: number of tokens of all experts that come before these and are counted
+            elsewhere.
     """
 
-    def __init__(self, experts: int, width: int, device: torch.device):
+    def __init__(self, experts: int, width: int, device: torch.device, before: int = 0):
         zeros: dict[str, Any] = dict(dtype=torch.float64, device=device)
         self.count = torch.zeros(experts, **zeros)
         self.amin = torch.full((experts, width), float("inf"), **zeros)
         self.amax = torch.full((experts, width), float("-inf"), **zeros)
         self.sum = torch.zeros(experts, width, **zeros)
         self.sample_experts = torch.zeros(0, dtype=torch.int64, device=device)
+        self.before = before
 
-    def update(self, x: torch.Tensor, experts: torch.Tensor, before: int) -> None:
+    def update(self, x: torch.Tensor, experts: torch.Tensor) -> None:
         """Add tokens.
 
         Args:
             x: (T, K).
             experts: (T,) int64.
-            before: number of tokens that all experts had before.
         """
         x = x.double()
+        seen = self.total
         places = experts[:, None].expand_as(x)
         self.count.index_add_(0, experts, torch.ones_like(x[:, 0]))
         self.amin.scatter_reduce_(0, places, x, "amin")
         self.amax.scatter_reduce_(0, places, x, "amax")
         self.sum.index_add_(0, experts, x)
-        self.sample_experts = thinned(self.sample_experts, experts, before)
+        self.sample_experts = thinned(self.sample_experts, experts, seen, self.before)
+
+    @property
+    def total(self) -> int:
+        """Number of tokens of all experts."""
+        return int(self.count.sum())
+
+    def sample_of(self, total: int) -> torch.Tensor:
+        """(S,), as :meth:`Moments.sample_of`, of ``sample_experts``."""
+        seen = self.before + self.total
+        return still_kept(self.sample_experts, seen, total, self.before)
 
 
 class ExpertStatistics(InputStatistics):
@@ -58,6 +75,8 @@ class ExpertStatistics(InputStatistics):
         width: K.
         modalities: names, base first.
         second_moments: of all experts together.
+        before: as of :class:`InputStatistics`; a token counts once for each of its
+            experts.
     """
 
     def __init__(
@@ -67,9 +86,13 @@ class ExpertStatistics(InputStatistics):
         modalities: tuple[str, ...],
         device: torch.device,
         second_moments: bool,
+        before: Optional[Sequence[int]] = None,
     ):
-        super().__init__(width, modalities, device, second_moments)
-        self.of_experts = [ExpertMoments(experts, width, device) for _ in modalities]
+        super().__init__(width, modalities, device, second_moments, before)
+        self.of_experts = [
+            ExpertMoments(experts, width, device, moments.before)
+            for moments in self.moments
+        ]
 
     def update_experts(
         self,
@@ -85,11 +108,10 @@ class ExpertStatistics(InputStatistics):
 
         All else is as in :meth:`InputStatistics.update`.
         """
-        before = [moments.count for moments in self.moments]
         self.update(name, x, modality_ids)
         for index, moments in enumerate(self.of_experts):
             if modality_ids is None:
                 rows = torch.full_like(experts, index == 0, dtype=torch.bool)
             else:
                 rows = modality_ids == index
-            moments.update(x[rows], experts[rows], before[index])
+            moments.update(x[rows], experts[rows])

@@ -5,18 +5,21 @@
 # LICENSE file in the root directory of this source tree.
 """Experts that show what they read to a calibration."""
 
-from typing import TYPE_CHECKING, Optional
+import contextlib
+from typing import TYPE_CHECKING, Iterator, Mapping, Optional
 
 import torch
 from torch import nn
 
 from torchao_masquant.expert_modules import RoutedExperts, become, become_original
+from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.kernels.expert_operators import expert_of_rows
+from torchao_masquant.routing import Router
 
 if TYPE_CHECKING:
     from torchao_masquant.calibration.session import CalibrationSession
 
-__all__ = ["MASQuantObservedExperts"]
+__all__ = ["MASQuantObservedExperts", "as_observed"]
 
 
 class MASQuantObservedExperts(RoutedExperts):
@@ -29,6 +32,8 @@ class MASQuantObservedExperts(RoutedExperts):
     session: "CalibrationSession"
     #: parameter to its name in the model, of those that are observed
     observed: dict[str, str]
+    #: rows of each token in the second projection, in the call that runs
+    times: int
 
     @classmethod
     def attach(
@@ -60,8 +65,17 @@ class MASQuantObservedExperts(RoutedExperts):
         """Undo :meth:`attach`."""
         if isinstance(experts, cls):
             become_original(experts)
-            for name in ("fqn", "router", "session", "observed"):
-                delattr(experts, name)
+            for name in ("fqn", "router", "session", "observed", "times"):
+                experts.__dict__.pop(name, None)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        self.times = top_k_index.shape[1]
+        return super().forward(hidden_states, top_k_index, top_k_weights)
 
     def project(
         self,
@@ -79,12 +93,36 @@ class MASQuantObservedExperts(RoutedExperts):
                 read = x[: int(ends[-1])]
                 ids = None if ids is None else ids[: read.shape[0]]
                 experts = expert_of_rows(ends, read.shape[0])
-            self.session.observe_experts(self.observed[name], read, ids, experts)
+            times = 1 if experts is None else self.times
+            self.session.observe_experts(self.observed[name], read, ids, experts, times)
         weight = getattr(self, name)
         if self.is_transposed:
             weight = weight.transpose(1, 2)
         tokens = x if rows is None else x.index_select(0, rows)
         return _grouped_linear(tokens, weight, ends, bias)
+
+
+@contextlib.contextmanager
+def as_observed(experts: Mapping[str, ExpertWeight], router: Router) -> Iterator[None]:
+    """Run experts inside as those that are observed run, to the bit; none is observed.
+
+    transformers' own add the same products up in another order.
+
+    Args:
+        experts: name in the model to weight, in high precision.
+        router: their model's.
+    """
+    try:
+        for name, weight in experts.items():
+            module = weight.module
+            become(module, MASQuantObservedExperts)
+            assert isinstance(module, MASQuantObservedExperts)
+            module.fqn = name.removesuffix(f".{weight.parameter}")
+            module.router, module.observed = router, {}
+        yield
+    finally:
+        for weight in experts.values():
+            MASQuantObservedExperts.detach(weight.module)
 
 
 @torch.compiler.disable

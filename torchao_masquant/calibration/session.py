@@ -171,6 +171,7 @@ class CalibrationSession:
         x: torch.Tensor,
         ids: Optional[torch.Tensor],
         experts: Optional[torch.Tensor] = None,
+        times: int = 1,
     ) -> None:
         """Add what one projection of experts reads in one call.
 
@@ -179,6 +180,7 @@ class CalibrationSession:
             x: (S, K), each token once, or once for each of its experts.
             ids: (S,) modality ids, negative for padding; None: all base.
             experts: (S,) which expert reads each row, None where all read the same.
+            times: rows of each token.
 
         Raises:
             ValueError: the input holds nan or inf.
@@ -195,6 +197,7 @@ class CalibrationSession:
                 self.router.modalities,
                 x.device,
                 self.second_moments,
+                None if self.before is None else [times * n for n in self.before],
             )
         statistics.update_experts(name, x, ids, experts)
 

@@ -10,7 +10,7 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-__all__ = ["InputStatistics", "Moments", "SAMPLE_TOKENS", "thinned"]
+__all__ = ["InputStatistics", "Moments", "SAMPLE_TOKENS", "still_kept", "thinned"]
 
 #: Tokens of a modality that are kept to judge solutions by, at most.
 SAMPLE_TOKENS = 256
@@ -79,7 +79,7 @@ class Moments:
 
     def sample_of(self, total: int) -> torch.Tensor:
         """(S, K), what stays of the sample where there are ``total`` tokens in all."""
-        return _still_kept(self.sample, self.before + self.count, total, self.before)
+        return still_kept(self.sample, self.before + self.count, total, self.before)
 
     def absmax(self, center: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(K,) float64, ``max_t |x - center|``; zeros without a token.
@@ -127,13 +127,13 @@ def thinned(
     total = seen + x.shape[0]
     stride = _stride(total)
     more = x[-seen % stride :: stride]
-    return torch.cat((_still_kept(sample, seen, total, before), more))
+    return torch.cat((still_kept(sample, seen, total, before), more))
 
 
-def _still_kept(
+def still_kept(
     sample: torch.Tensor, seen: int, total: int, before: int
 ) -> torch.Tensor:
-    """Of a sample of ``seen`` rows what is one of ``total``."""
+    """Of a sample of ``seen`` rows what is one of ``total``; see :func:`thinned`."""
     old, new = _stride(seen), _stride(total)
     # Rows are kept where their number among all is a multiple of the stride.
     first = [-(-before // stride) * stride for stride in (old, new)]

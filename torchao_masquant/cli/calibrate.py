@@ -25,6 +25,13 @@ from torchao_masquant.cli.samples import (
     add_data_argument,
     calibration_samples,
 )
+from torchao_masquant.cli.sequential import (
+    add_sequential_options,
+    calibrate_from_disk,
+    is_first_process,
+    processes,
+    stray_option,
+)
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.schemes import SCHEMES
 from torchao_masquant.solver.methods import AUTO, METHODS
@@ -36,6 +43,9 @@ examples:
   masquant calibrate ./Qwen2.5-VL-3B samples.jsonl -o recipe.safetensors
   masquant calibrate ./model pictures/ -o recipe.safetensors --scheme w4a4 --rank 0.1
   masquant calibrate digits digits -o recipe.safetensors --max-samples 32
+  masquant calibrate ./large samples.jsonl --sequential --quantized ./large-w4a8
+  torchrun --nproc-per-node 2 -m torchao_masquant calibrate ./large samples.jsonl \\
+      --sequential --quantized ./large-w4a8
 
 then:
   masquant quantize MODEL --recipe recipe.safetensors -o OUT
@@ -76,9 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        required=True,
         metavar="RECIPE",
-        help="the .safetensors file to write",
+        help="the .safetensors file to write; needed unless --quantized is given",
     )
     parser.add_argument(
         "--scheme",
@@ -117,7 +126,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print what was written as JSON"
     )
     _add_tuning(parser)
+    add_sequential_options(parser)
     add_model_options(parser)
+    parser.set_defaults(refuse=parser.error)
 
 
 def _add_tuning(parser: argparse.ArgumentParser) -> None:
@@ -220,10 +231,18 @@ def main(arguments: argparse.Namespace) -> int:
     """
     start = time.perf_counter()
     options = {name: getattr(arguments, name) for name in _OPTIONS}
-    _check_output(arguments.output)
+    _check_usage(arguments)
+    if arguments.output is not None:
+        _check_output(arguments.output)
     # What is wrong with the data is told before minutes go into the model.
     config = load_config(arguments.model, arguments.trust_remote_code)
     samples = calibration_samples(arguments, config)
+    if arguments.sequential:
+        found = calibrate_from_disk(arguments, config, samples, options)
+        if is_first_process():
+            seconds = time.perf_counter() - start
+            _tell(arguments, found, len(samples), seconds)
+        return 0
     recipe = calibrate_model(arguments, config, samples, options)
     recipe.save(arguments.output)
     seconds = time.perf_counter() - start
@@ -274,6 +293,20 @@ def calibrate_model(
     return calibrate(model, placed, **options)
 
 
+def _check_usage(arguments: argparse.Namespace) -> None:
+    """End with the usage where options do not go together."""
+    stray = stray_option(arguments)
+    if not arguments.sequential and stray is not None:
+        arguments.refuse(f"{stray} goes with --sequential")
+    if not arguments.sequential and processes() > 1:
+        arguments.refuse(
+            "several processes share a calibration with --sequential alone"
+        )
+    if arguments.output is None and arguments.quantized is None:
+        more = " or --quantized" if arguments.sequential else ""
+        arguments.refuse(f"the following arguments are required: -o/--output{more}")
+
+
 def _check_output(path: Path) -> None:
     """Raise where the recipe could not be written: now, and not after an hour."""
     folder = path.parent
@@ -304,3 +337,41 @@ def _as_json(
         "samples": samples,
         "seconds": round(seconds, 1),
     }
+
+
+def _tell(
+    arguments: argparse.Namespace, found: Any, samples: int, seconds: float
+) -> None:
+    """Print what a sequential calibration wrote."""
+    sizes = {
+        str(path): _bytes(path)
+        for path in (arguments.output, arguments.quantized)
+        if path is not None
+    }
+    if arguments.json:
+        entry = {
+            "recipe": None if arguments.output is None else str(arguments.output),
+            "quantized": None
+            if arguments.quantized is None
+            else str(arguments.quantized),
+            "scheme": arguments.scheme,
+            "method": arguments.method,
+            "bytes": sum(sizes.values()),
+            "blocks": found.blocks,
+            "resumed": found.resumed,
+            "samples": samples,
+            "seconds": round(seconds, 1),
+        }
+        print(json.dumps(entry, indent=2))
+        return
+    wrote = " and ".join(f"{p} ({n / 2**20:.1f} MiB)" for p, n in sizes.items())
+    again = f" ({found.resumed} finished before)" if found.resumed else ""
+    print(
+        f"Wrote {wrote}: {arguments.scheme}, {arguments.method}, {found.blocks} blocks"
+        f"{again}, from {samples} samples in {seconds:.0f} s."
+    )
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else list(path.iterdir())
+    return sum(file.stat().st_size for file in files)

@@ -7,6 +7,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -15,6 +16,7 @@ from torchao_masquant.cli.models import DIGITS, load_processor
 from torchao_masquant.data import (
     Conversation,
     ProcessedConversations,
+    SavedSamples,
     media_of,
     read_conversations,
 )
@@ -38,6 +40,8 @@ DATA is one of
                  cat.wav, cat.txt), a text beside them is the prompt
   a dataset      what save_to_disk() of the library datasets wrote, with the columns
                  messages, or image, audio, prompt and answer, or text
+  samples.pt     the model's own keyword inputs: a list of dicts that torch.save wrote, or
+                 a folder of .pt files with one dict each; to calibrate with
   synthetic      made-up shapes, tones and words: to try the commands, not to judge by
   digits         digits seen, heard and read, for the model 'digits' alone
 """
@@ -48,8 +52,8 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="a .jsonl file, a folder, a saved dataset, 'synthetic' or 'digits': see "
-        "below",
+        help="a .jsonl file, a folder, a saved dataset, a .pt file, 'synthetic' or "
+        "'digits': see below",
     )
     parser.add_argument(
         "--max-samples",
@@ -88,6 +92,11 @@ def calibration_samples(
         from torchao_masquant.testing import digits
 
         return digits.calibration_samples()[: arguments.max_samples]
+    if SavedSamples.can_read(Path(arguments.data)):
+        saved = SavedSamples(arguments.data)
+        return (
+            saved if arguments.max_samples is None else saved[: arguments.max_samples]
+        )
     conversations = _conversations(arguments, config)
     processor = load_processor(arguments.model, arguments.trust_remote_code)
     return ProcessedConversations(conversations, processor, config)

@@ -14,6 +14,7 @@ from torchao_masquant.data.conversations import Conversation, Message, Part
 from torchao_masquant.data.placing import PlacedSamples
 from torchao_masquant.data.processing import ProcessedConversations, media_of
 from torchao_masquant.data.reading import read_conversations
+from torchao_masquant.data.saved_samples import SavedSamples
 
 __all__ = [
     "Conversation",
@@ -21,6 +22,7 @@ __all__ = [
     "Part",
     "PlacedSamples",
     "ProcessedConversations",
+    "SavedSamples",
     "media_of",
     "read_conversations",
 ]

@@ -30,6 +30,16 @@ class PlacedSamples(LazySamples):
         self.device = next(model.parameters()).device
         self.dtype = getattr(model, "dtype", None)
 
+    @classmethod
+    def of_type(
+        cls, samples: Sequence[Mapping[str, Any]], dtype: torch.dtype
+    ) -> "PlacedSamples":
+        """Samples on the CPU, for a model of this type that is not loaded."""
+        placed = cls.__new__(cls)
+        placed.samples, placed.dtype = samples, dtype
+        placed.device = torch.device("cpu")
+        return placed
+
     def __len__(self) -> int:
         return len(self.samples)
 

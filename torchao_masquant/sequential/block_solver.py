@@ -5,25 +5,64 @@
 # LICENSE file in the root directory of this source tree.
 """Statistics and solutions of one block, whose weights are loaded."""
 
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Optional, Sequence
 
+import torch
 from torch import nn
 
 from torchao_masquant.calibration.calibrate import check_session, warn_of_few_tokens
 from torchao_masquant.calibration.passes import plan_passes
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.sequential.team import Team
+from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
 
-__all__ = ["BlockSolver", "group_cost"]
+__all__ = ["BlockLayers", "BlockSolver", "group_cost", "solved_shapes"]
+
+
+@dataclass(frozen=True)
+class BlockLayers:
+    """What is quantized of one block, or of a part of it.
+
+    Attributes:
+        linears: name in the model to module.
+        experts: name in the model to the weights of a mixture's experts.
+    """
+
+    linears: dict[str, nn.Linear]
+    experts: dict[str, ExpertWeight]
+
+    @property
+    def names(self) -> list[str]:
+        """Of linears, and of weights of experts behind them."""
+        return [*self.linears, *self.experts]
+
+    def where(self, chosen: Callable[[str], bool]) -> "BlockLayers":
+        """Those whose name is chosen."""
+        return BlockLayers(
+            {name: m for name, m in self.linears.items() if chosen(name)},
+            {name: w for name, w in self.experts.items() if chosen(name)},
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """(N, K) of each linear, (E, N, K) of each weight of experts."""
+        linears = {n: (m.out_features, m.in_features) for n, m in self.linears.items()}
+        return linears | {n: tuple(w.weight.shape) for n, w in self.experts.items()}
+
+    def parameters(self) -> dict[str, tuple[str, torch.Tensor]]:
+        """By name, what its parameter is called, and the weight, as it is quantized."""
+        linears = {n: (f"{n}.weight", m.weight.data) for n, m in self.linears.items()}
+        return linears | {n: (n, w.weight) for n, w in self.experts.items()}
 
 
 class BlockSolver:
-    """Observes and solves for the linears of one block after the other.
+    """Observes and solves for the linears and experts of one block after the other.
 
     Args:
         router: that tells the modalities of what the blocks run on.
@@ -47,16 +86,16 @@ class BlockSolver:
         self.before = before
         self._warned = False
 
-    def passes(
-        self, linears: dict[str, nn.Linear], run: Callable[[], None]
-    ) -> list[list[str]]:
-        """Linears to be observed at a time.
+    def passes(self, layers: BlockLayers, run: Callable[[], None]) -> list[list[str]]:
+        """Names of what is to be observed at a time.
 
         Args:
-            linears: of the block.
+            layers: of the block.
             run: runs the block once, on a sample.
         """
-        probe = CalibrationSession(linears, self.router, second_moments=False)
+        probe = CalibrationSession(
+            dict(layers.linears), self.router, False, layers.experts
+        )
         with probe.watching():
             run()
         second = self.options.parts.per_modality
@@ -64,13 +103,11 @@ class BlockSolver:
             plan_passes(probe, second, self.max_statistics_bytes)
         )
 
-    def solve(
-        self, linears: dict[str, nn.Linear], runs: Iterator[Any]
-    ) -> dict[str, LayerRecipe]:
-        """Observe some linears of a block and solve for them.
+    def solve(self, chosen: BlockLayers, runs: Iterator[Any]) -> dict[str, LayerRecipe]:
+        """Observe some linears and experts of a block and solve for them.
 
         Args:
-            linears: of one pass.
+            chosen: those of one pass.
             runs: runs the block on a sample each time that it is advanced.
 
         Returns:
@@ -80,10 +117,11 @@ class BlockSolver:
             ValueError: as ``calibrate`` does.
         """
         session = CalibrationSession(
-            linears,
+            dict(chosen.linears),
             self.router,
             self.options.parts.per_modality,
-            before=self.before,
+            chosen.experts,
+            self.before,
         )
         with session.watching():
             for _ in runs:
@@ -94,25 +132,41 @@ class BlockSolver:
             self._warned = True
             warn_of_few_tokens(session)
         groups = [
-            ({name: linears[name].weight for name in names}, session.statistics[leader])
+            (
+                {name: chosen.linears[name].weight for name in names},
+                session.statistics[leader],
+            )
             for leader, names in session.groups().items()
+            if leader in chosen.linears
         ]
+        experts = list(chosen.experts.items())
         ranks: Optional[dict[str, list[int]]] = None
         if self.options.parts.per_modality and self.options.rank == AUTO:
             ranks = self.team.on_first(lambda: spend_ranks(groups, self.options))
         costs = [
-            group_cost(
-                [tuple(w.shape) for w in weights.values()],
-                len(self.router.modalities),
-                self.options,
+            group_cost(shapes, len(self.router.modalities), self.options)
+            for shapes in (
+                *([tuple(w.shape) for w in weights.values()] for weights, _ in groups),
+                *(solved_shapes(tuple(w.weight.shape)) for _, w in experts),
             )
-            for weights, _ in groups
         ]
         layers: dict[str, LayerRecipe] = {}
         for index in self.team.mine(costs):
-            weights, statistics = groups[index]
-            layers |= solve_group(weights, statistics, self.options, ranks)
+            if index < len(groups):
+                weights, statistics = groups[index]
+                layers |= solve_group(weights, statistics, self.options, ranks)
+            else:
+                name, weight = experts[index - len(groups)]
+                layers[name] = solve_experts(
+                    name, weight.weight, session.statistics[name], self.options
+                )
         return self.team.collect(layers)
+
+
+def solved_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """(N, K) of each linear that a weight (N, K) or (E, N, K) is solved for as."""
+    *experts, n, k = shape
+    return [(n, k)] * (experts[0] if experts else 1)
 
 
 def group_cost(

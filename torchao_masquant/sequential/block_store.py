@@ -72,7 +72,7 @@ class BlockStore:
             part: its name.
             tensors: of the checkpoint, under their names in files; None where no
                 checkpoint is asked for.
-            formats: of its quantized linears.
+            formats: of its quantized linears and experts.
             note: what else to remember of it.
         """
         if tensors is not None:
@@ -100,7 +100,7 @@ class BlockStore:
         return Recipe.load(path).layers if path.is_file() else {}
 
     def formats(self, parts: Sequence[str]) -> dict[str, LayerFormat]:
-        """Of all quantized linears of some finished parts."""
+        """Of all quantized linears and experts of some finished parts."""
         found: dict[str, LayerFormat] = {}
         for part in parts:
             marker = self.finished(part)

@@ -18,7 +18,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from torchao_masquant.calibration.calibrate import base_first, library_versions
+from torchao_masquant.calibration.calibrate import (
+    base_first,
+    check_learnable,
+    library_versions,
+)
+from torchao_masquant.calibration.observed_experts import as_observed
 from torchao_masquant.freed_memory import return_freed_memory
 from torchao_masquant.learning.blocks import decoder_blocks
 from torchao_masquant.modality import TEXT
@@ -27,7 +32,7 @@ from torchao_masquant.routing import Router
 from torchao_masquant.selection import Patterns, select
 from torchao_masquant.sequential.activations import ActivationStore, kept
 from torchao_masquant.sequential.block_learner import BlockLearner
-from torchao_masquant.sequential.block_solver import BlockSolver
+from torchao_masquant.sequential.block_solver import BlockLayers, BlockSolver
 from torchao_masquant.sequential.block_store import BlockStore
 from torchao_masquant.sequential.checkpoint_parts import (
     assemble,
@@ -210,21 +215,16 @@ def calibrate_sequential(
         )
     disk = DiskModel(model, dtype, device, model_class)
     selected = select(disk.model, include, exclude)
-    if selected.experts:
-        raise ValueError(
-            f"{next(iter(selected.experts))} holds the weights of a mixture's experts, "
-            "which are not calibrated from disk: leave experts in high precision with "
-            "exclude='*.experts.*', or use calibrate()."
-        )
-    linears = selected.linears
-    blocks = decoder_blocks(disk.model, list(linears))
+    check_learnable(selected.experts, epochs)
+    layers = BlockLayers(selected.linears, selected.experts)
+    blocks = decoder_blocks(disk.model, layers.names)
     router = Router.for_model(
         disk.model, base_first(disk.model, base_modality, modalities)
     )
     router.skip_padding = True
     run = _Run(
         disk,
-        linears,
+        layers,
         blocks,
         router,
         options,
@@ -316,7 +316,7 @@ class _Run:
     def __init__(
         self,
         disk: DiskModel,
-        linears: dict[str, nn.Linear],
+        layers: BlockLayers,
         blocks: dict[str, nn.Module],
         router: Router,
         options: SolverOptions,
@@ -326,7 +326,7 @@ class _Run:
         max_statistics_bytes: int,
         progress: bool,
     ):
-        self.disk, self.linears, self.router = disk, linears, router
+        self.disk, self.layers, self.router = disk, layers, router
         self.options, self.outputs, self.team = options, outputs, team
         self.summary, self.progress = summary, progress
         self.max_statistics_bytes = max_statistics_bytes
@@ -340,8 +340,9 @@ class _Run:
         blocks = {name for names in self.names for name in names}
         others = [name for name in disk.names_in_files if name not in blocks]
         needs = estimate(
-            blocks=[self._shapes(index) for index in range(len(self.names))],
+            blocks=[self._layers(index).shapes() for index in range(len(self.names))],
             block_bytes=[disk.bytes_of(names) for names in self.names],
+            conversion_bytes=max(map(disk.bytes_of_conversion, self.names)),
             front_bytes=disk.bytes_of(self._front()),
             other_bytes=disk.bytes_of(others),
             hidden=disk.model.config.get_text_config().hidden_size,
@@ -366,13 +367,10 @@ class _Run:
         written = sum(f.stat().st_size for f in partial.glob("*") if f.is_file())
         needs.check(memory, free_there, partial.parent, written)
 
-    def _shapes(self, index: int) -> dict[str, tuple[int, int]]:
+    def _layers(self, index: int) -> BlockLayers:
+        """Those of one block."""
         prefix = f"{self.walk.names[index]}."
-        return {
-            name: (linear.out_features, linear.in_features)
-            for name, linear in self.linears.items()
-            if name.startswith(prefix)
-        }
+        return self.layers.where(lambda name: name.startswith(prefix))
 
     def __call__(
         self,
@@ -431,7 +429,7 @@ class _Run:
                 "set of samples": self.summary.digest,
                 **options,
                 "choice of modalities": self.router.modalities,
-                "choice of linears": list(self.linears),
+                "choice of linears": self.layers.names,
                 "dtype": str(self.disk.dtype),
                 "kind of device": self.disk.device.type,
                 "number of processes": self.team.size,
@@ -505,7 +503,11 @@ class _Run:
 
         def check() -> None:
             check_time(
-                [self._shapes(i) for i, there in enumerate(finished) if not there],
+                [
+                    self._layers(i).shapes()
+                    for i, there in enumerate(finished)
+                    if not there
+                ],
                 len(self.router.modalities),
                 self.options,
                 forward=passed * mine / done,
@@ -547,16 +549,15 @@ class _Run:
         counts = [0] * len(self.router.modalities)
         with disk.loaded(front):
             bar = tqdm(
-                samples,
+                self._own(samples),
                 desc="Embedding",
-                total=self.summary.count,
+                total=len(self.mine),
                 disable=None if self.progress and self.team.rank == 0 else True,
             )
-            for index, sample in enumerate(bar):
-                if index in self.mine:
-                    call = walk.capture(sample)
-                    self._count(index, call, counts)
-                    activations.put(f"call-{index}", vars(call))
+            for index, sample in bar:
+                call = walk.capture(sample)
+                self._count(index, call, counts)
+                activations.put(f"call-{index}", vars(call))
         own = [name for name in front if self._of_decoder(name)]
         proof = self.team.on_first(lambda: self.store.finished("proof"))
         if proof is None:
@@ -573,6 +574,18 @@ class _Run:
         disk.load(n for n in own if self._is_used(n, set(proof["modules"])))
         gathered = self.team.gather(counts)[: self.team.rank]
         return [sum(column) for column in zip(*gathered)] or [0] * len(counts)
+
+    def _own(
+        self, samples: Iterable[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """This process's samples, with their numbers."""
+        if isinstance(samples, Sequence):
+            # Those of others are not made.
+            yield from ((index, samples[index]) for index in self.mine)
+            return
+        for index, sample in enumerate(samples):
+            if index in self.mine:
+                yield index, sample
 
     @functools.cached_property
     def _decoder_name(self) -> str:
@@ -622,8 +635,10 @@ class _Run:
             yield
 
     def _advance(self, index: int, activations: ActivationStore) -> None:
-        for _ in self._runs(index, activations, replace=True):
-            pass
+        # Bit for bit what the block gave when it was calibrated.
+        with as_observed(self._layers(index).experts, self.router):
+            for _ in self._runs(index, activations, replace=True):
+                pass
 
     def _calibrate(
         self,
@@ -632,25 +647,25 @@ class _Run:
         solver: BlockSolver,
         learner: Optional[BlockLearner],
     ) -> None:
-        prefix = f"{self.walk.names[index]}."
-        linears = {n: m for n, m in self.linears.items() if n.startswith(prefix)}
+        chosen = self._layers(index)
         layers: dict[str, LayerRecipe] = {}
-        if not linears:
+        if not chosen.names:
             self._advance(index, activations)
         else:
             first = self._runs(index, activations, replace=False)
-            passes = solver.passes(linears, functools.partial(next, first))
+            passes = solver.passes(chosen, functools.partial(next, first))
             for number, names in enumerate(passes, start=1):
+                # Experts, where there are any, are observed in the last one.
                 runs = self._runs(index, activations, replace=number == len(passes))
-                layers |= solver.solve({name: linears[name] for name in names}, runs)
+                layers |= solver.solve(chosen.where(names.__contains__), runs)
         if learner is not None:
             layers = learner.learn(index, layers, done=False)
-        self.team.on_first(lambda: self._write(index, linears, layers))
+        self.team.on_first(lambda: self._write(index, chosen, layers))
 
     def _write(
         self,
         index: int,
-        linears: Mapping[str, nn.Linear],
+        chosen: BlockLayers,
         layers: Mapping[str, LayerRecipe],
     ) -> None:
         part = self.store.part_of(index)
@@ -659,21 +674,23 @@ class _Run:
             found = Recipe(
                 self.options,
                 self.router.modalities,
-                {name: layers[name] for name in linears},
+                {name: layers[name] for name in chosen.names},
                 library_versions(),
             )
             self.store.save_recipe(index, found)
         if self.outputs.checkpoint is None:
             self.store.finish(part)
             return
+        places = {name: i for i, name in enumerate(self.disk.model.state_dict())}
+        parameters = chosen.parameters()
         quantized = {
             name: layers[name].quantize(
-                linear.weight.data,
+                parameters[name][1],
                 self.options.bits,
                 self.router.modalities,
                 self.options.low_rank_bits,
             )
-            for name, linear in linears.items()
+            for name in sorted(parameters, key=lambda n: places[parameters[n][0]])
         }
         write_part(self.disk, self.store, part, self.names[index], quantized)
 

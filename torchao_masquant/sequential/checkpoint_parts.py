@@ -17,6 +17,7 @@ import torch
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     flatten_state_dict,
+    parameter_of,
 )
 from torchao_masquant.integrations.hf_config import MASQuantHfConfig
 from torchao_masquant.integrations.layer_format import LayerFormat
@@ -72,12 +73,15 @@ def write_part(
     Args:
         part: its name.
         names: of the weights in the model.
-        quantized: name of a linear to the weight that takes its weight's place.
+        quantized: name of a linear, or of a parameter of experts, to the weight that
+            takes its weight's place; in the order of the model.
     """
     state = disk.model.state_dict()
     unsaved = set(getattr(disk.model, "_keys_to_ignore_on_save", None) or ())
     tensors = {name: state[name].detach() for name in names if name not in unsaved}
-    tensors |= {f"{name}.weight": weight for name, weight in quantized.items()}
+    tensors |= {
+        parameter_of(name, weight.shape): weight for name, weight in quantized.items()
+    }
     store.finish(
         part,
         _apart(disk.in_files(flatten_state_dict(tensors))),

@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """A transformers model whose weights stay on disk until a part of it is to run."""
 
+import collections
 import contextlib
 import json
 import os
@@ -27,7 +28,7 @@ from torchao_masquant.integrations.layer_format import TensorKind
 from torchao_masquant.integrations.stored_names import stored_to_model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
 
-__all__ = ["DiskModel"]
+__all__ = ["DiskModel", "checkpoint_dtype"]
 
 
 class DiskModel:
@@ -71,7 +72,7 @@ class DiskModel:
                 f"{os.fspath(model)!r} is quantized already: calibrate the original."
             )
         if dtype is None:
-            dtype = getattr(config, "dtype", None) or _first_float(self.stored)
+            dtype = _dtype(config, self.files)
         self.dtype: torch.dtype = dtype
         kind: Any = _class_of(config) if model_class is None else model_class
         self.model: Any = self._skeleton(kind, config)
@@ -140,6 +141,16 @@ class DiskModel:
         """Bytes of some weights, once they are loaded."""
         state = self.model.state_dict()
         return sum(state[name].numel() * state[name].element_size() for name in names)
+
+    def bytes_of_conversion(self, names: Iterable[str]) -> int:
+        """Bytes that loading some weights takes, for a moment, beyond what they are.
+
+        A weight that is made from several tensors of the files (transformers stacks
+        those of experts) is there twice: in parts, and as a whole.
+        """
+        counts = collections.Counter(n for to in self.names.values() for n in to)
+        made = [self.bytes_of([name]) for name in names if counts[name] > 1]
+        return max(made, default=0)
 
     def load(self, names: Iterable[str]) -> None:
         """Load some weights, with those that come out of the same tensors.
@@ -261,8 +272,26 @@ def _class_of(config: Any) -> Any:
     )
 
 
-def _first_float(stored: dict[str, TensorKind]) -> torch.dtype:
-    return next(dtype for dtype, _ in stored.values() if dtype.is_floating_point)
+def checkpoint_dtype(model: Union[str, os.PathLike]) -> torch.dtype:
+    """What a checkpoint's config says its weights are, or else its first weights are.
+
+    Args:
+        model: its folder, or its name on the hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no safetensors file in it.
+    """
+    folder = _folder(model)
+    return _dtype(transformers.AutoConfig.from_pretrained(folder), _files(folder))
+
+
+def _dtype(config: Any, files: Iterable[Path]) -> torch.dtype:
+    return getattr(config, "dtype", None) or next(
+        dtype
+        for file in files
+        for dtype, _ in stored_tensors([str(file)]).values()
+        if dtype.is_floating_point
+    )
 
 
 @contextlib.contextmanager

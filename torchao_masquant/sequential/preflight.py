@@ -6,6 +6,7 @@
 """What a calibration will take, before it takes it."""
 
 import logging
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Mapping, Optional, Sequence
 import torch
 
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS, InputStatistics
-from torchao_masquant.sequential.block_solver import group_cost
+from torchao_masquant.sequential.block_solver import group_cost, solved_shapes
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import SolverOptions
 
@@ -31,7 +32,8 @@ _PROGRAM_BYTES = 400 * _MIB
 #: Width of the linear that the time of solving is measured on.
 _PROBE_WIDTH = 512
 
-Shapes = Mapping[str, tuple[int, int]]
+#: name to (N, K) of a linear, (E, N, K) of experts
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Estimate:
         forward: activations inside a block, of the longest sample.
         activations: of all samples, between blocks; zero where they are on disk.
         disk: of what is written, temporary files with it.
+        conversion: more than the weights of a block, while they are loaded: tensors of
+            experts are made from those of each expert.
+        of_experts: whether the widest is of experts.
     """
 
     longest: int
@@ -61,12 +66,14 @@ class Estimate:
     forward: int
     activations: int
     disk: int
+    conversion: int = 0
+    of_experts: bool = False
 
     @property
     def device(self) -> int:
         """Peak of the memory where blocks run, less what the program itself takes."""
         solving = self.statistics + max(self.solver, self.forward)
-        return max(self.front, self.block + solving)
+        return max(self.front, self.block + max(solving, self.conversion))
 
     @property
     def peak(self) -> int:
@@ -126,17 +133,30 @@ class Estimate:
             )
         if self.forward > self.solver:
             return f"shorten the longest sample, of {self.longest} tokens"
+        pattern = _pattern(self.widest, self.of_experts)
+        if self.of_experts:
+            return (
+                f"most of it is for what is found for each expert of {self.widest}: "
+                f"leave experts in high precision, with exclude='{pattern}', or choose "
+                "method='smoothquant', which finds one factor for all"
+            )
         return (
             f"most of it is for covariances of {self.widest}: leave such linears out, "
-            f"with exclude='*.{self.widest.rpartition('.')[2]}', or choose "
-            "method='smoothquant', which needs none"
+            f"with exclude='{pattern}', or choose method='smoothquant', which needs none"
         )
+
+
+def _pattern(name: str, of_experts: bool) -> str:
+    """Of all linears that are called so; of experts, which go as a whole."""
+    module, _, last = name.rpartition(".")
+    return f"*.{module.rpartition('.')[2]}.*" if of_experts else f"*.{last}"
 
 
 def estimate(
     *,
     blocks: Sequence[Shapes],
     block_bytes: Sequence[int],
+    conversion_bytes: int = 0,
     front_bytes: int,
     other_bytes: int,
     hidden: int,
@@ -151,8 +171,9 @@ def estimate(
     """Estimate memory and disk from sizes alone.
 
     Args:
-        blocks: of each block, name to (N, K) of the linears to quantize.
+        blocks: of each block, what is to be quantized.
         block_bytes: of each block's weights.
+        conversion_bytes: more, while a block is loaded.
         front_bytes: of the weights in front of the decoder.
         other_bytes: of all weights outside of the blocks.
         hidden: width of the hidden states.
@@ -165,10 +186,11 @@ def estimate(
         writes: whether a checkpoint, and a recipe.
     """
     per_modality = options.parts.per_modality
-    statistics, least, solver, widest = 0, 0, 0, ""
+    attempts = len(options.alphas) + len(options.separations) - 1
+    statistics, least, solver, widest, of_experts = 0, 0, 0, "", False
     for linears in blocks:
         needs = [0]
-        for name, (n, k) in linears.items():
+        for name, (*experts, n, k) in linears.items():
             needed = 24 * k * modalities
             # Rounding holds copies in float32 and integers.
             work = 16 * n * k
@@ -177,13 +199,23 @@ def estimate(
                 # Covariances and whitenings of each modality, Hessian and its factors;
                 # weight, target, rounded values and pairs in float64.
                 work = 8 * ((2 * modalities + 8) * k**2 + 8 * n * k)
+            for number in experts:
+                needed += 24 * k * modalities * number
+                if per_modality:
+                    # Of each expert: dequantized values; integers, pairs of each try.
+                    work += number * n * k * (8 + attempts * (1 + modalities))
             needs.append(needed)
             if work > solver:
-                solver, widest = work, name
+                solver, widest, of_experts = work, name, bool(experts)
         # Linears that share their input need it once: all of them are more than enough.
         total = max(max(needs), min(sum(needs), max_statistics_bytes))
         statistics, least = max(statistics, total), max(least, *needs)
-    every = [shape for linears in blocks for shape in linears.values()]
+    every = [
+        shape
+        for linears in blocks
+        for weight in linears.values()
+        for shape in solved_shapes(weight)
+    ]
     integers = sum(n * k for n, k in every)
     pairs = modalities * sum(n + k for n, k in every) * 4
     longest = max(tokens)
@@ -197,7 +229,7 @@ def estimate(
         disk += 2 * (integers + 8 * pairs)
     largest = max(
         (
-            size + sum(n * k for n, k in linears.values())
+            size + sum(math.prod(shape) for shape in linears.values())
             for size, linears in zip(block_bytes, blocks)
         ),
         default=0,
@@ -213,6 +245,8 @@ def estimate(
         forward=longest * (4 * inner + 12 * hidden) * max(itemsize, 4),
         activations=0 if on_disk else states,
         disk=disk,
+        conversion=conversion_bytes,
+        of_experts=of_experts,
     )
 
 
@@ -278,7 +312,7 @@ def check_time(
     measured where that alone would take a good part of the time.
 
     Args:
-        blocks: of each block that is left, name to (N, K) of its linears.
+        blocks: of each block that is left, what is to be quantized.
         modalities: M.
         options: of the solution.
         forward: seconds that all samples take to run through one block.
@@ -293,7 +327,10 @@ def check_time(
         ValueError: it will take longer.
     """
     costs = [
-        sum(group_cost([shape], modalities, options) for shape in linears.values())
+        sum(
+            group_cost(solved_shapes(shape), modalities, options)
+            for shape in linears.values()
+        )
         for linears in blocks
     ]
     probe = group_cost([(_PROBE_WIDTH, _PROBE_WIDTH)], modalities, options)
@@ -308,13 +345,19 @@ def check_time(
         2 * forward * len(blocks) / 60,
     )
     if limit is not None and seconds > limit:
-        widest = max(
-            ((shape[1], name) for linears in blocks for name, shape in linears.items()),
-            default=(0, ""),
-        )[1].rpartition(".")[2]
+        _, widest, of_experts = max(
+            (
+                (cost, name, len(shape) == 3)
+                for linears in blocks
+                for name, shape in linears.items()
+                for cost in [group_cost(solved_shapes(shape), modalities, options)]
+            ),
+            default=(0.0, "", False),
+        )
         raise ValueError(
             f"the calibration would take about {seconds / 60:.0f} minutes, more than the "
             f"{limit / 60:.0f} of max_seconds: fix alpha=0.5 and separation=1.0, leave "
-            f"the widest linears out with exclude='*.{widest}', or start more processes."
+            f"the dearest weights out with exclude='{_pattern(widest, of_experts)}', or "
+            "start more processes."
         )
     return seconds

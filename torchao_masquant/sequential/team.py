@@ -8,11 +8,24 @@
 import contextlib
 import datetime
 import os
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence, TypeVar
+from typing import (
+    Any,
+    Callable,
+    Iterator,
+    Mapping,
+    Optional,
+    Sequence,
+    TypeVar,
+    Union,
+)
 
 import torch
 import torch.distributed as dist
 
+from torchao_masquant.calibration.expert_statistics import (
+    ExpertMoments,
+    ExpertStatistics,
+)
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
 
@@ -122,8 +135,8 @@ class Team:
         bit; sums are, to the rounding of float64 sums in another order.
 
         Raises:
-            ValueError: a linear is not called once by every sample, so that the
-                tokens of a process cannot be numbered among those of all.
+            ValueError: a linear, or experts, are not called once by every sample, so
+                that the tokens of a process cannot be numbered among those of all.
         """
         if self.size == 1:
             return
@@ -136,40 +149,67 @@ class Team:
                         f"as {leaders[name]} in others: exclude it."
                     )
         session.leaders = leaders
-        for name, linear in session.linears.items():
+        for name, layer in session.layers.items():
             if leaders.get(name) != name:
                 continue
             if name not in session.statistics:
                 session.statistics[name] = InputStatistics(
-                    linear.in_features,
+                    layer.in_features,
                     session.router.modalities,
-                    linear.weight.device,
+                    layer.weight.device,
                     session.second_moments,
                     session.before,
                 )
-            for moments in session.statistics[name].moments:
-                self._reduce(name, moments)
+            statistics = session.statistics[name]
+            if len(set(self.gather(type(statistics)))) > 1:
+                raise self._uncounted(name)
+            for index, moments in enumerate(statistics.moments):
+                self._check_before(name, moments)
+                if isinstance(statistics, ExpertStatistics):
+                    self._reduce_experts(statistics.of_experts[index])
+                self._reduce(moments)
 
-    def _reduce(self, name: str, moments: Moments) -> None:
+    @staticmethod
+    def _uncounted(name: str) -> ValueError:
+        return ValueError(
+            f"{name} is not called once by every sample, which several processes "
+            "need to number its tokens: exclude it, or calibrate in one process."
+        )
+
+    def _check_before(self, name: str, moments: Moments) -> None:
         counts = self.gather(moments.count)
         expected = self.gather(moments.before)
         if expected != [sum(counts[:rank]) for rank in range(self.size)]:
-            raise ValueError(
-                f"{name} is not called once by every sample, which several processes "
-                "need to number its tokens: exclude it, or calibrate in one process."
-            )
-        total = sum(counts)
+            raise self._uncounted(name)
+
+    def _reduce_experts(self, moments: ExpertMoments) -> None:
+        total = sum(self.gather(moments.total))
         samples = self.gather(moments.sample_of(total).cpu())
-        on_device = moments.sum.device.type != "cpu"
-        group = None if on_device else self._group
+        self._all_reduce(moments)
+        with self._talking():
+            dist.all_reduce(moments.count, group=self._group_of(moments.count))
+        moments.sample_experts = torch.cat(samples).to(moments.sum.device)
+        moments.before = 0
+
+    def _reduce(self, moments: Moments) -> None:
+        total = sum(self.gather(moments.count))
+        samples = self.gather(moments.sample_of(total).cpu())
+        self._all_reduce(moments)
+        if moments.outer is not None:
+            with self._talking():
+                dist.all_reduce(moments.outer, group=self._group_of(moments.outer))
+        moments.sample = torch.cat(samples).to(moments.sum.device)
+        moments.count, moments.before = total, 0
+
+    def _all_reduce(self, moments: Union[Moments, ExpertMoments]) -> None:
+        group = self._group_of(moments.sum)
         with self._talking():
             dist.all_reduce(moments.amin, dist.ReduceOp.MIN, group=group)
             dist.all_reduce(moments.amax, dist.ReduceOp.MAX, group=group)
             dist.all_reduce(moments.sum, dist.ReduceOp.SUM, group=group)
-            if moments.outer is not None:
-                dist.all_reduce(moments.outer, dist.ReduceOp.SUM, group=group)
-        moments.sample = torch.cat(samples).to(moments.sum.device)
-        moments.count, moments.before = total, 0
+
+    def _group_of(self, tensor: torch.Tensor) -> Any:
+        return self._group if tensor.device.type == "cpu" else None
 
     def mine(self, costs: Sequence[float]) -> list[int]:
         """Indices of the tasks of this process, the dearest given out first."""

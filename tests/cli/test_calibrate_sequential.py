@@ -1,0 +1,214 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``masquant calibrate --sequential``: the same data, the same result, from disk."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+
+from torchao_masquant import Recipe
+from torchao_masquant.__main__ import main
+from torchao_masquant.data import SavedSamples
+from torchao_masquant.testing import model_folders
+
+QUICK = ["--alpha", "0.5", "--separation", "1", "--rank", "2"]
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def assert_same_recipe(path, other):
+    first, second = Recipe.load(path), Recipe.load(other)
+    assert first.options == second.options and first.modalities == second.modalities
+    assert list(first.layers) == list(second.layers)
+    for name, layer in first.layers.items():
+        tensors = second.layers[name].tensors()
+        assert layer.tensors().keys() == tensors.keys()
+        for key, tensor in layer.tensors().items():
+            assert torch.equal(tensor, tensors[key]), (name, key)
+
+
+def stored(folder):
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """A model with a processor, and data for it."""
+    folder = tmp_path_factory.mktemp("vision")
+    model_folders.vision_model(folder / "model")
+    return folder / "model", model_folders.vision_samples(folder)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model without a processor, and its inputs in both forms."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_models.qwen25_vl(2).save_pretrained(folder / "model")
+    samples = tiny_models.samples(audio=False)
+    torch.save(samples, folder / "samples.pt")
+    (folder / "samples").mkdir()
+    for index, sample in enumerate(samples):
+        torch.save(sample, folder / "samples" / f"{index:03d}.pt")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_it_is_calibrate_and_quantize(vision, tmp_path, capsys, dtype):
+    model, data = vision
+    options = [*QUICK, "--dtype", dtype, "--modality-weights", "vision=0.5"]
+    expected, recipe = (
+        tmp_path / "expected.safetensors",
+        tmp_path / "recipe.safetensors",
+    )
+    assert run("calibrate", model, data, "-o", expected, *options) == 0
+    quantize = ["quantize", model, "--recipe", expected, "-o", tmp_path / "expected"]
+    assert run(*quantize, "--dtype", dtype) == 0
+    capsys.readouterr()
+    both = ["--sequential", "-o", recipe, "--quantized", tmp_path / "q", "--json"]
+    assert run("calibrate", model, data, *both, *options) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["blocks"], told["resumed"], told["samples"]) == (2, 0, 5)
+    assert told["bytes"] > recipe.stat().st_size
+    assert_same_recipe(expected, recipe)
+    found, by_parts = stored(tmp_path / "expected"), stored(tmp_path / "q")
+    assert found.keys() == by_parts.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, by_parts[name]), name
+    # The processor has come along.
+    names = {path.name for path in (tmp_path / "q").iterdir()}
+    assert names >= {"processor_config.json", "tokenizer.json", "chat_template.jinja"}
+
+
+def test_the_digits_model(tmp_path, capsys):
+    """Its name, and its data, stand for files that come along."""
+    options = ["--method", "smoothquant", "--max-samples", "2"]
+    options += ["--include", "*.language_model.layers.1.*"]
+    expected, recipe = (
+        tmp_path / "expected.safetensors",
+        tmp_path / "recipe.safetensors",
+    )
+    assert run("calibrate", "digits", "digits", "-o", expected, *options) == 0
+    more = ["--sequential", "--activations", "disk", "-o", recipe]
+    assert run("calibrate", "digits", "digits", *more, *options) == 0
+    assert f"Wrote {recipe}" in capsys.readouterr().out
+    assert_same_recipe(expected, recipe)
+
+
+@pytest.mark.parametrize("samples", ["samples.pt", "samples"])
+def test_inputs_that_are_made_already(saved, tmp_path, samples):
+    expected, recipe = (
+        tmp_path / "expected.safetensors",
+        tmp_path / "recipe.safetensors",
+    )
+    arguments = ["calibrate", saved / "model", saved / samples, *QUICK]
+    arguments += ["--max-samples", "3"]
+    assert run(*arguments, "-o", expected) == 0
+    assert run(*arguments, "-o", recipe, "--sequential") == 0
+    assert_same_recipe(expected, recipe)
+
+
+@pytest.mark.slow
+def test_two_processes(saved, tmp_path):
+    """As torchrun starts them; what they find differs by rounding."""
+    recipe, one = tmp_path / "recipe.safetensors", tmp_path / "one.safetensors"
+    arguments = ["calibrate", saved / "model", saved / "samples.pt", *QUICK]
+    arguments += ["--sequential"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launch, "--nproc-per-node", "2", "-m", "torchao_masquant"]
+        + [str(a) for a in (*arguments, "-o", recipe)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # One speaks for both.
+    assert done.stdout.count("Wrote ") == 1
+    assert run(*arguments, "-o", one) == 0
+    found, expected = Recipe.load(recipe), Recipe.load(one)
+    assert list(found.layers) == list(expected.layers)
+    for name, layer in expected.layers.items():
+        factor = found.layers[name].smoothing_factor
+        largest = layer.smoothing_factor.abs().max()
+        assert (factor - layer.smoothing_factor).abs().max() <= 2.0**-22 * largest
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "are required: -o/--output\n"),
+        (["--sequential"], "are required: -o/--output or --quantized"),
+        (["-o", "r", "--quantized", "q"], "--quantized goes with --sequential"),
+        (["-o", "r", "--max-hours", "2"], "--max-hours goes with --sequential"),
+        (["-o", "r", "--activations", "disk"], "--activations goes with"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_do_not_go_together(vision, capsys, options, message):
+    with pytest.raises(SystemExit) as raised:
+        run("calibrate", *vision, *options)
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_processes_without_it_are_refused(vision, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        run("calibrate", *vision, "-o", "r")
+    assert "share a calibration with --sequential alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--quantized", "/no/such/folder"], "there is no folder '/no/such'"),
+        (["--quantized", "q", "--max-memory-gib", "0.1"], "GiB of memory"),
+        (
+            ["-o", "r", "--modality-weights", "measure"],
+            "which --sequential never holds",
+        ),
+        (["-o", "r", "--trust-remote-code"], "transformers' own classes alone"),
+        (["-o", "r", "--exclude", "*.none"], "matches no linear"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_one_sentence(
+    vision, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run("calibrate", *vision, "--sequential", *options) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_saved_samples(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are no samples"):
+        SavedSamples(tmp_path / "none.pt")
+    with pytest.raises(FileNotFoundError, match="no \\*.pt file"):
+        SavedSamples(tmp_path)
+    (tmp_path / "damaged.pt").write_text("no such thing")
+    with pytest.raises(ValueError, match="'damaged.pt' is not what torch.save writes"):
+        SavedSamples(tmp_path / "damaged.pt")
+    torch.save({"input_ids": torch.zeros(1, 2)}, tmp_path / "one.pt")
+    with pytest.raises(ValueError, match="'one.pt' holds a dict, not a list of dicts"):
+        SavedSamples(tmp_path / "one.pt")
+    # More than once, and the same each time.
+    samples = SavedSamples(saved / "samples")
+    first, second = list(samples), list(samples)
+    assert len(samples) == len(first) == 4
+    assert torch.equal(first[1]["input_ids"], second[1]["input_ids"])
