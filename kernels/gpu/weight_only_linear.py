@@ -372,10 +372,10 @@ def _config(
 
 
 _DECODE = (
-    _config(4, 4, 16, 64, 128, 4),
-    _config(4, 4, 16, 64, 128, 8),
+    _config(4, 5, 16, 64, 128, 4),
+    _config(4, 5, 16, 64, 128, 8),
     _config(4, 4, 16, 128, 128, 4),
-    _config(4, 4, 16, 64, 128, 1),
+    _config(4, 5, 16, 64, 128, 1),
 )
 _SHORT = (
     _config(4, 3, 32, 64, 128, 4),
@@ -727,10 +727,9 @@ def _case(
 ) -> AotCase:
     config = _fitted(config, width, dtype == "fp32")
     name = f"weight_only_linear w{4 if packed else 8}"
-    name += (
-        f"{f' group {width}' if width else ''} {dtype} {'full' if full else 'bare'} "
-    )
+    name += f"{f' group {width}' if width else ''} "
     name += "x".join(str(config[f"BLOCK_{axis}"]) for axis in "MNK")
+    name += f" split {config['SPLIT_K']} warps {config.num_warps}"
     operand, x_parts, hidden_parts, l2_parts = _TYPES[dtype]
     tensors = dict(_TENSORS)
     for tensor in ("x", "l2", "bias", "out"):
@@ -748,7 +747,7 @@ def _case(
     sizes = tuple(size for size in _SIZES if size not in ones)
     odd = _ODD if width else (*_ODD, "stride_group", "stride_zero_group")
     return AotCase(
-        f"{name} split {config['SPLIT_K']} warps {config.num_warps}",
+        f"{name} {dtype} {'full' if full else 'bare'}",
         weight_only_linear_kernel,
         {**tensors, **dict.fromkeys(sizes, "i32")},
         {

@@ -250,7 +250,11 @@ def weight_only_f64(
     rank = 0 if tensor.l1 is None else tensor.l1.shape[1]
     # The smoothing and the weight's scale, K products and sums, the pair's scale, R
     # products and sums, three additions of the terms.
-    return out, (tensor.in_features + rank + 8) * UNIT * size
+    bound = (tensor.in_features + rank + 8) * UNIT * size
+    if x.dtype == torch.bfloat16 and len(x) > 16:
+        # Both sides of the product may be rounded to bfloat16, as in any linear of it.
+        bound += 2 * 2.0**-8 * size
+    return out, bound
 
 
 def assert_linear(

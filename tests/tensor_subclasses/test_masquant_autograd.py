@@ -144,20 +144,16 @@ def test_no_warning_in_place_of_an_error() -> None:
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_leaves_the_input_as_it_comes(dtype: torch.dtype, scheme: str) -> None:
-    """No operator that autocast knows: the output has its input's type.
-
-    Its inputs come in autocast's type from the operators before it, so a model's
-    activations stay narrow; a float32 input is not narrowed.
-    """
+def test_autocast_as_of_a_linear(dtype: torch.dtype, scheme: str) -> None:
+    """Input and output are of autocast's type, as those of ``F.linear`` are."""
     tensor, ids = make(scheme).tensor, ids_for(5)
     x = torch.randn(5, 16).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = linear(x, tensor, ids, torch.ones(6))
-    assert y.dtype == dtype
-    assert torch.equal(y, linear(x, tensor, ids, torch.ones(6)))
-    assert_linear(y, tensor, x, ids, torch.ones(6))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, linear(x.bfloat16(), tensor, ids, torch.ones(6)))
+    assert_linear(y, tensor, x.bfloat16(), ids, torch.ones(6))
     plain = unrouted(scheme)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = F.linear(x, plain)
-    assert torch.equal(y, linear(x, plain, None, None))
+    assert torch.equal(y, linear(x.bfloat16(), plain, None, None))
