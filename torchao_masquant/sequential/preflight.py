@@ -202,9 +202,9 @@ def estimate(
             for number in experts:
                 needed += 24 * k * modalities * number
                 if per_modality:
-                    # Of each expert: values in float64, and, as measured, half as much
-                    # of what is freed between them; integers and pairs of each try.
-                    work += number * n * k * (12 + attempts * (1 + modalities))
+                    # Of each expert: values in float64; integers and pairs of each try,
+                    # and, as measured, six bytes a weight that it takes on the way.
+                    work += number * n * k * (8 + attempts * (6 + modalities))
             needs.append(needed)
             if work > solver:
                 solver, widest, of_experts = work, name, bool(experts)
