@@ -372,10 +372,10 @@ def _config(
 
 
 _DECODE = (
-    _config(4, 5, 16, 64, 128, 4),
-    _config(4, 5, 16, 64, 128, 8),
-    _config(4, 4, 16, 128, 128, 4),
-    _config(4, 5, 16, 64, 128, 1),
+    _config(8, 4, 16, 64, 128, 4),
+    _config(8, 4, 16, 64, 128, 8),
+    _config(4, 4, 16, 128, 64, 4),
+    _config(8, 4, 16, 64, 128, 1),
 )
 _SHORT = (
     _config(4, 3, 32, 64, 128, 4),
@@ -383,7 +383,7 @@ _SHORT = (
 )
 _LONG = (
     _config(4, 3, 64, 128, 64),
-    _config(8, 3, 128, 128, 64),
+    _config(8, 4, 128, 128, 32),
     # For float16 and float32, whose parts leave no registers for larger ones.
     _config(8, 3, 64, 128, 64),
     _config(8, 3, 64, 64, 64),

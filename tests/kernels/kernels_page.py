@@ -50,6 +50,7 @@ T tokens by K, a weight of N by K, a pair of rank R; all in Triton, `kernels/gpu
 | `smooth_quantize` | `q = round(v / s)`, `v = x p_m - o_m`, `s = max abs v / 127` | `kernels/gpu/smooth_quantize.py` |
 | `low_rank_down` | `h = (s q) L1 s_r`, columns of other modalities zero; not called where all tokens are of the base | `kernels/gpu/low_rank_down.py` |
 | `int_linear` | `y = s s_w (q q_w^T) + h L2 + b_m + b`, with everything after the integer product in its epilogue | `kernels/gpu/int_linear.py` |
+| `weight_only_linear` | `y = (x p_m) (s_w (q_w - z))^T + ((x p_m) L1) L2 + b_m + b`, integers unpacked in registers | `kernels/gpu/weight_only_linear.py` |
 
 The reference of each is in `kernels/reference.py`; linears that share an input and their
 smoothing factors quantize it once in a compiled graph (`kernels/shared_prologue.py`).
