@@ -40,16 +40,9 @@ from torchao_masquant.kernels.cpu_engine import (
     choose_engine,
     multiplies_bfloat16,
 )
-from torchao_masquant.kernels.library import _LIB
+from torchao_masquant.kernels.library import _LIB, LOWERED
 
 __all__ = ["engine", "kernel_of", "prepare", "register", "report"]
-
-_OPERATORS = (
-    "smooth_quantize",
-    "low_rank_down",
-    "int_linear",
-    "weight_only_linear",
-)
 
 
 class _State:
@@ -180,7 +173,7 @@ def register() -> None:
             return
         torch.ops.masquant_cpu.install()
         return
-    for name in _OPERATORS:
+    for name in LOWERED:
         _LIB.impl(name, _trampoline(name), "CPU")
 
 

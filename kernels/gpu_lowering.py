@@ -26,7 +26,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 
 from torchao_masquant.kernels import reference
-from torchao_masquant.kernels.library import _LIB
+from torchao_masquant.kernels.library import _LIB, LOWERED
 
 __all__ = ["GpuOperator", "operators", "register", "why_reference"]
 
@@ -79,9 +79,6 @@ def operators() -> dict[str, GpuOperator]:
         ),
     )
     return {operator.name: operator for operator in found}
-
-
-_OPERATORS = ("smooth_quantize", "low_rank_down", "int_linear", "weight_only_linear")
 
 
 @functools.lru_cache(maxsize=None)
@@ -164,7 +161,7 @@ def _functional(name: str) -> Callable[..., Any]:
 
 def register() -> None:
     """Give the operators their kernels for CUDA, which is the name of ROCm too."""
-    for name in _OPERATORS:
+    for name in LOWERED:
         _LIB.impl(name, _eager(name), "CUDA")
         torch.library.register_torch_dispatch(
             f"masquant::{name}",

@@ -30,6 +30,9 @@ import torch
 
 _LIB = torch.library.Library("masquant", "DEF")
 
+#: the operators on plain tensors that have kernels of their own for a device
+LOWERED = ("smooth_quantize", "low_rank_down", "int_linear", "weight_only_linear")
+
 _LIB.define(
     "linear(Tensor x, Tensor weight, Tensor? modality_ids=None, Tensor? bias=None,"
     " Tensor? smoothed_by=None) -> Tensor"

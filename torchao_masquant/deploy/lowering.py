@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from torchao_masquant.kernels import cpu_lowering, reference
 from torchao_masquant.kernels.cpu_engine import CpuEngine
+from torchao_masquant.kernels.library import LOWERED
 from torchao_masquant.kernels.shared_prologue import merge_equal_calls
 
 __all__ = ["KERNELS", "choose_kernels", "lower"]
@@ -24,13 +25,6 @@ _LOGGER = logging.getLogger(__name__)
 #: "cpu": our C++ kernels, which travel beside the package; "triton": our kernels for
 #: GPUs, which are compiled into it; "aten": none of ours.
 KERNELS = ("cpu", "triton", "aten")
-
-_OPERATORS = (
-    "smooth_quantize",
-    "low_rank_down",
-    "int_linear",
-    "weight_only_linear",
-)
 
 
 def choose_kernels(kernels: str, device: torch.device) -> str:
@@ -103,7 +97,7 @@ def lower(program: ExportedProgram, kernels: str = "cpu") -> ExportedProgram:
         return program.run_decompositions(
             {
                 getattr(torch.ops.masquant, name).default: getattr(reference, name)
-                for name in _OPERATORS
+                for name in LOWERED
             }
         )
     lowered = program.run_decompositions({})
@@ -122,7 +116,7 @@ def _cpu_operators() -> dict[Any, Any]:
     """Each operator's namesake in the library, with shapes for the compiler."""
     cpu_lowering.prepare()
     found = {}
-    for name in _OPERATORS:
+    for name in LOWERED:
         public = getattr(torch.ops.masquant, name).default
         # Under fake tensors this is the public operator's own fake implementation.
         torch.library.register_fake(f"masquant_cpu::{name}", public)
