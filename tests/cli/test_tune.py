@@ -21,8 +21,8 @@ def test_a_model_is_loaded_on_the_gpu_and_measured(monkeypatch, capsys):
     monkeypatch.setattr(command, "resolve_device", lambda name: torch.device(name))
     monkeypatch.setattr(command, "load_config", lambda name, trust: name)
 
-    def load(name, config, **options):
-        loaded.update(options, name=name)
+    def load(name, config, arguments):
+        loaded.update(name=name, device=torch.device(arguments.device))
         return "model"
 
     def tune(model, tokens, *, again, tell):

@@ -73,13 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
     models = []
     for name in (arguments.dense, arguments.quantized):
         config = load_config(name, arguments.trust_remote_code)
-        model = load_model(
-            name,
-            config,
-            dtype=arguments.dtype,
-            device=device,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        model = load_model(name, config, arguments)
         if bool(quantized_linears(model)) != (name == arguments.quantized):
             raise ValueError(
                 f"{name!r} is {'not ' if name == arguments.quantized else ''}quantized: "

@@ -18,7 +18,6 @@ from torchao_masquant.cli.models import (
     add_model_options,
     load_config,
     load_model,
-    resolve_device,
 )
 from torchao_masquant.cli.samples import (
     DATA_FORMS,
@@ -276,13 +275,7 @@ def calibrate_model(
     from torchao_masquant.calibration import calibrate, modality_sensitivity
     from torchao_masquant.data import PlacedSamples
 
-    model = load_model(
-        arguments.model,
-        config,
-        dtype=arguments.dtype,
-        device=resolve_device(arguments.device),
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    model = load_model(arguments.model, config, arguments)
     placed = PlacedSamples(samples, model)
     if options["modality_weights"] == _MEASURE:
         patterns = {name: options[name] for name in ("include", "exclude")}

@@ -8,14 +8,12 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from torchao_masquant.cli.models import (
     MODEL_HELP,
     add_model_options,
     load_config,
     load_model,
-    resolve_device,
 )
 from torchao_masquant.cli.samples import (
     DATA_FORMS,
@@ -73,11 +71,11 @@ def main(arguments: argparse.Namespace) -> int:
         )
     config = load_config(arguments.model, arguments.trust_remote_code)
     tasks = evaluation_tasks(arguments, config)
-    model = _load(arguments.model, config, arguments)
+    model = load_model(arguments.model, config, arguments)
     reference = None
     if arguments.reference is not None:
         other = load_config(arguments.reference, arguments.trust_remote_code)
-        reference = _load(arguments.reference, other, arguments)
+        reference = load_model(arguments.reference, other, arguments)
     evaluation = evaluate(
         model,
         {name: PlacedSamples(samples, model) for name, samples in tasks.items()},
@@ -87,13 +85,3 @@ def main(arguments: argparse.Namespace) -> int:
         evaluation.save(arguments.output)
     print(json.dumps(evaluation.to_json(), indent=2) if arguments.json else evaluation)
     return 0
-
-
-def _load(name: str, config: Any, arguments: argparse.Namespace) -> Any:
-    return load_model(
-        name,
-        config,
-        dtype=arguments.dtype,
-        device=resolve_device(arguments.device),
-        trust_remote_code=arguments.trust_remote_code,
-    )

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator
 
 import torch
 
@@ -179,10 +179,7 @@ def auto_class(config: Any) -> Any:
 def load_model(
     name: str,
     config: Any,
-    *,
-    dtype: str = "auto",
-    device: Optional[torch.device] = None,
-    trust_remote_code: bool = False,
+    arguments: argparse.Namespace,
     quantization_config: Any = None,
 ) -> Any:
     """A model in evaluation mode.
@@ -190,11 +187,13 @@ def load_model(
     Args:
         name: a folder, or a name on the hub.
         config: from :func:`load_config`.
-        dtype: "auto", or the name of a type of torch's.
-        device: None for the CPU.
-        trust_remote_code: run code of the model's folder.
+        arguments: those of :func:`add_model_options`.
         quantization_config: quantizes while loading.
+
+    Raises:
+        ValueError: there is no such device.
     """
+    device = resolve_device(arguments.device)
     quiet_transformers()
     folder = model_folder(name)
     more = (
@@ -204,9 +203,12 @@ def load_model(
     )
     with _explained(folder):
         model = auto_class(config).from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, **more
+            folder,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+            **more,
         )
-    return model.eval() if device is None else model.eval().to(device)
+    return model.eval().to(device)
 
 
 def load_processor(name: str, trust_remote_code: bool = False) -> Any:

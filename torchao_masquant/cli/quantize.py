@@ -16,7 +16,6 @@ from torchao_masquant.cli.models import (
     load_config,
     load_model,
     model_folder,
-    resolve_device,
 )
 from torchao_masquant.schemes import SCHEMES
 
@@ -109,9 +108,7 @@ def main(arguments: argparse.Namespace) -> int:
     model = load_model(
         arguments.model,
         config,
-        dtype=arguments.dtype,
-        device=resolve_device(arguments.device),
-        trust_remote_code=arguments.trust_remote_code,
+        arguments,
         quantization_config=MASQuantHfConfig(config=quantization),
     )
     options: dict[str, Any] = {}

@@ -65,9 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     model = load_model(
         arguments.quantized,
         load_config(arguments.quantized, arguments.trust_remote_code),
-        dtype=arguments.dtype,
-        device=device,
-        trust_remote_code=arguments.trust_remote_code,
+        arguments,
     )
     table = tune_kernels(
         model,

@@ -168,8 +168,9 @@ def calibrate_sequential(
 
     Raises:
         ValueError: as ``calibrate``; the decoder cannot be run block by block; memory,
-            disk or time will not do; model, samples or options are not those that an interrupted run was begun with;
-            ``output`` or ``recipe`` is there already, and of something else.
+            disk or time will not do; model, samples or options are not those that an
+            interrupted run was begun with; ``output`` or ``recipe`` is there already,
+            and of something else.
         TypeError: an option or a sample is of the wrong type; ``samples`` is an
             iterator.
         FileNotFoundError: there is no such model.
