@@ -63,7 +63,11 @@ def test_sizes_of_a_large_model():
     # the bound, since it is alone.
     assert needs.statistics == pytest.approx(2 * 8 * INNER**2, rel=0.02)
     assert needs.widest == "layers.0.mlp.down_proj"
-    assert needs.solver > 10 * 8 * INNER**2
+    # Covariances are made in the memory of the statistics; beside them there is one more
+    # matrix of that size, and copies of the weight.
+    copies = 8 * WIDTH * INNER
+    assert 8 * INNER**2 + 8 * copies < needs.solver < 8 * INNER**2 + 14 * copies
+    assert needs.peak < 20 * GIB + needs.activations
     assert needs.block == 3 * sum(n * k for n, k in BLOCK.values())
     assert seven_billion(on_disk=True).activations == 0
     assert seven_billion(on_disk=True).disk == needs.disk + needs.activations
@@ -77,7 +81,7 @@ def test_sizes_of_a_large_model():
     "needs, memory, advice",
     [
         (seven_billion("smoothquant", samples=1024), 20, "activations='disk'"),
-        (seven_billion(samples=8), 24, "exclude='*.down_proj'"),
+        (seven_billion(samples=8), 12, "exclude='*.down_proj'"),
         (
             Estimate(9, 0, GIB, 6 * GIB, GIB, 2 * GIB, "a", 0, 0, 0),
             6,

@@ -195,7 +195,7 @@ def calibrate(
             run_samples(
                 model, data, router, progress=progress, description=f"Calibrating{of}"
             )
-        layers |= solve(session, options, progress=progress)
+        layers |= solve(session, options, progress=progress, spend_statistics=True)
     if epochs:
         layers = learn(model, data, layers, router, options, progress=progress)
     return Recipe(
@@ -207,7 +207,11 @@ def calibrate(
 
 
 def solve(
-    session: CalibrationSession, options: SolverOptions, *, progress: bool = False
+    session: CalibrationSession,
+    options: SolverOptions,
+    *,
+    progress: bool = False,
+    spend_statistics: bool = False,
 ) -> dict[str, LayerRecipe]:
     """Solve for all linears of a session that has seen its data.
 
@@ -215,6 +219,7 @@ def solve(
         session: its linears still hold their high-precision weights.
         options: scheme, method, alpha and rank.
         progress: show a bar on a terminal.
+        spend_statistics: use and free the memory of the session's second moments.
 
     Returns:
         Name of each linear, and of each weight of experts, to its part of a recipe.
@@ -242,14 +247,24 @@ def solve(
     for weights, leader in tqdm(
         groups, desc="Solving", disable=None if progress else True
     ):
-        layers |= solve_group(weights, session.statistics[leader], options, ranks)
+        layers |= solve_group(
+            weights,
+            session.statistics[leader],
+            options,
+            ranks,
+            spend_statistics=spend_statistics,
+        )
     for name, experts in tqdm(
         session.experts.items(),
         desc="Solving experts",
         disable=None if progress and session.experts else True,
     ):
         layers[name] = solve_experts(
-            name, experts.weight, session.statistics[name], options
+            name,
+            experts.weight,
+            session.statistics[name],
+            options,
+            spend_statistics=spend_statistics,
         )
     return {name: layers[name] for name in session.layers}
 

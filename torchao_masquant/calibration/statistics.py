@@ -96,20 +96,29 @@ class Moments:
         """(K,) float64, ``E[x]``."""
         return self.sum / self.count
 
-    def covariance(self, centered: bool = True) -> torch.Tensor:
+    def covariance(self, centered: bool = True, *, spend: bool = False) -> torch.Tensor:
         """(K, K) float64, ``E[x x^T]``, less ``E[x] E[x]^T`` where centered.
 
         A channel that is constant to within rounding has no covariance: what the
         subtraction leaves of it is noise, and whitening would blow it up.
+
+        Args:
+            spend: make it in the memory of ``outer``, which is None afterwards.
         """
         assert self.outer is not None
-        second = self.outer / self.count
+        covariance = self.outer if spend else self.outer.clone()
+        if spend:
+            self.outer = None
+        covariance /= self.count
         if not centered:
-            return second
+            return covariance
         mean = self.mean()
-        covariance = second - torch.outer(mean, mean)
-        varies = covariance.diagonal() > ROUNDING * second.diagonal()
-        return covariance * torch.outer(varies, varies)
+        second = covariance.diagonal().clone()
+        covariance.addr_(mean, mean, alpha=-1)
+        still = covariance.diagonal() <= ROUNDING * second
+        covariance[still] = 0
+        covariance[:, still] = 0
+        return covariance
 
 
 def thinned(

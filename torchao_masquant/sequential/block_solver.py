@@ -22,6 +22,7 @@ from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
+from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
 
 __all__ = ["BlockLayers", "BlockSolver", "group_cost", "solved_shapes"]
 
@@ -154,11 +155,17 @@ class BlockSolver:
         for index in self.team.mine(costs):
             if index < len(groups):
                 weights, statistics = groups[index]
-                layers |= solve_group(weights, statistics, self.options, ranks)
+                layers |= solve_group(
+                    weights, statistics, self.options, ranks, spend_statistics=True
+                )
             else:
                 name, weight = experts[index - len(groups)]
                 layers[name] = solve_experts(
-                    name, weight.weight, session.statistics[name], self.options
+                    name,
+                    weight.weight,
+                    session.statistics[name],
+                    self.options,
+                    spend_statistics=True,
                 )
         return self.team.collect(layers)
 
@@ -182,11 +189,24 @@ def group_cost(
     if not options.parts.per_modality:
         return float(sum(n * k for n, k in shapes))
     attempts = len(options.alphas) + len(options.separations) - 1
+    some = [(min(n, SAMPLED_OUTPUTS), k) for n, k in shapes]
+    if attempts == 1 or some == [*shapes]:
+        return _cost(shapes, modalities, attempts)
+    return _cost(some, modalities, attempts) + _cost(shapes, modalities, 1)
+
+
+def _cost(shapes: Sequence[tuple[int, ...]], modalities: int, attempts: int) -> float:
+    others = modalities - 1
+    cost = 0.0
     k = shapes[0][1]
-    # Decompositions of the covariances, once; GPTQ, gauges and pairs at each attempt.
-    cost = 10.0 * k**3 * modalities
+    if any(n > k for n, _ in shapes):
+        # Whitenings.
+        cost += 10.0 * k**3 * others
     for n, _ in shapes:
         small = min(n, k)
-        each = 4.0 * n * k**2 + 10.0 * small**3
-        cost += attempts * (modalities * each + 2.0 * n * k**2 + k**3)
+        # Of covariances and of differences; two triangular solutions and GPTQ.
+        cost += modalities * n * k**2
+        products = (3 * others + 1.5) * n * k**2
+        pairs = 2 * others * (n * k * small + 10.0 * small**3)
+        cost += attempts * (products + pairs + k**3 / 3)
     return cost

@@ -18,7 +18,8 @@ import torch
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS, InputStatistics
 from torchao_masquant.sequential.block_solver import group_cost, solved_shapes
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.methods import AUTO, SolverOptions
+from torchao_masquant.solver.products import HELD_BYTES
 
 __all__ = ["Estimate", "available_memory", "check_time", "estimate", "solving_rate"]
 
@@ -46,7 +47,8 @@ class Estimate:
         block: weights of the largest block, with their quantized copy.
         statistics: of the linears that are observed at a time.
         least: of these, what one linear needs alone.
-        solver: matrices of the solver, for the linear that needs most.
+        solver: matrices of the solver, for the linear that needs most together with the
+            statistics of its pass; what they take beyond ``statistics``.
         widest: name of that linear.
         forward: activations inside a block, of the longest sample.
         activations: of all samples, between blocks; zero where they are on disk.
@@ -186,31 +188,33 @@ def estimate(
         writes: whether a checkpoint, and a recipe.
     """
     per_modality = options.parts.per_modality
-    attempts = len(options.alphas) + len(options.separations) - 1
-    statistics, least, solver, widest, of_experts = 0, 0, 0, "", False
+    statistics, least, solving, widest, of_experts = 0, 0, 0, "", False
     for linears in blocks:
-        needs = [0]
-        for name, (*experts, n, k) in linears.items():
-            needed = 24 * k * modalities
+        needs = {
+            name: _statistics_bytes(shape, modalities, per_modality)
+            for name, shape in linears.items()
+        }
+        # Linears that share their input need it once: all of them are more than enough.
+        # What alone is more than the bound has a pass of its own.
+        shared = sum(need for need in needs.values() if need <= max_statistics_bytes)
+        together = min(shared, max_statistics_bytes)
+        for name, shape in linears.items():
+            *experts, n, k = shape
             # Rounding holds copies in float32 and integers.
             work = 16 * n * k
             if per_modality:
-                needed += (8 * k + 4 * SAMPLE_TOKENS) * k * modalities
-                # Covariances and whitenings of each modality, Hessian and its factors;
-                # weight, target, rounded values and pairs in float64.
-                work = 8 * ((2 * modalities + 8) * k**2 + 8 * n * k)
-            for number in experts:
-                needed += 24 * k * modalities * number
-                if per_modality:
-                    # Of each expert: values in float64; integers and pairs of each try,
-                    # and, as measured, six bytes a weight that it takes on the way.
-                    work += number * n * k * (8 + attempts * (6 + modalities))
-            needs.append(needed)
-            if work > solver:
-                solver, widest, of_experts = work, name, bool(experts)
-        # Linears that share their input need it once: all of them are more than enough.
-        total = max(max(needs), min(sum(needs), max_statistics_bytes))
-        statistics, least = max(statistics, total), max(least, *needs)
+                beside = math.prod(shape)
+                if not experts:
+                    # Those of one width may share their input.
+                    beside = sum(math.prod(s) for s in linears.values() if s[-1] == k)
+                work = _solver_bytes(n, k, beside, modalities, options)
+                # Of each expert, as measured: integers and pairs of the best try and of
+                # the last, and what it takes on the way.
+                work += sum(experts) * n * k * 2 * (6 + modalities)
+            in_pass = max(needs[name], together)
+            statistics, least = max(statistics, in_pass), max(least, needs[name])
+            if in_pass + work > solving:
+                solving, widest, of_experts = in_pass + work, name, bool(experts)
     every = [
         shape
         for linears in blocks
@@ -241,7 +245,7 @@ def estimate(
         block=largest,
         statistics=statistics,
         least=least,
-        solver=solver,
+        solver=max(solving - statistics, 0),
         widest=widest,
         forward=longest * (4 * inner + 12 * hidden) * max(itemsize, 4),
         activations=0 if on_disk else states,
@@ -249,6 +253,37 @@ def estimate(
         conversion=conversion_bytes,
         of_experts=of_experts,
     )
+
+
+def _statistics_bytes(
+    shape: tuple[int, ...], modalities: int, second_moments: bool
+) -> int:
+    """Of the input of a linear (N, K) or of experts (E, N, K)."""
+    *experts, _, k = shape
+    needed = 24 * k * modalities * (1 + sum(experts))
+    if second_moments:
+        needed += (8 * k + 4 * SAMPLE_TOKENS) * k * modalities
+    return needed
+
+
+def _solver_bytes(
+    n: int, k: int, beside: int, modalities: int, options: SolverOptions
+) -> int:
+    """Of solving for a linear (N, K), beside the statistics.
+
+    Args:
+        beside: N K of all linears that share its input, of itself too.
+    """
+    # The Hessian, which turns into its factor; decompositions for pairs.
+    squares, small = 1, 6 * min(n, k) ** 2
+    if n > k:
+        squares += 2 * (modalities - 1) + 4
+    if options.rank == AUTO:
+        # Statistics that are needed again.
+        squares += modalities
+    held = min(8 * modalities * beside, HELD_BYTES) + min(16 * beside, HELD_BYTES)
+    # Weight, target, rounded values and pairs in float64; integers of all.
+    return 8 * (squares * k**2 + small + 6 * n * k) + held + 6 * beside
 
 
 def available_memory() -> Optional[int]:

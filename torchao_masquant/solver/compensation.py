@@ -12,6 +12,7 @@ import torch
 __all__ = [
     "error_spectrum",
     "low_rank_pair",
+    "pair_of_product",
     "resolve_rank",
     "smoothed",
     "whitening",
@@ -135,8 +136,26 @@ def low_rank_pair(
     Raises:
         RuntimeError: the result is not finite.
     """
-    difference = difference.double()
-    values, left, right = _components(difference, covariance, whitened)
+    return _balanced(*_components(difference.double(), covariance, whitened), rank)
+
+
+def pair_of_product(
+    difference: torch.Tensor, rank: int, product: torch.Tensor
+) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+    """:func:`low_rank_pair` of a weight with no more outputs than inputs.
+
+    Args:
+        difference: (N, K) float64 D, N <= K.
+        rank: r.
+        product: (N, K) float64 ``D C``.
+    """
+    return _balanced(*_principal(difference, product), rank)
+
+
+def _balanced(
+    values: torch.Tensor, left: torch.Tensor, right: torch.Tensor, rank: int
+) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+    """The first components as a pair, each of whose halves has the same norm."""
     rank = min(rank, int((values > 0).sum()))
     if rank == 0:
         return None
@@ -148,7 +167,7 @@ def low_rank_pair(
     if not (torch.isfinite(l1).all() and torch.isfinite(l2).all()):
         raise RuntimeError(
             "the low-rank pair is not finite, although its covariance and weight "
-            f"difference of shape {tuple(difference.shape)} are: this is a bug."
+            f"difference of shape {(right.shape[1], left.shape[0])} are: this is a bug."
         )
     return l1, l2
 
@@ -161,13 +180,19 @@ def _components(
     """Energies (r,), down-projections (K, r), up-projections (r, N), largest first."""
     n, k = difference.shape
     if n <= k:
-        gram = difference @ covariance.double() @ difference.t()
-        values, basis = _eigen(gram)
-        return values, difference.t() @ basis, basis.t()
+        return _principal(difference, difference @ covariance.double())
     transform, inverse = whitening(covariance) if whitened is None else whitened
     aim = transform @ difference.t()
     values, basis = _eigen(aim @ aim.t())
     return values, inverse @ basis, basis.t() @ aim
+
+
+def _principal(
+    difference: torch.Tensor, product: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`_components` from ``D C``, where N <= K."""
+    values, basis = _eigen(product @ difference.t())
+    return values, difference.t() @ basis, basis.t()
 
 
 def _eigen(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,8 @@ def solve_experts(
     weight: torch.Tensor,
     statistics: InputStatistics,
     options: SolverOptions,
+    *,
+    spend_statistics: bool = False,
 ) -> LayerRecipe:
     """All that quantizes one projection of the experts of a layer.
 
@@ -45,6 +47,7 @@ def solve_experts(
         statistics: of the tokens that the experts read.
         options: scheme, method, alpha and rank. A rank of "auto" is the same share for
             all experts, since they are held in one tensor.
+        spend_statistics: see :func:`solve_group`.
 
     Returns:
         The part of a recipe, on the CPU.
@@ -60,7 +63,12 @@ def solve_experts(
     means = None
     if options.parts.shift and isinstance(statistics, ExpertStatistics):
         statistics, means = recentered(statistics)
-    layers = list(solve_group(experts, statistics, options, ranks).values())
+        spend_statistics = True
+    layers = list(
+        solve_group(
+            experts, statistics, options, ranks, spend_statistics=spend_statistics
+        ).values()
+    )
     if means is not None:
         layers = [_moved(*of_one) for of_one in zip(layers, weight, means)]
     return LayerRecipe.stack(layers, weight_fingerprint(weight))

@@ -5,11 +5,11 @@
 # LICENSE file in the root directory of this source tree.
 """The overall factor of a modality's smoothing, which quantization leaves free."""
 
-from typing import Sequence
+from typing import Iterable, Sequence
 
 import torch
 
-__all__ = ["gauge"]
+__all__ = ["fitted_gauge", "gauge"]
 
 
 def gauge(
@@ -37,17 +37,33 @@ def gauge(
         g, positive and finite; 1.0 where the data does not determine one (no
         variation, or weights that do not correlate).
     """
-    covariance = covariance.double()
+
+    def terms() -> Iterable[tuple[float, float, float]]:
+        for weight, shared in zip(weights, shared_weights):
+            weight = weight.double()
+            difference = weight - shared.double() / smoothing_factor.double()
+            product = difference @ covariance.double()
+            yield (
+                ((weight @ covariance.double()) * weight).sum().item(),
+                (product * weight).sum().item(),
+                (product * difference).sum().item(),
+            )
+
+    return fitted_gauge(terms())
+
+
+def fitted_gauge(terms: Iterable[tuple[float, float, float]]) -> float:
+    """What :func:`gauge` returns, from sums over the linears' weights.
+
+    Args:
+        terms: of each linear ``tr(W C W^T)``, ``tr(D C W^T)`` and ``tr(D C D^T)``, with
+            ``D = W - V``.
+    """
     numerator = denominator = 0.0
-    for weight, shared in zip(weights, shared_weights):
-        weight = weight.double()
-        effective = shared.double() / smoothing_factor.double()
-        energy = ((weight @ covariance) * weight).sum().item()
-        if energy <= 0:
-            continue
-        projected = effective @ covariance
-        numerator += (projected * weight).sum().item() / energy
-        denominator += (projected * effective).sum().item() / energy
+    for energy, crossed, left in terms:
+        if energy > 0:
+            numerator += (energy - crossed) / energy
+            denominator += (energy - 2 * crossed + left) / energy
     if numerator > 0 and denominator > 0:
         return numerator / denominator
     return 1.0

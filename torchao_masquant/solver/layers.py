@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Solving for the linears that share one input."""
 
-from typing import Mapping, Optional, Sequence
+from typing import Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 
@@ -13,13 +13,16 @@ from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.compensation import (
     low_rank_pair,
+    pair_of_product,
     resolve_rank,
     smoothed,
     whitening,
 )
-from torchao_masquant.solver.gauge import gauge
+from torchao_masquant.solver.gauge import fitted_gauge
 from torchao_masquant.solver.judge import mean_log_error
 from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.products import HELD_BYTES, Products
+from torchao_masquant.solver.sampled_outputs import sampled_outputs, sampled_rank
 from torchao_masquant.solver.shared_weight import (
     SharedWeight,
     round_jointly,
@@ -44,14 +47,21 @@ def solve_group(
     statistics: InputStatistics,
     options: SolverOptions,
     ranks: Optional[Mapping[str, Sequence[int]]] = None,
+    *,
+    spend_statistics: bool = False,
 ) -> dict[str, LayerRecipe]:
     """All that quantizes the linears that share one input.
+
+    Where exponent and separation are to be chosen, that is done for some of the outputs
+    of wide linears (:func:`sampled_outputs`); the choice then serves all.
 
     Args:
         weights: name to (N_i, K) floating point weight.
         statistics: of the shared input.
         options: scheme, method, alpha and rank.
         ranks: name to the rank of modality 1, 2, ..., in place of the options'.
+        spend_statistics: use their memory, 8 K^2 bytes a modality, for covariances; they
+            have no second moments afterwards.
 
     Returns:
         Name to the layer's part of a recipe, on the CPU.
@@ -64,85 +74,119 @@ def solve_group(
             raise ValueError(f"{name}: its weight holds nan or inf.")
     if not options.parts.per_modality:
         return _shared_factor(weights, statistics, options)
-    # They serve every exponent, gauge and rounding: see solver.compensation.whitening.
-    covariances = [m.covariance(options.parts.centered) for m in statistics.moments]
-    wide = any(weight.shape[0] > weight.shape[1] for weight in weights.values())
-    whitenings = [whitening(c) if wide else None for c in covariances[1:]]
+    if ranks is None:
+        others = len(statistics.moments) - 1
+        ranks = {
+            name: [resolve_rank(options.uniform_rank, *w.shape)] * others
+            for name, w in weights.items()
+        }
+    covariances = [
+        m.covariance(options.parts.centered, spend=spend_statistics)
+        for m in statistics.moments
+    ]
+    absmax = _weight_absmax(weights)
     alphas, separations = options.alphas, options.separations
-    tried: list[tuple[float, float, float, dict[str, LayerRecipe]]] = []
+    if len(alphas) + len(separations) == 2:
+        problem = _Problem(weights, ranks, absmax, statistics, options, covariances)
+        return problem.solve(alphas[0], separations[0])
+    some = sampled_outputs(weights)
+    some_ranks = {
+        name: [sampled_rank(r, weights[name].shape, w.shape) for r in ranks[name]]
+        for name, w in some.items()
+    }
+    problem = _Problem(some, some_ranks, absmax, statistics, options, covariances)
+    least, best, layers = float("inf"), (alphas[0], separations[0]), {}
 
     def attempt(alpha: float, separation: float) -> None:
-        layers = _PerModality(
-            weights,
-            statistics,
-            options,
-            alpha,
-            separation,
-            ranks,
-            covariances,
-            whitenings,
-        ).solve()
-        error = 0.0
-        if len(alphas) + len(separations) > 2:
-            error = mean_log_error(weights, layers, statistics, options)
-        tried.append((error, alpha, separation, layers))
+        nonlocal least, best, layers
+        found = problem.solve(alpha, separation)
+        error = mean_log_error(some, found, statistics, options)
+        # The first of equals is kept: the modality's own range, the smaller exponent.
+        if not layers or error < least:
+            least, best, layers = error, (alpha, separation), found
 
     for alpha in alphas:
         attempt(alpha, separations[0])
-    # min takes the first of equals: the modality's own range, the smaller exponent.
-    best_alpha = min(tried, key=lambda t: t[0])[1]
+    best_alpha = best[0]
     for separation in separations[1:]:
         attempt(best_alpha, separation)
-    return min(tried, key=lambda t: t[0])[3]
+    if all(some[name].shape == weight.shape for name, weight in weights.items()):
+        return layers
+    del problem, layers
+    problem = _Problem(weights, ranks, absmax, statistics, options, covariances)
+    return problem.solve(*best)
+
+
+class _Problem:
+    """Linears that share an input, and what serves every exponent and separation.
+
+    Args:
+        weights: name to (N_i, K).
+        ranks: name to the rank of modality 1, 2, ...
+        weight_absmax: (K,) float64, of these and, where they are a sample, of all.
+        statistics: of the input.
+        options: of the solution.
+        covariances: (K, K) float64 of each modality, as the method has them.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, torch.Tensor],
+        ranks: Mapping[str, Sequence[int]],
+        weight_absmax: torch.Tensor,
+        statistics: InputStatistics,
+        options: SolverOptions,
+        covariances: Sequence[torch.Tensor],
+    ):
+        self.weights, self.ranks, self.weight_absmax = weights, ranks, weight_absmax
+        self.moments, self.options = statistics.moments, options
+        self.importances = options.weights_of(statistics.modalities)
+        self.covariances = covariances
+        self.products = Products(weights, covariances)
+        self._whitenings: dict[int, _Pair] = {}
+
+    def whitening(self, modality: int) -> _Pair:
+        """Of the unsmoothed input: see :func:`solver.compensation.whitening`."""
+        if modality not in self._whitenings:
+            self._whitenings[modality] = whitening(self.covariances[modality])
+        return self._whitenings[modality]
+
+    def solve(self, alpha: float, separation: float) -> dict[str, LayerRecipe]:
+        return _PerModality(self, alpha, separation).solve()
 
 
 class _PerModality:
     """MAS and CMC: a smoothing factor, a gauge, a shift and a pair per modality."""
 
-    def __init__(
-        self,
-        weights: dict[str, torch.Tensor],
-        statistics: InputStatistics,
-        options: SolverOptions,
-        alpha: float,
-        separation: float,
-        ranks: Optional[Mapping[str, Sequence[int]]],
-        covariances: Sequence[torch.Tensor],
-        whitenings: Sequence[Optional[_Pair]],
-    ):
-        self.covariances, self.whitenings = covariances, whitenings
-        self.weights, self.options, self.method = weights, options, options.parts
-        self.moments = statistics.moments
-        self.importances = options.weights_of(statistics.modalities)
-        self.ranks = ranks or {
-            name: [resolve_rank(options.uniform_rank, *w.shape)]
-            * (len(self.moments) - 1)
-            for name, w in weights.items()
-        }
+    def __init__(self, problem: _Problem, alpha: float, separation: float):
+        self.problem, self.weights = problem, problem.weights
+        self.options, self.method = problem.options, problem.options.parts
+        self.moments, self.covariances = problem.moments, problem.covariances
         self.means = [m.mean() for m in self.moments]
         self.shifts = [
             mean if self.method.shift else torch.zeros_like(mean) for mean in self.means
         ]
-        weight_absmax = _weight_absmax(weights)
         ranges = [
             torch.maximum(m.absmax(shift), RESOLUTION * m.absmax())
             for m, shift in zip(self.moments, self.shifts)
         ]
         unified = torch.stack(ranges).amax(0)
-        if options.bits.weight_only:
+        if self.options.bits.weight_only:
             # Activations that are not rounded gain nothing from a factor of their own.
             separation = 0.0
         ranges = [r**separation * unified ** (1 - separation) for r in ranges]
-        self.factors = [smoothing_factor(r, weight_absmax, alpha) for r in ranges]
+        self.factors = [
+            smoothing_factor(r, problem.weight_absmax, alpha) for r in ranges
+        ]
         self.pairs: dict[str, list[Optional[_Pair]]] = {}
 
     def solve(self) -> dict[str, LayerRecipe]:
         shared = self._round(None)
         if self.method.clip:
             # What a modality's error weighs depends on its gauge.
-            self._fit_gauges({name: s.dequantize() for name, s in shared.items()})
+            self._fit(shared, with_pairs=False)
             shared = self._round(self._importance())
-        self._compensate(shared)
+        self._fit(shared)
         if self.method.rounding == "gptq":
             for name, weight in self.weights.items():
                 shared[name] = round_jointly(
@@ -150,11 +194,15 @@ class _PerModality:
                     self.factors,
                     self.pairs[name],
                     self.covariances,
-                    self.importances,
+                    self.problem.importances,
                     shared[name],
                     self.options.bits,
+                    [
+                        self.problem.products.of(name, i)
+                        for i in range(len(self.moments))
+                    ],
                 )
-            self._compensate(shared)
+            self._fit(shared)
         return {name: self._layer(name, shared[name]) for name in self.weights}
 
     def _round(self, importance: Optional[torch.Tensor]) -> dict[str, SharedWeight]:
@@ -168,45 +216,62 @@ class _PerModality:
     def _importance(self) -> torch.Tensor:
         """(K,) how much an error of each input channel weighs, to clip by."""
         total = torch.zeros_like(self.factors[0])
-        for importance, factor, covariance in zip(
-            self.importances, self.factors, self.covariances
+        for index, (importance, factor, covariance) in enumerate(
+            zip(self.problem.importances, self.factors, self.covariances)
         ):
-            energy = sum(
-                ((w.double() @ covariance) * w).sum() for w in self.weights.values()
-            )
+            energy = sum(self.problem.products.energy(n, index) for n in self.weights)
             if energy > 0:
                 total += importance / energy * covariance.diagonal() / factor**2
         return total if total.any() else torch.ones_like(total)
 
-    def _fit_gauges(self, values: dict[str, torch.Tensor]) -> None:
-        if not self.method.gauge:
-            return
-        for index in range(1, len(self.moments)):
-            self.factors[index] = self.factors[index] / gauge(
-                list(self.weights.values()),
-                list(values.values()),
-                self.factors[index],
-                self.covariances[index],
-            )
-
-    def _compensate(self, shared: dict[str, SharedWeight]) -> None:
-        """Gauge and pairs for these integers."""
-        values = {name: s.dequantize() for name, s in shared.items()}
-        self._fit_gauges(values)
+    def _fit(self, shared: dict[str, SharedWeight], *, with_pairs: bool = True) -> None:
+        """Gauges, and pairs, for these integers."""
         self.pairs = {name: [None] for name in self.weights}
         for index in range(1, len(self.moments)):
-            covariance = self.covariances[index]
-            factor = self.factors[index]
-            met = covariance / torch.outer(factor, factor)
-            whitened = self.whitenings[index - 1]
-            if whitened is not None:
-                whitened = smoothed(whitened, factor)
-            for name, weight in self.weights.items():
-                difference = weight.double() * factor - values[name]
-                pair = low_rank_pair(
-                    difference, self.ranks[name][index - 1], met, whitened
+            differences: Iterable[tuple[str, torch.Tensor, torch.Tensor]]
+            differences = _Differences(self, shared, index)
+            if 16 * sum(w.numel() for w in self.weights.values()) <= HELD_BYTES:
+                differences = list(differences)
+            g = 1.0
+            if self.method.gauge:
+                g = fitted_gauge(
+                    (
+                        self.problem.products.energy(name, index).item(),
+                        (product * self.weights[name]).sum().item(),
+                        (product * difference).sum().item(),
+                    )
+                    for name, difference, product in differences
                 )
-                self.pairs[name].append(self._held(pair, weight.dtype))
+                self.factors[index] = self.factors[index] / g
+            if not with_pairs:
+                continue
+            for name, difference, product in differences:
+                if g != 1.0:
+                    # W - g V from W - V.
+                    weight = self.weights[name].double()
+                    known = self.problem.products.of(name, index)
+                    difference = g * difference + (1 - g) * weight
+                    product = g * product + (1 - g) * known
+                self.pairs[name].append(self._pair(name, index, difference, product))
+
+    def _pair(
+        self, name: str, index: int, difference: torch.Tensor, product: torch.Tensor
+    ) -> Optional[_Pair]:
+        """For ``W - V / s`` and what it gives of the covariance."""
+        rank, factor = self.problem.ranks[name][index - 1], self.factors[index]
+        if rank == 0:
+            return None
+        n, k = difference.shape
+        if n <= k:
+            pair = pair_of_product(difference * factor, rank, product / factor)
+        else:
+            pair = low_rank_pair(
+                difference * factor,
+                rank,
+                self.covariances[index],
+                smoothed(self.problem.whitening(index), factor),
+            )
+        return self._held(pair, self.weights[name].dtype)
 
     def _held(self, pair: Optional[_Pair], dtype: torch.dtype) -> Optional[_Pair]:
         """The pair as the model will hold it: what comes after makes up for that."""
@@ -225,10 +290,11 @@ class _PerModality:
         for factor, shift, mean, pair in zip(
             self.factors, self.shifts, self.means, pairs
         ):
-            met = values
+            unshifted = (mean - shift) / factor
+            met = values @ unshifted
             if pair is not None:
-                met = met + (pair[0].double() @ pair[1].double()).t()
-            biases.append(weight @ mean - met @ ((mean - shift) / factor))
+                met = met + (unshifted @ pair[0].double()) @ pair[1].double()
+            biases.append(weight @ mean - met)
         found = [pair for pair in pairs if pair is not None]
         ready = self.method.rounding == "gptq" or self.method.clip
         return LayerRecipe(
@@ -256,6 +322,23 @@ class _PerModality:
             if ready and shared.zero_point is not None
             else None,
         )
+
+
+class _Differences:
+    """Name, ``W - V / s`` and ``(W - V / s) C`` of linear after linear, made anew."""
+
+    def __init__(
+        self, solution: _PerModality, shared: dict[str, SharedWeight], index: int
+    ):
+        self.weights, self.shared = solution.weights, shared
+        self.factor = solution.factors[index]
+        self.covariance = solution.covariances[index]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        for name, weight in self.weights.items():
+            met = self.shared[name].dequantize() / self.factor
+            difference = weight.double() - met
+            yield name, difference, difference @ self.covariance
 
 
 def _weight_absmax(weights: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -7,9 +7,86 @@
 
 import torch
 
-__all__ = ["gptq_round"]
+__all__ = ["damped_factor", "gptq_round", "round_by_factor", "rounding_order"]
 
 _BLOCK = 64
+
+
+def rounding_order(diagonal: torch.Tensor) -> torch.Tensor:
+    """(K,) indices of the channels, those to be rounded first at the end.
+
+    Args:
+        diagonal: (K,) of the Hessian; the largest are rounded first (GPTQ's "act
+            order"), of equals the first.
+    """
+    return torch.argsort(diagonal, descending=True, stable=True).flip(0)
+
+
+def damped_factor(hessian: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """Lower Cholesky factor of ``H + ridge I``, in the memory of H.
+
+    Args:
+        hessian: (K, K) float64, symmetric positive semi-definite; lost.
+        ridge: scalar.
+
+    Raises:
+        torch.linalg.LinAlgError: it is far from positive semi-definite.
+    """
+    hessian.diagonal().add_(ridge)
+    # LAPACK's order of elements, so that nothing is copied.
+    columns = hessian.mT
+    torch.linalg.cholesky(columns, out=columns)
+    return columns
+
+
+def round_by_factor(
+    target: torch.Tensor,
+    lower: torch.Tensor,
+    order: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> torch.Tensor:
+    """GPTQ of a target T for a Hessian ``L L^T``.
+
+    The error is ``||E L||^2`` with ``E = T - V``. Of the columns of E L only those up to j
+    hold channel j, so that channels are rounded from the last to the first, each to what
+    makes its own column least: ``V_j`` next to ``T_j + sum_{i > j} E_i L_ij / L_jj``. That
+    is what GPTQ (arXiv 2210.17323) does with a Cholesky factor of the inverse, which is
+    not needed so.
+
+    Args:
+        target: (N, K) float64, channels in the order of the factor.
+        lower: (K, K) float64 L.
+        order: (K,) which channel of the weight each of the factor is.
+        scale: (N, G) float64, each for K / G neighbours.
+        zero_point: (N, G) float64.
+        quant_min: smallest integer.
+        quant_max: largest integer.
+
+    Returns:
+        (N, K) int8, channels in the order of the weight.
+    """
+    k = target.shape[1]
+    places = order.tolist()
+    width = k // scale.shape[1]
+    pivots = lower.diagonal()
+    # Channels as rows: they are worked on one by one. What is rounded turns into errors.
+    errors = target.t().contiguous()
+    scale, zero_point = scale.t().contiguous(), zero_point.t().contiguous()
+    q = torch.empty_like(errors, dtype=torch.int8)
+    for end in range(k, 0, -_BLOCK):
+        start = max(end - _BLOCK, 0)
+        moved = lower[end:, start:end].t() @ errors[end:]
+        for at in range(end - 1, start - 1, -1):
+            step, zero = scale[places[at] // width], zero_point[places[at] // width]
+            wanted = errors[at] + moved[at - start] / pivots[at]
+            levels = (wanted / step + zero).round().clamp(quant_min, quant_max)
+            errors[at] -= (levels - zero) * step
+            moved[: at - start].addr_(lower[at, start:at], errors[at])
+            q[places[at]] = levels.to(torch.int8)
+    return q.t().contiguous()
 
 
 def gptq_round(
@@ -25,8 +102,7 @@ def gptq_round(
 
     GPTQ (arXiv 2210.17323): input channels are rounded one after the other, those with
     the largest diagonal of H first, and what rounding one costs is taken up by those
-    that are left, ``W[:, j:] -= e U[i, j:] / U[i, i]`` with the Cholesky factor
-    ``U^T U = H^-1``.
+    that are left.
 
     Args:
         weight: (N, K) float64.
@@ -44,30 +120,11 @@ def gptq_round(
         ValueError: the Hessian is zero.
         torch.linalg.LinAlgError: it is far from positive semi-definite.
     """
-    k = weight.shape[1]
     mean = hessian.diagonal().mean()
     if not mean > 0:
         raise ValueError("GPTQ needs a Hessian that is not zero.")
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    hessian = hessian[order][:, order]
-    hessian.diagonal().add_(damping * mean)
-    lower = torch.linalg.cholesky(hessian)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    width = k // scale.shape[1]
-    weight = weight[:, order]
-    group = order // width
-    q = torch.empty_like(weight)
-    for start in range(0, k, _BLOCK):
-        end = min(start + _BLOCK, k)
-        block, errors = weight[:, start:end], torch.empty_like(weight[:, start:end])
-        for i in range(end - start):
-            at = start + i
-            step, zero = scale[:, group[at]], zero_point[:, group[at]]
-            levels = (block[:, i] / step + zero).round().clamp(quant_min, quant_max)
-            q[:, at] = levels
-            errors[:, i] = (block[:, i] - (levels - zero) * step) / upper[at, at]
-            block[:, i + 1 :] -= errors[:, i, None] * upper[at, at + 1 : end]
-        weight[:, end:] -= errors @ upper[start:end, end:]
-    rounded = torch.empty_like(q)
-    rounded[:, order] = q
-    return rounded.to(torch.int8)
+    order = rounding_order(hessian.diagonal())
+    lower = damped_factor(hessian[order][:, order], damping * mean)
+    return round_by_factor(
+        weight[:, order], lower, order, scale, zero_point, quant_min, quant_max
+    )

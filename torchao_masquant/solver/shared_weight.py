@@ -11,7 +11,11 @@ from typing import Optional, Sequence
 import torch
 
 from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.rounding import gptq_round
+from torchao_masquant.solver.rounding import (
+    damped_factor,
+    round_by_factor,
+    rounding_order,
+)
 from torchao_masquant.tensor_subclasses import (
     dequantize_smoothed_weight,
     quantize_smoothed_weight,
@@ -21,6 +25,9 @@ __all__ = ["SharedWeight", "round_jointly", "round_to_nearest"]
 
 # Of the mean diagonal of a Hessian, added to it: GPTQ's own choice.
 _DAMPING = 0.01
+
+# Of a matrix (K, K) that are worked on at a time, so that no second one is needed.
+_ROWS = 128
 
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
@@ -103,6 +110,7 @@ def round_jointly(
     importances: Sequence[float],
     start: SharedWeight,
     bits: Scheme,
+    products: Optional[Sequence[torch.Tensor]] = None,
 ) -> SharedWeight:
     """Integers that serve all modalities: GPTQ with a modality-balanced Hessian.
 
@@ -125,42 +133,65 @@ def round_jointly(
         importances: v_m.
         start: whose scales are kept.
         bits: integer formats.
+        products: (N, K) float64 ``W C_m`` of each modality, where they are known.
 
     Returns:
         The new integers; ``start`` itself where no modality varies at all.
     """
     weight = weight.double()
-    hessian = torch.zeros_like(covariances[0])
-    aim = torch.zeros_like(weight)
-    for factor, pair, covariance, importance in zip(
-        factors, pairs, covariances, importances
-    ):
-        energy = ((weight @ covariance) * weight).sum()
-        if not energy > 0 or not importance > 0:
-            continue
-        smoothed = covariance / torch.outer(factor, factor) * (importance / energy)
-        wanted = weight * factor
-        if pair is not None:
-            wanted = wanted - (pair[0].double() @ pair[1].double()).t()
-        hessian += smoothed
-        aim += wanted @ smoothed
-    ridge = _DAMPING * hessian.diagonal().mean()
+    if products is None:
+        products = [weight @ covariance for covariance in covariances]
+    shares = []
+    for product, importance in zip(products, importances):
+        energy = (product * weight).sum()
+        heard = energy > 0 and importance > 0
+        shares.append(importance / energy if heard else torch.zeros_like(energy))
+    met = list(zip(shares, factors, covariances))
+    diagonal = sum(share * c.diagonal() / s.square() for share, s, c in met)
+    ridge = _DAMPING * diagonal.mean()
     if not ridge > 0:
         return start
-    damped = hessian.clone()
-    damped.diagonal().add_(ridge)
-    drawn = aim + ridge * weight * factors[0]
-    target = torch.cholesky_solve(drawn.t(), torch.linalg.cholesky(damped)).t()
+    order = rounding_order(diagonal)
+    hessian = torch.zeros_like(covariances[0])
+    aim = ridge * weight * factors[0]
+    for (share, factor, covariance), product, pair in zip(met, products, pairs):
+        if not share > 0:
+            continue
+        _add_in_order(hessian, covariance, factor, share, order)
+        wanted = product
+        if pair is not None:
+            down, up = pair[0].double() / factor[:, None], pair[1].double()
+            wanted = wanted - up.t() @ (down.t() @ covariance)
+        aim += wanted * (share / factor)
+    lower = damped_factor(hessian, ridge)
+    # Not cholesky_solve, which copies the factor.
+    half = torch.linalg.solve_triangular(lower, aim[:, order].t(), upper=False)
+    target = torch.linalg.solve_triangular(lower.mT, half, upper=True).t()
     zero_point = start.zero_point
-    qdata = gptq_round(
+    qdata = round_by_factor(
         target,
-        hessian,
+        lower,
+        order,
         start.scale.double(),
         torch.zeros_like(start.scale.double())
         if zero_point is None
         else zero_point.double(),
         -(2 ** (bits.weight_bits - 1)),
         2 ** (bits.weight_bits - 1) - 1,
-        _DAMPING,
     )
     return SharedWeight(qdata, start.scale, zero_point)
+
+
+def _add_in_order(
+    total: torch.Tensor,
+    covariance: torch.Tensor,
+    factor: torch.Tensor,
+    share: torch.Tensor,
+    order: torch.Tensor,
+) -> None:
+    """Add ``share C / (s s^T)`` in another order of channels, a few rows at a time."""
+    scaled = 1 / factor[order]
+    for rows, place, own in zip(
+        total.split(_ROWS), order.split(_ROWS), scaled.split(_ROWS)
+    ):
+        rows.add_(covariance[place][:, order] * torch.outer(share * own, scaled))
