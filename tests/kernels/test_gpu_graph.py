@@ -123,20 +123,18 @@ linear_epilogue.reduce_kernel""",
 
 
 def test_weight_only(graphs: dict[str, Any]) -> None:
+    """q/k/v are smoothed once, and so are gate and up."""
     assert_expected_inline(
         kernels(graphs["weight only"]),
         """\
 smooth.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
-smooth.smooth_kernel
+weight_only_linear.weight_only_linear_kernel
 weight_only_linear.weight_only_linear_kernel
 smooth.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
 smooth.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
-smooth.smooth_kernel
-weight_only_linear.weight_only_linear_kernel
-smooth.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
 smooth.smooth_kernel
 weight_only_linear.weight_only_linear_kernel""",
