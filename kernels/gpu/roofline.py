@@ -50,6 +50,7 @@ __all__ = [
     "down_projection_places",
     "int_linear",
     "linear",
+    "linears",
     "low_rank_down",
     "microseconds",
     "microseconds_together",
@@ -288,14 +289,19 @@ def microseconds(call: LinearCall, device: Device) -> float:
     return 1e6 * sum(work.seconds(device) for work in linear(call))
 
 
-def microseconds_together(calls: Sequence[LinearCall], device: Device) -> float:
-    """Of linears of one input, such as q/k/v: they quantize or smooth it once."""
+def linears(calls: Sequence[LinearCall]) -> list[Work]:
+    """The kernels of linears of one input, such as q/k/v: it is smoothed once."""
     works = linear(calls[0])
     for call in calls[1:]:
         works += [
             w for w in linear(call) if w.name not in ("smooth_quantize", "smooth")
         ]
-    return 1e6 * sum(work.seconds(device) for work in works)
+    return works
+
+
+def microseconds_together(calls: Sequence[LinearCall], device: Device) -> float:
+    """The least time of linears of one input."""
+    return 1e6 * sum(work.seconds(device) for work in linears(calls))
 
 
 def down_projection_places(

@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "gpu.md"
 COMPILED = ROOT / "benchmarks" / "results" / "kernels.json"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu_bench.plan import SHAPES, Place, paper  # noqa: E402
+from gpu_bench.plan import GROUPS, SHAPES, Place, paper  # noqa: E402
 
 from torchao_masquant.kernels.aot import TARGETS  # noqa: E402
 from torchao_masquant.kernels.gpu.roofline import (  # noqa: E402
@@ -35,7 +35,7 @@ from torchao_masquant.replacing import replacing  # noqa: E402
 
 def _cells(place: Place, card: Device) -> list[str]:
     def time(candidate: str) -> float:
-        return microseconds(paper(place, candidate), card)
+        return microseconds_together(paper(place, candidate), card)
 
     bf16 = time("bf16")
     shown = [f"{bf16:.1f}"]
@@ -86,14 +86,6 @@ def _roofline() -> str:
     )
 
 
-_TOGETHER = {
-    "7B q/k/v": (3584, (3584, 512, 512)),
-    "7B gate/up": (3584, (18944, 18944)),
-    "3B q/k/v": (2048, (2048, 256, 256)),
-    "3B gate/up": (2048, (11008, 11008)),
-}
-
-
 _SHARING = (
     ("w8a8 text", "w8a8 base"),
     ("w8a8 half", "w8a8 half vision"),
@@ -105,13 +97,12 @@ _SHARING = (
 def _together() -> str:
     h100 = next(card for card in DEVICES if card.name == "H100")
     rows = []
-    for linears, (in_features, sizes) in _TOGETHER.items():
+    for group, linears in GROUPS.items():
         for tokens in (256, 2048, 8192):
-            places = [Place(in_features, size, tokens) for size in sizes]
+            place = Place.of_group(*group, tokens)
 
             def time(candidate: str) -> float:
-                calls = [paper(place, candidate) for place in places]
-                return microseconds_together(calls, h100)
+                return microseconds_together(paper(place, candidate), h100)
 
             bf16 = time("bf16")
             cells = [
