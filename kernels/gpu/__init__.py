@@ -14,7 +14,8 @@
 - ``launching``: tilings, and launches that tracers can record;
 - ``tuning``, ``measuring``: the tables that tilings are chosen by, and what writes them;
 - ``library_products``: what is called in place of a kernel that a table says loses;
-- ``checks``: what the kernels refuse.
+- ``checks``: what the kernels refuse;
+- ``roofline``: the least time that each can take, on paper.
 
 :mod:`torchao_masquant.kernels.gpu_lowering` gives them to the dispatcher.
 """

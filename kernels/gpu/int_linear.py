@@ -21,14 +21,17 @@ import triton.language as tl
 
 from torchao_masquant.kernels.gpu.int4_unpacking import load_upper
 from torchao_masquant.kernels.gpu.int_linear_tilings import choose, transposed
-from torchao_masquant.kernels.gpu.launching import TileConfig, launch
+from torchao_masquant.kernels.gpu.launching import (
+    TileConfig,
+    launch,
+    rows_contiguous,
+)
 from torchao_masquant.kernels.gpu.linear_epilogue import (
     add_shares,
     additions,
     epilogue,
     hidden_parts,
     l2_parts,
-    rows_contiguous,
 )
 from torchao_masquant.kernels.gpu.linear_tiles import (
     block_of_k,

@@ -36,8 +36,8 @@ _SHORT = (
     tiling(4, 3, 64, 128, 128, 2),
     tiling(4, 3, 64, 128, 128, 1),
 )
-# Triton 3.7 waits for each product of int8 on Hopper before it starts the next: two
-# programs of four warps on a multiprocessor keep its tensor cores busier than one.
+# Triton 3.7 and 3.9 wait for each product of int8 on Hopper before they start the next:
+# two programs of four warps on a multiprocessor keep its tensor cores busier than one.
 _LONG = (
     tiling(4, 4, 128, 128, 64),
     tiling(8, 3, 128, 128, 128),

@@ -26,7 +26,11 @@ import torch
 import triton
 import triton.language as tl
 
-from torchao_masquant.kernels.gpu.launching import TileConfig, launch
+from torchao_masquant.kernels.gpu.launching import (
+    TileConfig,
+    launch,
+    rows_contiguous,
+)
 
 __all__ = [
     "REDUCE",
@@ -37,7 +41,6 @@ __all__ = [
     "hidden_parts",
     "l2_parts",
     "reduce_kernel",
-    "rows_contiguous",
 ]
 
 
@@ -257,11 +260,6 @@ def reduce_kernel(
 
 
 REDUCE = TileConfig.of(4, 1, BLOCK_M=16, BLOCK_N=64, BLOCK_R=32)
-
-
-def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if neighbours in a row are no neighbours in memory."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def hidden_parts(out_dtype: torch.dtype) -> int:

@@ -17,9 +17,8 @@ they are read, since all that counts then is that each byte of the weights comes
 more are smoothed by a kernel of their own, so that the product's loop only copies them,
 and calls with a low-rank pair are, because ``low_rank_down`` reads ``v`` too.
 
-float32 tokens are multiplied as three bfloat16 numbers that add up to them, as Triton
-3.7 multiplies float32 matrices in TF32 on Blackwell, even where IEEE precision is asked
-for. Smoothed float16 tokens are float16, and so have to stay below 65504.
+float32 tokens are multiplied as three bfloat16 numbers that add up to them, for the
+reason that ``low_rank_down`` gives. Smoothed float16 tokens are float16, and so have to stay below 65504.
 """
 
 from typing import Optional, Sequence
@@ -29,12 +28,15 @@ import triton
 import triton.language as tl
 
 from torchao_masquant.kernels.gpu.int4_unpacking import load_half
-from torchao_masquant.kernels.gpu.launching import TileConfig, launch
+from torchao_masquant.kernels.gpu.launching import (
+    TileConfig,
+    launch,
+    rows_contiguous,
+)
 from torchao_masquant.kernels.gpu.linear_epilogue import (
     add_shares,
     additions,
     epilogue,
-    rows_contiguous,
 )
 from torchao_masquant.kernels.gpu.linear_tiles import (
     block_of_k,
