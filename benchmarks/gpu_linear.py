@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""One linear on a GPU: MASQuant beside bf16 and torchao's integers.
+"""Linears on a GPU: MASQuant beside bf16 and torchao's integers.
 
     python benchmarks/gpu_linear.py [--seconds 440] [--json PATH] [--dry-run]
 
@@ -14,7 +14,9 @@ which is the kernels alone, and called from Python, which is what eager decoding
 Calls take copies of the weight in turn, so that none is still in the cache. bf16 is
 cuBLAS, torchao's are compiled with max-autotune, ours run as a user's do:
 ``torch.ops.masquant.linear`` with a ``MASQuantTensor`` under ``torch.compile``. Results
-are checked in the same run. Weights are random; the rank is 5 % of min(N, K), of one
+are checked in the same run. q/k/v and gate/up are also measured together, where ours
+smooth their input once, beside bf16 one by one and as one product ("fused"). Weights are
+random; the rank is 5 % of min(N, K), of one
 modality beside text. What the time does not suffice for is skipped, and named.
 """
 
@@ -31,14 +33,19 @@ from typing import Callable, Optional, Protocol, Sequence
 
 import torch
 from gpu_bench.candidates import Bench, Built
-from gpu_bench.plan import SHAPES, TOKENS, Step, card_named, paper, plan
+from gpu_bench.plan import GROUPS, SHAPES, TOKENS, Step, card_named, paper, plan
 from gpu_bench.targets import Row, Target, ratios, targets
 from gpu_bench.timing import Timing, measure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from torchao_masquant.kernels.gpu.roofline import DEVICES, Device, linear, microseconds
+from torchao_masquant.kernels.gpu.roofline import (
+    DEVICES,
+    Device,
+    linears,
+    microseconds_together,
+)
 from torchao_masquant.replacing import replacing
 
 # Seconds of a step for its timings alone, and for all of a step of a kind not yet seen.
@@ -46,7 +53,7 @@ _MEASURING = 0.5
 _UNSEEN = 45.0
 
 Measure = Callable[
-    [dict[str, Sequence[Callable[[], torch.Tensor]]], float], dict[str, Timing]
+    [dict[str, Sequence[Callable[[], object]]], float], dict[str, Timing]
 ]
 
 
@@ -109,7 +116,8 @@ def run(
 
 def _where(step: Step) -> str:
     place = step.place
-    return f"K={place.in_features} N={place.out_features} M={place.tokens}"
+    sizes = "+".join(map(str, place.sizes))
+    return f"K={place.in_features} N={sizes} M={place.tokens}"
 
 
 def _measure_step(
@@ -134,7 +142,9 @@ def _measure_step(
     timings = timer({name: b.calls for name, b in built.items()}, _MEASURING)
     place = step.place
     for name, timing in timings.items():
-        least = None if card is None else microseconds(paper(place, name), card)
+        least = None
+        if card is not None:
+            least = microseconds_together(paper(place, name), card)
         results.rows.append(
             Row(
                 number,
@@ -210,13 +220,14 @@ def plan_table(steps: list[Step], card: Device) -> Table:
         table.add_column(column, justify="right" if len(column) < 3 else "left")
     for step in steps:
         for candidate in step.candidates:
-            call = paper(step.place, candidate)
-            slowest = max(linear(call), key=lambda work: work.seconds(card))
+            place = step.place
+            calls = paper(place, candidate)
+            slowest = max(linears(calls), key=lambda work: work.seconds(card))
             table.add_row(
-                step.place.linear,
-                *map(str, dataclasses.astuple(step.place)),
+                place.linear,
+                *map(str, (place.in_features, place.out_features, place.tokens)),
                 candidate,
-                f"{microseconds(call, card):.1f}",
+                f"{microseconds_together(calls, card):.1f}",
                 slowest.bound(card),
             )
     return table
@@ -298,7 +309,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     """Returns 0; 1 where a result is wrong or nothing ran; 2 where there is no GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Shapes: " + "; ".join(f"{name}" for name in SHAPES.values()),
+        epilog=f"Shapes: {'; '.join([*SHAPES.values(), *GROUPS.values()])}",
     )
     parser.add_argument("--seconds", type=float, default=440, help="for all of it")
     parser.add_argument(
@@ -323,15 +334,16 @@ def main(arguments: Optional[list[str]] = None) -> int:
         help="whose roofline --dry-run prints (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    unknown = set(options.linear or ()) - set(SHAPES.values())
+    unknown = set(options.linear or ()) - {*SHAPES.values(), *GROUPS.values()}
     if unknown:
         parser.error(f"there is no linear {', '.join(map(repr, sorted(unknown)))}")
-    shapes = [
-        shape
-        for shape, name in SHAPES.items()
-        if not options.linear or name in options.linear
-    ]
-    steps = plan(shapes, options.tokens, not options.without_torchao)
+    wanted = options.linear or [*SHAPES.values(), *GROUPS.values()]
+    steps = plan(
+        [shape for shape, name in SHAPES.items() if name in wanted],
+        options.tokens,
+        not options.without_torchao,
+        [group for group, name in GROUPS.items() if name in wanted],
+    )
     console = Console(width=None if sys.stdout.isatty() else 200)
     if options.dry_run:
         card = card_named(options.card)

@@ -13,8 +13,11 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
 - ``reference``: the plain implementation that every lowering is tested against;
 - ``expert_operators``: those of mixture-of-experts weights, made of the others;
 - ``int4_packing``: two 4-bit integers per byte;
-- ``cpu_lowering``: C++ kernels for x86, compiled at their first use;
-- ``gpu_lowering``: Triton kernels for CUDA and ROCm, which are in ``gpu``.
+- ``cpu_lowering``: C++ kernels for x86, which are in ``csrc``; ``cpu_engine`` chooses
+  among them, and ``cpu_build`` compiles them at their first use;
+- ``gpu_lowering``: Triton kernels for CUDA and ROCm, which are in ``gpu``;
+- ``shared_prologue``: linears that share an input smooth it once in a compiled graph;
+- ``aot``, ``aot_command``: what the Triton kernels compile to, found out with no GPU.
 """
 
 # transformers looks for Hugging Face's package ``kernels`` and, from the root of a

@@ -21,7 +21,8 @@ of its sides, which multiplies what is between them.
 ``smoothed_by`` is a weight with the same smoothing factors, shift and bits of
 activations, whose own are read in their place: the calls of ``smooth_quantize`` of
 linears that share an input are then equal, and a compiled graph keeps one of them
-(:mod:`torchao_masquant.kernels.shared_prologue`).
+(:mod:`torchao_masquant.kernels.shared_prologue`). So it does on a GPU with the launches
+that smooth for ``weight_only_linear``; on a CPU that is a part of the operator.
 """
 
 from typing import Any, Optional, Sequence

@@ -3,12 +3,13 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Linears that share an input and their smoothing quantize it once, when compiled.
+"""Linears that share an input and their smoothing do that once, when compiled.
 
 An Inductor pass: of equal calls of ``masquant::smooth_quantize`` in a graph the first
 one stays. That q/k/v and gate/up make equal calls is the work of
 :mod:`torchao_masquant.sharing`. On a GPU the graph has launches of the operator's
-Triton kernel in its place, and of equal launches into new memory the first one stays.
+Triton kernel in its place, and of equal launches into new memory the first one stays;
+likewise of those that smooth for ``masquant::weight_only_linear``.
 """
 
 import functools
@@ -21,7 +22,10 @@ __all__ = ["merge_equal_calls", "register"]
 # What stands between an input and its tokens.
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 _EMPTY = torch.ops.aten.empty.memory_format
-_KERNEL = "torchao_masquant.kernels.gpu.smooth_quantize"
+# Of the kernels that read an input, smooth it, and write it for a product.
+_KERNELS = tuple(
+    f"torchao_masquant.kernels.gpu.{name}" for name in ("smooth_quantize", "smooth")
+)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -60,7 +64,7 @@ def _launched(node: Any) -> tuple[Any, list[str]]:
 
 
 def _is_prologue(node: Any) -> bool:
-    return _launched(node)[0].__module__ == _KERNEL
+    return _launched(node)[0].__module__ in _KERNELS
 
 
 def _equal_launches(a: Any, b: Any) -> bool:

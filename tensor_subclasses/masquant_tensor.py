@@ -590,7 +590,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     if weight.weight_only:
         y = torch.ops.masquant.weight_only_linear(
             tokens,
-            weight.act_pre_scale,
+            smoothed_by.act_pre_scale,
             weight.qdata,
             weight.scale,
             weight.zero_point,

@@ -46,7 +46,7 @@ def _smooth_alike(a: "MASQuantLinear", b: "MASQuantLinear") -> bool:
         return False
     if ours.device.type == "meta" or ours.device != theirs.device:
         return False
-    if ours.weight_only or ours.act_bits != theirs.act_bits:
+    if ours.act_bits != theirs.act_bits:
         return False
     return _equal(ours.act_pre_scale, theirs.act_pre_scale) and _equal(
         ours.act_shift, theirs.act_shift

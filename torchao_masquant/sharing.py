@@ -7,7 +7,7 @@
 
 q/k/v, and gate and up, read one tensor and have one smoothing factor. Where a graph is
 made of their calls, each is told so by ``smoothed_by``, and the graph quantizes their
-input once. Told by mistake it is still right: for a linear beside them that has an
+input once; or smooths it once, where it stays in 16 bits and a kernel of its own does. Told by mistake it is still right: for a linear beside them that has an
 equal smoothing factor and another input, nothing is merged.
 """
 

@@ -5,8 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """The linears that the GPU benchmark compares, and how far each is from its formula.
 
-Each is a function of an input and a weight, so that one compiled function takes many
-copies of a weight in turn.
+Each is a function of an input and the weights of one linear, or of several that read the
+input, so that one compiled function takes many copies of the weights in turn.
 """
 
 import math
@@ -15,16 +15,19 @@ from typing import Any, Callable, Optional
 
 import torch
 import torch.nn.functional as F
-from gpu_bench.plan import BF16, MIXES, Place, rank_of
+from gpu_bench.plan import BF16, BF16_FUSED, MIXES, Place, rank_of
 from torch import nn
 
 from torchao_masquant import SCHEMES
-from torchao_masquant.kernels import reference
+from torchao_masquant.kernels import reference, shared_prologue
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["Bench", "Built"]
 
-# Most copies of a weight.
+Weights = tuple[torch.Tensor, ...]
+Results = tuple[torch.Tensor, ...]
+
+# Most copies of the weights.
 _COPIES = 256
 # Tokens whose results are checked.
 _CHECKED = 128
@@ -39,12 +42,12 @@ class Built:
     """A candidate that is ready to be measured.
 
     Attributes:
-        calls: the same on different copies of the weight.
+        calls: the same on different copies of the weights.
         error: relative error of its result, by the Frobenius norm.
         bound: that it must keep.
     """
 
-    calls: list[Callable[[], torch.Tensor]]
+    calls: list[Callable[[], Results]]
     error: float
     bound: float
 
@@ -76,7 +79,8 @@ class Bench:
         # Some channels are ten times as large, as in a real model.
         self.x = torch.randn(m, k, **self._random).bfloat16()
         self.x[:, :: max(k // 8, 1)] *= 10
-        self._copies: dict[str, list[torch.Tensor]] = {}
+        self._smoothing = torch.rand(2, k, **self._random) + 0.5
+        self._copies: dict[str, list[Weights]] = {}
         checked = min(m, _CHECKED)
         self._rows = torch.linspace(0, m - 1, checked, device=device).long()
 
@@ -89,50 +93,54 @@ class Bench:
         scheme, _, mix = candidate.partition(" ")
         if scheme in SCHEMES:
             return self._ours(scheme, mix)
+        function: Callable[..., Results] = _linears
         if candidate == BF16:
-            function: Callable[..., torch.Tensor] = F.linear
-            weights = self._copied(candidate, lambda: self.weight)
+            weights = self._copied(
+                candidate, lambda: self.weight.split(self.place.sizes)
+            )
+        elif candidate == BF16_FUSED:
+            weights = self._copied(candidate, lambda: (self.weight,))
         else:
-            weights = self._copied(candidate, lambda: self._torchao(candidate))
+            weights = self._copied(candidate, lambda: (self._torchao(candidate),))
             # Graphs are captured by the benchmark, for all candidates alike.
             function = self._compile(
-                lambda x, weight: F.linear(x, weight),
-                mode="max-autotune-no-cudagraphs",
-                fullgraph=True,
+                _linears, mode="max-autotune-no-cudagraphs", fullgraph=True
             )
         x = self.x
         expected = x[self._rows].float() @ self.weight.float().t()
         bound = _BOUNDS.get(candidate, _BOUNDS.get(scheme, _BOUND))
-        return self._built(lambda weight: function(x, weight), weights, expected, bound)
+        return self._built(lambda some: function(x, some), weights, expected, bound)
 
     def _ours(self, scheme_name: str, mix: str) -> Built:
         ids = self._ids(MIXES[mix])
-        weights = self._copied(scheme_name, lambda: self._masquant(scheme_name))
-        # The way that a MASQuantLinear goes.
-        function = self._compile(
-            lambda x, weight, ids: torch.ops.masquant.linear(x, weight, ids),
-            fullgraph=True,
+        weights = self._copied(
+            scheme_name,
+            lambda: tuple(
+                self._masquant(scheme_name, part)
+                for part in self.weight.split(self.place.sizes)
+            ),
         )
-        x = self.x
-        weight = weights[0]
-        assert isinstance(weight, MASQuantTensor)
-        expected = _formula(
-            x[self._rows], weight, None if ids is None else ids[self._rows]
+        # The way that MASQuantLinears go.
+        shared_prologue.register()
+        function = self._compile(_masquant_linears, fullgraph=True)
+        x, ids_of_rows = self.x, None if ids is None else ids[self._rows]
+        expected = torch.cat(
+            [_formula(x[self._rows], weight, ids_of_rows) for weight in weights[0]], 1
         )
         return self._built(
-            lambda weight: function(x, weight, ids), weights, expected, _BOUND
+            lambda some: function(x, some, ids), weights, expected, _BOUND
         )
 
     def _built(
         self,
-        function: Callable[[torch.Tensor], torch.Tensor],
-        weights: list[torch.Tensor],
+        function: Callable[[Weights], Results],
+        weights: list[Weights],
         expected: torch.Tensor,
         bound: float,
     ) -> Built:
-        y = function(weights[0])[self._rows].float()
+        y = torch.cat([part[self._rows] for part in function(weights[0])], 1).float()
         error = float((y - expected).norm() / expected.norm())
-        calls = [lambda w=weight: function(w) for weight in weights]
+        calls = [lambda some=some: function(some) for some in weights]
         return Built(calls, error, bound)
 
     def _ids(self, share: Optional[float]) -> Optional[torch.Tensor]:
@@ -145,32 +153,31 @@ class Bench:
         ids[first : first + count] = 1
         return ids
 
-    def _copied(
-        self, name: str, make: Callable[[], torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _copied(self, name: str, make: Callable[[], Weights]) -> list[Weights]:
         if name not in self._copies:
-            weight = make()
-            count = math.ceil(2 * self._cache_bytes / _stored(weight))
+            weights = make()
+            count = math.ceil(2 * self._cache_bytes / sum(map(_stored, weights)))
             count = min(max(2, count), _COPIES)
-            self._copies[name] = [weight, *(weight.clone() for _ in range(count - 1))]
+            copies = [tuple(w.clone() for w in weights) for _ in range(count - 1)]
+            self._copies[name] = [weights, *copies]
         return self._copies[name]
 
-    def _masquant(self, scheme_name: str) -> MASQuantTensor:
+    def _masquant(self, scheme_name: str, weight: torch.Tensor) -> MASQuantTensor:
         scheme = SCHEMES[scheme_name]
-        n, k = self.weight.shape
-        rank = rank_of(self.place)
+        n, k = weight.shape
+        rank = rank_of(k, n)
 
         def random(*size: int) -> torch.Tensor:
             return torch.randn(*size, **self._random)
 
         return MASQuantTensor.from_hp(
-            self.weight,
+            weight,
             weight_bits=scheme.weight_bits,
             act_bits=scheme.act_bits,
             group_size=scheme.group_size,
             symmetric=scheme.symmetric,
             modalities=("text", "vision"),
-            smoothing_factor=torch.rand(2, k, **self._random) + 0.5,
+            smoothing_factor=self._smoothing,
             ranks=(rank,),
             l1=random(k, rank) / k**0.5,
             l2=random(rank, n),
@@ -207,6 +214,21 @@ class Bench:
         return model[0].weight.detach()
 
 
+def _linears(x: torch.Tensor, weights: Weights) -> Results:
+    return tuple(F.linear(x, weight) for weight in weights)
+
+
+def _masquant_linears(
+    x: torch.Tensor, weights: Weights, ids: Optional[torch.Tensor]
+) -> Results:
+    first, *others = weights
+    linear = torch.ops.masquant.linear
+    return (
+        linear(x, first, ids),
+        *(linear(x, weight, ids, smoothed_by=first) for weight in others),
+    )
+
+
 def _stored(weight: torch.Tensor) -> int:
     """Bytes of a tensor, or of all tensors inside of it."""
     if not hasattr(weight, "__tensor_flatten__"):
@@ -215,9 +237,10 @@ def _stored(weight: torch.Tensor) -> int:
 
 
 def _formula(
-    x: torch.Tensor, weight: MASQuantTensor, ids: Optional[torch.Tensor]
+    x: torch.Tensor, weight: torch.Tensor, ids: Optional[torch.Tensor]
 ) -> torch.Tensor:
     """(T, N) float32: the operators' plain implementations, on their own device."""
+    assert isinstance(weight, MASQuantTensor)
     paired = ids is not None
     if weight.weight_only:
         return reference.weight_only_linear(

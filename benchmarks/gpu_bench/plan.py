@@ -19,6 +19,8 @@ from torchao_masquant.schemes import SCHEMES
 
 __all__ = [
     "BF16",
+    "BF16_FUSED",
+    "GROUPS",
     "MIXES",
     "RANK",
     "SHAPES",
@@ -44,6 +46,13 @@ SHAPES: dict[tuple[int, int], str] = {
     (3584, 512): "7B k/v",
     (2048, 256): "3B k/v",
 }
+# in_features and the out_features of each, of linears that read one input.
+GROUPS: dict[tuple[int, tuple[int, ...]], str] = {
+    (3584, (3584, 512, 512)): "7B q, k and v",
+    (3584, (18944, 18944)): "7B gate and up",
+    (2048, (2048, 256, 256)): "3B q, k and v",
+    (2048, (11008, 11008)): "3B gate and up",
+}
 TOKENS = (2048, 1, 8192, 16, 256)
 SCHEME_NAMES = ("w8a8", "w4a8", "w4a16")
 MIXES: dict[str, Optional[float]] = {
@@ -54,6 +63,8 @@ MIXES: dict[str, Optional[float]] = {
 }
 RANK = 0.05
 BF16 = "bf16"
+# All linears of a group as one, which is what a dense model can be rewritten to.
+BF16_FUSED = "bf16 fused"
 TORCHAO = ("torchao SmoothQuant", "torchao int8 dynamic", "torchao int4 weight-only")
 # Scheme whose work each of them does.
 _LIKE = dict(zip(TORCHAO, ("w8a8", "w8a8", "w4a16")))
@@ -61,22 +72,36 @@ _LIKE = dict(zip(TORCHAO, ("w8a8", "w8a8", "w4a16")))
 
 @dataclass(frozen=True)
 class Place:
-    """A linear and a number of tokens.
+    """A linear, or several of one input, and a number of tokens.
 
     Attributes:
         in_features: K.
-        out_features: N.
+        out_features: N, of all of them.
         tokens: M.
+        parts: the N of each of several linears; empty for one.
     """
 
     in_features: int
     out_features: int
     tokens: int
+    parts: tuple[int, ...] = ()
+
+    @classmethod
+    def of_group(cls, in_features: int, parts: tuple[int, ...], tokens: int) -> "Place":
+        """Of several linears."""
+        return cls(in_features, sum(parts), tokens, parts)
 
     @property
     def linear(self) -> str:
         """Which linears of which models it is."""
+        if self.parts:
+            return GROUPS.get((self.in_features, self.parts), "")
         return SHAPES.get((self.in_features, self.out_features), "")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The N of each linear."""
+        return self.parts or (self.out_features,)
 
 
 @dataclass(frozen=True)
@@ -85,7 +110,8 @@ class Step:
 
     Attributes:
         place: where.
-        candidates: names: "bf16", "w8a8 half vision", or one of torchao's.
+        candidates: names: "bf16", "bf16 fused", "w8a8 half vision", or one of
+            torchao's.
     """
 
     place: Place
@@ -96,30 +122,41 @@ def plan(
     shapes: Sequence[tuple[int, int]] = tuple(SHAPES),
     tokens: Sequence[int] = TOKENS,
     torchao: bool = True,
+    groups: Sequence[tuple[int, tuple[int, ...]]] = tuple(GROUPS),
 ) -> list[Step]:
-    """All steps, the most telling first."""
+    """All steps, the most telling first.
+
+    Args:
+        shapes: of linears.
+        tokens: numbers of them; the first two are the most telling.
+        torchao: with its candidates.
+        groups: of linears of one input.
+    """
     steps = []
     # The two lengths of the targets with everything, then the others.
     for lengths in (tokens[:2], tokens[2:]):
         places = [Place(*shape, m) for m in lengths for shape in shapes]
-        steps += [Step(place, (BF16, *_ours(place))) for place in places]
+        steps += [Step(place, (BF16, *_ours(place, tuple(MIXES)))) for place in places]
+        together = [Place.of_group(*group, m) for m in lengths for group in groups]
+        mixes = ("base", "half vision")
+        steps += [
+            Step(place, (BF16, BF16_FUSED, *_ours(place, mixes))) for place in together
+        ]
         if torchao:
             beside = (BF16, "w8a8 base", "w4a16 base")
             steps += [Step(place, (*beside, *TORCHAO)) for place in places]
     return steps
 
 
-def _ours(place: Place) -> list[str]:
+def _ours(place: Place, mixes: Sequence[str]) -> list[str]:
     # One token is of one modality.
-    mixes = [
-        mix for mix, share in MIXES.items() if not share or share * place.tokens >= 1
-    ]
-    return [f"{scheme} {mix}" for scheme in SCHEME_NAMES for mix in mixes]
+    possible = [m for m in mixes if not MIXES[m] or MIXES[m] * place.tokens >= 1]
+    return [f"{scheme} {mix}" for scheme in SCHEME_NAMES for mix in possible]
 
 
-def rank_of(place: Place) -> int:
+def rank_of(in_features: int, out_features: int) -> int:
     """Of the pair of the one modality beside text."""
-    return max(1, round(RANK * min(place.in_features, place.out_features)))
+    return max(1, round(RANK * min(in_features, out_features)))
 
 
 def card_named(name: str) -> Optional[Device]:
@@ -130,9 +167,15 @@ def card_named(name: str) -> Optional[Device]:
     return next((d for d in DEVICES if d.name.lower() in name.lower()), None)
 
 
-def paper(place: Place, candidate: str) -> LinearCall:
-    """The work of a candidate, to take its least time of."""
-    sizes = (place.tokens, place.in_features, place.out_features)
+def paper(place: Place, candidate: str) -> list[LinearCall]:
+    """The linears of a candidate, to take its least time of."""
+    if candidate == BF16_FUSED:
+        return [LinearCall(place.tokens, place.in_features, place.out_features)]
+    return [_call(place, n, candidate) for n in place.sizes]
+
+
+def _call(place: Place, out_features: int, candidate: str) -> LinearCall:
+    sizes = (place.tokens, place.in_features, out_features)
     if candidate == BF16:
         return LinearCall(*sizes)
     name, _, mix = candidate.partition(" ")
@@ -147,5 +190,5 @@ def paper(place: Place, candidate: str) -> LinearCall:
         act_bits=scheme.act_bits,
         group_size=scheme.group_size,
         share=share,
-        rank=rank_of(place) if share else 0,
+        rank=rank_of(place.in_features, out_features) if share else 0,
     )

@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from typing import Callable, Iterator, Optional
 
-from gpu_bench.plan import BF16, SCHEME_NAMES, TORCHAO
+from gpu_bench.plan import BF16, BF16_FUSED, SCHEME_NAMES, TORCHAO
 
 __all__ = ["Row", "Target", "ratios", "targets"]
 
@@ -21,7 +21,7 @@ class Row:
         step: its number; only candidates of one step were measured in turn.
         linear: which linears of which models have the shape.
         in_features: K.
-        out_features: N.
+        out_features: N, of all linears.
         tokens: M.
         candidate: its name.
         graph: microseconds of its kernels.
@@ -105,7 +105,7 @@ def ratios(rows: list[Row]) -> list[dict[str, object]]:
                 "tokens": row.tokens,
                 "candidate": name,
             }
-            for other in (BF16, *TORCHAO):
+            for other in (BF16, BF16_FUSED, *TORCHAO):
                 if other in step:
                     for how in ("graph", "eager"):
                         ratio = getattr(step[other], how) / getattr(row, how)

@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["Timing", "measure"]
 
-Call = Callable[[], torch.Tensor]
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,15 @@
 
 - ``smooth_quantize``, ``low_rank_down``, ``int_linear``, ``weight_only_linear``: a kernel or
   two each, and the function that launches them, with the arguments of the operator;
+- ``linear_tiles``, ``int4_unpacking``, ``linear_epilogue``: what the products of both kinds
+  of linear are made of; ``smooth``: the pass before the weight-only one;
+- ``int_linear_tilings``, ``weight_only_tilings``: the tilings of each, and
+  ``int_linear_cases``, ``weight_only_cases``: what of them is compiled ahead of time;
 - ``launching``: tilings, and launches that tracers can record;
 - ``tuning``, ``measuring``: the tables that tilings are chosen by, and what writes them;
 - ``library_products``: what is called in place of a kernel that a table says loses;
-- ``checks``: what the kernels refuse.
+- ``checks``: what the kernels refuse;
+- ``roofline``: the least time that each can take, on paper.
 
 :mod:`torchao_masquant.kernels.gpu_lowering` gives them to the dispatcher.
 """

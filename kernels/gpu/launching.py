@@ -11,7 +11,7 @@ from typing import Any, Mapping, Optional, Union
 import torch
 from torch.library import wrap_triton
 
-__all__ = ["AotCase", "TileConfig", "launch", "size_hint"]
+__all__ = ["AotCase", "TileConfig", "launch", "rows_contiguous", "size_hint"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ def size_hint(size: Union[int, torch.SymInt]) -> int:
         return size
     hint: Optional[int] = size.node.hint
     return 1024 if hint is None else int(hint)
+
+
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if neighbours in a row are no neighbours in memory."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def launch(

@@ -16,20 +16,11 @@ scale of nan) stays in its row. What is summed are products of ``q`` and L1 them
 - L1 of int8: in int32, exactly, so that every tiling gives the same sum.
 - bfloat16 and float16: ``q`` is exact in either, and so is each product in float32.
 - float32: as three bfloat16 numbers that add up to it, for the same reason, on tensor
-  cores. (Triton 3.7 multiplies float32 matrices in TF32 on Blackwell, even where IEEE
-  precision is asked for.)
+  cores. (Where IEEE precision is asked for, Triton 3.7 multiplies float32 matrices in
+  TF32 on Blackwell all the same, and Triton 3.9 not on tensor cores.)
 
-Why a launch of its own, and not further rows of the integer product or a part of the
-quantize pass. On paper, for T = 2048 tokens that are all of another modality, K = 3584 and
-R = 179, on an H100: this kernel reads 7.3 MB of ``q``, which the quantize pass has just left
-in L2, and 1.3 MB of L1, and does 2.6e9 operations in bfloat16; either takes 3 us, and the
-product for N = 18944 takes 141. As rows of that product ``h`` would cost 1.3 us. But every
-tile's epilogue needs all of ``h`` of its rows: tiles would have to wait for each other
-within a launch, or the epilogue would be a launch of its own, which reads and writes (T, N)
-once more in 46 us. L1 would have to be int8, too, and no tile of base tokens would be
-skipped. In the quantize pass each program of a few rows would read all of L1: 164 MB from
-L2 for 16 rows a program. There are 2 % to gain where N is much larger than K, and there is
-text to lose on.
+Why this is a launch of its own, and not further rows of the integer product or a part of
+the quantize pass, :mod:`torchao_masquant.kernels.gpu.roofline` says, in numbers.
 
 With few tokens, K is split: each of SPLIT_K programs sums its share into a workspace
 (SPLIT_K, T, R), and a second kernel adds the shares in the order of K. No result
@@ -47,6 +38,7 @@ from torchao_masquant.kernels.gpu.launching import (
     AotCase,
     TileConfig,
     launch,
+    rows_contiguous,
     size_hint,
 )
 
@@ -386,8 +378,7 @@ def low_rank_down(
             dtype=torch.int32 if is_int8 else torch.float32,
             device=qdata.device,
         )
-    if qdata.stride(-1) != 1:
-        qdata = qdata.contiguous()
+    qdata = rows_contiguous(qdata)
     # scale stands for what there is not.
     factors = scale if low_rank_scale is None else low_rank_scale.contiguous()
     terms = (scale, factors, modality_ids)

@@ -50,9 +50,11 @@ __all__ = [
     "down_projection_places",
     "int_linear",
     "linear",
+    "linears",
     "low_rank_down",
     "microseconds",
     "microseconds_together",
+    "smooth",
     "smooth_quantize",
 ]
 
@@ -245,13 +247,26 @@ def int_linear(call: LinearCall) -> Work:
     )
 
 
-def _weight_only(call: LinearCall) -> Work:
+def smooth(call: LinearCall) -> Work:
+    """bfloat16 tokens to smoothed ones; a smoothing vector for each modality."""
+    modalities = 1 if call.share is None else 2
+    moved = 4 * call.in_features * (call.tokens + modalities)
+    return Work("smooth", moved + call._ids_bytes)
+
+
+def _smoothed_apart(call: LinearCall) -> bool:
+    """Few tokens are smoothed where the product reads them, but for a pair's sake."""
+    return call.weight_bits < 16 and bool(call.tokens > 16 or call.members)
+
+
+def _product_of_16_bits(call: LinearCall) -> Work:
     m, k, n = call.tokens, call.in_features, call.out_features
     moved = 2 * m * (k + n) + call._weight_bytes + call._ids_bytes
     ops = 2.0 * m * k * n
     if call.weight_bits == 16:
         return Work("linear", moved, bf16=ops)
-    moved += 4 * k * (1 if call.share is None else 2)
+    if not _smoothed_apart(call):
+        moved += 4 * k * (1 if call.share is None else 2)
     if call.members:
         moved += 2 * call.rank * (k + n)
         ops += 2 * call.members * call.rank * (k + n)
@@ -261,7 +276,8 @@ def _weight_only(call: LinearCall) -> Work:
 def linear(call: LinearCall) -> list[Work]:
     """The kernels of a linear, in order."""
     if call.act_bits == 16:
-        return [_weight_only(call)]
+        product = _product_of_16_bits(call)
+        return [smooth(call), product] if _smoothed_apart(call) else [product]
     works = [smooth_quantize(call)]
     if call.members:
         works.append(low_rank_down(call))
@@ -273,12 +289,19 @@ def microseconds(call: LinearCall, device: Device) -> float:
     return 1e6 * sum(work.seconds(device) for work in linear(call))
 
 
-def microseconds_together(calls: Sequence[LinearCall], device: Device) -> float:
-    """Of linears of one input, such as q/k/v: they quantize it once."""
+def linears(calls: Sequence[LinearCall]) -> list[Work]:
+    """The kernels of linears of one input, such as q/k/v: it is smoothed once."""
     works = linear(calls[0])
     for call in calls[1:]:
-        works += [work for work in linear(call) if work.name != "smooth_quantize"]
-    return 1e6 * sum(work.seconds(device) for work in works)
+        works += [
+            w for w in linear(call) if w.name not in ("smooth_quantize", "smooth")
+        ]
+    return works
+
+
+def microseconds_together(calls: Sequence[LinearCall], device: Device) -> float:
+    """The least time of linears of one input."""
+    return 1e6 * sum(work.seconds(device) for work in linears(calls))
 
 
 def down_projection_places(

@@ -35,6 +35,7 @@ from torchao_masquant.kernels.gpu.launching import (
     AotCase,
     TileConfig,
     launch,
+    rows_contiguous,
     size_hint,
 )
 
@@ -242,10 +243,6 @@ def _fitted(config: TileConfig, one_block: bool) -> TileConfig:
     return TileConfig.of(config.num_warps, config.num_stages, **blocks)
 
 
-def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def smooth_quantize(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor,
@@ -276,11 +273,11 @@ def smooth_quantize(
     if config is None:
         config = choose(tokens, in_features, x.device)
     one_block = in_features <= config["BLOCK_K"]
-    x = _rows_contiguous(x)
-    pre_scale = _rows_contiguous(act_pre_scale)
+    x = rows_contiguous(x)
+    pre_scale = rows_contiguous(act_pre_scale)
     # pre_scale stands for what there is not.
     ids = pre_scale if modality_ids is None else modality_ids
-    shift = pre_scale if act_shift is None else _rows_contiguous(act_shift)
+    shift = pre_scale if act_shift is None else rows_contiguous(act_shift)
     qdata = torch.empty((tokens, in_features), dtype=torch.int8, device=x.device)
     scale = torch.empty((tokens, 1), dtype=torch.float32, device=x.device)
     launch(

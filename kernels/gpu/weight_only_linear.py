@@ -17,90 +17,44 @@ they are read, since all that counts then is that each byte of the weights comes
 more are smoothed by a kernel of their own, so that the product's loop only copies them,
 and calls with a low-rank pair are, because ``low_rank_down`` reads ``v`` too.
 
-float32 tokens are multiplied as three bfloat16 numbers that add up to them, as Triton
-3.7 multiplies float32 matrices in TF32 on Blackwell, even where IEEE precision is asked
-for. Smoothed float16 tokens are float16, and so have to stay below 65504.
+float32 tokens are multiplied as three bfloat16 numbers that add up to them, for the
+reason that ``low_rank_down`` gives. Smoothed float16 tokens are float16, and so have to stay below 65504.
 """
 
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from torchao_masquant.kernels.gpu.int_linear import (
-    _REDUCE,
-    _block_k,
-    _epilogue,
-    _programs,
-    _rows_contiguous,
-    _tile,
-    reduce_kernel,
-)
+from torchao_masquant.kernels.gpu.int4_unpacking import load_half
 from torchao_masquant.kernels.gpu.launching import (
-    AotCase,
     TileConfig,
     launch,
-    size_hint,
+    rows_contiguous,
+)
+from torchao_masquant.kernels.gpu.linear_epilogue import (
+    add_shares,
+    additions,
+    epilogue,
+)
+from torchao_masquant.kernels.gpu.linear_tiles import (
+    block_of_k,
+    load_block,
+    programs,
+    share_of_k,
+    store_share,
+    tile,
 )
 from torchao_masquant.kernels.gpu.low_rank_down import low_rank_down
-from torchao_masquant.kernels.gpu.tuning import choose as choose_tiling
-from torchao_masquant.kernels.gpu.tuning import linear_name, tuning_key
-
-__all__ = ["CONFIGS", "aot_cases", "choose", "weight_only_linear"]
-
-# A byte below an exponent's is a number of 16 bits: 0x43nn is 128 + nn in bfloat16 and
-# 0x64nn is 1024 + nn in float16. prmt puts two nibbles below two of them at once. The
-# nibbles have their sign turned around before, so that they are q + 8.
-UNPACK_BF16 = tl.constexpr(
-    """{
-    .reg .b32 low, high, shifted;
-    and.b32 low, $4, 0x0F0F0F0F;
-    xor.b32 low, low, 0x08080808;
-    shr.b32 shifted, $4, 4;
-    and.b32 high, shifted, 0x0F0F0F0F;
-    xor.b32 high, high, 0x08080808;
-    prmt.b32 $0, low, 0x43434343, 0x4140;
-    prmt.b32 $1, low, 0x43434343, 0x4342;
-    prmt.b32 $2, high, 0x43434343, 0x4140;
-    prmt.b32 $3, high, 0x43434343, 0x4342;
-    }"""
+from torchao_masquant.kernels.gpu.smooth import smooth
+from torchao_masquant.kernels.gpu.weight_only_tilings import (
+    choose,
+    fitted,
+    smoothed_here,
 )
-UNPACK_FP16 = tl.constexpr(UNPACK_BF16.value.replace("0x43434343", "0x64646464"))
 
-
-@triton.jit
-def smooth_kernel(
-    x: tl.tensor,
-    pre_scale: tl.tensor,
-    ids: tl.tensor,
-    out: tl.tensor,
-    in_features: tl.tensor,
-    modalities: tl.tensor,
-    stride_x: tl.tensor,
-    stride_pre_scale: tl.tensor,
-    stride_ids: tl.tensor,
-    HAS_IDS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
-    """BLOCK_K features of one token, times the factors of its modality."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = columns < in_features
-    known = row >= 0
-    if HAS_IDS:
-        modality = tl.load(ids + row * stride_ids).to(tl.int64)
-        # An id that names no modality reads nothing out of bounds, and shows as nan.
-        known = (modality >= 0) & (modality < modalities)
-        pre_scale += tl.where(known, modality, 0) * stride_pre_scale
-    p = tl.load(pre_scale + columns, mask=inside, other=0.0)
-    values = tl.load(x + row * stride_x + columns, mask=inside, other=0.0)
-    smoothed = values.to(tl.float32) * tl.where(known, p, float("nan"))
-    tl.store(
-        out + row * in_features + columns,
-        smoothed.to(out.dtype.element_ty),
-        mask=inside,
-    )
+__all__ = ["weight_only_linear"]
 
 
 @triton.jit
@@ -157,33 +111,24 @@ def weight_only_linear_kernel(
 ) -> None:
     """The product; of SPLIT_K > 1, the part that this program's second index names.
 
-    WIDTH is that of a group of K with one scale, or 0 for one scale a channel. EVEN_K:
-    blocks of K cover groups, or all of K, with nothing over. SMOOTH: x is not smoothed
-    yet.
+    What WIDTH and EVEN_K are is told in ``linear_tiles``. SMOOTH: x is not smoothed yet.
     """
     half: tl.constexpr = tl.float16 if x.dtype.element_ty == tl.float16 else tl.bfloat16
     # Triton's interpreter multiplies no bfloat16 matrices.
     operand: tl.constexpr = half if BF16_DOT else tl.float32
-    # What stands for a weight of 0 once a tile is unpacked.
+    # What stands for a weight of 0 once a block is unpacked: see load_half.
     plain: tl.constexpr = not PTX or WIDTH % 2 == 1
     magic: tl.constexpr = 1032 if half == tl.float16 else 136
     offset: tl.constexpr = (8 if plain else magic) if PACKED else 0
     tiles_m = tl.cdiv(tokens, BLOCK_M)
     tiles_n = tl.cdiv(out_features, BLOCK_N)
     split = tl.program_id(1)
-    if WIDTH:
-        blocks_per_group = (WIDTH + BLOCK_K - 1) // BLOCK_K
-        blocks = (in_features // WIDTH) * blocks_per_group
-    else:
-        blocks = tl.cdiv(in_features, BLOCK_K)
-    share = tl.cdiv(blocks, SPLIT_K)
-    begin = split * share
-    end = tl.minimum(begin + share, blocks)
+    begin, end = share_of_k(split, in_features, WIDTH, BLOCK_K, SPLIT_K)
     inner = tl.arange(0, BLOCK_K)
     inner_bytes = tl.arange(0, BLOCK_K // 2)
 
     for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        tile_m, tile_n = _tile(index, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile(index, tiles_m, tiles_n, GROUP_M)
         # Rows past the end read the last one, and are not stored: no mask in the loop.
         rows = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tokens - 1)
         columns = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), out_features - 1)
@@ -204,86 +149,32 @@ def weight_only_linear_kernel(
                 zero = (tl.load(zeros).to(tl.float32) + offset).to(operand)
         y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for block in range(begin, end):
-            if WIDTH:
-                group = block // blocks_per_group
-                start = (block % blocks_per_group) * BLOCK_K
-                k = group * WIDTH + start
-                left = WIDTH - start
-            else:
-                k = block * BLOCK_K
-                left = in_features - k
+            group, k, left = block_of_k(block, in_features, WIDTH, BLOCK_K)
             # What lies past the group is zero in x, so in the weights it may be any
-            # number. EVEN_K has no mask, but a tile is loaded in one way only.
-            if EVEN_K:
-                a = tl.load(x_rows + (k + inner)[None, :])
-            else:
-                a = tl.load(
-                    x_rows + (k + inner)[None, :],
-                    mask=(inner < left)[None, :],
-                    other=0.0,
-                )
+            # number.
+            a = load_block(x_rows, k, left, inner, EVEN_K)
             if SMOOTH:
-                if EVEN_K:
-                    p = tl.load(factors + (k + inner)[None, :])
-                else:
-                    p = tl.load(
-                        factors + (k + inner)[None, :],
-                        mask=(inner < left)[None, :],
-                        other=0.0,
-                    )
+                p = load_block(factors, k, left, inner, EVEN_K)
                 if HAS_IDS:
                     p = tl.where(known, p, float("nan"))
                 a = a.to(tl.float32) * p
             if PACKED:
-                if WIDTH % 2 == 0:
-                    at = weight_rows + (k // 2 + inner_bytes)[None, :]
-                    if EVEN_K:
-                        pairs = tl.load(at)
-                    else:
-                        pairs = tl.load(
-                            at, mask=(2 * inner_bytes < left)[None, :], other=0
-                        )
-                    if PTX and half == tl.float16:
-                        low, high = tl.inline_asm_elementwise(
-                            UNPACK_FP16,
-                            "=r,=r,=r,=r,r",
-                            [pairs],
-                            dtype=(tl.float16, tl.float16),
-                            is_pure=True,
-                            pack=4,
-                        )
-                    elif PTX:
-                        low, high = tl.inline_asm_elementwise(
-                            UNPACK_BF16,
-                            "=r,=r,=r,=r,r",
-                            [pairs],
-                            dtype=(tl.bfloat16, tl.bfloat16),
-                            is_pure=True,
-                            pack=4,
-                        )
-                    else:
-                        low = ((pairs & 0xF) ^ 8).to(tl.float32).to(operand)
-                        high = ((pairs >> 4) ^ 8).to(tl.float32).to(operand)
-                    b = tl.join(low, high).reshape(BLOCK_N, BLOCK_K)
-                else:
-                    # A group of odd width may begin in the middle of a byte.
-                    odd = (k + inner) & 1
-                    pairs = tl.load(
-                        weight_rows + ((k + inner) // 2)[None, :],
-                        mask=(inner < left)[None, :],
-                        other=0,
-                    )
-                    b = tl.where((odd == 1)[None, :], pairs >> 4, pairs & 0xF) ^ 8
-                    b = b.to(tl.float32).to(operand)
+                b = load_half(
+                    weight_rows,
+                    k,
+                    left,
+                    inner,
+                    inner_bytes,
+                    half,
+                    operand,
+                    WIDTH,
+                    EVEN_K,
+                    PTX,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
             else:
-                if EVEN_K:
-                    b = tl.load(weight_rows + (k + inner)[None, :])
-                else:
-                    b = tl.load(
-                        weight_rows + (k + inner)[None, :],
-                        mask=(inner < left)[None, :],
-                        other=0,
-                    )
+                b = load_block(weight_rows, k, left, inner, EVEN_K)
                 b = b.to(tl.float32).to(operand)
             if HAS_ZERO_POINT:
                 if WIDTH:
@@ -309,15 +200,20 @@ def weight_only_linear_kernel(
             else:
                 y = part
         if SPLIT_K > 1:
-            row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
-            column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-            tl.store(
-                workspace + (split.to(tl.int64) * tokens + row) * out_features + column,
+            store_share(
+                workspace,
                 y,
-                mask=(row < tokens) & (column < out_features),
+                split,
+                tile_m,
+                tile_n,
+                tokens,
+                out_features,
+                True,
+                BLOCK_M,
+                BLOCK_N,
             )
         else:
-            _epilogue(
+            epilogue(
                 y,
                 tile_m,
                 tile_n,
@@ -353,124 +249,6 @@ def weight_only_linear_kernel(
                 BLOCK_R,
                 HAS_X_SCALE=False,
             )
-
-
-def _config(
-    num_warps: int, num_stages: int, m: int, n: int, k: int, split_k: int = 1
-) -> TileConfig:
-    return TileConfig.of(
-        num_warps,
-        num_stages,
-        BLOCK_M=m,
-        BLOCK_N=n,
-        BLOCK_K=k,
-        # The least that tensor cores take: the sums of a tile leave few registers.
-        BLOCK_R=16,
-        GROUP_M=8,
-        SPLIT_K=split_k,
-    )
-
-
-_DECODE = (
-    _config(8, 4, 16, 64, 128, 4),
-    _config(8, 4, 16, 64, 128, 8),
-    _config(4, 4, 16, 128, 64, 4),
-    _config(8, 4, 16, 64, 128, 1),
-)
-_SHORT = (
-    _config(4, 3, 32, 64, 128, 4),
-    _config(4, 3, 64, 64, 64, 2),
-)
-_LONG = (
-    _config(4, 3, 64, 128, 64),
-    _config(8, 4, 128, 128, 32),
-    # For float16 and float32, whose parts leave no registers for larger ones.
-    _config(8, 3, 64, 128, 64),
-    _config(8, 3, 64, 64, 64),
-)
-CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
-
-_SMOOTH = TileConfig.of(4, 1, BLOCK_K=1024)
-
-
-def _configs(dtype: torch.dtype) -> tuple[TileConfig, ...]:
-    """Of CONFIGS those that need no more registers than there are."""
-    most = {torch.float32: 16, torch.float16: 32}.get(dtype, 64)
-    return tuple(
-        c for c in CONFIGS if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
-    )
-
-
-def choose(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    weight_bits: int,
-    grouped: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> TileConfig:
-    """The tiling for (T, K) tokens by (N, K) weights: a measured one, else by T.
-
-    Args:
-        tokens: T, which may be symbolic.
-        out_features: N.
-        in_features: K.
-        weight_bits: up to 4 are packed, two to a byte.
-        grouped: a channel has several scales.
-        dtype: of the tokens.
-        device: of the call.
-    """
-    configs = _configs(dtype)
-    return choose_tiling(
-        linear_name("weight_only_linear", weight_bits, grouped),
-        tuning_key(tokens, out_features, in_features),
-        configs,
-        _fallback(size_hint(tokens), configs),
-        device,
-    )
-
-
-def _fallback(tokens: int, configs: tuple[TileConfig, ...]) -> TileConfig:
-    """By the number of tokens alone."""
-    if tokens <= 16:
-        return _DECODE[0]
-    if tokens <= 64:
-        return _SHORT[0]
-    preferred = (*_SHORT[1:], *_LONG[2:]) if tokens <= 256 else _LONG[1:]
-    return next(config for config in preferred if config in configs)
-
-
-def _fitted(config: TileConfig, width: int, wide: bool) -> TileConfig:
-    # Elements of four bytes, and their parts: half as many in a block fit.
-    block_k = _block_k(config["BLOCK_K"] // 2 if wide else config["BLOCK_K"], width)
-    blocks = {**dict(config.blocks), "BLOCK_K": block_k}
-    return TileConfig.of(config.num_warps, config.num_stages, **blocks)
-
-
-def _smoothed(
-    x: torch.Tensor, act_pre_scale: torch.Tensor, modality_ids: Optional[torch.Tensor]
-) -> torch.Tensor:
-    """(T, K) of x's type."""
-    tokens, in_features = x.shape
-    out = torch.empty((tokens, in_features), dtype=x.dtype, device=x.device)
-    ids = act_pre_scale if modality_ids is None else modality_ids
-    launch(
-        smooth_kernel,
-        (tokens, triton.cdiv(in_features, _SMOOTH["BLOCK_K"])),
-        x,
-        act_pre_scale,
-        ids,
-        out,
-        in_features,
-        act_pre_scale.shape[0],
-        x.stride(0),
-        act_pre_scale.stride(0),
-        ids.stride(0),
-        HAS_IDS=modality_ids is not None,
-        config=_SMOOTH,
-    )
-    return out
 
 
 def _hidden(
@@ -560,14 +338,13 @@ def weight_only_linear(
             x.dtype,
             x.device,
         )
-    config = _fitted(config, width, x.dtype == torch.float32)
-    block_k = config["BLOCK_K"]
-    x, qdata = _rows_contiguous(x), _rows_contiguous(qdata)
-    pre_scale = _rows_contiguous(act_pre_scale)
+    config = fitted(config, width, x.dtype == torch.float32)
+    x, qdata = rows_contiguous(x), rows_contiguous(qdata)
+    pre_scale = rows_contiguous(act_pre_scale)
     paired = l1 is not None and modality_ids is not None
-    smooth_here = config["BLOCK_M"] <= 16 and not paired
-    if not smooth_here:
-        x = _smoothed(x, pre_scale, modality_ids)
+    smooth_in_product = smoothed_here(config, paired)
+    if not smooth_in_product:
+        x = smooth(x, pre_scale, modality_ids)
     out = torch.empty((tokens, out_features), dtype=out_dtype, device=x.device)
     split_k = config["SPLIT_K"]
     workspace = out
@@ -575,53 +352,37 @@ def weight_only_linear(
         workspace = torch.empty(
             (split_k, tokens, out_features), dtype=torch.float32, device=x.device
         )
-    # scale stands for what there is not.
-    hidden = up = table = added = ids = scale
-    zeros = scale if zero_point is None else zero_point
-    rank = bias_rows = 0
+    hidden = None
     if paired:
-        assert l1 is not None and l2 is not None and modality_ids is not None
+        assert l1 is not None and modality_ids is not None
         hidden = _hidden(x, l1, modality_ids, ranks, low_rank_scale)
-        up = _rows_contiguous(l2)
-        rank = up.shape[0]
-    if modality_bias is not None:
-        table = _rows_contiguous(modality_bias)
-        bias_rows = table.shape[0]
-    if modality_ids is not None:
-        ids = modality_ids
-    if bias is not None:
-        added = _rows_contiguous(bias)
-    parts = {
-        "HAS_LOW_RANK": rank > 0,
-        "HAS_MODALITY_BIAS": modality_bias is not None,
-        "HAS_IDS": modality_ids is not None,
-        "HAS_BIAS": bias is not None,
-        # As in int_linear: what the result can show.
-        "HIDDEN_PARTS": {torch.bfloat16: 1, torch.float16: 2}.get(out_dtype, 3),
-        "L2_PARTS": {torch.float16: 2, torch.float32: 3}.get(up.dtype, 1)
-        if rank
-        else 1,
-        "BF16_DOT": x.device.type != "cpu",
-    }
-    terms = (hidden, up, table, ids, added, out)
-    strides = (hidden.stride(0), up.stride(0), table.stride(0), ids.stride(0))
-    programs = _programs(x.device, config.num_warps)
+    added = additions(
+        hidden,
+        l2 if paired else None,
+        modality_bias,
+        modality_ids,
+        bias,
+        out_dtype,
+        scale,
+    )
+    zeros = scale if zero_point is None else zero_point
     launch(
         weight_only_linear_kernel,
-        (triton.cdiv(programs, split_k), split_k),
+        (triton.cdiv(programs(x.device, config.num_warps), split_k), split_k),
         x,
         pre_scale,
         qdata,
         workspace,
         scale,
         zeros,
-        *terms,
+        *added.tensors,
+        out,
         tokens,
         out_features,
         in_features,
-        rank,
+        added.rank,
         pre_scale.shape[0],
-        bias_rows,
+        added.modalities,
         x.stride(0),
         pre_scale.stride(0),
         qdata.stride(0),
@@ -629,164 +390,17 @@ def weight_only_linear(
         scale.stride(1),
         zeros.stride(0),
         zeros.stride(1),
-        *strides,
+        *added.strides,
         PACKED=packed,
         WIDTH=width,
-        EVEN_K=(width or in_features) % block_k == 0,
-        SMOOTH=smooth_here,
+        EVEN_K=(width or in_features) % config["BLOCK_K"] == 0,
+        SMOOTH=smooth_in_product,
         HAS_ZERO_POINT=zero_point is not None,
         X_PARTS=3 if x.dtype == torch.float32 else 1,
         PTX=x.device.type == "cuda" and torch.version.hip is None,
         config=config,
-        **parts,
+        **added.flags,
     )
     if split_k > 1:
-        launch(
-            reduce_kernel,
-            # Never none: an empty grid is no launch, and to look would be a guard.
-            (
-                tokens // _REDUCE["BLOCK_M"] + 1,
-                triton.cdiv(out_features, _REDUCE["BLOCK_N"]),
-            ),
-            workspace,
-            scale,
-            scale,
-            *terms,
-            tokens,
-            out_features,
-            rank,
-            bias_rows,
-            0,
-            scale.stride(0),
-            *strides,
-            PER_CHANNEL=width == 0,
-            HAS_X_SCALE=False,
-            SPLIT_K=split_k,
-            config=_REDUCE,
-            **parts,
-        )
+        add_shares(workspace, None, scale, width == 0, added, out)
     return out
-
-
-# Arguments of the product and their types where all parts are there, in bfloat16.
-_TENSORS = {
-    "x": "*bf16",
-    "pre_scale": "*fp32",
-    "weight": "*u8",
-    "workspace": "*bf16",
-    "scale": "*fp32",
-    "zero_point": "*i8",
-    "hidden": "*fp32",
-    "l2": "*bf16",
-    "modality_bias": "*fp32",
-    "ids": "*i64",
-    "bias": "*bf16",
-    "out": "*bf16",
-}
-_SIZES = (
-    *("tokens", "out_features", "in_features", "rank", "modalities", "bias_rows"),
-    *("stride_x", "stride_pre_scale", "stride_weight", "stride_scale"),
-    *("stride_group", "stride_zero", "stride_zero_group", "stride_hidden"),
-    *("stride_l2", "stride_modality_bias", "stride_ids"),
-)
-_ODD = ("tokens", "modalities", "bias_rows", "stride_scale", "stride_zero")
-# Of a type of x: that of the other 16-bit operands, and the parts it is multiplied in.
-_TYPES = {
-    "bf16": ("*bf16", 1, 1, 1),
-    "fp16": ("*fp16", 1, 2, 2),
-    "fp32": ("*fp32", 3, 3, 3),
-}
-
-
-def aot_cases(architecture: Optional[str] = None) -> list[AotCase]:
-    """Every tiling for every kind of weight, and the types of x with a few.
-
-    Args:
-        architecture: what runs there, such as "sm_90" or "gfx942"; None for what
-            compiles for all. They differ in how 4-bit weights are unpacked.
-    """
-    ptx = architecture is not None and architecture.startswith("sm_")
-    cases = [
-        _smooth_case(dtype, has_ids) for dtype in _TYPES for has_ids in (False, True)
-    ]
-    for packed in (True, False):
-        for width in (0, 128):
-            for config in CONFIGS:
-                for full in (False, True):
-                    cases.append(_case(config, "bf16", packed, width, full, ptx))
-            for dtype, name in (("fp16", torch.float16), ("fp32", torch.float32)):
-                configs = _configs(name)
-                for tokens in (1, 4096):
-                    config = _fallback(tokens, configs)
-                    cases.append(_case(config, dtype, packed, width, True, ptx))
-    return cases
-
-
-def _case(
-    config: TileConfig, dtype: str, packed: bool, width: int, full: bool, ptx: bool
-) -> AotCase:
-    config = _fitted(config, width, dtype == "fp32")
-    name = f"weight_only_linear w{4 if packed else 8}"
-    name += f"{f' group {width}' if width else ''} "
-    name += "x".join(str(config[f"BLOCK_{axis}"]) for axis in "MNK")
-    name += f" split {config['SPLIT_K']} warps {config.num_warps}"
-    operand, x_parts, hidden_parts, l2_parts = _TYPES[dtype]
-    tensors = dict(_TENSORS)
-    for tensor in ("x", "l2", "bias", "out"):
-        tensors[tensor] = operand
-    tensors["workspace"] = "*fp32" if config["SPLIT_K"] > 1 else operand
-    if not packed:
-        tensors["weight"] = "*i8"
-    if not full:
-        # scale stands for what there is not.
-        for tensor in ("zero_point", "hidden", "l2", "modality_bias", "ids", "bias"):
-            tensors[tensor] = "*fp32"
-    ones = {"stride_ids": 1}
-    if width:
-        ones |= {"stride_group": 1, "stride_zero_group": 1}
-    sizes = tuple(size for size in _SIZES if size not in ones)
-    odd = _ODD if width else (*_ODD, "stride_group", "stride_zero_group")
-    return AotCase(
-        f"{name} {dtype} {'full' if full else 'bare'}",
-        weight_only_linear_kernel,
-        {**tensors, **dict.fromkeys(sizes, "i32")},
-        {
-            "PACKED": packed,
-            "WIDTH": width,
-            "EVEN_K": True,
-            "SMOOTH": config["BLOCK_M"] <= 16 and not full,
-            "HAS_ZERO_POINT": full,
-            "HAS_LOW_RANK": full,
-            "HAS_MODALITY_BIAS": full,
-            "HAS_IDS": full,
-            "HAS_BIAS": full,
-            "X_PARTS": x_parts,
-            "HIDDEN_PARTS": hidden_parts,
-            "L2_PARTS": l2_parts,
-            "BF16_DOT": True,
-            "PTX": ptx,
-            **ones,
-        },
-        config,
-        False,
-        (*tensors, *(size for size in sizes if size not in odd)),
-    )
-
-
-def _smooth_case(dtype: str, has_ids: bool) -> AotCase:
-    sizes = ("in_features", "modalities", "stride_x", "stride_pre_scale", "stride_ids")
-    tensors = {
-        "x": f"*{dtype}",
-        "pre_scale": "*fp32",
-        "ids": "*i64" if has_ids else "*fp32",
-        "out": f"*{dtype}",
-    }
-    constexprs: dict[str, Any] = {"HAS_IDS": has_ids}
-    return AotCase(
-        f"weight_only_linear smooth {dtype}{' ids' if has_ids else ''}",
-        smooth_kernel,
-        {**tensors, **dict.fromkeys(sizes, "i32")},
-        constexprs,
-        _SMOOTH,
-        divisible=(*tensors, "in_features", "stride_x", "stride_pre_scale"),
-    )

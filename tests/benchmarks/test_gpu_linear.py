@@ -56,8 +56,8 @@ class FakeBuilder:
 
 def microseconds(candidate: str) -> float:
     """A bf16 linear takes 160, and everything of ours 80 or a little more."""
-    if candidate == "bf16":
-        return 160.0
+    if candidate.startswith("bf16"):
+        return {"bf16": 160.0, "bf16 fused": 150.0}[candidate]
     if candidate.startswith("torchao"):
         return 110.0
     added = {"base": 0, "quarter vision": 2, "half vision": 4, "all vision": 12}
@@ -92,7 +92,7 @@ def run(
 
 
 def test_plan_holds_every_place_and_begins_with_the_targets(plan: Any) -> None:
-    steps = plan.plan()
+    steps = plan.plan(groups=[])
     everywhere = {
         (*shape, m) for shape in plan.SHAPES for m in (1, 16, 256, 2048, 8192)
     }
@@ -114,18 +114,49 @@ def test_plan_holds_every_place_and_begins_with_the_targets(plan: Any) -> None:
         assert {"bf16", "w8a8 base", "w4a16 base"} < set(step.candidates)
     # Whoever has half an hour less gets the lengths that the targets speak of.
     assert {s.place.tokens for s in steps[:32]} == {1, 2048}
-    assert plan.plan(torchao=False) == ours
+    assert plan.plan(torchao=False, groups=[]) == ours
+
+
+def test_plan_holds_every_group_beside_bf16_and_as_one_product(plan: Any) -> None:
+    steps = [step for step in plan.plan() if step.place.parts]
+    assert {step.place.linear for step in steps} == set(plan.GROUPS.values())
+    assert len(steps) == len(plan.GROUPS) * len(plan.TOKENS)
+    for step in steps:
+        assert step.candidates[:2] == ("bf16", "bf16 fused")
+        place = step.place
+        assert sum(place.parts) == place.out_features
+        # Each part is a linear that is measured alone, too.
+        assert {(place.in_features, n) for n in place.parts} <= set(plan.SHAPES)
+        mixes = {c.partition(" ")[2] for c in step.candidates[2:]}
+        assert mixes == ({"base"} if place.tokens == 1 else {"base", "half vision"})
+    # They come with the lengths of the targets, before torchao's.
+    assert {step.place.tokens for step in plan.plan()[16:24]} == {1, 2048}
+    assert all(step.place.parts for step in plan.plan()[16:24])
+
+
+def test_a_group_on_paper_smooths_once(plan: Any, bench: Any) -> None:
+    place = plan.Place.of_group(3584, (3584, 512, 512), 2048)
+    assert place.linear == "7B q, k and v" and place.sizes == (3584, 512, 512)
+    calls = plan.paper(place, "w8a8 half vision")
+    assert [(c.out_features, c.rank) for c in calls] == [(3584, 179), (512, 26)] + [
+        (512, 26)
+    ]
+    works = [work.name for work in bench.linears(calls)]
+    assert works.count("smooth_quantize") == 1 and works.count("int_linear") == 3
+    assert len(bench.linears(plan.paper(place, "bf16"))) == 3
+    (fused,) = plan.paper(place, "bf16 fused")
+    assert (fused.out_features, fused.weight_bits) == (4608, 16)
 
 
 def test_rank_and_share_of_the_paper(plan: Any) -> None:
     place = plan.Place(3584, 18944, 2048)
-    assert plan.rank_of(place) == 179 and place.linear == "7B gate/up"
-    call = plan.paper(place, "w8a8 half vision")
+    assert plan.rank_of(3584, 18944) == 179 and place.linear == "7B gate/up"
+    (call,) = plan.paper(place, "w8a8 half vision")
     assert (call.rank, call.share, call.weight_bits, call.act_bits) == (179, 0.5, 8, 8)
-    base = plan.paper(place, "w4a16 base")
+    (base,) = plan.paper(place, "w4a16 base")
     assert (base.rank, base.share, base.group_size, base.act_bits) == (0, None, 128, 16)
     assert plan.paper(place, "torchao SmoothQuant") == plan.paper(place, "w8a8 base")
-    assert plan.paper(place, "bf16").weight_bits == 16
+    assert plan.paper(place, "bf16")[0].weight_bits == 16
     assert plan.card_named("NVIDIA L40S").architecture == "sm_89"
     assert plan.card_named("NVIDIA H200").bandwidth > 4e12
     assert plan.card_named("Tesla T4") is None
@@ -142,11 +173,11 @@ def test_candidates_compute_what_they_claim(
         built = of.build(f"{scheme} {mix}")
         assert built.error <= built.bound == 2.0**-7
         assert len(built.calls) >= 2
-        first, *others = [call() for call in built.calls]
+        first, *others = [y for call in built.calls for y in call()]
         assert first.shape == (20, 48) and first.dtype == torch.bfloat16
         assert all(torch.equal(first, other) for other in others)
     # Twice the cache in copies, of which no two share memory.
-    weights = of._copies[scheme]
+    weights = [weight for (weight,) in of._copies[scheme]]
     stored = sum(w.nbytes_stored for w in weights)
     assert 60_000 <= stored < 60_000 + 2 * weights[0].nbytes_stored
     assert len({w.qdata.data_ptr() for w in weights}) == len(weights)
@@ -154,11 +185,24 @@ def test_candidates_compute_what_they_claim(
     assert of._ids(0.5).tolist() == [0] * 5 + [1] * 10 + [0] * 5
 
 
+def test_a_group_computes_each_of_its_linears(candidates: Any, plan: Any) -> None:
+    place = plan.Place.of_group(256, (48, 16, 16), 20)
+    of = candidates.Bench(place, torch.device("cpu"), 1, lambda f, **how: f)
+    for name in ("bf16", "bf16 fused", "w8a8 half vision", "w4a16 base"):
+        built = of.build(name)
+        assert built.error <= built.bound == 2.0**-7
+        shapes = [(20, 80)] if name == "bf16 fused" else [(20, 48), (20, 16), (20, 16)]
+        assert [tuple(y.shape) for y in built.calls[0]()] == shapes
+    # All are told to be smoothed by the first, and so have its factors.
+    first, *others = of._copies["w8a8"][0]
+    assert all(torch.equal(w.act_pre_scale, first.act_pre_scale) for w in others)
+
+
 def test_a_candidate_that_computes_something_else_is_wrong(
     candidates: Any, plan: Any
 ) -> None:
     def broken(function: Any, **how: Any) -> Any:
-        return lambda *arguments: function(*arguments) * 1.02
+        return lambda *arguments: tuple(1.02 * y for y in function(*arguments))
 
     of = candidates.Bench(plan.Place(256, 48, 20), torch.device("cpu"), 1, broken)
     built = of.build("w8a8 half vision")
@@ -179,26 +223,33 @@ def test_ratios_are_of_one_step(
     bench: Any, candidates: Any, plan: Any, timer: Any
 ) -> None:
     shape = (3584, 18944)
-    results = run(bench, candidates, timer, plan.plan([shape], [2048, 1]))
+    group = (3584, (18944, 18944))
+    steps = plan.plan([shape], [2048, 1], groups=[group])
+    results = run(bench, candidates, timer, steps)
     assert not results.failed and not results.skipped
     found = bench.ratios(results.rows)
     by_name = {
         (e["tokens"], e["candidate"], "over torchao SmoothQuant, graph" in e): e
         for e in found
+        if e["linear"] == "7B gate/up"
     }
     half = by_name[2048, "w8a8 half vision", False]
     assert half["over bf16, graph"] == round(160 / 84, 3)
     assert half["over bf16, eager"] == round(200 / 124, 3)
     beside = by_name[2048, "w8a8 base", True]
     assert beside["over torchao SmoothQuant, graph"] == 1.375
-    assert by_name[2048, "w8a8 base", False]["linear"] == "7B gate/up"
+    assert half["linear"] == "7B gate/up" and "over bf16 fused, graph" not in half
+    together = [e for e in found if e["linear"] == "7B gate and up"]
+    assert {e["out_features"] for e in together} == {2 * 18944}
+    assert together[0]["over bf16 fused, graph"] == round(150 / 80, 3)
+    assert together[0]["over bf16, graph"] == 2.0
 
 
 def test_targets_are_judged_at_every_place(
     bench: Any, candidates: Any, plan: Any, timer: Any
 ) -> None:
     shape = (3584, 18944)
-    results = run(bench, candidates, timer, plan.plan([shape], [2048, 1]))
+    results = run(bench, candidates, timer, plan.plan([shape], [2048, 1], groups=[]))
     found = {t.name: t for t in bench.targets(results.rows)}
     verdicts = [(t.verdict, t.measured) for t in found.values()]
     assert verdicts == [
@@ -224,7 +275,7 @@ def test_a_short_run_skips_and_says_so(
     bench: Any, candidates: Any, plan: Any, timer: Any
 ) -> None:
     shapes = [(2048, 2048), (2048, 256)]
-    steps = plan.plan(shapes, [2048, 1])
+    steps = plan.plan(shapes, [2048, 1], groups=[])
     # 26 seconds for each of two steps at 2048 tokens, 14 for two at one token; then 20
     # are left, and steps beside torchao might take more: nobody knows yet.
     results = run(bench, candidates, timer, steps, seconds=100, takes=2.0)
@@ -239,7 +290,7 @@ def test_a_short_run_skips_and_says_so(
 def test_what_raises_or_is_wrong_is_said(
     bench: Any, candidates: Any, plan: Any, timer: Any
 ) -> None:
-    steps = plan.plan([(2048, 2048)], [2048])
+    steps = plan.plan([(2048, 2048)], [2048], groups=[])
     results = run(
         bench,
         candidates,
@@ -267,7 +318,7 @@ def test_nan_is_wrong(bench: Any, candidates: Any, plan: Any, timer: Any) -> Non
         def build(self, candidate: str) -> Any:
             return candidates.Built([lambda: torch.zeros(1)], float("nan"), 0.01)
 
-    steps = plan.plan([(2048, 2048)], [1], torchao=False)
+    steps = plan.plan([(2048, 2048)], [1], torchao=False, groups=[])
     results = bench.run(steps, lambda step: Nan(), timer, None, 1e9)
     assert results.rows and all(row.wrong for row in results.rows)
     # No peaks of the card, no roofline.
@@ -349,7 +400,10 @@ def test_dry_run_prints_the_plan(
     assert bench.main([*options, "--card", "A100"]) == 0
     out = capsys.readouterr().out
     assert "A100" in out and "3B down" in out and "w4a16 half vision" in out
-    assert "memory" in out and "7B" not in out
+    assert "memory" in out and "7B" not in out and "fused" not in out
+    assert bench.main(["--dry-run", "--linear", "3B gate and up"]) == 0
+    out = capsys.readouterr().out
+    assert "bf16 fused" in out and "22016" in out and "3B down" not in out
     with pytest.raises(SystemExit):
         bench.main(["--linear", "9B down"])
     assert "there is no linear '9B down'" in capsys.readouterr().err

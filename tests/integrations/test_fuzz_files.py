@@ -9,15 +9,15 @@ A few seconds by default; ``MASQUANT_FUZZ_EXAMPLES=20000 pytest`` with this file
 longer.
 """
 
+import contextlib
 import copy
 import json
 import os
 import resource
 import shutil
 import sys
-import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import format_1
 import pytest
@@ -56,6 +56,50 @@ def bounded_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+# As many times the calls that the whole file takes as a damaged one may.
+MOST_CALLS = 10
+
+
+@contextlib.contextmanager
+def counted_calls(most: float = float("inf")) -> Iterator[list[int]]:
+    """How many functions are called inside; more than ``most`` fails.
+
+    More would mean a search that the file has asked for. An allocation that it has
+    asked for fails by itself, see above.
+    """
+    calls = [0]
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        calls[0] += event in ("call", "c_call")
+        assert calls[0] <= most, f"more than {most} calls"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(before)
+    # Also where something has caught what the count raised.
+    assert calls[0] <= most, f"more than {most} calls"
+
+
+def calls_of(read: Callable[[], None]) -> int:
+    """Of a second time: the first one imports, and fills caches."""
+    read()
+    with counted_calls() as calls:
+        read()
+    return calls[0]
+
+
+@pytest.mark.parametrize("caught", [False, True])
+def test_a_search_is_found(caught: bool) -> None:
+    with pytest.raises(AssertionError, match="more than 50 calls"):
+        with counted_calls(50):
+            with contextlib.suppress(AssertionError if caught else OSError):
+                while True:
+                    len("")
 
 
 # Values that a field of a header or of a config may be changed to.
@@ -157,44 +201,51 @@ def recipe_file(tmp_path_factory) -> Path:
     return path
 
 
-def _read_recipe(path: Path, content: bytes) -> None:
-    """Read it, and use it if it reads; both in good time."""
+@pytest.fixture(scope="module")
+def recipe_calls(recipe_file: Path) -> int:
+    return calls_of(lambda: _use_recipe(recipe_file))
+
+
+def _use_recipe(path: Path) -> None:
+    recipe = Recipe.load(path)
+    quantize_(tiny_models.PlainModel(), masquant_config(recipe))
+
+
+def _read_recipe(path: Path, content: bytes, calls: int) -> None:
+    """Read it, and use it if it reads."""
     path.write_bytes(content)
-    start = time.process_time()
-    try:
-        recipe = Recipe.load(path)
-        quantize_(tiny_models.PlainModel(), masquant_config(recipe))
-    except CLEAR as error:
-        _is_clear(error)
-    # Seconds would mean a search or an allocation that the file has asked for.
-    assert time.process_time() - start < 10
+    with counted_calls(MOST_CALLS * calls):
+        try:
+            _use_recipe(path)
+        except CLEAR as error:
+            _is_clear(error)
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_recipe_with_damaged_bytes(data, recipe_file, tmp_path):
+def test_a_recipe_with_damaged_bytes(data, recipe_file, recipe_calls, tmp_path):
     content = data.draw(damaged_files(recipe_file.read_bytes()))
-    _read_recipe(tmp_path / "x", content)
+    _read_recipe(tmp_path / "x", content, recipe_calls)
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_recipe_with_a_changed_header(data, recipe_file, tmp_path):
+def test_a_recipe_with_a_changed_header(data, recipe_file, recipe_calls, tmp_path):
     """Names, types, shapes and offsets of its tensors."""
     header, values = _split(recipe_file.read_bytes())
     changed = data.draw(mutations(header))
-    _read_recipe(tmp_path / "x", _join(changed, values))
+    _read_recipe(tmp_path / "x", _join(changed, values), recipe_calls)
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_recipe_with_changed_metadata(data, recipe_file, tmp_path):
+def test_a_recipe_with_changed_metadata(data, recipe_file, recipe_calls, tmp_path):
     """What the recipe says of itself: options, modalities, layers."""
     header, values = _split(recipe_file.read_bytes())
     metadata = header["__metadata__"]
     changed = data.draw(mutations(json.loads(metadata["recipe"])))
     metadata["recipe"] = json.dumps(changed)
-    _read_recipe(tmp_path / "x", _join(header, values))
+    _read_recipe(tmp_path / "x", _join(header, values), recipe_calls)
 
 
 def test_a_recipe_whose_metadata_is_nested_too_deep(recipe_file, tmp_path):
@@ -215,50 +266,58 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def _read_checkpoint(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def checkpoint_calls() -> int:
+    return calls_of(lambda: _use_checkpoint(format_1.FOLDER))
+
+
+def _use_checkpoint(folder: Path) -> None:
     """All that is looked at before a weight is loaded."""
-    start = time.process_time()
-    try:
-        entry = json.loads((folder / "config.json").read_text())["quantization_config"]
-        checked = MASQuantHfConfig.from_dict(entry)
-        config = AutoConfig.from_pretrained(format_1.FOLDER)
-        with torch.device("meta"):
-            empty = Qwen2_5_VLForConditionalGeneration(config)
-        quantizer = MASQuantHfQuantizer(checked, pre_quantized=True)
-        files = [str(folder / "model.safetensors")]
-        quantizer._process_model_before_weight_loading(empty, files)
-        get_model_conversion_mapping(empty, None, quantizer)
-    except CLEAR as error:
-        _is_clear(error)
-    assert time.process_time() - start < 10
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    checked = MASQuantHfConfig.from_dict(entry)
+    config = AutoConfig.from_pretrained(format_1.FOLDER)
+    with torch.device("meta"):
+        empty = Qwen2_5_VLForConditionalGeneration(config)
+    quantizer = MASQuantHfQuantizer(checked, pre_quantized=True)
+    files = [str(folder / "model.safetensors")]
+    quantizer._process_model_before_weight_loading(empty, files)
+    get_model_conversion_mapping(empty, None, quantizer)
+
+
+def _read_checkpoint(folder: Path, calls: int) -> None:
+    with counted_calls(MOST_CALLS * calls):
+        try:
+            _use_checkpoint(folder)
+        except CLEAR as error:
+            _is_clear(error)
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_checkpoint_with_damaged_bytes(data, folder):
+def test_a_checkpoint_with_damaged_bytes(data, folder, checkpoint_calls):
     content = (format_1.FOLDER / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data.draw(damaged_files(content)))
-    _read_checkpoint(folder)
+    _read_checkpoint(folder, checkpoint_calls)
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_checkpoint_with_a_changed_header(data, folder):
+def test_a_checkpoint_with_a_changed_header(data, folder, checkpoint_calls):
     header, values = _split((format_1.FOLDER / "model.safetensors").read_bytes())
     changed = _join(data.draw(mutations(header)), values)
     (folder / "model.safetensors").write_bytes(changed)
-    _read_checkpoint(folder)
+    _read_checkpoint(folder, checkpoint_calls)
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_checkpoint_with_a_changed_config(data, folder):
+def test_a_checkpoint_with_a_changed_config(data, folder, checkpoint_calls):
     config = json.loads((format_1.FOLDER / "config.json").read_text())
     # As a dict, which is what transformers hands on.
     changed = data.draw(mutations(config["quantization_config"]))
     config["quantization_config"] = changed
     (folder / "config.json").write_text(json.dumps(config))
-    _read_checkpoint(folder)
+    _read_checkpoint(folder, checkpoint_calls)
 
 
 @pytest.mark.parametrize("shape", [[2**20, 2**20], [2**40], [2**31, 2**31, 2**31]])

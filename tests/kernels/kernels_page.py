@@ -3,23 +3,23 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""docs/kernels.md, made of the roofline and of what the kernels compile to.
+"""The tables of docs/gpu.md, made of the roofline and of what the kernels compile to.
 
-``python tests/kernels/kernels_page.py`` writes it.
+``python tests/kernels/kernels_page.py`` writes them between their comments there.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "docs" / "gpu.md"
 COMPILED = ROOT / "benchmarks" / "results" / "kernels.json"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu_bench.plan import SHAPES, Place, paper  # noqa: E402
+from gpu_bench.plan import GROUPS, SHAPES, Place, paper  # noqa: E402
 
 from torchao_masquant.kernels.aot import TARGETS  # noqa: E402
 from torchao_masquant.kernels.gpu.roofline import (  # noqa: E402
@@ -32,42 +32,10 @@ from torchao_masquant.kernels.gpu.roofline import (  # noqa: E402
 )
 from torchao_masquant.replacing import replacing  # noqa: E402
 
-_HEAD = """\
-# Kernels
-
-What a quantized linear runs on a GPU, what it costs on paper, and what the kernels compile
-to. `python tests/kernels/kernels_page.py` makes this page, of code and of
-`benchmarks/results/kernels.json`. **No number here was measured on a GPU**: times are
-lower bounds from published peaks. `python benchmarks/gpu_linear.py` measures, where there
-is a GPU, and prints these bounds beside.
-
-## What runs where
-
-T tokens by K, a weight of N by K, a pair of rank R; all in Triton, `kernels/gpu`:
-
-| operator | formula | file |
-|---|---|---|
-| `smooth_quantize` | `q = round(v / s)`, `v = x p_m - o_m`, `s = max abs v / 127` | `kernels/gpu/smooth_quantize.py` |
-| `low_rank_down` | `h = (s q) L1 s_r`, columns of other modalities zero; not called where all tokens are of the base | `kernels/gpu/low_rank_down.py` |
-| `int_linear` | `y = s s_w (q q_w^T) + h L2 + b_m + b`, with everything after the integer product in its epilogue | `kernels/gpu/int_linear.py` |
-| `weight_only_linear` | `y = (x p_m) (s_w (q_w - z))^T + ((x p_m) L1) L2 + b_m + b`, integers unpacked in registers | `kernels/gpu/weight_only_linear.py` |
-
-The reference of each is in `kernels/reference.py`; linears that share an input and their
-smoothing factors quantize it once in a compiled graph (`kernels/shared_prologue.py`).
-
-## The roofline
-
-A kernel takes as long as its bytes at the bandwidth of memory or its products at the peak
-of the tensor cores, whichever is longer, and a linear as long as its kernels one after
-another (`kernels/gpu/roofline.py`, which names the sources of the peaks). Launches,
-caches, and clocks that fall under load are left out. In microseconds; "half" and "all" are
-the share of vision tokens, with a rank of 5 %.
-"""
-
 
 def _cells(place: Place, card: Device) -> list[str]:
     def time(candidate: str) -> float:
-        return microseconds(paper(place, candidate), card)
+        return microseconds_together(paper(place, candidate), card)
 
     bf16 = time("bf16")
     shown = [f"{bf16:.1f}"]
@@ -118,54 +86,38 @@ def _roofline() -> str:
     )
 
 
-_TOGETHER = {
-    "7B q/k/v": (3584, (3584, 512, 512)),
-    "7B gate/up": (3584, (18944, 18944)),
-    "3B q/k/v": (2048, (2048, 256, 256)),
-    "3B gate/up": (2048, (11008, 11008)),
-}
+_SHARING = (
+    ("w8a8 text", "w8a8 base"),
+    ("w8a8 half", "w8a8 half vision"),
+    ("w8a8 all", "w8a8 all vision"),
+    ("w4a16 text", "w4a16 base"),
+)
 
 
 def _together() -> str:
     h100 = next(card for card in DEVICES if card.name == "H100")
     rows = []
-    for linears, (in_features, sizes) in _TOGETHER.items():
+    for group, linears in GROUPS.items():
         for tokens in (256, 2048, 8192):
-            places = [Place(in_features, size, tokens) for size in sizes]
+            place = Place.of_group(*group, tokens)
 
             def time(candidate: str) -> float:
-                calls = [paper(place, candidate) for place in places]
-                return microseconds_together(calls, h100)
+                return microseconds_together(paper(place, candidate), h100)
 
             bf16 = time("bf16")
             cells = [
-                f"{time(f'w8a8 {mix}'):.1f} ({bf16 / time(f'w8a8 {mix}'):.2f})"
-                for mix in ("base", "half vision", "all vision")
+                f"{time(candidate):.1f} ({bf16 / time(candidate):.2f})"
+                for _, candidate in _SHARING
             ]
             rows.append((linears, tokens, f"{bf16:.1f}", *cells))
     return (
-        "\nLinears that share an input quantize it once, in a compiled graph. "
+        "Linears that share an input quantize or smooth it once, in a compiled graph. "
         "Together, on an H100:\n\n"
         + _table(
-            ("linears", "tokens", "bf16", "w8a8 text", "w8a8 half", "w8a8 all"), rows
+            ("linears", "tokens", "bf16", *(name for name, _ in _SHARING)),
+            rows,
         )
     )
-
-
-_LESSONS = """
-What it says before anything is measured:
-
-- At one token bytes are all there is: 8-bit weights can be 2 times as fast, 4-bit ones
-  close to 4 times.
-- At 2048 tokens int8 products are the bound, and 4-bit weights can't be faster than 8-bit
-  ones: no int4 tensor core is used. A weight-only linear can only lose to bf16 there, by
-  what unpacking costs.
-- Quantizing the input is a pass over memory of its own, and where N is not much larger
-  than K it weighs. A linear alone on an H100 can be 1.60 times as fast as bf16 for q, o
-  and down of a 7B model, 1.40 times for those of a 3B one, and k or v alone only
-  slower; q/k/v together pay for the pass once. Writing the integers in the norm or the
-  activation function before it would take most of the pass away; that is not built.
-"""
 
 
 def _down() -> str:
@@ -175,9 +127,6 @@ def _down() -> str:
     found = down_projection_places(call, h100)
     base = found["base-only us"]
     return f"""\
-
-## Where the low-rank pair lives
-
 2048 tokens, K = 3584, N = 18944, R = 179 (5 %), an H100, every token vision; base-only is
 {base:.1f} us. The down-projection could be in three places:
 
@@ -227,14 +176,7 @@ def _compiled() -> str:
                 )
             )
     head = ("target", "kernel", "cases", "registers", "spill", "KiB shared")
-    return f"""
-## What the kernels compile to
-
-Triton {record["triton"]}, with no GPU: `python -m torchao_masquant kernels` compiles every tiling of
-every kernel and prints a line each; this is a summary. `--quick` takes only the largest
-and the smallest tile of each form, which is what the tests do.
-
-{_table((*head, "int8 product"), rows)}"""
+    return f"Triton {record['triton']}:\n\n" + _table((*head, "int8 product"), rows)
 
 
 def _shortest(names: Iterable[str]) -> set[str]:
@@ -242,11 +184,28 @@ def _shortest(names: Iterable[str]) -> set[str]:
     return {re.sub(r"\.m\d+n\d+k\d+|_\d+x\d+x\d+", "", name) for name in names}
 
 
-def page() -> str:
-    """The whole page."""
-    return _HEAD + "\n" + _roofline() + _together() + _LESSONS + _down() + _compiled()
+_BLOCKS: dict[str, Callable[[], str]] = {
+    "roofline": _roofline,
+    "together": _together,
+    "low-rank pair": _down,
+    "compiled": _compiled,
+}
+
+
+def page(text: str) -> str:
+    """The page with each block as it is made now.
+
+    Args:
+        text: the page, with a comment of its name before each block and one after.
+    """
+    for name, made in _BLOCKS.items():
+        before, rest = text.split(f"<!-- {name} -->\n")
+        _, after = rest.split("<!-- end -->\n", 1)
+        text = f"{before}<!-- {name} -->\n{made()}<!-- end -->\n{after}"
+    return text
 
 
 if __name__ == "__main__":
+    written = page(PAGE.read_text())
     with replacing(PAGE) as temporary:
-        temporary.write_text(page())
+        temporary.write_text(written)

@@ -103,42 +103,40 @@ def test_one_token(graphs: dict[str, Any]) -> None:
         """\
 smooth_quantize.smooth_quantize_kernel
 int_linear.int_linear_kernel
-int_linear.reduce_kernel
+linear_epilogue.reduce_kernel
 int_linear.int_linear_kernel
-int_linear.reduce_kernel
+linear_epilogue.reduce_kernel
 int_linear.int_linear_kernel
-int_linear.reduce_kernel
+linear_epilogue.reduce_kernel
 smooth_quantize.smooth_quantize_kernel
 int_linear.int_linear_kernel
-int_linear.reduce_kernel
+linear_epilogue.reduce_kernel
 smooth_quantize.smooth_quantize_kernel
 int_linear.int_linear_kernel
-int_linear.reduce_kernel
+linear_epilogue.reduce_kernel
 int_linear.int_linear_kernel
-int_linear.reduce_kernel
+linear_epilogue.reduce_kernel
 smooth_quantize.smooth_quantize_kernel
 int_linear.int_linear_kernel
-int_linear.reduce_kernel""",
+linear_epilogue.reduce_kernel""",
     )
 
 
 def test_weight_only(graphs: dict[str, Any]) -> None:
+    """q/k/v are smoothed once, and so are gate and up."""
     assert_expected_inline(
         kernels(graphs["weight only"]),
         """\
-weight_only_linear.smooth_kernel
+smooth.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
-weight_only_linear.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
-weight_only_linear.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
-weight_only_linear.smooth_kernel
+smooth.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
-weight_only_linear.smooth_kernel
+smooth.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
-weight_only_linear.smooth_kernel
 weight_only_linear.weight_only_linear_kernel
-weight_only_linear.smooth_kernel
+smooth.smooth_kernel
 weight_only_linear.weight_only_linear_kernel""",
     )
 
@@ -148,7 +146,7 @@ def test_one_token_of_weight_only_linears_is_smoothed_where_it_is_read(
 ) -> None:
     assert graphs["weight only, one token"]["kernels"] == 7 * [
         "weight_only_linear.weight_only_linear_kernel",
-        "int_linear.reduce_kernel",
+        "linear_epilogue.reduce_kernel",
     ]
 
 

@@ -69,16 +69,29 @@ def test_a_mixed_call_adds_low_rank_work_for_its_members_alone() -> None:
     assert linear(parts)[2].bf16 == 3 * product.bf16
 
 
-def test_linears_of_unquantized_activations_are_one_kernel() -> None:
+def test_few_tokens_of_unquantized_activations_are_one_kernel() -> None:
     m, k, n, r = 16, 3584, 512, 26
     (dense,) = linear(LinearCall(m, k, n))
     assert dense.moved == 2 * (m * k + n * k + m * n) and dense.bf16 == 2 * m * k * n
     (packed,) = linear(LinearCall(m, k, n, 4, 16, group_size=128))
     scales = 5 * n * (k / 128)
     assert packed.moved == 2 * m * (k + n) + n * k / 2 + scales + 4 * k
-    (mixed,) = linear(LinearCall(m, k, n, 4, 16, 128, share=1.0, rank=r))
-    assert mixed.moved == packed.moved + 8 * m + 4 * k + 2 * r * (k + n)
+    (base,) = linear(LinearCall(m, k, n, 4, 16, 128, share=0.0, rank=r))
+    assert base.moved == packed.moved + 8 * m + 4 * k and base.bf16 == packed.bf16
+    # A pair reads the smoothed tokens too.
+    smooth, mixed = linear(LinearCall(m, k, n, 4, 16, 128, share=1.0, rank=r))
+    assert smooth.moved == 4 * m * k + 8 * k + 8 * m
+    assert mixed.moved == packed.moved - 4 * k + 8 * m + 2 * r * (k + n)
     assert mixed.bf16 == packed.bf16 + 2 * m * r * (k + n)
+
+
+def test_more_tokens_of_unquantized_activations_are_smoothed_first() -> None:
+    m, k, n = 17, 3584, 512
+    smooth, product = linear(LinearCall(m, k, n, 4, 16, group_size=128))
+    assert (smooth.name, product.name) == ("smooth", "weight_only_linear")
+    assert smooth.moved == 4 * m * k + 4 * k and smooth.bf16 == smooth.int8 == 0
+    assert product.moved == 2 * m * (k + n) + n * k / 2 + 5 * n * (k / 128)
+    assert len(linear(LinearCall(m, k, n))) == 1
 
 
 def test_linears_together_quantize_once() -> None:
@@ -87,6 +100,10 @@ def test_linears_together_quantize_once() -> None:
     apart = microseconds(q, H100) + 2 * microseconds(k, H100)
     assert microseconds_together([q, k, k], H100) == pytest.approx(apart - 2 * once)
     assert microseconds_together([q], H100) == microseconds(q, H100)
+    q, k = (LinearCall(2048, 3584, n, 4, 16, 128) for n in (3584, 512))
+    once = 1e6 * roofline.smooth(q).seconds(H100)
+    apart = microseconds(q, H100) + 2 * microseconds(k, H100)
+    assert microseconds_together([q, k, k], H100) == pytest.approx(apart - 2 * once)
 
 
 def test_the_argument_for_the_down_projection_has_these_numbers() -> None:
@@ -139,7 +156,8 @@ def test_devices_are_those_that_kernels_are_compiled_for() -> None:
 
 
 def test_page_is_made_by_the_code() -> None:
-    assert PAGE.read_text() == page(), "run python tests/kernels/kernels_page.py"
+    text = PAGE.read_text()
+    assert text == page(text), "run python tests/kernels/kernels_page.py"
 
 
 def test_every_file_of_the_page_exists() -> None:

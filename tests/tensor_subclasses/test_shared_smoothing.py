@@ -91,9 +91,19 @@ def test_a_copy_shares_with_its_own() -> None:
     assert source(attention(copied).k_proj) is attention(copied).q_proj
 
 
-def test_weight_only_linears_share_nothing() -> None:
+def test_weight_only_linears_share_their_factors() -> None:
     model = quantized("w4a16", group_size=32)
-    assert source(attention(model).k_proj) is None
+    q, k = attention(model).q_proj, attention(model).k_proj
+    assert source(k) is q and source(mlp(model).up_proj) is mlp(model).gate_proj
+    x, ids = torch.randn(3, 64), torch.tensor([0, 1, 0])
+    expected = torch.ops.masquant.linear(x, k.weight, ids)
+    shared = torch.ops.masquant.linear(x, k.weight, ids, smoothed_by=q.weight)
+    assert torch.equal(shared, expected)
+    # It is those of the other that are read.
+    q.weight.act_pre_scale.mul_(2.0)
+    shared = torch.ops.masquant.linear(x, k.weight, ids, smoothed_by=q.weight)
+    assert not torch.equal(shared, expected)
+    assert torch.equal(torch.ops.masquant.linear(x, k.weight, ids), expected)
 
 
 def compiled_call(model: Any, mixed: bool, whole: bool) -> Any:

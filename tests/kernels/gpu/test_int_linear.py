@@ -16,7 +16,9 @@ pytest.importorskip("triton")
 
 from operator_oracle import UNIT, assert_within, ids_for, int_linear_f64
 
-from torchao_masquant.kernels.gpu.int_linear import CONFIGS, aot_cases, int_linear
+from torchao_masquant.kernels.gpu.int_linear import int_linear
+from torchao_masquant.kernels.gpu.int_linear_cases import aot_cases
+from torchao_masquant.kernels.gpu.int_linear_tilings import CONFIGS
 from torchao_masquant.kernels.gpu.launching import TileConfig
 
 

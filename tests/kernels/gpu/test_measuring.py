@@ -15,8 +15,9 @@ import torch
 pytest.importorskip("triton")
 
 from torchao_masquant.kernels import gpu_lowering, reference
-from torchao_masquant.kernels.gpu import measuring, tuning
-from torchao_masquant.kernels.gpu.int_linear import CONFIGS, int_linear
+from torchao_masquant.kernels.gpu import int_linear_tilings, measuring, tuning
+from torchao_masquant.kernels.gpu.int_linear import int_linear
+from torchao_masquant.kernels.gpu.int_linear_tilings import CONFIGS
 from torchao_masquant.kernels.gpu.launching import TileConfig
 from torchao_masquant.kernels.gpu.library_products import (
     LIBRARY_PRODUCTS,
@@ -75,8 +76,7 @@ def weight_only_args(tokens: int = 3, dtype: torch.dtype = torch.bfloat16) -> An
 def few(monkeypatch: pytest.MonkeyPatch) -> list[TileConfig]:
     """Three tilings, for the interpreter is slow."""
     chosen = [CONFIGS[0], CONFIGS[2], CONFIGS[3]]
-    module = __import__(int_linear.__module__, fromlist=["_configs"])
-    monkeypatch.setattr(module, "_configs", lambda *args: tuple(chosen))
+    monkeypatch.setattr(int_linear_tilings, "fitting", lambda *args: tuple(chosen))
     return chosen
 
 

@@ -1,0 +1,175 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""How programs walk over the tiles of a linear's product, and over K, in two forms.
+
+- One pass: a fixed number of programs walks over the tiles, in an order that keeps
+  the rows and columns of neighbours in L2. For long prompts.
+- Split K, for few tokens, whose tiles alone would leave most of a GPU idle: each of
+  SPLIT_K programs sums its share of K into a workspace (SPLIT_K, T, N), and
+  :func:`torchao_masquant.kernels.gpu.linear_epilogue.add_shares` ends it.
+
+A block of K lies within one group: WIDTH is that of a group of K with one scale, or 0
+for one scale a channel. EVEN_K says that blocks cover groups, or all of K, with nothing
+over.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_masquant.kernels.gpu.launching import TileConfig
+
+__all__ = [
+    "block_k",
+    "block_of_k",
+    "load_block",
+    "programs",
+    "share_of_k",
+    "store_share",
+    "tile",
+    "tiling",
+    "with_block_k",
+]
+
+
+@triton.jit
+def tile(
+    index: tl.tensor,
+    tiles_m: tl.tensor,
+    tiles_n: tl.tensor,
+    GROUP_M: tl.constexpr,
+) -> tuple:
+    """Row and column of a tile: GROUP_M rows of tiles side by side, down then right."""
+    span = GROUP_M * tiles_n
+    first = (index // span) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = index % span
+    return first + within % height, within // height
+
+
+@triton.jit
+def share_of_k(
+    split: tl.tensor,
+    in_features: tl.tensor,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+) -> tuple:
+    """Where share number ``split`` begins and ends, in blocks of K."""
+    if WIDTH:
+        blocks = (in_features // WIDTH) * ((WIDTH + BLOCK_K - 1) // BLOCK_K)
+    else:
+        blocks = tl.cdiv(in_features, BLOCK_K)
+    share = tl.cdiv(blocks, SPLIT_K)
+    begin = split * share
+    return begin, tl.minimum(begin + share, blocks)
+
+
+@triton.jit
+def block_of_k(
+    block: tl.tensor,
+    in_features: tl.tensor,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tuple:
+    """Group of a block of K, where the block begins, and what is left to sum there."""
+    if WIDTH:
+        blocks_per_group = (WIDTH + BLOCK_K - 1) // BLOCK_K
+        group = block // blocks_per_group
+        offset = (block % blocks_per_group) * BLOCK_K
+        k = group * WIDTH + offset
+        left = WIDTH - offset
+    else:
+        group = 0
+        k = block * BLOCK_K
+        left = in_features - k
+    return group, k, left
+
+
+@triton.jit
+def load_block(
+    rows: tl.tensor,
+    k: tl.tensor,
+    left: tl.tensor,
+    inner: tl.tensor,
+    EVEN_K: tl.constexpr,
+) -> tl.tensor:
+    """Columns k + inner of rows; zeros past what is left."""
+    if EVEN_K:
+        block = tl.load(rows + (k + inner)[None, :])
+    else:
+        block = tl.load(
+            rows + (k + inner)[None, :], mask=(inner < left)[None, :], other=0
+        )
+    return block
+
+
+@triton.jit
+def store_share(
+    workspace: tl.tensor,
+    y: tl.tensor,
+    split: tl.tensor,
+    tile_m: tl.tensor,
+    tile_n: tl.tensor,
+    tokens: tl.tensor,
+    out_features: tl.tensor,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    """A tile of the sums of share number ``split``."""
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.expand_dims(row, 0 if TRANSPOSED else 1)
+    column = tl.expand_dims(column, 1 if TRANSPOSED else 0)
+    tl.store(
+        workspace + (split.to(tl.int64) * tokens + row) * out_features + column,
+        y,
+        mask=(row < tokens) & (column < out_features),
+    )
+
+
+def tiling(
+    num_warps: int, num_stages: int, m: int, n: int, k: int, split_k: int = 1
+) -> TileConfig:
+    """Of m tokens by n channels, k features at a time."""
+    return TileConfig.of(
+        num_warps,
+        num_stages,
+        BLOCK_M=m,
+        BLOCK_N=n,
+        BLOCK_K=k,
+        # The least that tensor cores take: the sums of a tile leave few registers.
+        BLOCK_R=16,
+        GROUP_M=8,
+        SPLIT_K=split_k,
+    )
+
+
+def block_k(wanted: int, width: int) -> int:
+    """A block of K for groups of this width: no wider, and dividing it if one can."""
+    if width == 0 or width % wanted == 0:
+        return wanted
+    divisor = width & -width
+    # Tensor cores take at least 32 neighbours of int8.
+    if divisor >= 32:
+        return min(wanted, divisor)
+    return min(wanted, max(32, triton.next_power_of_2(width)))
+
+
+def with_block_k(config: TileConfig, wanted: int, width: int) -> TileConfig:
+    """A tiling whose blocks of K fit groups of this width."""
+    blocks = {**dict(config.blocks), "BLOCK_K": block_k(wanted, width)}
+    return TileConfig.of(config.num_warps, config.num_stages, **blocks)
+
+
+def programs(device: torch.device, num_warps: int) -> int:
+    """As many as a device can hold at once, or more: no size of the call is in it."""
+    # In Triton's interpreter, and where a graph is traced for a GPU that is not there.
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 3
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count * (16 // num_warps)

@@ -1,0 +1,114 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""``x p_m`` in Triton: tokens that are smoothed and stay in 16 bits, or in float32."""
+
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_masquant.kernels.gpu.launching import AotCase, TileConfig, launch
+
+__all__ = ["aot_cases", "smooth"]
+
+
+@triton.jit
+def smooth_kernel(
+    x: tl.tensor,
+    pre_scale: tl.tensor,
+    ids: tl.tensor,
+    out: tl.tensor,
+    in_features: tl.tensor,
+    modalities: tl.tensor,
+    stride_x: tl.tensor,
+    stride_pre_scale: tl.tensor,
+    stride_ids: tl.tensor,
+    HAS_IDS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """BLOCK_K features of one token, times the factors of its modality."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = columns < in_features
+    known = row >= 0
+    if HAS_IDS:
+        modality = tl.load(ids + row * stride_ids).to(tl.int64)
+        # An id that names no modality reads nothing out of bounds, and shows as nan.
+        known = (modality >= 0) & (modality < modalities)
+        pre_scale += tl.where(known, modality, 0) * stride_pre_scale
+    p = tl.load(pre_scale + columns, mask=inside, other=0.0)
+    values = tl.load(x + row * stride_x + columns, mask=inside, other=0.0)
+    smoothed = values.to(tl.float32) * tl.where(known, p, float("nan"))
+    tl.store(
+        out + row * in_features + columns,
+        smoothed.to(out.dtype.element_ty),
+        mask=inside,
+    )
+
+
+_SMOOTH = TileConfig.of(4, 1, BLOCK_K=1024)
+
+
+def smooth(
+    x: torch.Tensor, act_pre_scale: torch.Tensor, modality_ids: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """``x p_m``.
+
+    Args:
+        x: (T, K) floating point, neighbours in a row side by side.
+        act_pre_scale: (M, K) float32, reciprocal smoothing factors ``p_m``.
+        modality_ids: (T,) integers or None: every token is base.
+
+    Returns:
+        (T, K) of x's type; nan for a token whose id names no modality.
+    """
+    tokens, in_features = x.shape
+    out = torch.empty((tokens, in_features), dtype=x.dtype, device=x.device)
+    ids = act_pre_scale if modality_ids is None else modality_ids
+    launch(
+        smooth_kernel,
+        (tokens, triton.cdiv(in_features, _SMOOTH["BLOCK_K"])),
+        x,
+        act_pre_scale,
+        ids,
+        out,
+        in_features,
+        act_pre_scale.shape[0],
+        x.stride(0),
+        act_pre_scale.stride(0),
+        ids.stride(0),
+        HAS_IDS=modality_ids is not None,
+        config=_SMOOTH,
+    )
+    return out
+
+
+def aot_cases() -> list[AotCase]:
+    """Every type of token, with ids and without."""
+    return [
+        _case(dtype, has_ids)
+        for dtype in ("bf16", "fp16", "fp32")
+        for has_ids in (False, True)
+    ]
+
+
+def _case(dtype: str, has_ids: bool) -> AotCase:
+    sizes = ("in_features", "modalities", "stride_x", "stride_pre_scale", "stride_ids")
+    tensors = {
+        "x": f"*{dtype}",
+        "pre_scale": "*fp32",
+        "ids": "*i64" if has_ids else "*fp32",
+        "out": f"*{dtype}",
+    }
+    return AotCase(
+        f"weight_only_linear smooth {dtype}{' ids' if has_ids else ''}",
+        smooth_kernel,
+        {**tensors, **dict.fromkeys(sizes, "i32")},
+        {"HAS_IDS": has_ids},
+        _SMOOTH,
+        divisible=(*tensors, "in_features", "stride_x", "stride_pre_scale"),
+    )
