@@ -11,7 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Sequence
 
-__all__ = ["Machine", "Rates", "SolverRates", "load_machine", "machine_names"]
+from torchao_masquant.solver.cost import Work
+
+__all__ = ["Machine", "Rates", "RestRates", "load_machine", "machine_names"]
 
 
 @dataclass(frozen=True)
@@ -41,26 +43,37 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class SolverRates:
-    """Of solving for the linears that share an input of K channels, N outputs in all.
+class RestRates:
+    """Of what a decoder does beside its linears: seconds are the sum of these.
+
+    Norms, positions, attention, activations, residuals, and the cache of keys and values,
+    to which a call's are joined by a copy of all.
 
     Attributes:
-        seconds: for K^3, K^2 N, K N, and 1, for each modality.
-        workspace: bytes for K^2 and K N, at the peak.
+        per_call: seconds for a call of a model, whatever it runs on.
+        per_layer: for a decoder layer of it.
+        per_value: for a value that goes into or comes out of one of its linears.
+        per_pair: for a multiplication and addition of attention.
+        per_cached_byte: for a byte of cache.
     """
 
-    seconds: tuple[float, ...]
-    workspace: tuple[float, ...]
+    per_call: float
+    per_layer: float
+    per_value: float
+    per_pair: float
+    per_cached_byte: float
 
-    def seconds_of(self, k: int, n: int, modalities: int) -> float:
-        """Of one input."""
-        return modalities * sum(
-            c * f for c, f in zip(self.seconds, (k**3, k**2 * n, k * n, 1))
+    def seconds(
+        self, layers: int, values: float, pairs: float, cached_bytes: float
+    ) -> float:
+        """Of one call of a model."""
+        return (
+            self.per_call
+            + layers * self.per_layer
+            + values * self.per_value
+            + pairs * self.per_pair
+            + cached_bytes * self.per_cached_byte
         )
-
-    def workspace_of(self, k: int, n: int) -> float:
-        """Bytes beside the weights and the statistics."""
-        return sum(c * f for c, f in zip(self.workspace, (k * k, k * n)))
 
 
 @dataclass(frozen=True)
@@ -72,8 +85,10 @@ class Machine:
         source: "measured", with what on, or "on paper".
         linear: rates of "dense", "w8a8", "w4a8" and "w4a16"; schemes with fewer bits
             run as those with as many bytes.
+        rest: rates of what a decoder does beside its linears.
         statistics_per_mac: seconds for a multiplication and addition of float64.
-        solver: of the solver; on a GPU it has not been measured, and a CPU's stand in.
+        solver: seconds for one of each kind of operation that a solver does; on a GPU
+            they have not been measured, and a CPU's stand in.
         link_bytes_per_second: between two devices.
         disk_bytes_per_second: of reading weights.
     """
@@ -81,8 +96,9 @@ class Machine:
     name: str
     source: str
     linear: dict[str, Rates]
+    rest: RestRates
     statistics_per_mac: float
-    solver: SolverRates
+    solver: Work
     link_bytes_per_second: float
     disk_bytes_per_second: float
     notes: tuple[str, ...] = field(default=())
@@ -103,9 +119,8 @@ class Machine:
                 **{
                     **record,
                     "linear": {k: Rates(**v) for k, v in record["linear"].items()},
-                    "solver": SolverRates(
-                        **{k: tuple(v) for k, v in record["solver"].items()}
-                    ),
+                    "rest": RestRates(**record["rest"]),
+                    "solver": Work(**record["solver"]),
                     "notes": tuple(record.get("notes", ())),
                 }
             )
@@ -169,6 +184,7 @@ def _on_paper(name: str, cpu: Machine) -> Machine:
         name,
         "on paper: published peaks, which no kernel reaches",
         rates,
+        RestRates(0.0, 0.0, 2 / memory, 2 / dense, 1 / memory),
         2 / double,
         cpu.solver,
         link,

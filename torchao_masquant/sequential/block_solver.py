@@ -18,11 +18,11 @@ from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.sequential.team import Team
+from torchao_masquant.solver.cost import MULTIPLICATIONS, solver_work
 from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
-from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
 
 __all__ = ["BlockLayers", "BlockSolver", "group_cost", "solved_shapes"]
 
@@ -186,27 +186,4 @@ def group_cost(
         modalities: M.
         options: of the solution.
     """
-    if not options.parts.per_modality:
-        return float(sum(n * k for n, k in shapes))
-    attempts = len(options.alphas) + len(options.separations) - 1
-    some = [(min(n, SAMPLED_OUTPUTS), k) for n, k in shapes]
-    if attempts == 1 or some == [*shapes]:
-        return _cost(shapes, modalities, attempts)
-    return _cost(some, modalities, attempts) + _cost(shapes, modalities, 1)
-
-
-def _cost(shapes: Sequence[tuple[int, ...]], modalities: int, attempts: int) -> float:
-    others = modalities - 1
-    cost = 0.0
-    k = shapes[0][1]
-    if any(n > k for n, _ in shapes):
-        # Whitenings.
-        cost += 10.0 * k**3 * others
-    for n, _ in shapes:
-        small = min(n, k)
-        # Of covariances and of differences; two triangular solutions and GPTQ.
-        cost += modalities * n * k**2
-        products = (3 * others + 1.5) * n * k**2
-        pairs = 2 * others * (n * k * small + 10.0 * small**3)
-        cost += attempts * (products + pairs + k**3 / 3)
-    return cost
+    return solver_work(shapes, modalities, options).dot(MULTIPLICATIONS)

@@ -17,9 +17,9 @@ import torch
 
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS, InputStatistics
 from torchao_masquant.sequential.block_solver import group_cost, solved_shapes
+from torchao_masquant.solver.cost import solver_bytes
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import AUTO, SolverOptions
-from torchao_masquant.solver.products import HELD_BYTES
+from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["Estimate", "available_memory", "check_time", "estimate", "solving_rate"]
 
@@ -200,14 +200,12 @@ def estimate(
         together = min(shared, max_statistics_bytes)
         for name, shape in linears.items():
             *experts, n, k = shape
-            # Rounding holds copies in float32 and integers.
-            work = 16 * n * k
+            beside = math.prod(shape)
+            if not experts:
+                # Those of one width may share their input.
+                beside = sum(math.prod(s) for s in linears.values() if s[-1] == k)
+            work = solver_bytes(n, k, beside, modalities, options)
             if per_modality:
-                beside = math.prod(shape)
-                if not experts:
-                    # Those of one width may share their input.
-                    beside = sum(math.prod(s) for s in linears.values() if s[-1] == k)
-                work = _solver_bytes(n, k, beside, modalities, options)
                 # Of each expert, as measured: integers and pairs of the best try and of
                 # the last, and what it takes on the way.
                 work += sum(experts) * n * k * 2 * (6 + modalities)
@@ -264,26 +262,6 @@ def _statistics_bytes(
     if second_moments:
         needed += (8 * k + 4 * SAMPLE_TOKENS) * k * modalities
     return needed
-
-
-def _solver_bytes(
-    n: int, k: int, beside: int, modalities: int, options: SolverOptions
-) -> int:
-    """Of solving for a linear (N, K), beside the statistics.
-
-    Args:
-        beside: N K of all linears that share its input, of itself too.
-    """
-    # The Hessian, which turns into its factor; decompositions for pairs.
-    squares, small = 1, 6 * min(n, k) ** 2
-    if n > k:
-        squares += 2 * (modalities - 1) + 4
-    if options.rank == AUTO:
-        # Statistics that are needed again.
-        squares += modalities
-    held = min(8 * modalities * beside, HELD_BYTES) + min(16 * beside, HELD_BYTES)
-    # Weight, target, rounded values and pairs in float64; integers of all.
-    return 8 * (squares * k**2 + small + 6 * n * k) + held + 6 * beside
 
 
 def available_memory() -> Optional[int]:

@@ -21,13 +21,13 @@ from torchao_masquant.tensor_subclasses import (
     quantize_smoothed_weight,
 )
 
-__all__ = ["SharedWeight", "round_jointly", "round_to_nearest"]
+__all__ = ["ROWS", "SharedWeight", "round_jointly", "round_to_nearest"]
 
 # Of the mean diagonal of a Hessian, added to it: GPTQ's own choice.
 _DAMPING = 0.01
 
-# Of a matrix (K, K) that are worked on at a time, so that no second one is needed.
-_ROWS = 128
+#: Of a matrix (K, K) that are worked on at a time, so that no second one is needed.
+ROWS = 128
 
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
@@ -192,6 +192,6 @@ def _add_in_order(
     """Add ``share C / (s s^T)`` in another order of channels, a few rows at a time."""
     scaled = 1 / factor[order]
     for rows, place, own in zip(
-        total.split(_ROWS), order.split(_ROWS), scaled.split(_ROWS)
+        total.split(ROWS), order.split(ROWS), scaled.split(ROWS)
     ):
         rows.add_(covariance[place][:, order] * torch.outer(share * own, scaled))

@@ -1,0 +1,190 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Operations and bytes of solving for linears that share an input, counted by shape.
+
+Counted along :mod:`torchao_masquant.solver.layers`: what changes there changes here.
+"""
+
+from dataclasses import astuple, dataclass
+from typing import Sequence
+
+from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
+from torchao_masquant.solver.compensation import resolve_rank
+from torchao_masquant.solver.methods import AUTO, Method, SolverOptions
+from torchao_masquant.solver.products import HELD_BYTES
+from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
+from torchao_masquant.solver.shared_weight import ROWS
+
+__all__ = ["MULTIPLICATIONS", "Work", "solver_bytes", "solver_work"]
+
+#: Clips that are tried, and the one that is taken.
+_CLIPPED = 10
+
+# The rank that rank="auto" gives on average.
+_SHARE = 0.05
+
+# That matrix routines take for themselves, as measured.
+_SCRATCH = 6 << 20
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations; the seconds of a machine are a sum over them.
+
+    Attributes:
+        macs: multiplications and additions of float64 matrices.
+        cubes: J^3 of the eigenvectors of symmetric matrices (J, J).
+        squares: J^2 of them.
+        values: of weights, each as often as it is gone through.
+        entries: of covariances, each as often as it is gone through.
+        channels: that are rounded one after the other.
+        calls: of routines that go through a weight.
+    """
+
+    macs: float = 0.0
+    cubes: float = 0.0
+    squares: float = 0.0
+    values: float = 0.0
+    entries: float = 0.0
+    channels: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other))))
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(*(times * a for a in astuple(self)))
+
+    def dot(self, each: "Work") -> float:
+        """Sum of all operations, each kind times what one of it takes."""
+        return sum(a * b for a, b in zip(astuple(self), astuple(each)))
+
+
+#: What each operation takes in multiplications, roughly, as measured on a CPU.
+MULTIPLICATIONS = Work(macs=1, cubes=5, values=200, entries=200)
+
+
+def solver_work(
+    shapes: Sequence[Shape], modalities: int, options: SolverOptions
+) -> Work:
+    """Of one call of ``solve_group``.
+
+    Args:
+        shapes: (N, K) of each linear.
+        modalities: M.
+        options: of the solution.
+    """
+    if not options.parts.per_modality:
+        return Work(values=sum(n * k for n, k in shapes), calls=len(shapes))
+    k = shapes[0][1]
+    covariances = Work(entries=modalities * k * k)
+    attempts = len(options.alphas) + len(options.separations) - 1
+    if attempts == 1:
+        return covariances + _solution(shapes, modalities, options, 1, False)
+    some = [(min(n, SAMPLED_OUTPUTS), k) for n, k in shapes]
+    work = covariances + _solution(some, modalities, options, attempts, True)
+    if some != [tuple(shape) for shape in shapes]:
+        work += _solution(shapes, modalities, options, 1, False)
+    return work
+
+
+def _solution(
+    shapes: Sequence[Shape],
+    modalities: int,
+    options: SolverOptions,
+    attempts: int,
+    judged: bool,
+) -> Work:
+    """Of attempts at the same problem."""
+    parts, others, k = options.parts, modalities - 1, shapes[0][1]
+    once = Work(macs=modalities * sum(n for n, _ in shapes) * k * k)
+    if others and any(n > k for n, _ in shapes):
+        once += (_eigen(k) + Work(entries=4 * k * k)) * others
+    attempt = Work()
+    for n, _ in shapes:
+        attempt += _attempt(n, k, modalities, options, parts)
+        if judged:
+            judging = 2 * modalities * min(SAMPLE_TOKENS, 256) * n * k
+            attempt += Work(judging, values=2 * n * k, calls=1 + modalities)
+    return once + attempt * attempts
+
+
+def _attempt(
+    n: int, k: int, modalities: int, options: SolverOptions, parts: Method
+) -> Work:
+    """Of one exponent and separation, for one linear."""
+    others, jointly = modalities - 1, parts.rounding == "gptq"
+    fits = others * (1 + parts.clip + jointly)
+    passes = 1 + _CLIPPED * parts.clip + fits + modalities
+    work = Work(fits * n * k * k, values=passes * n * k, calls=passes)
+    work += _pair(n, k) * (others * (1 + jointly))
+    if jointly:
+        rank = resolve_rank(_rank(options), n, k)
+        # A factorization, two triangular solutions, what rounding moves on, and pairs.
+        macs = k**3 / 3 + 1.5 * n * k * k + others * rank * k * (n + k)
+        work += Work(macs, entries=modalities * k * k, channels=k)
+    return work
+
+
+def _rank(options: SolverOptions) -> "int | float":
+    return _SHARE if options.rank == AUTO else options.uniform_rank
+
+
+def _eigen(size: int) -> Work:
+    return Work(cubes=size**3, squares=size**2)
+
+
+def _pair(n: int, k: int) -> Work:
+    if n <= k:
+        return _eigen(n) + Work(2 * n * n * k)
+    return _eigen(k) + Work(3 * n * k * k + k**3)
+
+
+def solver_bytes(
+    n: int, k: int, beside: int, modalities: int, options: SolverOptions
+) -> int:
+    """Peak memory while one linear (N, K) is solved for, less weights and statistics.
+
+    Covariances are taken to be made in the memory of the statistics.
+
+    Args:
+        n: outputs.
+        k: inputs.
+        beside: N K of all linears that share the input, of itself too.
+        modalities: M.
+        options: of the solution.
+    """
+    weight, square = 8 * n * k, 8 * k * k
+    if not options.parts.per_modality:
+        # Rounding holds copies in float32 and integers.
+        return 2 * weight
+    others = modalities - 1
+    # Products, and integers of the best attempt and of the last.
+    held = 2 * beside
+    products = 8 * modalities * beside
+    held += products if products <= HELD_BYTES else weight
+    differences = 16 * beside
+    # Of all linears or of one, made new for the gauge, and the weight in float64.
+    fitting = differences if differences <= HELD_BYTES else 2 * weight
+    fitting += 3 * weight
+    if n <= k:
+        # Smoothed twice; a matrix (N, N), its symmetric half, vectors and work space.
+        fitting += 2 * weight + 5 * 8 * n * n
+    else:
+        # Whitenings stay for all attempts.
+        held += 2 * others * square
+        fitting += 2 * weight + 2 * square + max(5 * square, weight + 2 * square)
+    peak = fitting if others else 0
+    if options.parts.rounding == "gptq":
+        # The Hessian, which turns into its factor; what is added to it, row by row, and
+        # then weight, aim and target on their way through triangular solutions.
+        peak = max(peak, square + max(4 * 8 * ROWS * k + 2 * weight, 6 * weight))
+    if options.rank == AUTO:
+        # Statistics that are needed again.
+        peak += modalities * square
+    return held + peak + _SCRATCH
