@@ -14,6 +14,11 @@ from torchao_masquant.planning.skeleton import InputGroup, LinearShape, Skeleton
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
 from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.compensation import resolve_rank
+from torchao_masquant.solver.cost import solver_bytes, solver_work
+from torchao_masquant.solver.methods import SolverOptions
+
+#: Of the statistics of one pass over the samples, as ``calibrate_sequential`` has it.
+MAX_STATISTICS_BYTES = 4 << 30
 
 __all__ = [
     "CalibrationPlan",
@@ -25,18 +30,26 @@ __all__ = [
 ]
 
 
+# Runs of one sample beside those of all: through the decoder's own forward and block by
+# block, to compare; and of each block, to see which linears share their input.
+_RUNS_OF_ONE_SAMPLE = 3
+
+
 @dataclass(frozen=True)
 class CalibrationPlan:
     """Of calibration block by block, the statistics' data shared by the devices.
 
     Attributes:
+        front_bytes: weights that samples need on their way to the decoder.
         block_bytes: weights of one decoder layer.
-        statistics_bytes: of the inputs of that layer's linears.
+        statistics_bytes: of the inputs of that layer's linears, those of one pass.
         workspace_bytes: of the solver, for the widest of them.
-        device_bytes: peak of a device, all of the above.
+        device_bytes: peak of a device: of the weights in front, or of a layer's weights
+            with its statistics and the solver. Statistics that were solved from are
+            given back.
         activation_bytes: what goes into a block and comes out of it, for all samples,
             on the CPU or on disk.
-        forward_seconds: of the samples through the decoder's linears.
+        forward_seconds: of the samples through the decoder.
         statistics_seconds: of their covariances.
         solve_seconds: of all the inputs.
         read_bytes: from disk.
@@ -44,6 +57,7 @@ class CalibrationPlan:
         reduced_bytes: sent by each device, for statistics that are added up.
     """
 
+    front_bytes: int
     block_bytes: int
     statistics_bytes: int
     workspace_bytes: int
@@ -58,7 +72,7 @@ class CalibrationPlan:
 
     @property
     def seconds(self) -> float:
-        """Of all of it; disks and links are taken to keep up."""
+        """Of all of it; disks and links are taken to keep up, towers to be quick."""
         return self.forward_seconds + self.statistics_seconds + self.solve_seconds
 
 
@@ -72,8 +86,9 @@ class InferencePlan:
         device_weight_bytes: of the fullest device.
         cache_bytes: of keys and values on each device.
         device_bytes: of both.
-        prefill_seconds: of the decoder's linears, for all tokens of the context.
-        decode_seconds: of them, and of reading the cache, for one more token.
+        prefill_seconds: of the decoder, for all tokens of the context, and of the head
+            for the last.
+        decode_seconds: of both for one more token.
         sent_bytes: by each device, for one token.
         reason: why it can't be done; None where it can.
     """
@@ -103,45 +118,105 @@ def plan_calibration(
     scheme: Scheme,
     compensation: Compensation,
     *,
+    samples: int,
     tokens: int,
     devices: int = 1,
+    options: SolverOptions = SolverOptions(),
+    max_statistics_bytes: int = MAX_STATISTICS_BYTES,
 ) -> CalibrationPlan:
     """What calibration will take.
 
     Args:
-        tokens: of all samples together.
+        samples: number of them.
+        tokens: of each.
         devices: that share the samples, and the inputs to solve for.
+        options: of the solution.
+        max_statistics_bytes: bound of the statistics of one pass over the samples.
     """
     modalities = compensation.modalities
     per_block: dict[str, list[InputGroup]] = {}
     for group in skeleton.groups:
         per_block.setdefault(group.block, []).append(group)
-    fullest = max(
-        (statistics_bytes(groups, modalities) for groups in per_block.values()),
+    passes = {
+        name: _passes(groups, modalities, max_statistics_bytes)
+        for name, groups in per_block.items()
+    }
+    every = [groups for of_block in passes.values() for groups in of_block]
+    runs = max((len(of_block) for of_block in passes.values()), default=1)
+    block = skeleton.block_values * skeleton.element
+    front = skeleton.other_values
+    if skeleton.head is not None:
+        front -= skeleton.head.n * skeleton.head.k
+    solving = max(
+        (_solving_bytes(groups, modalities, options, devices) for groups in every),
         default=0,
     )
-    workspace = max(machine.solver.workspace_of(g.k, g.n) for g in skeleton.groups)
-    block = skeleton.block_values * skeleton.element
-    share = tokens / devices
+    share = samples * tokens / devices
     macs = sum(share * g.k * g.k for g in skeleton.groups)
-    forward = sum(
-        linear_seconds(machine, None, x, share, skeleton.element, compensation)
-        for x in skeleton.linears
+    call = _decoder_seconds(
+        skeleton, machine, None, compensation, tokens=tokens, keys=(tokens + 1) / 2
     )
-    solves = [machine.solver.seconds_of(g.k, g.n, modalities) for g in skeleton.groups]
-    sums = statistics_bytes(skeleton.groups, modalities)
+    solves = [
+        solver_work(g.shapes, modalities, options).dot(machine.solver)
+        for g in skeleton.groups
+    ]
     return CalibrationPlan(
+        front_bytes=front * skeleton.element,
         block_bytes=block,
-        statistics_bytes=fullest,
-        workspace_bytes=round(workspace),
-        device_bytes=block + fullest + round(workspace),
-        activation_bytes=round(2 * tokens * skeleton.hidden * skeleton.element),
-        forward_seconds=forward,
+        statistics_bytes=max(
+            (statistics_bytes(groups, modalities) for groups in every), default=0
+        ),
+        workspace_bytes=max(
+            (_workspace(g, modalities, options) for g in skeleton.groups), default=0
+        ),
+        device_bytes=max(front * skeleton.element, block + solving),
+        activation_bytes=2 * samples * tokens * skeleton.hidden * skeleton.element,
+        forward_seconds=call * (runs * samples / devices + _RUNS_OF_ONE_SAMPLE),
         statistics_seconds=macs * machine.statistics_per_mac,
         solve_seconds=sum(solves) / devices,
         read_bytes=skeleton.values * skeleton.element,
         written_bytes=_model_bytes(skeleton, scheme, compensation, 1),
-        reduced_bytes=round(2 * (devices - 1) / devices * sums),
+        reduced_bytes=round(
+            2 * (devices - 1) / devices * statistics_bytes(skeleton.groups, modalities)
+        ),
+    )
+
+
+def _passes(
+    groups: Sequence[InputGroup], modalities: int, bound: int
+) -> list[list[InputGroup]]:
+    """Inputs that are observed at a time, as ``plan_passes`` splits them."""
+    passes: list[list[InputGroup]] = [[]]
+    for group in groups:
+        together = [*passes[-1], group]
+        if passes[-1] and statistics_bytes(together, modalities) > bound:
+            passes.append([group])
+        else:
+            passes[-1] = together
+    return passes
+
+
+def _solving_bytes(
+    groups: Sequence[InputGroup], modalities: int, options: SolverOptions, devices: int
+) -> int:
+    """Peak of solving for the inputs of one pass, with their statistics."""
+    peaks, found = [], 0
+    for index, group in enumerate(groups):
+        # One device solves for one after the other, and gives back their covariances.
+        left = groups[index:] if devices == 1 else groups
+        peaks.append(
+            statistics_bytes(left, modalities)
+            + _workspace(group, modalities, options)
+            + found
+        )
+        found += group.values
+    return max(peaks, default=0)
+
+
+def _workspace(group: InputGroup, modalities: int, options: SolverOptions) -> int:
+    """Of the solver, for one input."""
+    return max(
+        solver_bytes(n, k, group.values, modalities, options) for n, k in group.shapes
     )
 
 
@@ -154,6 +229,7 @@ def plan_inference(
     context: int,
     batch: int = 1,
     devices: int = 1,
+    others_share: float = 0.5,
 ) -> InferencePlan:
     """What inference will take.
 
@@ -162,33 +238,37 @@ def plan_inference(
         context: tokens of a sequence.
         batch: sequences.
         devices: that the model is sharded over, as its class's plan says.
+        others_share: of the context's tokens, those that are not of the base modality.
     """
     weights = _model_bytes(skeleton, scheme, compensation, 1)
     mine = _model_bytes(skeleton, scheme, compensation, devices)
     cache = skeleton.cache_bytes(context * batch) // devices
     element = skeleton.element
 
-    def linears(tokens: float, others: float) -> float:
-        return sum(
-            linear_seconds(
-                machine,
-                scheme,
-                x,
-                tokens,
-                element,
-                compensation,
-                others=others,
-                ranks=devices,
-            )
-            for x in skeleton.linears
-        )
-
     # Two sums for each decoder layer, as a ring: after attention, and after the MLP.
     sent = 4 * skeleton.blocks * skeleton.hidden * element * (devices - 1) / devices
     link = sent / machine.link_bytes_per_second
-    dense = machine.linear["dense"]
-    prefill = linears(context * batch, context * batch / 2) + link * context * batch
-    decode = linears(batch, 0) + link * batch + cache * dense.per_weight_byte
+
+    def call(tokens: int, keys: float, others: float, held: int) -> float:
+        seconds = _decoder_seconds(
+            skeleton,
+            machine,
+            scheme,
+            compensation,
+            tokens=tokens * batch,
+            keys=keys,
+            others=others,
+            cached_bytes=held,
+            devices=devices,
+        )
+        if skeleton.head is not None:
+            seconds += linear_seconds(
+                machine, None, skeleton.head, batch, element, compensation, ranks=devices
+            )
+        return seconds + link * tokens * batch
+
+    prefill = call(context, (context + 1) / 2, others_share * context * batch, cache)
+    decode = call(1, context, 0, cache)
     return InferencePlan(
         scheme="dense" if scheme is None else scheme.name,
         weight_bytes=weights,
@@ -199,6 +279,49 @@ def plan_inference(
         decode_seconds=decode,
         sent_bytes=sent,
         reason=_reason(skeleton, scheme, devices),
+    )
+
+
+def _decoder_seconds(
+    skeleton: Skeleton,
+    machine: Machine,
+    scheme: Optional[Scheme],
+    compensation: Compensation,
+    *,
+    tokens: float,
+    keys: float,
+    others: float = 0,
+    cached_bytes: float = 0,
+    devices: int = 1,
+) -> float:
+    """Of one call of all decoder layers.
+
+    Args:
+        tokens: of the call.
+        keys: that each of them attends to, on average.
+        others: of the tokens, those that are not of the base modality.
+        cached_bytes: of keys and values, on each device.
+        devices: that share it.
+    """
+    seconds = sum(
+        linear_seconds(
+            machine,
+            scheme,
+            x,
+            tokens,
+            skeleton.element,
+            compensation,
+            others=others,
+            ranks=devices,
+        )
+        for x in skeleton.linears
+    )
+    width = skeleton.heads * skeleton.head_dim
+    return seconds + machine.rest.seconds(
+        skeleton.blocks,
+        tokens * sum(x.n + x.k for x in skeleton.linears),
+        2 * skeleton.blocks * tokens * keys * width / devices,
+        cached_bytes,
     )
 
 

@@ -25,6 +25,7 @@ from torchao_masquant.planning.machine import Machine, load_machine, machine_nam
 from torchao_masquant.planning.skeleton import Skeleton, read_skeleton
 from torchao_masquant.planning.weight_bytes import Compensation
 from torchao_masquant.schemes import SCHEMES
+from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["add_arguments", "main"]
 
@@ -119,8 +120,12 @@ def main(arguments: argparse.Namespace) -> int:
         machine,
         SCHEMES["w4a8"],
         compensation,
-        tokens=arguments.samples * arguments.tokens,
+        samples=arguments.samples,
+        tokens=arguments.tokens,
         devices=arguments.devices,
+        options=SolverOptions(
+            rank=arguments.rank, low_rank_bits=arguments.low_rank_bits
+        ),
     )
     rows = [
         plan_inference(
@@ -203,6 +208,7 @@ def _print(
     for column in ("", "memory or traffic", "", "time"):
         table.add_column(column, justify="left" if column == "" else "right")
     for left, size, right, seconds in (
+        ("in front of the decoder", c.front_bytes, "", None),
         ("one block", c.block_bytes, "forward", c.forward_seconds),
         ("its statistics", c.statistics_bytes, "covariances", c.statistics_seconds),
         ("the solver", c.workspace_bytes, "solver", c.solve_seconds),
@@ -219,7 +225,7 @@ def _print(
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache "
-        f"is {_size(rows[0].cache_bytes)} of a device; times are of the decoder's linears",
+        f"is {_size(rows[0].cache_bytes)} of a device",
         title_justify="left",
     )
     for column in (

@@ -10,32 +10,38 @@ counted. Each constant is a coefficient of a sum of terms, found by least square
 relative errors over shapes; none is negative.
 """
 
-import ctypes
+import itertools
 import statistics
 import time
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
-import numpy as np
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
-from torchao_masquant.planning.machine import Machine, Rates, SolverRates
+from torchao_masquant.planning.least_squares import non_negative_fit
+from torchao_masquant.planning.machine import Machine, Rates
+from torchao_masquant.planning.measuring_rest import rest_rates
+from torchao_masquant.planning.processor_time import processor_seconds
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
 from torchao_masquant.schemes import Scheme, get_scheme
 from torchao_masquant.solver.compensation import resolve_rank
+from torchao_masquant.solver.cost import Work, solver_work
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = [
     "COMPENSATION",
+    "FIXED",
+    "SOLVED",
+    "linear_call",
     "make_weight",
     "measure_machine",
+    "median_of_three",
     "mixed_ids",
-    "peak_bytes",
-    "processor_seconds",
     "random_statistics",
     "solve_once",
 ]
@@ -45,21 +51,29 @@ COMPENSATION = Compensation(modalities=3)
 _NAMES = ("text", "vision", "audio")
 _SHAPES = ((384, 384), (1024, 512), (512, 1024), (1024, 1024), (2048, 1024))
 _TOKENS = (1, 32, 256)
-_SOLVED = ((192, 192), (256, 640), (384, 256), (512, 512), (640, 320), (768, 128))
 
-# mallopt's number for it, in glibc.
-_MMAP_THRESHOLD = -3
+# More than a processor caches.
+_CACHE_BYTES = 128 << 20
 
-
-def processor_seconds(call: Callable[[], Any], least: float = 0.02) -> float:
-    """Median processor time of a call, over at least five, after two to warm up."""
-    call(), call()
-    found: list[float] = []
-    while len(found) < 5 or (sum(found) < least and len(found) < 200):
-        started = time.process_time()
-        call()
-        found.append(time.process_time() - started)
-    return statistics.median(found)
+#: N of each linear, K, modalities, and whether exponent and separation are chosen
+SOLVED: tuple[tuple[tuple[int, ...], int, int, bool], ...] = (
+    ((64,), 128, 2, True),
+    ((192,), 192, 3, True),
+    ((256, 64, 64), 256, 3, True),
+    ((640,), 256, 3, True),
+    ((704, 704), 256, 2, True),
+    ((256,), 384, 2, True),
+    ((1280,), 384, 2, True),
+    ((512,), 512, 3, True),
+    ((1536,), 512, 3, False),
+    ((320,), 640, 3, True),
+    ((128,), 768, 2, True),
+    ((768,), 1024, 2, True),
+    ((1024,), 1024, 3, False),
+    ((128,), 2048, 2, False),
+    ((64,), 3072, 2, False),
+)
+FIXED = SolverOptions(alpha=0.5, separation=1.0)
 
 
 def make_weight(scheme: Scheme, n: int, k: int) -> MASQuantTensor:
@@ -92,99 +106,124 @@ def mixed_ids(tokens: int) -> Optional[torch.Tensor]:
     return ids
 
 
-def random_statistics(k: int, tokens: int = 512) -> InputStatistics:
-    """Of inputs with outliers that differ between the modalities."""
+def random_statistics(
+    k: int, modalities: int = 3, tokens: Optional[int] = None
+) -> InputStatistics:
+    """Of inputs with outliers that differ between the modalities.
+
+    Args:
+        k: width.
+        modalities: two or three.
+        tokens: of each; None for enough that no direction is unused.
+    """
     g = torch.Generator().manual_seed(k)
-    found = InputStatistics(k, _NAMES, torch.device("cpu"), True)
-    for index in range(len(_NAMES)):
-        x = torch.randn(max(tokens, 2 * k), k, generator=g)
+    names = _NAMES[:modalities]
+    found = InputStatistics(k, names, torch.device("cpu"), True)
+    for index in range(modalities):
+        x = torch.randn(tokens or max(512, 2 * k), k, generator=g)
         x[:, index :: max(1, k // 4)] *= 20.0
         found.update("x", x, torch.full((x.shape[0],), index))
     return found
 
 
-def solve_once(k: int, n: int, scheme: str = "w4a8") -> Callable[[], Any]:
-    """A call that solves for one linear, on random statistics."""
-    g = torch.Generator().manual_seed(n)
-    weights = {"linear": torch.randn(n, k, generator=g).bfloat16()}
-    found, options = random_statistics(k), SolverOptions(scheme=scheme)
-    return lambda: solve_group(weights, found, options)
+def solve_once(
+    outputs: Sequence[int], k: int, modalities: int, chosen: bool
+) -> tuple[Callable[[], Any], Work]:
+    """A call that solves for linears that share random statistics, and its operations.
 
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """What a call adds to the process's resident memory, at its peak (Linux).
-
-    From its first call on, memory that is freed is given back at once, which costs time.
+    Args:
+        outputs: N of each linear.
+        k: width of the input.
+        modalities: two or three.
+        chosen: whether exponent and separation are, or fixed.
     """
-
-    def read(field: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-        raise OSError(f"/proc/self/status has no {field}")
-
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = read("VmRSS:")
-    call()
-    return read("VmHWM:") - before
+    g = torch.Generator().manual_seed(sum(outputs))
+    weights = {
+        f"linear {i}": torch.randn(n, k, generator=g).bfloat16()
+        for i, n in enumerate(outputs)
+    }
+    options = SolverOptions() if chosen else FIXED
+    work = solver_work([(n, k) for n in outputs], modalities, options)
+    found = random_statistics(k, modalities)
+    return partial(solve_group, weights, found, options), work
 
 
-def _fit(features: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
-    """Coefficients, none negative, of least relative error."""
-    matrix = np.asarray(features, dtype=np.float64) / np.asarray(values)[:, None]
-    used = list(range(matrix.shape[1]))
-    while True:
-        found, *_ = np.linalg.lstsq(matrix[:, used], np.ones(len(values)), rcond=None)
-        if (found >= 0).all() or len(used) == 1:
-            break
-        used.pop(int(np.argmin(found * np.linalg.norm(matrix[:, used], axis=0))))
-    coefficients = np.zeros(matrix.shape[1])
-    coefficients[used] = np.maximum(found, 0)
-    return [float(c) for c in coefficients]
+def median_of_three(call: Callable[[], Any]) -> float:
+    """Processor seconds of a long call."""
+    found = []
+    for _ in range(3):
+        started = time.process_time()
+        call()
+        found.append(time.process_time() - started)
+    return statistics.median(found)
+
+
+def linear_call(scheme: Optional[Scheme], n: int, k: int, tokens: int) -> Callable:
+    """Each call of it is one of a linear (N, K) whose weight no cache holds.
+
+    As in a model, whose other weights were read since.
+
+    Args:
+        scheme: None for a dense one.
+        n: output channels.
+        k: input channels.
+        tokens: of a call; half of them of other modalities, unless it is one.
+    """
+    x, ids = torch.randn(tokens, k).bfloat16(), mixed_ids(tokens)
+    weight: torch.Tensor
+    if scheme is None:
+        weight = torch.randn(n, k).bfloat16()
+        size = weight.nbytes
+    else:
+        weight = make_weight(scheme, n, k)
+        size = weight.nbytes_stored
+    copies = itertools.cycle(weight.clone() for _ in range(-(-_CACHE_BYTES // size)))
+
+    def call() -> torch.Tensor:
+        if scheme is None:
+            return torch.nn.functional.linear(x, next(copies))
+        return torch.ops.masquant.linear(x, next(copies), ids)
+
+    for _ in range(-(-_CACHE_BYTES // size)):
+        next(copies)
+    return call
 
 
 def _linear_rates(kind: str) -> Rates:
     features, seconds = [], []
-    call: Callable[[], Any]
+    scheme = None if kind == "dense" else get_scheme(kind)
     for n, k in _SHAPES:
         size = n * k * 2
-        if kind == "dense":
-            dense = torch.randn(n, k).bfloat16()
-        else:
-            scheme = get_scheme(kind)
-            weight = make_weight(scheme, n, k)
+        rank = 0
+        if scheme is not None:
+            rank = resolve_rank(COMPENSATION.rank, n, k)
             size = weight_bytes(n, k, scheme, COMPENSATION)
         for tokens in _TOKENS:
-            x, ids = torch.randn(tokens, k).bfloat16(), mixed_ids(tokens)
-            macs = tokens * n * k
-            if kind == "dense":
-                call = partial(torch.nn.functional.linear, x, dense)
-            else:
-                rank = resolve_rank(COMPENSATION.rank, n, k)
-                macs += (0 if ids is None else tokens // 2) * rank * (n + k)
-                call = partial(torch.ops.masquant.linear, x, weight, ids)
+            macs = tokens * n * k + tokens // 2 * rank * (n + k)
             features.append((macs, size, tokens * (n + k), 1))
-            seconds.append(processor_seconds(call))
-    return Rates(*_fit(features, seconds))
+            call = linear_call(scheme, n, k, tokens)
+            seconds.append(processor_seconds(call, 0.3))
+    return Rates(*non_negative_fit(features, seconds))
 
 
-def _solver_rates() -> SolverRates:
-    calls = [solve_once(k, n) for k, n in _SOLVED]
-    times = []
-    calls[0]()
-    for call in calls:
-        started = time.process_time()
-        call()
-        times.append((time.process_time() - started) / COMPENSATION.modalities)
-    # Last of all, see there.
-    sizes = [peak_bytes(call) for call in calls]
-    return SolverRates(
-        tuple(_fit([(k**3, k**2 * n, k * n, 1) for k, n in _SOLVED], times)),
-        tuple(_fit([(k * k, k * n) for k, n in _SOLVED], sizes)),
-    )
+def _solver_rates() -> Work:
+    features, seconds = [], []
+    for outputs, k, modalities, chosen in SOLVED:
+        call, work = solve_once(outputs, k, modalities, chosen)
+        features.append(astuple(work))
+        seconds.append(median_of_three(call))
+    # What dominates large linears by itself, so that it is told apart from the rest.
+    for n, k in ((256, 512), (512, 1024), (1024, 1024), (128, 2048)):
+        x = torch.randn(n, k, dtype=torch.float64)
+        square = torch.randn(k, k, dtype=torch.float64)
+        features.append(astuple(Work(macs=n * k * k)))
+        seconds.append(processor_seconds(partial(torch.matmul, x, square), 0.2))
+    for size in (128, 256, 512, 1024):
+        x = torch.randn(2 * size, size, dtype=torch.float64)
+        square = x.t() @ x
+        features.append(astuple(Work(cubes=size**3, squares=size**2)))
+        seconds.append(processor_seconds(partial(torch.linalg.eigh, square), 0.2))
+    return Work(*non_negative_fit(features, seconds))
 
 
 def _statistics_per_mac(k: int = 512, tokens: int = 256) -> float:
@@ -204,14 +243,18 @@ def measure_machine(
     """
     torch.set_num_threads(1)
     with torch.no_grad():
+        # First: an allocator that has had large blocks gives pages back less often, and a
+        # calibration is a process of its own.
+        solver = _solver_rates()
         kinds = ("dense", "w8a8", "w4a8", "w4a16")
         linear = {kind: _linear_rates(kind) for kind in kinds}
+        rest = rest_rates()
         per_mac = _statistics_per_mac()
-        solver = _solver_rates()
     return Machine(
         name,
         f"measured on one core of {_processor()}, torch {torch.__version__}",
         linear,
+        rest,
         per_mac,
         solver,
         link_bytes_per_second,

@@ -8,7 +8,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -48,12 +48,22 @@ class InputGroup:
     Attributes:
         block: name of the decoder layer.
         k: width of the input.
-        n: output channels of all of them.
+        outputs: channels of each of them.
     """
 
     block: str
     k: int
-    n: int
+    outputs: tuple[int, ...]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(N, K) of each of them."""
+        return [(n, self.k) for n in self.outputs]
+
+    @property
+    def values(self) -> int:
+        """Of their weights."""
+        return self.k * sum(self.outputs)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Skeleton:
         blocks: number of decoder layers.
         block_values: values of the largest decoder layer's weights.
         other_values: values of all that is not quantized.
+        head: that makes logits of hidden states; None where there is none.
         hidden: width of the decoder.
         heads: of queries.
         kv_heads: of keys and values.
@@ -87,6 +98,7 @@ class Skeleton:
     blocks: int
     block_values: int
     other_values: int
+    head: Optional[LinearShape]
     hidden: int
     heads: int
     kv_heads: int
@@ -141,13 +153,14 @@ def read_skeleton(source: str) -> Skeleton:
         modalities=tuple(modality_token_ids(config) or {"text": ()}),
         linears=shapes,
         groups=tuple(
-            InputGroup(_block_of(key[0]), key[1], sum(x.n for x in members))
+            InputGroup(_block_of(key[0]), key[1], tuple(x.n for x in members))
             for key, members in groups.items()
         ),
         blocks=len(blocks),
         block_values=max(blocks.values(), default=0),
         other_values=total - sum(x.n * x.k for x in shapes),
         sharded_others=embeddings,
+        head=_head(model, plan),
         hidden=text.hidden_size,
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -203,6 +216,14 @@ def _input(shape: LinearShape) -> tuple[str, int]:
         if last in names:
             return f"{parent}.{names[0]}", shape.k
     return shape.name, shape.k
+
+
+def _head(model: Any, plan: dict[str, str]) -> Optional[LinearShape]:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return None
+    name = next(name for name, module in model.named_modules() if module is head)
+    return LinearShape(name, head.out_features, head.in_features, _sharding(plan, name))
 
 
 def _blocks(model: nn.Module, shapes: tuple[LinearShape, ...]) -> dict[str, int]:
