@@ -16,19 +16,23 @@ import torch
 from torchao_masquant import SCHEMES, MASQuantLinear, MASQuantTensor
 from torchao_masquant.__main__ import main
 from torchao_masquant.planning.estimate import (
+    CalibrationPlan,
     plan_calibration,
     plan_inference,
     statistics_bytes,
 )
+from torchao_masquant.planning.least_squares import non_negative_fit
 from torchao_masquant.planning.machine import (
     Machine,
     Rates,
-    SolverRates,
+    RestRates,
     load_machine,
     machine_names,
 )
 from torchao_masquant.planning.skeleton import InputGroup, read_skeleton
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
+from torchao_masquant.solver.cost import Work, solver_bytes, solver_work
+from torchao_masquant.solver.methods import SolverOptions
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +52,17 @@ BY_HAND = Machine(
         kind: Rates(2.0**-20, 2.0**-16, 2.0**-18, 2.0**-10)
         for kind in ("dense", "w8a8", "w4a8", "w4a16")
     },
+    RestRates(2.0**-3, 2.0**-4, 2.0**-14, 2.0**-15, 2.0**-13, 2.0**-12),
     2.0**-22,
-    SolverRates((2.0**-20, 0.0, 0.0, 0.5), (100.0, 10.0)),
+    Work(2.0**-20, 2.0**-19, 2.0**-18, 2.0**-17, 2.0**-16, 2.0**-15, 2.0**-14),
     1e6,
     1e6,
 )
+
+
+#: of a layer: q/k/v, o, gate/up and down
+GROUPS = [(64, (64, 32, 32)), (64, (64,)), (64, (96, 96)), (96, (64,))]
+OPTIONS = SolverOptions(alpha=0.5, separation=1.0)
 
 
 def make(scheme: Any, n: int, k: int, compensation: Compensation) -> MASQuantTensor:
@@ -116,13 +126,9 @@ def test_skeleton_is_the_model(folder: str) -> None:
     assert skeleton.values == sum(p.numel() for p in dense.parameters())
     layer = dense.model.language_model.layers[0]
     assert skeleton.block_values == sum(p.numel() for p in layer.parameters())
-    # q/k/v, o, gate/up and down of two layers.
-    assert [(g.k, g.n) for g in skeleton.groups] == 2 * [
-        (64, 128),
-        (64, 64),
-        (64, 192),
-        (96, 64),
-    ]
+    assert [(g.k, g.outputs) for g in skeleton.groups] == 2 * GROUPS
+    head = dense.lm_head
+    assert (skeleton.head.n, skeleton.head.k) == tuple(head.weight.shape)
     styles = {x.name.rpartition(".")[2]: x.sharded for x in skeleton.linears}
     assert styles["q_proj"] == styles["up_proj"] == "rows"
     assert styles["o_proj"] == styles["down_proj"] == "columns"
@@ -152,35 +158,97 @@ def test_statistics_are_exact() -> None:
         for t in (m.amin, m.amax, m.sum, m.outer, m.sample)
         if t is not None
     )
-    assert statistics_bytes([InputGroup("", 40, 8)], 2) == held
+    assert statistics_bytes([InputGroup("", 40, (8,))], 2) == held
 
 
-def test_calibration_by_hand(folder: str) -> None:
-    skeleton = read_skeleton(folder)
-    tokens = 1000
-    plan = plan_calibration(
-        skeleton, BY_HAND, SCHEMES["w4a8"], Compensation(2), tokens=tokens, devices=2
+def held(k: int) -> int:
+    """Statistics of an input for two modalities."""
+    return 2 * (8 * k * k + 24 * k + 1024 * k)
+
+
+def workspace(k: int, outputs: tuple[int, ...]) -> int:
+    values = k * sum(outputs)
+    return max(solver_bytes(n, k, values, 2, OPTIONS) for n in outputs)
+
+
+def calibration(folder: str, **more: Any) -> CalibrationPlan:
+    arguments = {"samples": 10, "tokens": 100, "options": OPTIONS, **more}
+    return plan_calibration(
+        read_skeleton(folder), BY_HAND, SCHEMES["w4a8"], Compensation(2), **arguments
     )
-    groups = [(64, 128), (64, 64), (64, 192), (96, 64)]
-    assert plan.statistics_bytes == sum(
-        2 * (8 * k * k + 24 * k + 1024 * k) for k, _ in groups
+
+
+def test_memory_of_calibration_by_hand(folder: str) -> None:
+    plan = calibration(folder)
+    assert plan.statistics_bytes == sum(held(k) for k, _ in GROUPS)
+    assert plan.workspace_bytes == max(workspace(k, n) for k, n in GROUPS)
+    # The statistics of an input go as it is solved for, and its integers come.
+    solving = max(
+        sum(held(k) for k, _ in GROUPS[i:])
+        + workspace(*GROUPS[i])
+        + sum(k * sum(outputs) for k, outputs in GROUPS[:i])
+        for i in range(4)
     )
-    assert plan.workspace_bytes == max(100 * k * k + 10 * k * n for k, n in groups)
-    assert plan.device_bytes == (
-        plan.block_bytes + plan.statistics_bytes + plan.workspace_bytes
+    assert plan.device_bytes == max(plan.front_bytes, plan.block_bytes + solving)
+    dense = tiny_models.qwen25_vl()
+    front = [dense.model.visual, dense.model.language_model.embed_tokens]
+    counted = sum(p.numel() * 4 for m in front for p in m.parameters())
+    # The norms of two layers and of the decoder, and biases of q, k and v.
+    assert plan.front_bytes == counted + 4 * (5 * 64 + 2 * 128)
+    assert plan.activation_bytes == 2 * 10 * 100 * 64 * 4
+
+
+def test_statistics_that_do_not_fit_are_made_in_passes(folder: str) -> None:
+    bound = held(64) * 2
+    plan, whole = calibration(folder, max_statistics_bytes=bound), calibration(folder)
+    # Two of 64 channels, then the third of them, then one of 96, alone beyond the bound.
+    assert plan.statistics_bytes == max(2 * held(64), held(96))
+    assert plan.device_bytes < whole.device_bytes
+    assert plan.forward_seconds == pytest.approx(whole.forward_seconds * 33 / 13)
+
+
+def test_time_of_calibration_by_hand(folder: str) -> None:
+    plan, shared = calibration(folder), calibration(folder, devices=2)
+    solved = sum(
+        solver_work([(n, k) for n in outputs], 2, OPTIONS).dot(BY_HAND.solver)
+        for k, outputs in GROUPS
     )
-    assert plan.solve_seconds == pytest.approx(
-        sum(2 * (k**3 / 2**20 + 0.5) for k, _ in groups) * 2 / 2
-    )
+    assert plan.solve_seconds == pytest.approx(2 * solved)
+    assert shared.solve_seconds == pytest.approx(solved)
     assert plan.statistics_seconds == pytest.approx(
-        2 * sum(tokens / 2 * k * k for k, _ in groups) / 2**22
+        2 * sum(1000 * k * k for k, _ in GROUPS) / 2**22
     )
-    assert plan.activation_bytes == 2 * tokens * 64 * 4
-    alone = plan_calibration(
-        skeleton, BY_HAND, SCHEMES["w4a8"], Compensation(2), tokens=tokens
+    # A sample three times more than all of them.
+    assert plan.forward_seconds / 13 == pytest.approx(call_by_hand(100, 0))
+    assert shared.forward_seconds / 8 == pytest.approx(call_by_hand(100, 0))
+    assert plan.reduced_bytes == 0 < shared.reduced_bytes
+
+
+def call_by_hand(tokens: int, cached: int) -> float:
+    """Seconds of both layers for one sequence, dense."""
+    shapes = [(n, k) for k, outputs in GROUPS for n in outputs]
+    linears = sum(
+        tokens * n * k / 2**20 + 4 * n * k / 2**16 + tokens * (n + k) / 2**18 + 2**-10
+        for n, k in shapes
     )
-    assert alone.reduced_bytes == 0 < plan.reduced_bytes
-    assert alone.seconds > plan.seconds
+    keys = cached + (tokens + 1) / 2
+    rest = (
+        2**-4
+        + tokens * sum(n + k for n, k in shapes) / 2**14
+        + 2 * tokens * keys * 64 / 2**15
+        + 2 * 4 * 32 * (cached + tokens) / 2**13
+        + 2 * 64 * (cached + tokens) / 2**12
+    )
+    return 2**-3 + 2 * (linears + rest)
+
+
+def test_time_of_inference_by_hand(folder: str) -> None:
+    skeleton = read_skeleton(folder)
+    plan = plan_inference(skeleton, BY_HAND, None, Compensation(2), context=50)
+    n, k = skeleton.head.n, skeleton.head.k
+    head = n * k / 2**20 + 4 * n * k / 2**16 + (n + k) / 2**18 + 2**-10
+    assert plan.prefill_seconds == pytest.approx(call_by_hand(50, 0) + head)
+    assert plan.decode_seconds == pytest.approx(call_by_hand(1, 50) + head)
 
 
 def test_sharing_needs_whole_heads(folder: str) -> None:
@@ -221,6 +289,16 @@ def test_machines_of_the_package(name: str, tmp_path: Path) -> None:
     assert machine.source.startswith("measured" if name == "cpu" else "on paper")
     machine.save(tmp_path / "machine.json")
     assert load_machine(str(tmp_path / "machine.json")) == machine
+
+
+def test_a_fit_finds_what_values_were_made_of() -> None:
+    features = [(1.0, a, a * b) for a in (2.0, 5.0, 9.0) for b in (1.0, 3.0)]
+    values = [0.5 + 3 * b for *_, b in features]
+    assert non_negative_fit(features, values) == pytest.approx([0.5, 0, 3], abs=1e-9)
+    # What would take a negative coefficient goes without.
+    falling = [(1.0, a) for a in (1.0, 2.0, 3.0)]
+    found = non_negative_fit(falling, [3.0, 2.0, 1.0])
+    assert found[1] == 0 and 1 < found[0] < 3
 
 
 def run(*arguments: str) -> int:

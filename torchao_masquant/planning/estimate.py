@@ -153,9 +153,7 @@ def plan_calibration(
     )
     share = samples * tokens / devices
     macs = sum(share * g.k * g.k for g in skeleton.groups)
-    call = _decoder_seconds(
-        skeleton, machine, None, compensation, tokens=tokens, keys=(tokens + 1) / 2
-    )
+    call = _decoder_seconds(skeleton, machine, None, compensation, tokens=tokens)
     solves = [
         solver_work(g.shapes, modalities, options).dot(machine.solver)
         for g in skeleton.groups
@@ -249,26 +247,33 @@ def plan_inference(
     sent = 4 * skeleton.blocks * skeleton.hidden * element * (devices - 1) / devices
     link = sent / machine.link_bytes_per_second
 
-    def call(tokens: int, keys: float, others: float, held: int) -> float:
+    def call(tokens: int, cached: int, others: float) -> float:
+        """Of so many tokens of each sequence."""
         seconds = _decoder_seconds(
             skeleton,
             machine,
             scheme,
             compensation,
             tokens=tokens * batch,
-            keys=keys,
+            sequences=batch,
+            cached=cached,
             others=others,
-            cached_bytes=held,
             devices=devices,
         )
         if skeleton.head is not None:
             seconds += linear_seconds(
-                machine, None, skeleton.head, batch, element, compensation, ranks=devices
+                machine,
+                None,
+                skeleton.head,
+                batch,
+                element,
+                compensation,
+                ranks=devices,
             )
         return seconds + link * tokens * batch
 
-    prefill = call(context, (context + 1) / 2, others_share * context * batch, cache)
-    decode = call(1, context, 0, cache)
+    prefill = call(context, 0, others_share * context * batch)
+    decode = call(1, context, 0)
     return InferencePlan(
         scheme="dense" if scheme is None else scheme.name,
         weight_bytes=weights,
@@ -288,19 +293,19 @@ def _decoder_seconds(
     scheme: Optional[Scheme],
     compensation: Compensation,
     *,
-    tokens: float,
-    keys: float,
+    tokens: int,
+    sequences: int = 1,
+    cached: int = 0,
     others: float = 0,
-    cached_bytes: float = 0,
     devices: int = 1,
 ) -> float:
     """Of one call of all decoder layers.
 
     Args:
-        tokens: of the call.
-        keys: that each of them attends to, on average.
+        tokens: of the call, of all sequences together.
+        sequences: that they are of.
+        cached: tokens of a sequence that came before.
         others: of the tokens, those that are not of the base modality.
-        cached_bytes: of keys and values, on each device.
         devices: that share it.
     """
     seconds = sum(
@@ -316,12 +321,14 @@ def _decoder_seconds(
         )
         for x in skeleton.linears
     )
+    own = tokens / sequences
     width = skeleton.heads * skeleton.head_dim
     return seconds + machine.rest.seconds(
         skeleton.blocks,
         tokens * sum(x.n + x.k for x in skeleton.linears),
-        2 * skeleton.blocks * tokens * keys * width / devices,
-        cached_bytes,
+        2 * skeleton.blocks * tokens * (cached + (own + 1) / 2) * width / devices,
+        skeleton.cache_bytes(sequences * cached + tokens) / devices,
+        2 * skeleton.blocks * width * (sequences * cached + tokens) / devices,
     )
 
 

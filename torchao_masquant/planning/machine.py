@@ -55,6 +55,8 @@ class RestRates:
         per_value: for a value that goes into or comes out of one of its linears.
         per_pair: for a multiplication and addition of attention.
         per_cached_byte: for a byte of cache.
+        per_read: for a value of the cache that a head of queries reads: where many
+            share one of keys, it is read by each.
     """
 
     per_call: float
@@ -62,9 +64,15 @@ class RestRates:
     per_value: float
     per_pair: float
     per_cached_byte: float
+    per_read: float
 
     def seconds(
-        self, layers: int, values: float, pairs: float, cached_bytes: float
+        self,
+        layers: int,
+        values: float,
+        pairs: float,
+        cached_bytes: float,
+        reads: float,
     ) -> float:
         """Of one call of a model."""
         return (
@@ -73,6 +81,7 @@ class RestRates:
             + values * self.per_value
             + pairs * self.per_pair
             + cached_bytes * self.per_cached_byte
+            + reads * self.per_read
         )
 
 
@@ -184,7 +193,7 @@ def _on_paper(name: str, cpu: Machine) -> Machine:
         name,
         "on paper: published peaks, which no kernel reaches",
         rates,
-        RestRates(0.0, 0.0, 2 / memory, 2 / dense, 1 / memory),
+        RestRates(0.0, 0.0, 2 / memory, 2 / dense, 1 / memory, 0.0),
         2 / double,
         cpu.solver,
         link,

@@ -49,7 +49,7 @@ __all__ = [
 #: of all that is measured
 COMPENSATION = Compensation(modalities=3)
 _NAMES = ("text", "vision", "audio")
-_SHAPES = ((384, 384), (1024, 512), (512, 1024), (1024, 1024), (2048, 1024))
+_SHAPES = ((384, 384), (1024, 512), (512, 1024), (1024, 1024), (4096, 1024))
 _TOKENS = (1, 32, 256)
 
 # More than a processor caches.

@@ -20,18 +20,20 @@ from torchao_masquant.planning.processor_time import processor_seconds
 __all__ = ["rest_rates"]
 
 _HEAD, _ELEMENT = 64, 2
-#: layers, hidden width, tokens of a call, tokens in the cache
+#: layers, hidden width, heads of keys, tokens of a call, tokens in the cache
 _CALLS = (
-    (1, 256, 1, 0),
-    (4, 256, 1, 0),
-    (1, 512, 1, 512),
-    (4, 512, 1, 1024),
-    (2, 1024, 1, 2048),
-    (1, 256, 64, 0),
-    (4, 256, 256, 0),
-    (2, 768, 128, 0),
-    (2, 512, 512, 0),
-    (1, 768, 1024, 0),
+    (1, 256, 2, 1, 0),
+    (4, 256, 2, 1, 0),
+    (2, 512, 8, 1, 512),
+    (4, 512, 2, 1, 1024),
+    (2, 1024, 4, 1, 2048),
+    (2, 1024, 16, 1, 1024),
+    (4, 768, 2, 1, 384),
+    (1, 256, 2, 64, 0),
+    (4, 256, 2, 256, 0),
+    (2, 768, 6, 128, 0),
+    (2, 512, 2, 512, 0),
+    (1, 768, 6, 1024, 0),
 )
 
 
@@ -53,11 +55,11 @@ class _NoLinear(nn.Module):
 def rest_rates() -> RestRates:
     """Of decoders of Qwen2.5-VL in bfloat16, of several sizes."""
     features, seconds = [], []
-    for layers, hidden, tokens, cached in _CALLS:
-        model, values = _without_linears(layers, hidden)
-        heads = hidden // _HEAD
+    # Weights that are read between two layers leave nothing else in a cache.
+    weights = torch.zeros(64 << 20, dtype=torch.uint8)
+    for layers, hidden, width, tokens, cached in _CALLS:
+        model, values = _without_linears(layers, hidden, width)
         x = torch.randn(1, tokens, hidden).bfloat16()
-        width = max(1, heads // 2)
         past = torch.randn(1, width, cached, _HEAD).bfloat16()
         cache = DynamicCache(config=model.config)
         for layer in range(layers if cached else 0):
@@ -71,9 +73,10 @@ def rest_rates() -> RestRates:
                 tokens * values,
                 2 * layers * tokens * keys * hidden,
                 2 * layers * width * _HEAD * _ELEMENT * (cached + tokens),
+                2 * layers * hidden * (cached + tokens),
             )
         )
-        seconds.append(processor_seconds(call, 0.2))
+        seconds.append(processor_seconds(call, 0.1, before=lambda: weights.add_(1)))
     return RestRates(*non_negative_fit(features, seconds))
 
 
@@ -83,17 +86,16 @@ def _call(model: Any, x: torch.Tensor, cache: DynamicCache) -> None:
     cache.crop(-x.shape[1])
 
 
-def _without_linears(layers: int, hidden: int) -> tuple[Any, int]:
+def _without_linears(layers: int, hidden: int, width: int) -> tuple[Any, int]:
     """A decoder, and the values in and out of its linears for a token."""
-    heads = hidden // _HEAD
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 8,
             "hidden_size": hidden,
             "intermediate_size": 3 * hidden,
             "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": max(1, heads // 2),
+            "num_attention_heads": hidden // _HEAD,
+            "num_key_value_heads": width,
             "max_position_embeddings": 4096,
             "rope_parameters": {
                 "rope_type": "default",
@@ -112,7 +114,5 @@ def _without_linears(layers: int, hidden: int) -> tuple[Any, int]:
         if isinstance(linear, nn.Linear):
             values += linear.in_features + linear.out_features
             parent, _, last = name.rpartition(".")
-            setattr(
-                model.get_submodule(parent), last, _NoLinear(linear.out_features)
-            )
+            setattr(model.get_submodule(parent), last, _NoLinear(linear.out_features))
     return model, values

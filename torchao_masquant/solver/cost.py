@@ -102,7 +102,8 @@ def _solution(
 ) -> Work:
     """Of attempts at the same problem."""
     parts, others, k = options.parts, modalities - 1, shapes[0][1]
-    once = Work(macs=modalities * sum(n for n, _ in shapes) * k * k)
+    products = _products(parts, modalities)
+    once = Work(macs=products * sum(n for n, _ in shapes) * k * k)
     if others and any(n > k for n, _ in shapes):
         once += (_eigen(k) + Work(entries=4 * k * k)) * others
     attempt = Work()
@@ -112,6 +113,13 @@ def _solution(
             judging = 2 * modalities * min(SAMPLE_TOKENS, 256) * n * k
             attempt += Work(judging, values=2 * n * k, calls=1 + modalities)
     return once + attempt * attempts
+
+
+def _products(parts: Method, modalities: int) -> int:
+    """Of a weight, with covariances."""
+    if parts.clip or parts.rounding == "gptq":
+        return modalities
+    return modalities - 1 if parts.gauge else 0
 
 
 def _attempt(
@@ -166,7 +174,7 @@ def solver_bytes(
     others = modalities - 1
     # Products, and integers of the best attempt and of the last.
     held = 2 * beside
-    products = 8 * modalities * beside
+    products = 8 * _products(options.parts, modalities) * beside
     held += products if products <= HELD_BYTES else weight
     differences = 16 * beside
     # Of all linears or of one, made new for the gauge, and the weight in float64.

@@ -1,0 +1,112 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Operations and bytes that are counted by shape, against those of a solution."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchao_masquant.calibration.statistics import SAMPLE_TOKENS, InputStatistics
+from torchao_masquant.solver import cost
+from torchao_masquant.solver.cost import Work, solver_bytes, solver_work
+from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
+
+FIXED = {"alpha": 0.5, "separation": 1.0}
+
+
+def problem(outputs, k, modalities):
+    generator = torch.Generator().manual_seed(0)
+    names = ("text", "vision", "audio")[:modalities]
+    statistics = InputStatistics(k, names, torch.device("cpu"), True)
+    for index in range(modalities):
+        x = torch.randn(2 * k + SAMPLE_TOKENS, k, generator=generator)
+        statistics.update("x", x, torch.full((len(x),), index))
+    weights = {
+        str(i): torch.randn(n, k, generator=generator) for i, n in enumerate(outputs)
+    }
+    return weights, statistics
+
+
+class Counted(TorchDispatchMode):
+    """Multiplications of float64 matrices, and J^3 of eigenvectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.macs = self.cubes = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name, first = func.overloadpacket.__name__, args[0] if args else None
+        if isinstance(first, torch.Tensor) and first.dtype == torch.float64:
+            if name == "mm":
+                self.macs += first.shape[0] * first.shape[1] * args[1].shape[1]
+            elif name == "linalg_solve_triangular":
+                self.macs += first.shape[0] ** 2 * args[1].shape[1] / 2
+            elif name in ("linalg_cholesky_ex", "linalg_cholesky"):
+                self.macs += first.shape[0] ** 3 / 3
+            elif name == "addr_":
+                self.macs += first.numel()
+            elif name == "_linalg_eigh":
+                self.cubes += first.shape[0] ** 3
+        return out
+
+
+@pytest.mark.parametrize(
+    "outputs, k, modalities, options",
+    [
+        ((96,), 192, 3, FIXED),
+        ((320,), 128, 3, FIXED),
+        ((128, 64), 128, 2, FIXED),
+        ((96,), 192, 2, {**FIXED, "method": "masquant-paper"}),
+        ((96,), 128, 2, {}),
+        ((SAMPLED_OUTPUTS + 512,), 128, 2, {}),
+    ],
+)
+def test_operations(outputs, k, modalities, options):
+    options = SolverOptions("w4a8", **options)
+    weights, statistics = problem(outputs, k, modalities)
+    with Counted() as counted:
+        solve_group(weights, statistics, options)
+    work = solver_work([(n, k) for n in outputs], modalities, options)
+    assert work.cubes == counted.cubes
+    attempts = len(options.alphas) + len(options.separations) - 1
+    judged = 0
+    if attempts > 1:
+        # Quantized linears on sampled tokens, which are counted like the exact ones.
+        some = sum(min(n, SAMPLED_OUTPUTS) for n in outputs)
+        judged = attempts * modalities * SAMPLE_TOKENS * some * k
+    # What is left out is smaller by a factor of the order of K.
+    assert work.macs == pytest.approx(counted.macs + judged, rel=4 / k)
+
+
+@pytest.mark.parametrize(
+    "outputs, k, modalities",
+    [((256,), 512, 3), ((768,), 256, 2), ((256, 128), 256, 2), ((64,), 1024, 2)],
+)
+def test_bytes(outputs, k, modalities):
+    options = SolverOptions("w4a8", **FIXED)
+    weights, statistics = problem(outputs, k, modalities)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        solve_group(weights, statistics, options, spend_statistics=True)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    beside = sum(outputs) * k
+    counted = max(solver_bytes(n, k, beside, modalities, options) for n in outputs)
+    # Vectors, samples and temporary values are left out.
+    assert counted - cost._SCRATCH == pytest.approx(peak, rel=0.15)
+
+
+def test_sum_of_operations():
+    work = Work(macs=3, calls=2) + Work(macs=1, squares=5) * 2
+    assert work == Work(macs=5, squares=10, calls=2)
+    assert work.dot(Work(macs=0.5, squares=2, values=9, calls=1)) == 24.5
