@@ -165,13 +165,15 @@ def test_time_grows_with_the_work(monkeypatch):
     one = seconds([BLOCK])
     assert seconds([BLOCK] * 3) == pytest.approx(3 * one)
     assert seconds([BLOCK], processes=2) == pytest.approx(1 + one / 2, rel=0.01)
-    # Four passes an epoch; of two processes one waits, where a step is of one sample.
+    # Eight passes an epoch; of two processes one waits, where a step is of one sample.
     solving = seconds([BLOCK]) - 2
     options = SolverOptions(epochs=3)
-    assert seconds([BLOCK]) - solving == pytest.approx(2 + 4 * 3)
-    assert seconds([BLOCK], processes=2) - solving / 2 == pytest.approx(2 + 4 * 3 * 2)
+    assert seconds([BLOCK]) - solving == pytest.approx(2 + 8 * 3)
+    assert seconds([BLOCK], processes=2) - solving / 2 == pytest.approx(2 + 8 * 3 * 2)
     options = SolverOptions(epochs=3, batch_size=4)
-    assert seconds([BLOCK], processes=2) - solving / 2 == pytest.approx(2 + 4 * 3)
+    assert seconds([BLOCK], processes=2) - solving / 2 == pytest.approx(2 + 8 * 3)
+    with pytest.raises(ValueError, match="learn for fewer epochs, or from fewer"):
+        seconds([BLOCK], forward=1e6, limit=60.0)
     options = SolverOptions()
     # What takes less than the measurement is not measured.
     assert seconds([{"a": (8, 8)}], limit=None) is None
