@@ -78,6 +78,8 @@ class SequentialResult:
         blocks: of the decoder.
         resumed: how many of them an interrupted run had finished.
         seconds: that each of the others took.
+        estimated_bytes: of the peak memory of this process where blocks run on the CPU,
+            as it was estimated before; an upper bound.
     """
 
     checkpoint: Optional[Path]
@@ -85,6 +87,7 @@ class SequentialResult:
     blocks: int
     resumed: int
     seconds: tuple[float, ...]
+    estimated_bytes: int
 
 
 def calibrate_sequential(
@@ -344,6 +347,7 @@ class _Run:
         self.walk = DecoderWalk(disk.model, blocks, router, disk.device)
         self.names = [disk.names_under(name) for name in blocks]
         self.mine = team.share_of(summary.count)
+        self.estimated_bytes = 0
 
     def check_room(self, memory: Optional[int], on_disk: bool) -> None:
         """Raise where memory or disk will not do."""
@@ -377,6 +381,7 @@ class _Run:
         partial = self.outputs.partial
         written = sum(f.stat().st_size for f in partial.glob("*") if f.is_file())
         needs.check(memory, free_there, partial.parent, written)
+        self.estimated_bytes = needs.peak
 
     def _layers(self, index: int) -> BlockLayers:
         """Those of one block."""
@@ -418,6 +423,7 @@ class _Run:
             len(self.walk.blocks),
             resumed,
             seconds,
+            self.estimated_bytes,
         )
 
     def _begin(self) -> tuple[BlockStore, Manifest, bool]:
