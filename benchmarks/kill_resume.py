@@ -13,6 +13,7 @@ asked for. Each result is compared byte for byte with that of a run that nobody 
 """
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -36,6 +37,8 @@ from torchao_masquant.replacing import replacing
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.testing import digits
 
+_RENDEZVOUS = datetime.timedelta(seconds=60)
+
 _OPTIONS: dict[str, Any] = dict(alpha=0.5, separation=1.0, rank=8, progress=False)
 
 
@@ -45,9 +48,14 @@ def calibrate(
     """Calibrate into a folder, as one of some processes; CPU seconds beside the store."""
     torch.set_num_threads(1)
     if size > 1:
-        # Its own threads would outlive the others' death by their own timeouts.
+        # One that is killed before it has met the others lets them wait: torchrun would
+        # end them.
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=size
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=size,
+            timeout=_RENDEZVOUS,
         )
     calibrate_sequential(
         digits.checkpoint_path("outliers"),
