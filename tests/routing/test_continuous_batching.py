@@ -10,7 +10,7 @@ import contextlib
 import pytest
 import torch
 from linear_oracle import assert_routed, recorded
-from tiny_models import AUDIO, BOS, IMAGE, router, true_ids
+from tiny_models import AUDIO, BOS, IMAGE, batch, router, true_ids
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 STEPS = 4
@@ -92,6 +92,22 @@ def test_requests_that_come_while_others_decode(omni):
     # One batch held a decoding request's token and a new prompt.
     assert any(t.shape[1] == 4 and (t == IMAGE).sum() == 2 for t in batches)
     assert_batches_routed(omni, batches, calls)
+
+
+def test_a_call_with_an_image_while_the_loop_pauses(omni):
+    """A loop that runs makes transformers 5.24 set the shared config not causal."""
+    inputs = batch([BOS, 11, "image", 12], audio=True)
+    options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": -1}
+    wanted = omni.generate(**inputs, **options)
+    with omni.continuous_batching_context_manager(
+        generation_config=GREEDY, continuous_batching_config=small()
+    ) as manager:
+        request = manager.add_request(PROMPTS[0], max_new_tokens=60, streaming=True)
+        assert manager.get_result(request, timeout=60) is not None
+        with manager.pause():
+            assert torch.equal(omni.generate(**inputs, **options), wanted)
+        while not manager.get_result(request, timeout=60).is_finished():
+            pass
 
 
 def test_a_failing_batch_leaves_nothing_behind(vl):
