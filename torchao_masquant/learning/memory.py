@@ -9,6 +9,7 @@ from typing import Iterable
 
 from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.methods import AUTO, SolverOptions
+from torchao_masquant.solver.ranks import AUTO_SHARE
 
 __all__ = ["learning_bytes"]
 
@@ -16,9 +17,6 @@ __all__ = ["learning_bytes"]
 #: its gradient, the best one, in float32 (and one more on the way to each of the
 #: first three); the batch's sum and its mean in float64; two moments of Adam.
 _PER_FLOAT = 4 * 8 + 8 * 2 + 4 * 2
-
-#: What auto's ranks take is what this one takes.
-_AUTO_RANK = 0.05
 
 
 def learning_bytes(
@@ -35,7 +33,7 @@ def learning_bytes(
         modalities: M.
         options: of the solution.
     """
-    rank = _AUTO_RANK if options.rank == AUTO else options.uniform_rank
+    rank = AUTO_SHARE if options.rank == AUTO else options.uniform_rank
     held, largest = 0, 0
     for n, k in shapes:
         pairs = (modalities - 1) * resolve_rank(rank, n, k)
