@@ -13,6 +13,7 @@ asked for. Each result is compared byte for byte with that of a run that nobody 
 """
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -36,34 +37,53 @@ from torchao_masquant.replacing import replacing
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.testing import digits
 
+_RENDEZVOUS = datetime.timedelta(seconds=60)
+
 _OPTIONS: dict[str, Any] = dict(alpha=0.5, separation=1.0, rank=8, progress=False)
 
 
-def calibrate(folder: Path, rank: int, size: int, store: str) -> None:
-    """Calibrate into a folder, as one of some processes."""
+def calibrate(
+    folder: Path, rank: int, size: int, store: str, samples: int, options: dict
+) -> None:
+    """Calibrate into a folder, as one of some processes; CPU seconds beside the store."""
     torch.set_num_threads(1)
     if size > 1:
-        # Its own threads would outlive the others' death by their own timeouts.
+        # One that is killed before it has met the others lets them wait: torchrun would
+        # end them.
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=size
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=size,
+            timeout=_RENDEZVOUS,
         )
     calibrate_sequential(
         digits.checkpoint_path("outliers"),
-        digits.calibration_samples()[:4],
+        digits.calibration_samples()[:samples],
         output=folder / "quantized",
         recipe=folder / "recipe.safetensors",
         **_OPTIONS,
+        **options,
     )
+    Path(f"{store}.{rank}").write_text(str(time.process_time()))
 
 
-def run_once(folder: Path, size: int, kill_after: Optional[float], victim: int) -> bool:
-    """Whether a run ended by itself; all of its processes have ended in any case."""
+def run_once(
+    folder: Path,
+    size: int,
+    kill_after: Optional[float] = None,
+    victim: int = 0,
+    samples: int = 4,
+    **options: Any,
+) -> list[float]:
+    """CPU seconds of each process; none where the run did not end by itself."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchao_masquant.sequential", __name__])
     with tempfile.TemporaryDirectory() as stores:
         processes = [
             context.Process(
-                target=calibrate, args=(folder, rank, size, f"{stores}/store")
+                target=calibrate,
+                args=(folder, rank, size, f"{stores}/store", samples, options),
             )
             for rank in range(size)
         ]
@@ -74,10 +94,12 @@ def run_once(folder: Path, size: int, kill_after: Optional[float], victim: int) 
             os.kill(processes[victim].pid or 0, signal.SIGKILL)
         for process in processes:
             process.join()
-    codes = [process.exitcode for process in processes]
-    if size == 1 and codes[0] not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"the calibration ended with exit code {codes[0]}")
-    return codes == [0] * size
+        codes = [process.exitcode for process in processes]
+        if size == 1 and codes[0] not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"the calibration ended with exit code {codes[0]}")
+        if any(codes):
+            return []
+        return [float(Path(f"{stores}/store.{r}").read_text()) for r in range(size)]
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -115,7 +137,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         undisturbed = Path(work) / "undisturbed"
         undisturbed.mkdir()
         start = time.perf_counter()
-        if not run_once(undisturbed, arguments.processes, None, 0):
+        if not run_once(undisturbed, arguments.processes):
             raise RuntimeError("the run that nobody disturbed did not end")
         seconds = time.perf_counter() - start
         expected = _files(undisturbed)

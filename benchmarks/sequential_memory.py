@@ -5,7 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """Peak memory of a sequential calibration against the number of layers.
 
-    python benchmarks/sequential_memory.py [--layers 4 8 16] [--limit-gib 3] [--json PATH]
+    python benchmarks/sequential_memory.py [--layers 4 8 16] [--limit-gib 3]
+        [--method smoothquant] [--json PATH]
 
 A checkpoint of random bfloat16 weights of Qwen2.5-VL-7B's width (hidden size 3584, 18944
 inside; a small tower and vocabulary in front) is written to disk, calibrated in a process
@@ -14,8 +15,9 @@ private to it and written to: heap, anonymous mappings and private mappings of f
 What is reported is the peak of resident anonymous memory, sampled; pages of the
 checkpoint's mapped files are not in it, since the system may drop them at any time.
 
-The method is SmoothQuant, which needs no covariance: those of ``down_proj`` are 18944 wide,
-2.7 GiB each in float64, and would hide what is measured (and take hours on a laptop).
+SmoothQuant needs no covariance; those of ``down_proj`` for ``--method masquant`` are 18944
+wide, 2.7 GiB each in float64, and make up most of what is measured. Exponent and separation
+are fixed then: searching for them takes time, and no more memory.
 """
 
 import argparse
@@ -169,7 +171,9 @@ def _peak_of_anonymous_memory() -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def measure(folder: Path, limit: float, samples: Any, results: Any) -> None:
+def measure(
+    folder: Path, method: str, limit: float, samples: Any, results: Any
+) -> None:
     """Calibrate a checkpoint under a limit, and report."""
     before = _status("RssAnon")
     data = _status("VmData")
@@ -182,8 +186,10 @@ def measure(folder: Path, limit: float, samples: Any, results: Any) -> None:
             folder / "model",
             samples,
             output=folder / "quantized",
-            method="smoothquant",
+            method=method,
             scheme="w4a8",
+            alpha=0.5,
+            separation=1.0,
             progress=False,
         )
     results.put(
@@ -191,6 +197,7 @@ def measure(folder: Path, limit: float, samples: Any, results: Any) -> None:
             "program_gib": before / _GIB,
             "data_before_gib": data / _GIB,
             "peak_anonymous_gib": peak["bytes"] / _GIB,
+            "estimated_gib": result.estimated_bytes / _GIB,
             "peak_resident_gib": _status("VmHWM") / _GIB,
             "seconds": time.perf_counter() - start,
             "block_s": sorted(result.seconds)[len(result.seconds) // 2],
@@ -207,6 +214,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--hidden", type=int, default=3584)
     parser.add_argument("--inner", type=int, default=18944)
+    parser.add_argument(
+        "--method", choices=("smoothquant", "masquant"), default="smoothquant"
+    )
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--limit-gib", type=float, default=0.0, help="0: none")
@@ -224,7 +234,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             size = _write(folder / "model", config)
             results = context.Queue()
             process = context.Process(
-                target=measure, args=(folder, arguments.limit_gib, samples, results)
+                target=measure,
+                args=(
+                    folder,
+                    arguments.method,
+                    arguments.limit_gib,
+                    samples,
+                    results,
+                ),
             )
             process.start()
             process.join()
@@ -237,6 +254,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         "model GiB",
         "peak anonymous GiB",
         "program GiB",
+        "estimated GiB",
         "s/block",
         "s in all",
     )
@@ -245,7 +263,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             str(row["layers"]),
             *(
                 f"{row[name]:.2f}"
-                for name in ("model_gib", "peak_anonymous_gib", "program_gib")
+                for name in (
+                    "model_gib",
+                    "peak_anonymous_gib",
+                    "program_gib",
+                    "estimated_gib",
+                )
             ),
             *(f"{row[name]:.1f}" for name in ("block_s", "seconds")),
         )

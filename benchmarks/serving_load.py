@@ -3,81 +3,92 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""A quantized model under the load of a server.
+"""A model under the load of a server, dense and quantized.
 
-    python benchmarks/serving_load.py [--calls N] [--threads N] [--json PATH]
+    python benchmarks/serving_load.py [--calls N] [--generated N] [--json PATH]
 
-One model, its decoder layers compiled, is called
+One model, its language model compiled, is called
 
 - by threads at once: prompts of text, images, sounds and both, of several lengths, and
   calls that raise half way, which must leave nothing behind;
 - by ``generate()``, for requests that arrive at random times (exponential intervals,
   at a rate of 0.7 of what one thread was seen to serve).
 
-Every result is compared with that of the same call made alone. Memory is the process's
-resident set, looked at after every hundredth of the calls; its growth is the slope of a
-line through the second half. Latencies count from a request's arrival.
+Every result is that of the same call made alone, bit for bit, or of one whose passes ran
+without a compiled graph in part (``serving_bench/alone.py``); all else counts as wrong.
+What the process holds is looked at after every hundredth of the calls, when garbage has
+been collected. Latencies count from a request's arrival.
 
-Dynamo may compile again where threads take turns between the graphs of one layer; in
-the rows with a lock, one call runs at a time.
+Dynamo may compile again where threads take turns between the graphs of one function; in
+the rows with a lock, one call runs at a time. Each model has a process of its own; the
+dense one tells what of the growth is torch's and transformers'.
 """
 
 import argparse
+import array
 import contextlib
 import dataclasses
+import gc
 import json
+import multiprocessing
 import os
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
+import transformers
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from serving_bench.alone import Call, Inputs, Results, eager_passes, equal, made_alone
+from serving_bench.memory import Held, growth, held
 from torch._dynamo.utils import counters
 from torchao.quantization import quantize_
 
-from torchao_masquant import SCHEMES, Router, calibrate, masquant_config
+from torchao_masquant import SCHEMES, calibrate, masquant_config
+from torchao_masquant.kernels.cpu_lowering import prepare
 from torchao_masquant.replacing import replacing
+from torchao_masquant.routing import router_of
 from torchao_masquant.testing import digits
 
-_NEW_TOKENS = 4
+_NEW_TOKENS = 2
 _UTILISATION = 0.7
 _KINDS = ("text", "image", "audio", "both")
-# Of the largest logit. The same graph gives the same numbers; the model as it is without
-# graphs, which a layer falls back to where Dynamo compiles no more of them, was seen to
-# be 8e-4 away; and one modality's tokens taken for another's, 3e-2 at least.
-_SAME, _NEAR = 1e-4, 1e-2
+_REFUSED = (ValueError, RuntimeError)
 
 
 @dataclass
 class Load:
-    """What a load did.
+    """What a load did. Growth is for 1,000 calls, over the second half of them.
 
     Attributes:
+        model: "dense" or the scheme.
         load: its name.
         requests: answered or refused.
         raised: refused, as they should be.
-        near: results of another rounding than those of the call made alone: of a layer
-            that ran without its graph.
-        wrong: all other results that are not those of the call made alone.
+        eager: results of a call that ran in part without a graph.
+        wrong: results that no call made alone gives, and calls that left ids behind.
         p50_ms: half of the answers took no longer; so on for ``p90_ms``, ``p99_ms``.
         per_second: answers.
         graphs: compiled while it ran.
         resident_mib: at its end.
-        growth_mib_per_1000: of resident memory.
+        resident_growth_mib: of resident memory.
+        resident_error_mib: that slope's standard error; so on for those below.
+        allocated_growth_mib: of what malloc has given and not got back.
+        blocks_growth: of Python's allocator.
     """
 
+    model: str
     load: str
     requests: int
     raised: int
-    near: int
+    eager: int
     wrong: int
     p50_ms: float
     p90_ms: float
@@ -85,18 +96,16 @@ class Load:
     per_second: float
     graphs: int
     resident_mib: float
-    growth_mib_per_1000: float
+    resident_growth_mib: float
+    resident_error_mib: float
+    allocated_growth_mib: float
+    allocated_error_mib: float
+    blocks_growth: float
+    blocks_error: float
 
 
-Inputs = dict[str, torch.Tensor]
 #: (name of the kind, inputs, what the call made alone gave; None: it raised)
-Request = tuple[str, Inputs, Optional[torch.Tensor]]
-
-
-def resident_bytes() -> int:
-    """The process's resident set (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+Request = tuple[str, Inputs, Optional[Results]]
 
 
 def prompts(count: int) -> list[tuple[str, Inputs]]:
@@ -122,7 +131,7 @@ def prompts(count: int) -> list[tuple[str, Inputs]]:
     return made
 
 
-def percentiles(latencies: list[float]) -> list[float]:
+def percentiles(latencies: Sequence[float]) -> list[float]:
     return [float(v) * 1e3 for v in np.percentile(latencies, (50, 90, 99))]
 
 
@@ -131,70 +140,87 @@ class Server:
 
     def __init__(
         self,
-        router: Router,
-        call: Callable[[Inputs], torch.Tensor],
+        model: Any,
+        call: Call,
         requests: list[Request],
         lock: contextlib.AbstractContextManager,
     ):
-        self.router = router
+        self.model = model
+        self.router = router_of(model)
         self.call = call
         self.requests = requests
         self.lock = lock
-        self.latencies: list[float] = []
-        self.resident: list[tuple[int, int]] = []
-        self.wrong = self.near = self.raised = self.done = 0
+        # Arrays, and no futures kept: an account that grows would be found as growth.
+        self.latencies = array.array("d")
+        self.marks = array.array("q")
+        #: (number of the request, what it gave), where not what it gave alone
+        self.other: list[tuple[int, Results]] = []
+        self.wrong = self.raised = self.done = 0
         self.every = 1
         self.account = threading.Lock()
+        self.failure: Optional[BaseException] = None
 
-    def answer(self, index: int, arrived: float) -> None:
-        kind, inputs, expected = self.requests[index % len(self.requests)]
-        result: Optional[torch.Tensor] = None
+    def answer(self, number: int, arrived: float) -> None:
+        number %= len(self.requests)
+        _, inputs, expected = self.requests[number]
+        result: Optional[Results] = None
         with torch.no_grad(), self.lock:
             try:
                 result = self.call(inputs)
-            except (ValueError, RuntimeError):
+            except _REFUSED:
                 if expected is not None:
                     raise
         finished = time.perf_counter()
-        left_behind = self.router.call.known or self.router.call.ids is not None
+        left_behind = self.router is not None and (
+            self.router.call.known or self.router.call.ids is not None
+        )
         with self.account:
             self.done += 1
-            if result is None or expected is None:
-                self.raised += result is None
-                self.wrong += result is not None or left_behind
-            else:
+            self.raised += result is None
+            self.wrong += left_behind or (result is not None and expected is None)
+            if result is not None and expected is not None:
                 self.latencies.append(finished - arrived)
-                within = same(result, expected)
-                self.near += not within and same(result, expected, _NEAR)
-                self.wrong += left_behind or not same(result, expected, _NEAR)
+                if not equal(result, expected):
+                    self.other.append((number, result))
             if self.done % self.every == 0:
-                self.resident.append((self.done, resident_bytes()))
+                # What waits to be collected is no growth, nor are Python's free lists.
+                gc.collect()
+                self.marks.extend((self.done, *dataclasses.astuple(held())))
 
-    def row(self, name: str, seconds: float, graphs: int) -> Load:
-        late = self.resident[len(self.resident) // 2 :]
-        slope = np.polyfit(*zip(*late), 1)[0] if len(late) > 1 else float("nan")
+    def answered(self, future: Future) -> None:
+        """Keep what a request raised that should not have, to raise it at the end."""
+        self.failure = self.failure or future.exception()
+
+    def row(self, model: str, load: str, seconds: float, graphs: int) -> Load:
+        if self.failure is not None:
+            raise self.failure
+        columns = iter(self.marks)
+        marks = [(done, Held(*then)) for done, *then in zip(*[columns] * 4)]
+        resident, allocated, blocks = growth(marks)
+        ended = held()
+        unexplained = sum(
+            eager_passes(self.model, self.call, self.requests[number][1], result)
+            is None
+            for number, result in self.other
+        )
         return Load(
-            name,
+            model,
+            load,
             self.done,
             self.raised,
-            self.near,
-            self.wrong,
+            len(self.other) - unexplained,
+            self.wrong + unexplained,
             *percentiles(self.latencies),
             len(self.latencies) / seconds,
             graphs,
-            resident_bytes() / 2**20,
-            float(slope) * 1000 / 2**20,
+            ended.resident / 2**20,
+            resident.per_1000 / 2**20,
+            resident.error / 2**20,
+            allocated.per_1000 / 2**20,
+            allocated.error / 2**20,
+            blocks.per_1000,
+            blocks.error,
         )
-
-
-def same(
-    result: torch.Tensor, expected: torch.Tensor, tolerance: float = _SAME
-) -> bool:
-    """Logits within a tolerance of the largest, or equal tokens."""
-    if not result.is_floating_point():
-        return torch.equal(result, expected)
-    bound = tolerance * expected.abs().max()
-    return bool(((result - expected).abs() <= bound).all())
 
 
 @contextlib.contextmanager
@@ -206,67 +232,81 @@ def counted() -> Iterator[list[int]]:
     found.append(counters["stats"]["unique_graphs"] - before)
 
 
-def closed(server: Server, name: str, calls: int, threads: int) -> Load:
-    """As many at once as there are threads, each of them at once after the last."""
+def closed(server: Server, calls: int, threads: int) -> tuple[float, int]:
+    """As many at once as there are threads, each of them at once after the last.
+
+    Returns:
+        Seconds it took, and graphs that were compiled.
+    """
     server.every = max(1, calls // 100)
+    numbers = iter(range(calls))
+
+    def work() -> None:
+        for number in numbers:
+            server.answer(number, time.perf_counter())
+
     with counted() as graphs, ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter()
-        futures = [
-            pool.submit(lambda i=i: server.answer(i, time.perf_counter()))
-            for i in range(calls)
-        ]
-        for future in futures:
+        for future in [pool.submit(work) for _ in range(threads)]:
             future.result()
         seconds = time.perf_counter() - started
-    return server.row(name, seconds, graphs[0])
+    return seconds, graphs[0]
 
 
 def arriving(
-    server: Server, name: str, requests: int, threads: int, per_second: float, seed: int
-) -> Load:
-    """Requests at random times, answered by the next free thread."""
+    server: Server, requests: int, threads: int, per_second: float, seed: int
+) -> tuple[float, int]:
+    """Requests at random times, answered by the next free thread.
+
+    Returns:
+        As for :func:`closed`.
+    """
     server.every = max(1, requests // 100)
     draw = random.Random(seed)
     with counted() as graphs, ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter()
-        due, futures = started, []
+        due = started
         for i in range(requests):
             due += draw.expovariate(per_second)
             time.sleep(max(0.0, due - time.perf_counter()))
-            futures.append(pool.submit(server.answer, i, due))
-        for future in futures:
-            future.result()
+            future = pool.submit(server.answer, i, due)
+            future.add_done_callback(server.answered)
+        pool.shutdown()
         seconds = time.perf_counter() - started
-    return server.row(name, seconds, graphs[0])
-
-
-def alone(call: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> Any:
-    with torch.no_grad():
-        try:
-            return call(inputs)
-        except (ValueError, RuntimeError):
-            return None
+    return seconds, graphs[0]
 
 
 def measure(
-    model: Any, calls: int, generated: int, threads: int, seed: int = 0
+    model: Any, name: str, calls: int, generated: int, threads: int, seed: int = 0
 ) -> list[Load]:
-    """All loads, on a quantized model whose layers get compiled here.
+    """All loads, on a model whose language model gets compiled here.
 
     Raises:
         RuntimeError: a prompt that should be answered raised when it was made alone,
             or the other way round.
     """
-    for layer in model.model.language_model.layers:
-        layer.compile(dynamic=True)
+    model.model.language_model.compile(dynamic=True)
 
-    def forward(inputs: Inputs) -> torch.Tensor:
-        return model(**inputs, use_cache=False).logits
+    def forward(inputs: Inputs) -> Results:
+        return [model(**inputs, use_cache=False).logits]
 
-    def generate(inputs: Inputs) -> torch.Tensor:
-        return model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    def generate(inputs: Inputs) -> Results:
+        out = model.generate(
+            **inputs,
+            max_new_tokens=_NEW_TOKENS,
+            min_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return [*out.logits, out.sequences]
 
-    router = model.forward.router
+    def alone(call: Call, inputs: Inputs) -> Optional[Results]:
+        try:
+            return made_alone(model, call, inputs)
+        except _REFUSED:
+            return None
+
     made = prompts(24)
     for _ in range(2):  # The first pass compiles.
         forwards = [(k, i, alone(forward, i)) for k, i in made]
@@ -278,40 +318,52 @@ def measure(
             raise RuntimeError(f"a call of kind {kind!r} did not go as it should.")
 
     rows = []
+    # What is there for good would make each collection take a second.
+    gc.collect()
+    gc.freeze()
+
+    def add(server: Server, load: str, took: tuple[float, int]) -> None:
+        rows.append(server.row(name, load, *took))
+        print(rows[-1], flush=True)
+
     for locked in (True, False):
         lock: Any = threading.Lock() if locked else contextlib.nullcontext()
         mode = "with a lock" if locked else "no lock"
-        warm = Server(router, forward, forwards, lock)
-        closed(warm, "warm-up", max(20, calls // 20), threads)
-        server = Server(router, forward, forwards, lock)
-        rows.append(closed(server, f"{threads} threads, {mode}", calls, threads))
-        server = Server(router, generate, generations, lock)
-        rows.append(
-            arriving(
-                server,
-                f"generate(), arrivals, {mode}",
-                generated,
-                threads,
-                served * _UTILISATION,
-                seed,
-            )
-        )
+        closed(Server(model, forward, forwards, lock), max(20, calls // 20), threads)
+        server = Server(model, forward, forwards, lock)
+        add(server, f"{threads} threads, {mode}", closed(server, calls, threads))
+        server = Server(model, generate, generations, lock)
+        took = arriving(server, generated, threads, served * _UTILISATION, seed)
+        add(server, f"generate(), arrivals, {mode}", took)
     return rows
+
+
+def measured(name: str, calls: int, generated: int, threads: int) -> list[Load]:
+    """All loads of one model, for a process of its own."""
+    model = digits.load_model("outliers")
+    if name != "dense":
+        prepare()
+        recipe = calibrate(model, digits.calibration_samples(16), scheme=name)
+        quantize_(model, masquant_config(recipe))
+    return measure(model, name, calls, generated, threads)
 
 
 def main(arguments: Optional[list[str]] = None) -> list[Load]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scheme", choices=SCHEMES, default="w4a8")
     parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--generated", type=int, default=200)
+    parser.add_argument("--generated", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
 
-    model = digits.load_model("outliers")
-    recipe = calibrate(model, digits.calibration_samples(16), scheme=options.scheme)
-    quantize_(model, masquant_config(recipe))
-    rows = measure(model, options.calls, options.generated, options.threads)
+    load_before = os.getloadavg()[0]
+    rows = []
+    for name in ("dense", options.scheme):
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            sizes = options.calls, options.generated, options.threads
+            rows += process.submit(measured, name, *sizes).result()
 
     table = Table(box=box.SIMPLE_HEAD)
     for field in dataclasses.fields(Load):
@@ -323,9 +375,18 @@ def main(arguments: Optional[list[str]] = None) -> list[Load]:
                 for value in dataclasses.astuple(row)
             )
         )
-    Console(width=160).print(table)
+    Console(width=240).print(table)
     if options.json is not None:
-        report = [dataclasses.asdict(row) for row in rows]
+        report = {
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "load_before": load_before,
+            "load_after": os.getloadavg()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "new_tokens": _NEW_TOKENS,
+            "loads": [dataclasses.asdict(row) for row in rows],
+        }
         with replacing(options.json) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
     return rows

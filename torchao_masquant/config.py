@@ -94,6 +94,7 @@ class MASQuantConfig(AOBaseConfig):
         modality_weights: name of a modality to what its error weighs.
         epochs: of learning; only a recipe from ``calibrate`` has learned anything.
         lr: its learning rate.
+        batch_size: samples of one of its steps.
         base_modality: the one that the shared weight is smoothed for.
         modalities: those that the model will meet; None for all its config declares.
         include: patterns of names of linears and expert weights, in place of all of the
@@ -122,6 +123,7 @@ class MASQuantConfig(AOBaseConfig):
     modality_weights: Optional[Mapping[str, float]] = None
     epochs: int = 0
     lr: float = 3e-4
+    batch_size: int = 1
     base_modality: str = TEXT
     modalities: Optional[Sequence[str]] = None
     include: Patterns = None

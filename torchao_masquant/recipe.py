@@ -325,7 +325,7 @@ class Recipe:
         """
         path = Path(path)
         header = {
-            "options": vars(self.options),
+            "options": self.options.stored(),
             "modalities": self.modalities,
             "versions": self.versions,
             "layers": {

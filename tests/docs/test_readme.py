@@ -20,6 +20,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "docs" / "checkpoints.md",
     ROOT / "docs" / "cli.md",
+    ROOT / "docs" / "serving.md",
     *sorted((ROOT / "tutorials").glob("*.md")),
 ]
 

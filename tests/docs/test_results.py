@@ -62,3 +62,37 @@ def test_readme_table_is_the_committed_result(variant):
             f"{same[0]['bytes'] / 1024:.0f}",
         ]
         assert cells == expected
+
+
+def _spread(row, name, form):
+    growth = f"{name}_growth{'' if name == 'blocks' else '_mib'}"
+    error = f"{name}_error{'' if name == 'blocks' else '_mib'}"
+    return f"{form.format(row[growth])} ± {form.format(row[error])}"
+
+
+def _serving_lines(part):
+    rows = json.loads((ROOT / "benchmarks/results/serving_load.json").read_text())
+    for row in rows["loads"]:
+        cells = [row["model"], row["load"]]
+        if part == "memory":
+            cells += [
+                f"{row['requests']} ({row['raised']})",
+                f"{row['graphs']}",
+                f"{row['eager']}",
+                f"{row['wrong']}",
+                _spread(row, "resident", "{:.2f}"),
+                _spread(row, "allocated", "{:.2f}"),
+                _spread(row, "blocks", "{:.0f}"),
+            ]
+        else:
+            cells += [f"{row[f'p{p}_ms']:.0f}" for p in (50, 90, 99)]
+            cells += [f"{row['per_second']:.1f}"]
+        yield f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("part", ["memory", "latency"])
+def test_serving_table_is_the_committed_result(part):
+    page = (ROOT / "docs/serving.md").read_text()
+    shown = page.split(f"<!-- serving_load.json: {part} -->")[1]
+    lines = shown.split("<!-- end -->")[0].strip().splitlines()
+    assert lines[2:] == list(_serving_lines(part))

@@ -222,6 +222,16 @@ def test_graphs_of_the_language_model():
     assert graphs.count == 3
 
 
+def test_generate_takes_three_graphs_of_the_language_model():
+    """Prefills of both kinds, and decoding, also where there are more layers."""
+    model = quantized(qwen25_vl(layers=4), scheme="w8a8")
+    graphs = Graphs()
+    model.model.language_model.compile(fullgraph=True, dynamic=True, backend=graphs)
+    for inputs in (text(6), mixed(0), text(9), mixed(1, extra=3), text(5)):
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert graphs.count == 3
+
+
 def test_decode_steps_with_a_static_cache_share_a_graph():
     """After a mixed prefill; and as many graphs as the unquantized model needs."""
     counts = []

@@ -35,7 +35,7 @@ def needed_beyond(device, memory):
     return preflight._PROGRAM_BYTES + device - memory
 
 
-def seven_billion(method="masquant", on_disk=False, samples=128):
+def seven_billion(method="masquant", on_disk=False, samples=128, **options):
     linears = {f"layers.0.{n}": s for n, s in BLOCK.items()}
     size = 2 * sum(n * k for n, k in BLOCK.values())
     return estimate(
@@ -47,7 +47,7 @@ def seven_billion(method="masquant", on_disk=False, samples=128):
         itemsize=2,
         tokens=[2048] * samples,
         modalities=2,
-        options=SolverOptions(method=method),
+        options=SolverOptions(method=method, **options),
         max_statistics_bytes=4 * GIB,
         on_disk=on_disk,
         writes=(True, False),
@@ -71,6 +71,12 @@ def test_sizes_of_a_large_model():
     assert needs.block == 3 * sum(n * k for n, k in BLOCK.values())
     assert seven_billion(on_disk=True).activations == 0
     assert seven_billion(on_disk=True).disk == needs.disk + needs.activations
+    # Learning keeps the quantized stream, too; integers in float32, and a scaled copy.
+    learned = seven_billion(epochs=2)
+    assert learned.activations == 2 * needs.activations
+    assert needs.learning == 0
+    weights = sum(n * k for n, k in BLOCK.values())
+    assert learned.learning > (4 + 4) * weights + learned.forward
     small = seven_billion("smoothquant")
     # Copies of the weight, and no covariance.
     assert small.solver == 16 * WIDTH * INNER
@@ -97,8 +103,13 @@ def test_sizes_of_a_large_model():
             4,
             "shorten the longest sample, of 90000 tokens",
         ),
+        (
+            Estimate(900, 0, GIB, GIB, GIB, GIB, "a", 0, 0, 0, learning=5 * GIB),
+            4,
+            "learning takes 5.00 GiB of it, for a block and the longest sample, of 900",
+        ),
     ],
-    ids=["activations", "down_proj", "statistics", "front", "sample"],
+    ids=["activations", "down_proj", "statistics", "front", "sample", "learning"],
 )
 def test_advice(needs, memory, advice, tmp_path):
     with pytest.raises(ValueError, match="GiB of memory, and there are") as raised:
@@ -158,6 +169,16 @@ def test_time_grows_with_the_work(monkeypatch):
     one = seconds([BLOCK])
     assert seconds([BLOCK] * 3) == pytest.approx(3 * one)
     assert seconds([BLOCK], processes=2) == pytest.approx(1 + one / 2, rel=0.01)
+    # Eight passes an epoch; of two processes one waits, where a step is of one sample.
+    solving = seconds([BLOCK]) - 2
+    options = SolverOptions(epochs=3)
+    assert seconds([BLOCK]) - solving == pytest.approx(2 + 8 * 3)
+    assert seconds([BLOCK], processes=2) - solving / 2 == pytest.approx(2 + 8 * 3 * 2)
+    options = SolverOptions(epochs=3, batch_size=4)
+    assert seconds([BLOCK], processes=2) - solving / 2 == pytest.approx(2 + 8 * 3)
+    with pytest.raises(ValueError, match="learn for fewer epochs, or from fewer"):
+        seconds([BLOCK], forward=1e6, limit=60.0)
+    options = SolverOptions()
     # What takes less than the measurement is not measured.
     assert seconds([{"a": (8, 8)}], limit=None) is None
 

@@ -112,6 +112,7 @@ def test_a_finished_calibration_is_not_repeated(original, interrupted):
         ({"rank": 3}, r"another option rank \(2, now 3\)"),
         ({"scheme": "w8a8"}, r"another option scheme \(w4a8, now w8a8\)"),
         ({"exclude": "*.q_proj"}, "another choice of linears"),
+        ({"batch_size": 2}, r"another option batch_size \(not given, now 2\)"),
         ({"modalities": ("vision", "text")}, None),
         ({"base_modality": "vision"}, "another choice of modalities"),
         ({"samples": tiny_models.samples(audio=False, count=5)}, "set of samples"),

@@ -9,23 +9,21 @@ import functools
 import os
 import signal
 
-import killed_runs
 import pytest
 import tiny_models
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results import FIXED, assert_same_files
+from teams import SIZE, stopped, together
 
 from torchao_masquant import Recipe, Router
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.calibration.statistics import Moments
-from torchao_masquant.sequential import TeamError, calibrate_sequential
+from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.sequential.block_solver import BlockSolver
 from torchao_masquant.sequential.team import Team
 
-SIZE = 2
 CPU = torch.device("cpu")
 
 
@@ -56,36 +54,6 @@ def test_sampled_tokens_do_not_depend_on_the_processes(calls):
         parts.append(part)
     kept = torch.cat([part.sample_of(whole.count) for part in parts])
     assert torch.equal(kept, whole.sample)
-
-
-def process(rank, size, store, results, function):
-    """One of some processes that talk to each other; sends what a function gives."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size
-    )
-    try:
-        results.put((rank, function(rank)))
-    except Exception as error:
-        results.put((rank, error))
-
-
-def together(folder, function, size=SIZE):
-    """What a function gives in each of some processes, in their order."""
-    context = killed_runs.context()
-    results = context.Queue()
-    processes = [
-        context.Process(
-            target=process, args=(r, size, folder / "store", results, function)
-        )
-        for r in range(size)
-    ]
-    for started in processes:
-        started.start()
-    found = dict(results.get(timeout=120) for _ in processes)
-    for started in processes:
-        started.join()
-    return [found.get(rank) for rank in range(size)]
 
 
 def session_of(rank, size):
@@ -214,36 +182,18 @@ def killing(solve):
 
 
 def test_a_process_that_dies_stops_the_others_and_all_go_on(original, by_two, tmp_path):
-    store = tmp_path / "store"
-    store.mkdir()
-    context = killed_runs.context()
-    results = context.Queue()
     work = tmp_path / "work"
     work.mkdir()
-    run = functools.partial(dying, original=original, folder=work)
-    processes = [
-        context.Process(target=process, args=(r, SIZE, store / "store", results, run))
-        for r in range(SIZE)
-    ]
-    for started in processes:
-        started.start()
-    rank, error = results.get(timeout=120)
-    for started in processes:
-        started.join()
-    assert rank == 0 and isinstance(error, TeamError)
-    assert "process 0 of 2 lost the others: one of them has died" in str(error)
-    assert processes[1].exitcode == -signal.SIGKILL
+    stopped(tmp_path, functools.partial(dying, original=original, folder=work))
     assert (work / "quantized.partial" / "block-00000.json").is_file()
     again = functools.partial(calibrated, original=original, folder=work)
-    again_store = tmp_path / "again"
-    again_store.mkdir()
-    assert together(again_store, again) == [None, None]
+    assert together(tmp_path, again) == [None, None]
     assert_same_files(by_two, work)
 
 
 def refused(rank, original, folder, case):
     count = {"few": 1, "different": 2 + rank}.get(case, 3)
-    options = {"error": {"exclude": "*.nothing"}, "epochs": {"epochs": 1}}.get(case, {})
+    options = {"error": {"exclude": "*.nothing"}}.get(case, {})
     try:
         calibrate_sequential(
             original,
@@ -262,7 +212,6 @@ def refused(rank, original, folder, case):
         ("few", "there are 1 samples for 2 processes"),
         ("different", "the processes were given different samples"),
         ("error", "matches no linear"),
-        ("epochs", "use epochs=0, or one process"),
     ],
 )
 def test_all_processes_refuse(original, tmp_path, case, message):

@@ -40,6 +40,9 @@ from torchao_masquant.solver.methods import ALPHAS, METHODS, SEPARATIONS, Solver
         ({"epochs": 1.5}, TypeError, "epochs must be an int, got 1.5."),
         ({"epochs": -1}, ValueError, "epochs must not be negative, got -1."),
         ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0."),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1 sample, got 0."),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be an int, got 2.0."),
+        ({"batch_size": True}, TypeError, "batch_size must be an int, got True."),
         *(
             ({"method": method, **extra}, ValueError, "is kept as it was published")
             for method in ("masquant-paper", "smoothquant", "rtn")
@@ -79,6 +82,14 @@ def test_what_none_stands_for():
 def test_published_methods_may_be_told_what_they_do(method):
     said = SolverOptions(method=method, shift=False, clip=False, rounding="nearest")
     assert said.parts == SolverOptions(method=method).parts == METHODS[method]
+
+
+def test_files_from_before_there_were_batches():
+    """They have no batch size, and none is written where it would say nothing new."""
+    for options in (SolverOptions(), SolverOptions(batch_size=4, rank=2)):
+        assert SolverOptions(**options.stored()) == options
+    assert "batch_size" not in SolverOptions(epochs=2).stored()
+    assert SolverOptions(epochs=2, batch_size=4).stored()["batch_size"] == 4
 
 
 def test_learning_needs_samples():

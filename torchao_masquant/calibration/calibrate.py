@@ -61,6 +61,7 @@ def calibrate(
     modality_weights: Optional[Mapping[str, float]] = None,
     epochs: int = 0,
     lr: float = 3e-4,
+    batch_size: int = 1,
     base_modality: str = TEXT,
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,
@@ -113,6 +114,8 @@ def calibrate(
             block of the decoder, for gradients of all but the integers (see
             :func:`torchao_masquant.learning.learn`). Zero for none.
         lr: learning rate, relative to the size of what is learned.
+        batch_size: samples whose mean gradient makes one step of learning. A larger one
+            makes fewer steps of an epoch; ``lr`` is not changed for it.
         base_modality: the one that the shared weight is smoothed for. Its tokens cost
             nothing extra at run time.
         modalities: those that the model will meet; None for all that its config
@@ -148,6 +151,7 @@ def calibrate(
         modality_weights=modality_weights,
         epochs=epochs,
         lr=lr,
+        batch_size=batch_size,
     )
     model = getattr(model, "_orig_mod", model)
     selected = select(model, include, exclude)

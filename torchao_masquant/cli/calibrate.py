@@ -191,6 +191,14 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
         "--lr", type=float, default=3e-4, help="learning rate (default: %(default)s)"
     )
     group.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="SAMPLES",
+        help="of one step of learning; with several processes, as many or a multiple "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
         "--max-statistics-bytes",
         type=int,
         default=4 << 30,
@@ -218,6 +226,7 @@ _OPTIONS = (
     "base_modality",
     "epochs",
     "lr",
+    "batch_size",
     "max_statistics_bytes",
 )
 

@@ -150,7 +150,7 @@ class CheckpointFormat:
             options: name of a linear to the options that it was solved with.
         """
         known = {
-            name: {k: _plain(v) for k, v in vars(option).items()}
+            name: {k: _plain(v) for k, v in option.stored().items()}
             for name, option in options.items()
             if name in layers
         }

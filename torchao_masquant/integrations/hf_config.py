@@ -94,7 +94,7 @@ class MASQuantHfConfig(QuantizationConfigMixin):
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "options": [dict(vars(self.config.options))],
+            "options": [self.config.options.stored()],
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MASQuantHfConfig":

@@ -6,6 +6,7 @@
 """Block-by-block learning of a recipe's floating point parts."""
 
 import copy
+import itertools
 import logging
 import math
 from functools import partial
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from torchao_masquant.learning.batch_gradient import BatchGradient
+from torchao_masquant.learning.batches import batches, held_back
 from torchao_masquant.learning.blocks import (
     RunsBlocks,
     capture_calls,
@@ -22,6 +25,8 @@ from torchao_masquant.learning.blocks import (
     forwards,
 )
 from torchao_masquant.learning.learnable_weight import LearnableWeight
+from torchao_masquant.learning.together import Alone, Together
+from torchao_masquant.learning.token_variation import TokenVariation, tokens_of
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.solver.methods import SolverOptions
@@ -30,9 +35,6 @@ from torchao_masquant.tensor_subclasses import MASQuantTensor
 __all__ = ["BlockTask", "learn"]
 
 _LOGGER = logging.getLogger(__name__)
-
-# Every so manieth sample judges the iterates, and is not learned from.
-_HELD_BACK = 8
 
 
 @torch.inference_mode(False)
@@ -60,7 +62,7 @@ def learn(
         samples: as for ``calibrate``.
         layers: solution for linears of its decoder.
         router: that tells calibration's modalities.
-        options: with ``epochs`` above zero and ``lr``.
+        options: with ``epochs`` above zero, ``lr`` and ``batch_size``.
         progress: show a bar on a terminal.
 
     Returns:
@@ -87,7 +89,7 @@ def learn(
             with torch.no_grad():
                 exact = [c.run(index, block, x) for c, x in zip(calls, exact)]
             task = BlockTask(
-                name, block, index, learned, router.modalities, options, calls
+                name, block, index, learned, router.modalities, options, calls, Alone()
             )
             if task.linears:
                 learned |= task.learn(met, exact)
@@ -101,7 +103,18 @@ def learn(
 
 
 class BlockTask:
-    """One block: its quantized linears, and how far its output is from its target."""
+    """One block: its quantized linears, and how far its output is from its target.
+
+    Args:
+        name: of the block in the model.
+        block: in high precision.
+        index: of the block among the decoder's.
+        layers: solutions, those of its linears among them.
+        modalities: names, base first.
+        options: of learning.
+        calls: this process's samples.
+        together: the processes that learn, all samples shared among them.
+    """
 
     def __init__(
         self,
@@ -112,7 +125,9 @@ class BlockTask:
         modalities: Sequence[str],
         options: SolverOptions,
         calls: Sequence[RunsBlocks],
+        together: Together,
     ):
+        self.together = together
         self.name, self.block, self.index = name, block, index
         self.modalities, self.options, self.calls = modalities, options, calls
         self.linears: dict[str, nn.Linear] = {
@@ -168,54 +183,59 @@ class BlockTask:
     def learn(
         self, inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
     ) -> dict[str, LayerRecipe]:
-        """The linears' parts, learned; the start's where nothing better was found."""
+        """The linears' parts, learned; the start's where nothing better was found.
+
+        All processes take the same steps and have the same result.
+        """
         learnable = {
             name: LearnableWeight(self.layers[name], quantized)
             for name, quantized in self._quantized(self.layers).items()
         }
         parameters = [p for w in learnable.values() for p in w.parameters()]
         energies = self._energies(targets)
-        count = len(inputs)
-        judges = list(range(_HELD_BACK - 1, count, _HELD_BACK)) or list(range(count))
-        taught = [i for i in range(count) if i not in set(judges)] or judges
+        counts = self.together.gather(len(inputs))
+        count, first = sum(counts), sum(counts[: self.together.rank])
+        mine = range(first, first + len(inputs))
+        taught, judges = held_back(count)
 
         def forward(name: str, ids: Any, x: torch.Tensor) -> torch.Tensor:
             return learnable[name].linear(x, ids, self.linears[name].bias)
 
-        def loss_of(i: int) -> torch.Tensor:
+        def loss_of(number: int) -> torch.Tensor:
+            i = number - first
             y = self._run(forward, self.calls[i], inputs[i])
             return self._loss(y, targets[i], self.calls[i].ids, energies)
 
         @torch.no_grad()
         def judged() -> float:
-            return math.fsum(loss_of(i).item() for i in judges)
+            own = [loss_of(number).item() for number in judges if number in mine]
+            return math.fsum(itertools.chain(*self.together.gather(own)))
 
-        optimizer = torch.optim.Adam(parameters, lr=self.options.lr)
-        steps = self.options.epochs * len(taught)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(self.index)
+        epochs = [
+            batches(taught, count, self.options.batch_size, generator)
+            for _ in range(self.options.epochs)
+        ]
+        optimizer = torch.optim.Adam(parameters, lr=self.options.lr)
+        gradient = BatchGradient(parameters, self.together)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, sum(map(len, epochs))
+        )
         start = least = judged()
         best = copy.deepcopy([p.detach() for p in parameters])
-        for _ in range(self.options.epochs):
-            for i in torch.randperm(len(taught), generator=generator).tolist():
-                loss = loss_of(taught[i])
-                if loss.requires_grad:
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+        for epoch in epochs:
+            for batch in epoch:
+                for number in batch:
+                    if number in mine:
+                        gradient.add(loss_of(number))
+                gradient.finish(len(batch))
+                optimizer.step()
                 schedule.step()
             now = judged()
             if now < least:
                 least, best = now, copy.deepcopy([p.detach() for p in parameters])
             if not math.isfinite(now) or now > 10 * start:
-                _LOGGER.warning(
-                    "learning of %s diverged: the loss went from %.3g to %.3g; the best "
-                    "iterate is kept. A smaller lr than %g may do better.",
-                    self.name,
-                    start,
-                    now,
-                    self.options.lr,
-                )
+                self._warn_of_divergence(start, now)
                 break
         if least >= start:
             return {name: self.layers[name] for name in self.linears}
@@ -224,23 +244,33 @@ class BlockTask:
                 parameter.copy_(value)
         return {name: weight.result() for name, weight in learnable.items()}
 
+    def _warn_of_divergence(self, start: float, now: float) -> None:
+        if self.together.rank == 0:
+            _LOGGER.warning(
+                "learning of %s diverged: the loss went from %.3g to %.3g; the best "
+                "iterate is kept. A smaller lr than %g may do better.",
+                self.name,
+                start,
+                now,
+                self.options.lr,
+            )
+
+    @torch.no_grad()
     def _energies(self, targets: Sequence[torch.Tensor]) -> list[float]:
-        """Of each modality, what varies from token to token in the target, per token."""
-        energies = []
-        for index in range(len(self.modalities)):
-            tokens = torch.cat(
-                [
-                    _tokens(y, call.ids, index).double()
-                    for y, call in zip(targets, self.calls)
-                ]
-            )
-            count = max(tokens.shape[0], 1)
-            energies.append(
-                (tokens - tokens.mean(0)).square().sum().item() / count
-                if tokens.shape[0]
-                else 0.0
-            )
-        return energies
+        """Of each modality, what varies from token to token in the target, per token.
+
+        Bit for bit those of one process: samples are added in their order, by one
+        process after the other.
+        """
+
+        def add(variations: list[TokenVariation]) -> list[TokenVariation]:
+            for y, call in zip(targets, self.calls):
+                for index, variation in enumerate(variations):
+                    variation.update(tokens_of(y, call.ids, index))
+            return variations
+
+        empty = [TokenVariation() for _ in self.modalities]
+        return [found.energy for found in self.together.in_turn(add, empty)]
 
     def _loss(
         self,
@@ -253,16 +283,6 @@ class BlockTask:
         total = error.new_zeros(())
         for index, (energy, importance) in enumerate(zip(energies, self.importances)):
             if energy > 0:
-                own = _tokens(error[..., None], ids, index)
+                own = tokens_of(error[..., None], ids, index)
                 total = total + importance / energy * own.sum()
         return total / error.numel()
-
-
-def _tokens(
-    y: torch.Tensor, ids: Optional[torch.Tensor], modality: int
-) -> torch.Tensor:
-    """(T, H) those of one modality."""
-    flat = y.reshape(-1, y.shape[-1])
-    if ids is None:
-        return flat if modality == 0 else flat[:0]
-    return flat[ids.reshape(-1) == modality]

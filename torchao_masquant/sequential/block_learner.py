@@ -20,6 +20,7 @@ from torchao_masquant.sequential.decoder_walk import (
     DecoderCall,
     DecoderWalk,
 )
+from torchao_masquant.sequential.team import Team
 from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["BlockLearner"]
@@ -34,8 +35,9 @@ class BlockLearner:
     Args:
         walk: through the decoder.
         activations: the store.
-        samples: numbers of the samples in it.
+        samples: numbers of the samples in it, this process's.
         options: with ``epochs`` above zero.
+        team: that shares the samples.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class BlockLearner:
         activations: ActivationStore,
         samples: Sequence[int],
         options: SolverOptions,
+        team: Team,
     ):
         self.walk, self.activations = walk, activations
-        self.samples, self.options = samples, options
+        self.samples, self.options, self.team = samples, options, team
 
     def learn(
         self, index: int, layers: Mapping[str, LayerRecipe], *, done: bool
@@ -56,12 +59,18 @@ class BlockLearner:
         Args:
             index: of the block, which is loaded, and whose outputs for the
                 full-precision stream are in the store.
-            layers: solutions for its linears.
+            layers: solutions for its linears, on process 0; where they are learned
+                already, on all.
             done: they are learned already.
 
         Returns:
-            The learned ones.
+            The learned ones, the same on all processes.
+
+        Raises:
+            TeamError: another process has died, or learned something else.
         """
+        if not done:
+            layers = self.team.spread(layers)
         calls = [_Call(self, number) for number in self.samples]
         for call in calls:
             inputs = call.block_call(index)
@@ -75,11 +84,13 @@ class BlockLearner:
             self.walk.router.modalities,
             self.options,
             calls,
+            self.team,
         )
         inputs_met = _Stored(self, "input")
         learned = dict(layers)
         if layers and not done:
             learned = task.learn(inputs_met, _Stored(self, "hidden"))
+            self.team.agree(self.walk.names[index], learned)
         outputs = task.quantized_outputs(learned, inputs_met)
         for number, output in zip(self.samples, outputs):
             exact = self.activations.get(f"hidden-{number}")

@@ -7,6 +7,7 @@
 
 import functools
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ from torchao_masquant.solver.methods import AUTO, SolverOptions
 
 __all__ = ["SequentialResult", "calibrate_sequential"]
 
+_LOGGER = logging.getLogger(__name__)
+
 _MAX_STATISTICS_BYTES = 4 << 30
 
 #: Of the file in a finished checkpoint that says what it was made from.
@@ -75,6 +78,8 @@ class SequentialResult:
         blocks: of the decoder.
         resumed: how many of them an interrupted run had finished.
         seconds: that each of the others took.
+        estimated_bytes: of the peak memory of this process where blocks run on the CPU,
+            as it was estimated before; an upper bound.
     """
 
     checkpoint: Optional[Path]
@@ -82,6 +87,7 @@ class SequentialResult:
     blocks: int
     resumed: int
     seconds: tuple[float, ...]
+    estimated_bytes: int
 
 
 def calibrate_sequential(
@@ -103,6 +109,7 @@ def calibrate_sequential(
     modality_weights: Optional[Mapping[str, float]] = None,
     epochs: int = 0,
     lr: float = 3e-4,
+    batch_size: int = 1,
     base_modality: str = TEXT,
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,
@@ -146,10 +153,11 @@ def calibrate_sequential(
         output: folder of the quantized checkpoint to write.
         recipe: file of the recipe to write. At least one of the two.
         scheme, method, alpha, separation, rank, group_size, shift, rounding, clip,
-            low_rank_bits, modality_weights, lr, base_modality, modalities, include,
-            exclude: as for ``calibrate``. ``rank="auto"`` spends its bytes in each
-            block by itself.
-        epochs: as for ``calibrate``; zero where there are several processes.
+            low_rank_bits, modality_weights, epochs, lr, base_modality, modalities,
+            include, exclude: as for ``calibrate``. ``rank="auto"`` spends its bytes in
+            each block by itself.
+        batch_size: as for ``calibrate``; several processes share the samples of a
+            batch, best where it is a multiple of their number.
         max_statistics_bytes: bound of the statistics' memory, in bytes: a block runs
             several times where its statistics do not fit.
         dtype: to run the model in; None for what its config says.
@@ -174,7 +182,7 @@ def calibrate_sequential(
         TypeError: an option or a sample is of the wrong type; ``samples`` is an
             iterator.
         FileNotFoundError: there is no such model.
-        TeamError: another process has died.
+        TeamError: another process has died, or has learned something else.
     """
     options = SolverOptions(
         scheme=scheme,
@@ -190,6 +198,7 @@ def calibrate_sequential(
         modality_weights=modality_weights,
         epochs=epochs,
         lr=lr,
+        batch_size=batch_size,
     )
     if activations not in ("memory", "disk"):
         raise ValueError(
@@ -197,10 +206,14 @@ def calibrate_sequential(
         )
     outputs = _Outputs(output, recipe)
     team = Team(timeout)
-    if epochs and team.size > 1:
-        raise ValueError(
-            "learning takes one step for each sample, the next from where the last one "
-            "led, which several processes cannot share: use epochs=0, or one process."
+    if epochs and batch_size < team.size and team.rank == 0:
+        _LOGGER.warning(
+            "a step of learning has batch_size=%d samples for %d processes, and those "
+            "without one wait: a multiple of %d keeps all busy (another result, of "
+            "fewer steps).",
+            batch_size,
+            team.size,
+            team.size,
         )
     team.on_first(outputs.check)
     summary = summarize_samples(samples)
@@ -334,6 +347,7 @@ class _Run:
         self.walk = DecoderWalk(disk.model, blocks, router, disk.device)
         self.names = [disk.names_under(name) for name in blocks]
         self.mine = team.share_of(summary.count)
+        self.estimated_bytes = 0
 
     def check_room(self, memory: Optional[int], on_disk: bool) -> None:
         """Raise where memory or disk will not do."""
@@ -367,6 +381,7 @@ class _Run:
         partial = self.outputs.partial
         written = sum(f.stat().st_size for f in partial.glob("*") if f.is_file())
         needs.check(memory, free_there, partial.parent, written)
+        self.estimated_bytes = needs.peak
 
     def _layers(self, index: int) -> BlockLayers:
         """Those of one block."""
@@ -408,6 +423,7 @@ class _Run:
             len(self.walk.blocks),
             resumed,
             seconds,
+            self.estimated_bytes,
         )
 
     def _begin(self) -> tuple[BlockStore, Manifest, bool]:
@@ -415,7 +431,7 @@ class _Run:
         store = BlockStore(self.outputs.partial)
         folder = self.disk.folder
         config = (folder / "config.json").read_bytes()
-        options = {f"option {k}": v for k, v in vars(self.options).items()}
+        options = {f"option {k}": v for k, v in self.options.stored().items()}
         if self.options.rank == AUTO:
             # Bytes are spent among the linears of one pass.
             options["option max_statistics_bytes"] = self.max_statistics_bytes
@@ -465,7 +481,9 @@ class _Run:
         last = max(i for i, done in enumerate(finished) if not done)
         learner = None
         if self.options.epochs:
-            learner = BlockLearner(self.walk, activations, self.mine, self.options)
+            learner = BlockLearner(
+                self.walk, activations, self.mine, self.options, self.team
+            )
         bar = tqdm(
             range(last + 1),
             desc="Blocks",

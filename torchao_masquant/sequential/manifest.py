@@ -65,7 +65,7 @@ class Manifest:
 
 
 def _values(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
-    values = [str(entries.get(name)) for entries in (before, now)]
+    values = [str(entries.get(name, "not given")) for entries in (before, now)]
     if any(len(value) > 40 for value in values):
         return ""
     return f" ({values[0]}, now {values[1]})"

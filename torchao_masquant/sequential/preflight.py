@@ -16,6 +16,7 @@ from typing import Mapping, Optional, Sequence
 import torch
 
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS, InputStatistics
+from torchao_masquant.learning.memory import learning_bytes
 from torchao_masquant.sequential.block_solver import group_cost, solved_shapes
 from torchao_masquant.solver.cost import solver_bytes
 from torchao_masquant.solver.layers import solve_group
@@ -56,6 +57,7 @@ class Estimate:
         conversion: more than the weights of a block, while they are loaded: tensors of
             experts are made from those of each expert.
         of_experts: whether the widest is of experts.
+        learning: of a block, with gradients, where it is learned.
     """
 
     longest: int
@@ -70,12 +72,14 @@ class Estimate:
     disk: int
     conversion: int = 0
     of_experts: bool = False
+    learning: int = 0
 
     @property
     def device(self) -> int:
         """Peak of the memory where blocks run, less what the program itself takes."""
         solving = self.statistics + max(self.solver, self.forward)
-        return max(self.front, self.block + max(solving, self.conversion))
+        needed = max(solving, self.conversion, self.learning)
+        return max(self.front, self.block + needed)
 
     @property
     def peak(self) -> int:
@@ -128,6 +132,12 @@ class Estimate:
             )
         if self.front >= self.block + self.statistics + self.solver:
             return "the embeddings and towers alone take it; run on a larger machine"
+        if self.learning > max(self.statistics + self.solver, self.forward):
+            return (
+                f"learning takes {self.learning / _GIB:.2f} GiB of it, for a block and the "
+                f"longest sample, of {self.longest} tokens: shorten that, leave linears "
+                "out with exclude=, or do without, with epochs=0"
+            )
         if self.statistics - missing >= self.least:
             return (
                 "observe fewer linears at a time, with max_statistics_bytes="
@@ -223,7 +233,10 @@ def estimate(
     pairs = modalities * sum(n + k for n, k in every) * 4
     longest = max(tokens)
     inner = max((n for n, _ in every), default=hidden)
-    states = 2 * sum(tokens) * hidden * itemsize
+    # What the decoder was called with, and what a block gave; where it is learned, what
+    # the quantized block is called with and what it gave.
+    kept = 4 if options.epochs else 2
+    states = kept * sum(tokens) * hidden * itemsize
     disk = states if on_disk else 0
     if writes[0]:
         disk += sum(block_bytes) + other_bytes + 4 * pairs
@@ -237,6 +250,19 @@ def estimate(
         ),
         default=0,
     )
+    forward = longest * (4 * inner + 12 * hidden) * max(itemsize, 4)
+    learning = 0
+    if options.epochs:
+        # Of the forward pass beside the linears, what gradients need is kept.
+        learning = forward + max(
+            learning_bytes(
+                [(n, k) for w in linears.values() for n, k in solved_shapes(w)],
+                longest,
+                modalities,
+                options,
+            )
+            for linears in blocks
+        )
     return Estimate(
         longest=longest,
         front=front_bytes,
@@ -245,11 +271,12 @@ def estimate(
         least=least,
         solver=max(solving - statistics, 0),
         widest=widest,
-        forward=longest * (4 * inner + 12 * hidden) * max(itemsize, 4),
+        forward=forward,
         activations=0 if on_disk else states,
         disk=disk,
         conversion=conversion_bytes,
         of_experts=of_experts,
+        learning=learning,
     )
 
 
@@ -329,7 +356,7 @@ def check_time(
         blocks: of each block that is left, what is to be quantized.
         modalities: M.
         options: of the solution.
-        forward: seconds that all samples take to run through one block.
+        forward: seconds that a process's samples take to run through one block.
         device: that solves.
         processes: that share the work.
         limit: seconds that it may take; None for any.
@@ -351,27 +378,37 @@ def check_time(
     if limit is None and sum(costs) < 20 * probe:
         return None
     rate = solving_rate(modalities, options, device)
-    seconds = 2 * forward * len(blocks) + sum(costs) / rate / processes
+    # Once through the block, and once with what was found. An epoch is as long as 7 passes
+    # on a block of 512 channels, and as 19 on one of 64, where all samples judge, too.
+    # Where a batch has fewer samples than there are processes, others wait.
+    waits = max(1.0, processes / options.batch_size)
+    passes = forward * (2 + 8 * options.epochs * waits) * len(blocks)
+    seconds = passes + sum(costs) / rate / processes
     _LOGGER.info(
         "%d blocks, about %.1f minutes (%.1f of them to run the samples).",
         len(blocks),
         seconds / 60,
-        2 * forward * len(blocks) / 60,
+        passes / 60,
     )
     if limit is not None and seconds > limit:
-        _, widest, of_experts = max(
-            (
-                (cost, name, len(shape) == 3)
-                for linears in blocks
-                for name, shape in linears.items()
-                for cost in [group_cost(solved_shapes(shape), modalities, options)]
-            ),
-            default=(0.0, "", False),
-        )
+        if options.epochs and passes > seconds - passes:
+            advice = "learn for fewer epochs, or from fewer samples"
+        else:
+            _, widest, of_experts = max(
+                (
+                    (cost, name, len(shape) == 3)
+                    for linears in blocks
+                    for name, shape in linears.items()
+                    for cost in [group_cost(solved_shapes(shape), modalities, options)]
+                ),
+                default=(0.0, "", False),
+            )
+            advice = (
+                "fix alpha=0.5 and separation=1.0, leave the dearest weights out with "
+                f"exclude='{_pattern(widest, of_experts)}'"
+            )
         raise ValueError(
             f"the calibration would take about {seconds / 60:.0f} minutes, more than the "
-            f"{limit / 60:.0f} of max_seconds: fix alpha=0.5 and separation=1.0, leave "
-            f"the dearest weights out with exclude='{_pattern(widest, of_experts)}', or "
-            "start more processes."
+            f"{limit / 60:.0f} of max_seconds: {advice}, or start more processes."
         )
     return seconds

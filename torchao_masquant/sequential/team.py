@@ -6,7 +6,9 @@
 """Several processes that calibrate one model together, samples and solving shared."""
 
 import contextlib
+import dataclasses
 import datetime
+import hashlib
 import os
 from typing import (
     Any,
@@ -28,6 +30,7 @@ from torchao_masquant.calibration.expert_statistics import (
 )
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
+from torchao_masquant.recipe import LayerRecipe
 
 __all__ = ["Team", "TeamError"]
 
@@ -35,14 +38,14 @@ _T = TypeVar("_T")
 
 
 class TeamError(RuntimeError):
-    """Another process of the team has died, or does not answer."""
+    """Another process of the team has died, does not answer, or found something else."""
 
 
 class Team:
     """The processes that :mod:`torch.distributed` was initialized for; one where not.
 
-    Objects, and statistics on the CPU, go through gloo, statistics on a GPU through
-    the default group.
+    Objects, and tensors on the CPU, go through gloo, tensors on a GPU through the
+    default group.
 
     Args:
         timeout: seconds to wait for a process that is alive; longer than solving for
@@ -85,13 +88,13 @@ class Team:
             with self._talking():
                 dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
 
-    def broadcast(self, value: Any) -> Any:
-        """What process 0 has."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """What one process has."""
         if self.size == 1:
             return value
         values = [value]
         with self._talking():
-            dist.broadcast_object_list(values, src=0, group=self._group)
+            dist.broadcast_object_list(values, src=source, group=self._group)
         return values[0]
 
     def gather(self, value: _T) -> list[_T]:
@@ -102,6 +105,24 @@ class Team:
         with self._talking():
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def in_turn(self, function: Callable[[_T], _T], value: _T) -> _T:
+        """Hand a value on from process to process, each putting its own in its place.
+
+        Returns:
+            To all, what the last one made of it.
+        """
+        for rank in range(self.size):
+            if rank == self.rank:
+                value = function(value)
+            value = self.broadcast(value, rank)
+        return value
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Put the sum over the processes in a tensor's place, the same bits in each."""
+        if self.size > 1:
+            with self._talking():
+                dist.all_reduce(tensor, group=self._group_of(tensor))
 
     def on_first(self, function: Callable[[], _T]) -> _T:
         """Run a function on process 0, and give its result, or its error, to all."""
@@ -127,6 +148,47 @@ class Team:
         with self._talking():
             dist.gather_object(dict(layers), values, dst=0, group=self._group)
         return {k: v for part in values or () for k, v in part.items()}
+
+    def spread(self, layers: Mapping[str, LayerRecipe]) -> dict[str, LayerRecipe]:
+        """What process 0 has collected, on all; one tensor at a time."""
+        if self.size == 1:
+            return dict(layers)
+        found: dict[str, LayerRecipe] = {}
+        for name in self.broadcast(list(layers)):
+            shell: Optional[LayerRecipe] = None
+            if self.rank == 0:
+                shell = _with(layers[name], lambda t: t.to("meta"))
+            shell = self.broadcast(shell)
+            assert shell is not None
+            layer = layers[name] if self.rank == 0 else _with(shell, _empty)
+            found[name] = _with(layer, self._sent)
+        return found
+
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """That of process 0, on the CPU, in place of one of its size and type."""
+        flat = tensor.contiguous().reshape(-1)
+        with self._talking():
+            # As bytes: gloo does not know all types.
+            dist.broadcast(flat.view(torch.uint8), src=0, group=self._group)
+        return flat.reshape(tensor.shape)
+
+    def agree(self, what: str, layers: Mapping[str, LayerRecipe]) -> None:
+        """Raise where processes have come to different layers.
+
+        Args:
+            what: they are of, for the message.
+            layers: of this process.
+
+        Raises:
+            TeamError: on all of them.
+        """
+        if len(set(self.gather(_digest(layers)))) > 1:
+            raise TeamError(
+                f"the processes have learned different weights of {what}, though all "
+                "took the same steps: run them on machines of one kind, with the same "
+                "versions of torch and as many threads, and start the same command "
+                "again to go on from the last finished block."
+            )
 
     def reduce(self, session: CalibrationSession) -> None:
         """Make the statistics of each process those of all samples.
@@ -186,8 +248,7 @@ class Team:
         total = sum(self.gather(moments.total))
         samples = self.gather(moments.sample_of(total).cpu())
         self._all_reduce(moments)
-        with self._talking():
-            dist.all_reduce(moments.count, group=self._group_of(moments.count))
+        self.add(moments.count)
         moments.sample_experts = torch.cat(samples).to(moments.sum.device)
         moments.before = 0
 
@@ -196,8 +257,7 @@ class Team:
         samples = self.gather(moments.sample_of(total).cpu())
         self._all_reduce(moments)
         if moments.outer is not None:
-            with self._talking():
-                dist.all_reduce(moments.outer, group=self._group_of(moments.outer))
+            self.add(moments.outer)
         moments.sample = torch.cat(samples).to(moments.sum.device)
         moments.count, moments.before = total, 0
 
@@ -221,3 +281,25 @@ class Team:
             if rank == self.rank:
                 taken.append(index)
         return sorted(taken)
+
+
+def _with(
+    layer: LayerRecipe, function: Callable[[torch.Tensor], torch.Tensor]
+) -> LayerRecipe:
+    """The same with a function's results for its tensors."""
+    found: dict[str, Any] = {k: function(t) for k, t in layer.tensors().items()}
+    return dataclasses.replace(layer, **found)
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _digest(layers: Mapping[str, LayerRecipe]) -> str:
+    digest = hashlib.sha256()
+    for name, layer in sorted(layers.items()):
+        for key, tensor in layer.tensors().items():
+            digest.update(f"{name}.{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            flat = tensor.contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

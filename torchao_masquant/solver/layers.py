@@ -95,7 +95,8 @@ def solve_group(
         for name, w in some.items()
     }
     problem = _Problem(some, some_ranks, absmax, statistics, options, covariances)
-    least, best, layers = float("inf"), (alphas[0], separations[0]), {}
+    least, best = float("inf"), (alphas[0], separations[0])
+    layers: dict[str, LayerRecipe] = {}
 
     def attempt(alpha: float, separation: float) -> None:
         nonlocal least, best, layers

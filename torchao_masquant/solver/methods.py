@@ -8,7 +8,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Mapping, Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Sequence, Union
 
 from torchao_masquant.schemes import Scheme, get_scheme
 from torchao_masquant.solver.compensation import resolve_rank
@@ -110,6 +110,7 @@ class SolverOptions:
         epochs: of learning (:mod:`torchao_masquant.learning`) after the closed form;
             zero for none.
         lr: its learning rate, relative to the size of what is learned.
+        batch_size: samples whose mean gradient makes one of its steps.
 
     Raises:
         ValueError: an unknown scheme or method, an option that is out of range or that
@@ -130,6 +131,7 @@ class SolverOptions:
     modality_weights: Optional[Mapping[str, float]] = None
     epochs: int = 0
     lr: float = 3e-4
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
         get_scheme(self.scheme)
@@ -173,6 +175,12 @@ class SolverOptions:
             raise ValueError(f"epochs must not be negative, got {self.epochs}.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be positive and finite, got {self.lr}.")
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int):
+            raise TypeError(f"batch_size must be an int, got {self.batch_size!r}.")
+        if self.batch_size < 1:
+            raise ValueError(
+                f"batch_size must be at least 1 sample, got {self.batch_size}."
+            )
         if not METHODS[self.method].centered and (
             self.shift
             or self.clip
@@ -193,6 +201,17 @@ class SolverOptions:
             raise TypeError(f"{name} must be a number or 'auto', got {value!r}.")
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in 0..1, got {value}.")
+
+    def stored(self) -> dict[str, Any]:
+        """As files hold them, for ``SolverOptions(**stored)``.
+
+        Without a batch size of 1: earlier files have none, readers of those refuse a
+        name that they do not know, and an interrupted run goes on.
+        """
+        found = dict(vars(self))
+        if self.batch_size == 1:
+            del found["batch_size"]
+        return found
 
     @property
     def alphas(self) -> tuple[float, ...]:

@@ -30,11 +30,17 @@ def sampled_outputs(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def sampled_rank(rank: int, whole: Sequence[int], some: Sequence[int]) -> int:
-    """The same share of what a pair can have, at least one where it was not zero.
+    """That of a pair for some outputs: the same, in moderation.
+
+    What pairs are for are a few directions of the input, which some of the outputs show as
+    all of them do. A pair that could make up for any error would tell nothing, so that a
+    large rank is cut: to a quarter of all that there is, or, if that is more, to the share
+    that it has of the whole.
 
     Args:
         rank: for the weight.
         whole: (N, K) of the weight.
         some: of a sample of it.
     """
-    return min(rank, max(1, round(rank * min(some) / max(min(whole), 1))))
+    share = round(rank * min(some) / max(min(whole), 1))
+    return min(rank, max(share, min(some) // 4))

@@ -147,7 +147,9 @@ def round_jointly(
         heard = energy > 0 and importance > 0
         shares.append(importance / energy if heard else torch.zeros_like(energy))
     met = list(zip(shares, factors, covariances))
-    diagonal = sum(share * c.diagonal() / s.square() for share, s, c in met)
+    diagonal = torch.zeros_like(factors[0])
+    for share, factor, covariance in met:
+        diagonal += share * covariance.diagonal() / factor.square()
     ridge = _DAMPING * diagonal.mean()
     if not ridge > 0:
         return start

@@ -1,0 +1,129 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What learning a block takes, counted, against what it was estimated to take."""
+
+import importlib
+import weakref
+
+import pytest
+import tiny_models
+import torch
+from results import FIXED
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from torchao_masquant.learning.learn import BlockTask
+from torchao_masquant.sequential import calibrate_sequential, preflight
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are made inside, those kept for gradients with them.
+
+    Attributes:
+        peak: of those that were there at a time.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.bytes, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if type(tensor) is torch.Tensor:
+                self.add(tensor.untyped_storage())
+        return output
+
+    def add(self, storage):
+        key, size = id(storage), storage.nbytes()
+        if key in self.known:
+            return
+
+        def gone(_):
+            del self.known[key]
+            self.bytes -= size
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+def model_of(hidden, inner):
+    section = hidden // 4 // 8
+    text = {
+        **tiny_models._TEXT,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [section, section, 2 * section],
+        },
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**tiny_models._VISION, "out_hidden_size": hidden},
+        image_token_id=tiny_models.IMAGE,
+        video_token_id=tiny_models.VIDEO,
+        vision_start_token_id=tiny_models.VISION_START,
+        tie_word_embeddings=False,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def samples_of(words):
+    found = tiny_models.samples(audio=False, count=2)
+    for sample in found:
+        more = torch.full((1, words), 20)
+        more[:, ::3] += 7
+        sample["input_ids"] = torch.cat([sample["input_ids"], more], 1)
+        sample["attention_mask"] = torch.ones_like(sample["input_ids"])
+    return found
+
+
+@pytest.mark.parametrize(
+    "hidden, inner, words, options",
+    [
+        (256, 512, 0, {}),
+        (256, 512, 0, {"scheme": "w4a16", "group_size": 16}),
+        (256, 512, 0, {"rank": "auto", "low_rank_bits": 8}),
+        (64, 96, 400, {}),
+        (64, 96, 400, {"rank": 0.5, "dtype": torch.bfloat16, "batch_size": 2}),
+    ],
+    ids=["weights", "groups", "auto", "tokens", "pairs"],
+)
+def test_it_is_estimated_from_above(
+    tmp_path, monkeypatch, hidden, inner, words, options
+):
+    """And by no more than twice."""
+    model_of(hidden, inner).save_pretrained(tmp_path / "model")
+    estimates, peaks = [], []
+    module = importlib.import_module("torchao_masquant.sequential.calibrate_sequential")
+    learn = BlockTask.learn
+
+    def estimate(**sizes):
+        estimates.append(preflight.estimate(**sizes))
+        return estimates[-1]
+
+    def counted(*arguments):
+        with Live() as live:
+            found = learn(*arguments)
+        peaks.append(live.peak)
+        return found
+
+    monkeypatch.setattr(module, "estimate", estimate)
+    monkeypatch.setattr(BlockTask, "learn", counted)
+    calibrate_sequential(
+        tmp_path / "model",
+        samples_of(words),
+        recipe=tmp_path / "recipe.safetensors",
+        **{**FIXED, "epochs": 1, **options},
+    )
+    (needs,), (peak,) = estimates, peaks
+    assert peak <= needs.learning <= 2 * peak
+    assert needs.device >= needs.block + needs.learning
