@@ -9,7 +9,7 @@ import ctypes
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 __all__ = ["peak_bytes", "processor_seconds"]
 
@@ -17,23 +17,16 @@ __all__ = ["peak_bytes", "processor_seconds"]
 _MMAP_THRESHOLD = -3
 
 
-def processor_seconds(
-    call: Callable[[], Any],
-    least: float = 0.02,
-    before: Optional[Callable[[], Any]] = None,
-) -> float:
+def processor_seconds(call: Callable[[], Any], least: float = 0.02) -> float:
     """Median processor time of a call, over at least five, after two to warm up.
 
     Args:
         call: to be timed.
         least: seconds that all calls together take, unless there are 200.
-        before: called before each call, and not timed.
     """
     call(), call()
     found: list[float] = []
     while len(found) < 5 or (sum(found) < least and len(found) < 200):
-        if before is not None:
-            before()
         started = time.process_time()
         call()
         found.append(time.process_time() - started)
