@@ -96,3 +96,15 @@ def test_serving_table_is_the_committed_result(part):
     shown = page.split(f"<!-- serving_load.json: {part} -->")[1]
     lines = shown.split("<!-- end -->")[0].strip().splitlines()
     assert lines[2:] == list(_serving_lines(part))
+
+
+def test_plan_table_is_the_committed_result():
+    checks = json.loads((ROOT / "benchmarks/results/plan_check.json").read_text())
+    page = (ROOT / "docs/plan.md").read_text()
+    shown = page.split("<!-- plan_check.json -->")[1].split("<!-- end -->")[0]
+    lines = []
+    for c in checks["checks"]:
+        form = "{:.0f}" if c["unit"] == "bytes" else "{:.2f}"
+        numbers = " | ".join(form.format(c[key]) for key in ("predicted", "measured"))
+        lines.append(f"| {c['what']} | {numbers} | {c['unit']} | {c['error']:+.1%} |")
+    assert shown.strip().splitlines()[2:] == lines

@@ -63,6 +63,7 @@ class Counted(TorchDispatchMode):
         ((320,), 128, 3, FIXED),
         ((128, 64), 128, 2, FIXED),
         ((96,), 192, 2, {**FIXED, "method": "masquant-paper"}),
+        ((192,), 128, 2, {**FIXED, "rank": 0}),
         ((96,), 128, 2, {}),
         ((SAMPLED_OUTPUTS + 512,), 128, 2, {}),
     ],

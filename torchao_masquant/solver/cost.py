@@ -15,6 +15,7 @@ from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
 from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.methods import AUTO, Method, SolverOptions
 from torchao_masquant.solver.products import HELD_BYTES
+from torchao_masquant.solver.ranks import AUTO_SHARE
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
 from torchao_masquant.solver.shared_weight import ROWS
 
@@ -22,9 +23,6 @@ __all__ = ["MULTIPLICATIONS", "Work", "solver_bytes", "solver_work"]
 
 #: Clips that are tried, and the one that is taken.
 _CLIPPED = 10
-
-# The rank that rank="auto" gives on average.
-_SHARE = 0.05
 
 # That matrix routines take for themselves, as measured.
 _SCRATCH = 6 << 20
@@ -104,7 +102,7 @@ def _solution(
     parts, others, k = options.parts, modalities - 1, shapes[0][1]
     products = _products(parts, modalities)
     once = Work(macs=products * sum(n for n, _ in shapes) * k * k)
-    if others and any(n > k for n, _ in shapes):
+    if others and _rank(options) and any(n > k for n, _ in shapes):
         once += (_eigen(k) + Work(entries=4 * k * k)) * others
     attempt = Work()
     for n, _ in shapes:
@@ -130,9 +128,10 @@ def _attempt(
     fits = others * (1 + parts.clip + jointly)
     passes = 1 + _CLIPPED * parts.clip + fits + modalities
     work = Work(fits * n * k * k, values=passes * n * k, calls=passes)
-    work += _pair(n, k) * (others * (1 + jointly))
+    rank = resolve_rank(_rank(options), n, k)
+    if rank:
+        work += _pair(n, k) * (others * (1 + jointly))
     if jointly:
-        rank = resolve_rank(_rank(options), n, k)
         # A factorization, two triangular solutions, what rounding moves on, and pairs.
         macs = k**3 / 3 + 1.5 * n * k * k + others * rank * k * (n + k)
         work += Work(macs, entries=modalities * k * k, channels=k)
@@ -140,7 +139,7 @@ def _attempt(
 
 
 def _rank(options: SolverOptions) -> "int | float":
-    return _SHARE if options.rank == AUTO else options.uniform_rank
+    return AUTO_SHARE if options.rank == AUTO else options.uniform_rank
 
 
 def _eigen(size: int) -> Work:
