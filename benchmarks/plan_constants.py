@@ -7,7 +7,7 @@
 
     python benchmarks/plan_constants.py [--name NAME] [-o PATH]
 
-Of one core of this machine, in processor time; about two minutes. Without ``-o`` it
+Of one core of this machine, in processor time; about a minute and a half. Without ``-o`` it
 renews those that come with the package.
 """
 
