@@ -79,7 +79,7 @@ class _LargeTensors(TorchDispatchMode):
 
 def test_one_matrix_of_the_size_of_a_covariance(monkeypatch):
     """The Hessian; all else is made in the memory of the statistics, or in parts."""
-    monkeypatch.setattr(shared_weight, "_ROWS", 16)
+    monkeypatch.setattr(shared_weight, "ROWS", 16)
     k = 96
     tokens, _ = data(k=k)
     weights = {"down": torch.randn(8, k, generator=torch.Generator().manual_seed(0))}
