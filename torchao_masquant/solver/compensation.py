@@ -103,7 +103,7 @@ def error_spectrum(
     Returns:
         (min(N, J),) float64, non-negative.
     """
-    return _components(difference.double(), covariance, whitened)[0]
+    return _components(difference.double(), covariance, whitened, 0)[0]
 
 
 def low_rank_pair(
@@ -136,7 +136,8 @@ def low_rank_pair(
     Raises:
         RuntimeError: the result is not finite.
     """
-    return _balanced(*_components(difference.double(), covariance, whitened), rank)
+    _, l1, l2 = _components(difference.double(), covariance, whitened, rank)
+    return _balanced(l1, l2)
 
 
 def pair_of_product(
@@ -149,17 +150,16 @@ def pair_of_product(
         rank: r.
         product: (N, K) float64 ``D C``.
     """
-    return _balanced(*_principal(difference, product), rank)
+    _, l1, l2 = _principal(difference, product, rank)
+    return _balanced(l1, l2)
 
 
 def _balanced(
-    values: torch.Tensor, left: torch.Tensor, right: torch.Tensor, rank: int
+    l1: torch.Tensor, l2: torch.Tensor
 ) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
-    """The first components as a pair, each of whose halves has the same norm."""
-    rank = min(rank, int((values > 0).sum()))
-    if rank == 0:
+    """The same product of halves of the same norm; None without a component."""
+    if l1.shape[1] == 0:
         return None
-    l1, l2 = left[:, :rank], right[:rank]
     down, up = l1.norm(dim=0), l2.norm(dim=1)
     # A norm of zero leaves nothing to balance.
     balance = torch.where((down > 0) & (up > 0), (up / down).sqrt(), 1.0)
@@ -167,7 +167,7 @@ def _balanced(
     if not (torch.isfinite(l1).all() and torch.isfinite(l2).all()):
         raise RuntimeError(
             "the low-rank pair is not finite, although its covariance and weight "
-            f"difference of shape {(right.shape[1], left.shape[0])} are: this is a bug."
+            f"difference of shape {(l2.shape[1], l1.shape[0])} are: this is a bug."
         )
     return l1, l2
 
@@ -176,23 +176,31 @@ def _components(
     difference: torch.Tensor,
     covariance: torch.Tensor,
     whitened: Optional[tuple[torch.Tensor, torch.Tensor]],
+    rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Energies (r,), down-projections (K, r), up-projections (r, N), largest first."""
+    """All energies, largest first, and of the first components, ``rank`` at most that
+    have one, the down-projections (K, r) and up-projections (r, N)."""
     n, k = difference.shape
     if n <= k:
-        return _principal(difference, difference @ covariance.double())
+        return _principal(difference, difference @ covariance.double(), rank)
     transform, inverse = whitening(covariance) if whitened is None else whitened
     aim = transform @ difference.t()
     values, basis = _eigen(aim @ aim.t())
+    basis = basis[:, : _count(values, rank)]
     return values, inverse @ basis, basis.t() @ aim
 
 
 def _principal(
-    difference: torch.Tensor, product: torch.Tensor
+    difference: torch.Tensor, product: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`_components` from ``D C``, where N <= K."""
     values, basis = _eigen(product @ difference.t())
+    basis = basis[:, : _count(values, rank)]
     return values, difference.t() @ basis, basis.t()
+
+
+def _count(values: torch.Tensor, rank: int) -> int:
+    return min(rank, int((values > 0).sum()))
 
 
 def _eigen(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

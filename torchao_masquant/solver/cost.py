@@ -130,7 +130,7 @@ def _attempt(
     work = Work(fits * n * k * k, values=passes * n * k, calls=passes)
     rank = resolve_rank(_rank(options), n, k)
     if rank:
-        work += _pair(n, k) * (others * (1 + jointly))
+        work += _pair(n, k, rank) * (others * (1 + jointly))
     if jointly:
         # A factorization, two triangular solutions, what rounding moves on, and pairs.
         macs = k**3 / 3 + 1.5 * n * k * k + others * rank * k * (n + k)
@@ -146,10 +146,10 @@ def _eigen(size: int) -> Work:
     return Work(cubes=size**3, squares=size**2)
 
 
-def _pair(n: int, k: int) -> Work:
+def _pair(n: int, k: int, rank: int) -> Work:
     if n <= k:
-        return _eigen(n) + Work(2 * n * n * k)
-    return _eigen(k) + Work(3 * n * k * k + k**3)
+        return _eigen(n) + Work(n * n * k + rank * n * k)
+    return _eigen(k) + Work(2 * n * k * k + rank * k * (k + n))
 
 
 def solver_bytes(
