@@ -221,6 +221,9 @@ def estimate(
                 # Of each expert, as measured: integers and pairs of the best try and of
                 # the last, and what it takes on the way.
                 work += sum(experts) * n * k * 2 * (6 + modalities)
+                if experts and options.parts.shift:
+                    # Second moments without the experts' means, and what makes them.
+                    work += 8 * (modalities + 3) * k * k
             in_pass = max(needs[name], together)
             statistics, least = max(statistics, in_pass), max(least, needs[name])
             if in_pass + work > solving:
