@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 
 from torchao_masquant.kernels.gpu.launching import TileConfig, size_hint
-from torchao_masquant.kernels.gpu.linear_tiles import tiling
+from torchao_masquant.kernels.gpu.linear_tiles import tiling, within_registers
 from torchao_masquant.kernels.gpu.tuning import choose as choose_tiling
 from torchao_masquant.kernels.gpu.tuning import linear_name, table_name, tuning_key
 
@@ -81,9 +81,7 @@ def fitting(
     if width and architecture == "sm_100":
         # Its sums leave tensor memory for registers, and spilled some.
         known = tuple(c for c in known if c != OWN_EPILOGUE)
-    return tuple(
-        c for c in known if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
-    )
+    return within_registers(known, most)
 
 
 def fallback(tokens: int, configs: tuple[TileConfig, ...]) -> TileConfig:

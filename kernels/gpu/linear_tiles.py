@@ -16,6 +16,8 @@ for one scale a channel. EVEN_K says that blocks cover groups, or all of K, with
 over.
 """
 
+from typing import Iterable
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ __all__ = [
     "tile",
     "tiling",
     "with_block_k",
+    "within_registers",
 ]
 
 
@@ -146,6 +149,15 @@ def tiling(
         BLOCK_R=16,
         GROUP_M=8,
         SPLIT_K=split_k,
+    )
+
+
+def within_registers(
+    configs: Iterable[TileConfig], most: int
+) -> tuple[TileConfig, ...]:
+    """Those of which each thread has no more sums of the tile than ``most``."""
+    return tuple(
+        c for c in configs if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
     )
 
 

@@ -8,7 +8,11 @@
 import torch
 
 from torchao_masquant.kernels.gpu.launching import TileConfig, size_hint
-from torchao_masquant.kernels.gpu.linear_tiles import tiling, with_block_k
+from torchao_masquant.kernels.gpu.linear_tiles import (
+    tiling,
+    with_block_k,
+    within_registers,
+)
 from torchao_masquant.kernels.gpu.tuning import choose as choose_tiling
 from torchao_masquant.kernels.gpu.tuning import linear_name, tuning_key
 
@@ -37,9 +41,7 @@ CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG
 def fitting(dtype: torch.dtype) -> tuple[TileConfig, ...]:
     """Of CONFIGS those that need no more registers than there are."""
     most = {torch.float32: 16, torch.float16: 32}.get(dtype, 64)
-    return tuple(
-        c for c in CONFIGS if c["BLOCK_M"] * c["BLOCK_N"] <= most * 32 * c.num_warps
-    )
+    return within_registers(CONFIGS, most)
 
 
 def choose(

@@ -13,7 +13,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 from torch import nn
 from tqdm.auto import tqdm
 
-from torchao_masquant.calibration.passes import plan_passes
+from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, plan_passes
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.learning import learn
@@ -39,7 +39,6 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
-_MAX_STATISTICS_BYTES = 4 << 30
 
 _FEW_TOKENS = 64
 
@@ -66,7 +65,7 @@ def calibrate(
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,
     exclude: Patterns = None,
-    max_statistics_bytes: int = _MAX_STATISTICS_BYTES,
+    max_statistics_bytes: int = MAX_STATISTICS_BYTES,
     progress: bool = True,
 ) -> Recipe:
     """Find how to quantize a multimodal model, from its activations on some data.

@@ -5,11 +5,16 @@
 # LICENSE file in the root directory of this source tree.
 """How many linears are observed at a time, so that their statistics fit in memory."""
 
+from typing import Sequence
+
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
+from torchao_masquant.calibration.statistics import statistics_bytes
 from torchao_masquant.experts import ExpertWeight
 
-__all__ = ["plan_passes"]
+__all__ = ["MAX_STATISTICS_BYTES", "in_passes", "plan_passes"]
+
+#: Of the statistics of one pass, where nothing else is asked for.
+MAX_STATISTICS_BYTES = 4 << 30
 
 
 def plan_passes(
@@ -29,22 +34,44 @@ def plan_passes(
         Those that the sample did not reach come with the last pass: another sample
         may reach them.
     """
-    passes: list[list[str]] = []
-    chosen: list[str] = []
-    used = 0
-    modalities = len(session.router.modalities)
-    for leader, names in session.groups().items():
+    groups = session.groups()
+    needs = []
+    for leader in groups:
         layer = session.layers[leader]
-        width = layer.in_features
-        needed = 24 * width * modalities
-        if isinstance(layer, ExpertWeight):
-            needed *= 1 + layer.weight.shape[0]
-        if second_moments:
-            needed += (8 * width + 4 * SAMPLE_TOKENS) * width * modalities
-        if chosen and used + needed > max_bytes:
-            passes.append(chosen)
-            chosen, used = [], 0
-        chosen += names
+        experts = layer.weight.shape[0] if isinstance(layer, ExpertWeight) else 0
+        needs.append(
+            statistics_bytes(
+                layer.in_features,
+                len(session.router.modalities),
+                second_moments,
+                experts,
+            )
+        )
+    together = list(groups.values())
+    passes = [
+        [name for index in indices for name in together[index]]
+        for indices in in_passes(needs, max_bytes)
+    ]
+    passes[-1] += [name for name in session.layers if name not in session.leaders]
+    return passes
+
+
+def in_passes(needs: Sequence[int], max_bytes: int) -> list[list[int]]:
+    """Split inputs, in their order, so that each part keeps to a bound.
+
+    Args:
+        needs: bytes of the statistics of each.
+        max_bytes: of a part; one that alone needs more is a part of its own.
+
+    Returns:
+        Indices of each part; one part without any where there are no inputs.
+    """
+    parts: list[list[int]] = [[]]
+    used = 0
+    for index, needed in enumerate(needs):
+        if parts[-1] and used + needed > max_bytes:
+            parts.append([])
+            used = 0
+        parts[-1].append(index)
         used += needed
-    chosen += [name for name in session.layers if name not in session.leaders]
-    return [*passes, chosen]
+    return parts

@@ -10,7 +10,14 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-__all__ = ["InputStatistics", "Moments", "SAMPLE_TOKENS", "still_kept", "thinned"]
+__all__ = [
+    "InputStatistics",
+    "Moments",
+    "SAMPLE_TOKENS",
+    "statistics_bytes",
+    "still_kept",
+    "thinned",
+]
 
 #: Tokens of a modality that are kept to judge solutions by, at most.
 SAMPLE_TOKENS = 256
@@ -154,6 +161,23 @@ def _stride(count: int) -> int:
     while count > stride * SAMPLE_TOKENS:
         stride *= 2
     return stride
+
+
+def statistics_bytes(
+    width: int, modalities: int, second_moments: bool, experts: int = 0
+) -> int:
+    """Of one input's statistics, whose samples are as large as they get.
+
+    Args:
+        width: K.
+        modalities: M.
+        second_moments: whether covariances and samples are kept.
+        experts: that have ranges and sums of their own beside those of all.
+    """
+    size = 24 * width * (1 + experts)
+    if second_moments:
+        size += (8 * width + 4 * SAMPLE_TOKENS) * width
+    return size * modalities
 
 
 class InputStatistics:

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.calibrate import base_first
-from torchao_masquant.calibration.passes import plan_passes
+from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, plan_passes
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.evaluation.analysis import Analysis
@@ -31,7 +31,6 @@ __all__ = ["analyze"]
 #: tokens of each modality and input that are quantized to measure the loss
 _TOKENS = 512
 _RANKS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
-_MAX_STATISTICS_BYTES = 4 << 30
 
 
 def analyze(
@@ -44,7 +43,7 @@ def analyze(
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,
     exclude: Patterns = None,
-    max_statistics_bytes: int = _MAX_STATISTICS_BYTES,
+    max_statistics_bytes: int = MAX_STATISTICS_BYTES,
     progress: bool = True,
 ) -> Analysis:
     """Find how the modalities differ at each linear, and what that costs.

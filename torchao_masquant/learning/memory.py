@@ -8,8 +8,8 @@
 from typing import Iterable
 
 from torchao_masquant.solver.compensation import resolve_rank
-from torchao_masquant.solver.methods import AUTO, SolverOptions
-from torchao_masquant.solver.ranks import AUTO_SHARE
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.ranks import average_rank
 
 __all__ = ["learning_bytes"]
 
@@ -33,7 +33,7 @@ def learning_bytes(
         modalities: M.
         options: of the solution.
     """
-    rank = AUTO_SHARE if options.rank == AUTO else options.uniform_rank
+    rank = average_rank(options)
     held, largest = 0, 0
     for n, k in shapes:
         pairs = (modalities - 1) * resolve_rank(rank, n, k)

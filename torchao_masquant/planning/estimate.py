@@ -8,7 +8,8 @@
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
-from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
+from torchao_masquant.calibration import statistics
+from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, in_passes
 from torchao_masquant.planning.machine import Machine
 from torchao_masquant.planning.skeleton import InputGroup, LinearShape, Skeleton
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
@@ -16,9 +17,6 @@ from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.cost import solver_bytes, solver_work
 from torchao_masquant.solver.methods import SolverOptions
-
-#: Of the statistics of one pass over the samples, as ``calibrate_sequential`` has it.
-MAX_STATISTICS_BYTES = 4 << 30
 
 __all__ = [
     "CalibrationPlan",
@@ -106,10 +104,7 @@ class InferencePlan:
 
 def statistics_bytes(groups: Sequence[InputGroup], modalities: int) -> int:
     """Of the covariances, sums, ranges and sampled tokens of inputs."""
-    return sum(
-        modalities * (8 * g.k * g.k + 3 * 8 * g.k + 4 * SAMPLE_TOKENS * g.k)
-        for g in groups
-    )
+    return sum(statistics.statistics_bytes(g.k, modalities, True) for g in groups)
 
 
 def plan_calibration(
@@ -138,7 +133,13 @@ def plan_calibration(
     for group in skeleton.groups:
         per_block.setdefault(group.block, []).append(group)
     passes = {
-        name: _passes(groups, modalities, max_statistics_bytes)
+        name: [
+            [groups[index] for index in indices]
+            for indices in in_passes(
+                [statistics_bytes([g], modalities) for g in groups],
+                max_statistics_bytes,
+            )
+        ]
         for name, groups in per_block.items()
     }
     every = [groups for of_block in passes.values() for groups in of_block]
@@ -178,20 +179,6 @@ def plan_calibration(
             2 * (devices - 1) / devices * statistics_bytes(skeleton.groups, modalities)
         ),
     )
-
-
-def _passes(
-    groups: Sequence[InputGroup], modalities: int, bound: int
-) -> list[list[InputGroup]]:
-    """Inputs that are observed at a time, as ``plan_passes`` splits them."""
-    passes: list[list[InputGroup]] = [[]]
-    for group in groups:
-        together = [*passes[-1], group]
-        if passes[-1] and statistics_bytes(together, modalities) > bound:
-            passes.append([group])
-        else:
-            passes[-1] = together
-    return passes
 
 
 def _solving_bytes(

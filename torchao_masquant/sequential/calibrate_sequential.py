@@ -25,6 +25,7 @@ from torchao_masquant.calibration.calibrate import (
     library_versions,
 )
 from torchao_masquant.calibration.observed_experts import as_observed
+from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES
 from torchao_masquant.freed_memory import return_freed_memory
 from torchao_masquant.learning.blocks import decoder_blocks
 from torchao_masquant.modality import TEXT
@@ -61,8 +62,6 @@ from torchao_masquant.solver.methods import AUTO, SolverOptions
 __all__ = ["SequentialResult", "calibrate_sequential"]
 
 _LOGGER = logging.getLogger(__name__)
-
-_MAX_STATISTICS_BYTES = 4 << 30
 
 #: Of the file in a finished checkpoint that says what it was made from.
 _ORIGIN = "masquant_calibration.json"
@@ -114,7 +113,7 @@ def calibrate_sequential(
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,
     exclude: Patterns = None,
-    max_statistics_bytes: int = _MAX_STATISTICS_BYTES,
+    max_statistics_bytes: int = MAX_STATISTICS_BYTES,
     dtype: Optional[torch.dtype] = None,
     device: Union[str, torch.device] = "cpu",
     activations: str = "memory",

@@ -15,7 +15,7 @@ from typing import Mapping, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import SAMPLE_TOKENS, InputStatistics
+from torchao_masquant.calibration.statistics import InputStatistics, statistics_bytes
 from torchao_masquant.learning.memory import learning_bytes
 from torchao_masquant.sequential.block_solver import group_cost, solved_shapes
 from torchao_masquant.solver.cost import solver_bytes
@@ -201,8 +201,8 @@ def estimate(
     statistics, least, solving, widest, of_experts = 0, 0, 0, "", False
     for linears in blocks:
         needs = {
-            name: _statistics_bytes(shape, modalities, per_modality)
-            for name, shape in linears.items()
+            name: statistics_bytes(k, modalities, per_modality, sum(experts))
+            for name, (*experts, _, k) in linears.items()
         }
         # Linears that share their input need it once: all of them are more than enough.
         # What alone is more than the bound has a pass of its own.
@@ -283,17 +283,6 @@ def estimate(
         of_experts=of_experts,
         learning=learning,
     )
-
-
-def _statistics_bytes(
-    shape: tuple[int, ...], modalities: int, second_moments: bool
-) -> int:
-    """Of the input of a linear (N, K) or of experts (E, N, K)."""
-    *experts, _, k = shape
-    needed = 24 * k * modalities * (1 + sum(experts))
-    if second_moments:
-        needed += (8 * k + 4 * SAMPLE_TOKENS) * k * modalities
-    return needed
 
 
 def available_memory() -> Optional[int]:

@@ -15,7 +15,7 @@ from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
 from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.methods import AUTO, Method, SolverOptions
 from torchao_masquant.solver.products import HELD_BYTES
-from torchao_masquant.solver.ranks import AUTO_SHARE
+from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
 from torchao_masquant.solver.shared_weight import ROWS
 
@@ -102,7 +102,7 @@ def _solution(
     parts, others, k = options.parts, modalities - 1, shapes[0][1]
     products = _products(parts, modalities)
     once = Work(macs=products * sum(n for n, _ in shapes) * k * k)
-    if others and _rank(options) and any(n > k for n, _ in shapes):
+    if others and average_rank(options) and any(n > k for n, _ in shapes):
         once += (_eigen(k) + Work(entries=4 * k * k)) * others
     attempt = Work()
     for n, _ in shapes:
@@ -128,7 +128,7 @@ def _attempt(
     fits = others * (1 + parts.clip + jointly)
     passes = 1 + _CLIPPED * parts.clip + fits + modalities
     work = Work(fits * n * k * k, values=passes * n * k, calls=passes)
-    rank = resolve_rank(_rank(options), n, k)
+    rank = resolve_rank(average_rank(options), n, k)
     if rank:
         work += _pair(n, k, rank) * (others * (1 + jointly))
     if jointly:
@@ -136,10 +136,6 @@ def _attempt(
         macs = k**3 / 3 + 1.5 * n * k * k + others * rank * k * (n + k)
         work += Work(macs, entries=modalities * k * k, channels=k)
     return work
-
-
-def _rank(options: SolverOptions) -> "int | float":
-    return AUTO_SHARE if options.rank == AUTO else options.uniform_rank
 
 
 def _eigen(size: int) -> Work:

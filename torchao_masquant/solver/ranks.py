@@ -8,7 +8,7 @@
 import dataclasses
 import heapq
 import math
-from typing import Optional, Sequence
+from typing import Optional, Sequence, Union
 
 import torch
 from tqdm.auto import tqdm
@@ -17,12 +17,17 @@ from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.solver.compensation import error_spectrum, resolve_rank
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.methods import AUTO, SolverOptions
 
-__all__ = ["AUTO_SHARE", "allocate", "spend_ranks"]
+__all__ = ["AUTO_SHARE", "allocate", "average_rank", "spend_ranks"]
 
 #: Of ``min(N, K)``: the rank everywhere whose bytes ``rank="auto"`` spends.
 AUTO_SHARE = 0.05
+
+
+def average_rank(options: SolverOptions) -> Union[int, float]:
+    """The uniform rank that takes as many bytes."""
+    return AUTO_SHARE if options.rank == AUTO else options.uniform_rank
 
 
 def spend_ranks(
