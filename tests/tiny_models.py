@@ -126,6 +126,32 @@ def qwen25_vl(layers: int = 2, seed: int = 0) -> Qwen2_5_VLForConditionalGenerat
     return _prepared(Qwen2_5_VLForConditionalGeneration(config), seed)
 
 
+def qwen25_vl_of_width(
+    hidden: int, inner: int, layers: int
+) -> Qwen2_5_VLForConditionalGeneration:
+    """Of another size, with the weights that transformers gives it."""
+    section = hidden // _TEXT["num_attention_heads"] // 8
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **_TEXT,
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [section, section, 2 * section],
+            },
+        },
+        vision_config={**_VISION, "out_hidden_size": hidden},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        tie_word_embeddings=False,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
 def qwen3_vl_moe(layers: int = 2, seed: int = 0) -> Qwen3VLMoeForConditionalGeneration:
     """Three of six experts for a token, so that the order of their sum shows."""
     torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from one_block import Model
 
 from torchao_masquant import calibrate
 from torchao_masquant.learning.batch_gradient import BatchGradient
@@ -19,24 +19,6 @@ from torchao_masquant.learning.together import Alone
 
 NAMES = ("text", "vision")
 WIDTH, COUNT, SIZE = 8, 20, 4
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([Block()])
-
-    def forward(self, x):
-        return self.layers[0](x)
 
 
 def samples():
@@ -102,7 +84,7 @@ def losses(model, learnable, numbers):
 def test_a_step_is_of_the_mean_loss(monkeypatch):
     """What Adam is given at the first step of ``learn``."""
     torch.manual_seed(0)
-    model = Model()
+    model = Model(WIDTH, 12)
     given = []
     step = torch.optim.Adam.step
 
@@ -143,7 +125,7 @@ def test_steps_of_an_epoch(monkeypatch, size, steps):
     monkeypatch.setattr(
         torch.optim.Adam, "step", lambda self: calls.append(1) or step(self)
     )
-    recipe = calibrated(Model(), epochs=2, batch_size=size)
+    recipe = calibrated(Model(WIDTH, 12), epochs=2, batch_size=size)
     assert len(calls) == 2 * steps
     assert recipe.options.batch_size == size
     taught, _ = held_back(COUNT)

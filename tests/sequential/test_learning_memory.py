@@ -14,7 +14,6 @@ import torch
 from results import FIXED
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from torchao_masquant.learning.learn import BlockTask
 from torchao_masquant.sequential import calibrate_sequential, preflight
@@ -52,30 +51,6 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
 
-def model_of(hidden, inner):
-    section = hidden // 4 // 8
-    text = {
-        **tiny_models._TEXT,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": 1,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [section, section, 2 * section],
-        },
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config={**tiny_models._VISION, "out_hidden_size": hidden},
-        image_token_id=tiny_models.IMAGE,
-        video_token_id=tiny_models.VIDEO,
-        vision_start_token_id=tiny_models.VISION_START,
-        tie_word_embeddings=False,
-    )
-    return Qwen2_5_VLForConditionalGeneration(config)
-
-
 def samples_of(words):
     found = tiny_models.samples(audio=False, count=2)
     for sample in found:
@@ -101,7 +76,7 @@ def test_it_is_estimated_from_above(
     tmp_path, monkeypatch, hidden, inner, words, options
 ):
     """And by no more than twice."""
-    model_of(hidden, inner).save_pretrained(tmp_path / "model")
+    tiny_models.qwen25_vl_of_width(hidden, inner, 1).save_pretrained(tmp_path / "model")
     estimates, peaks = [], []
     module = importlib.import_module("torchao_masquant.sequential.calibrate_sequential")
     learn = BlockTask.learn

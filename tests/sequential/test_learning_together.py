@@ -14,9 +14,9 @@ import signal
 import pytest
 import tiny_models
 import torch
+from one_block import Model
 from results import FIXED, assert_same_files, assert_same_recipe
 from teams import stopped, together
-from torch import nn
 
 from torchao_masquant import Recipe, calibrate
 from torchao_masquant.learning.batch_gradient import BatchGradient
@@ -28,24 +28,6 @@ from torchao_masquant.sequential.team import Team
 
 NAMES = ("text", "vision")
 WIDTH = 16
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH, bias=False)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([Block()])
-
-    def forward(self, x):
-        return self.layers[0](x)
 
 
 @dataclasses.dataclass
@@ -79,7 +61,7 @@ def samples_of(count):
 def task_of(count, batch_size, team):
     """The block of a model, to be learned by a process that has some samples."""
     torch.manual_seed(0)
-    model, samples = Model(), samples_of(count)
+    model, samples = Model(WIDTH, 24, bias=False), samples_of(count)
     recipe = calibrate(
         model,
         samples,

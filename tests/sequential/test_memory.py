@@ -14,7 +14,7 @@ import killed_runs
 import pytest
 import tiny_models
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from torchao_masquant import calibrate
 from torchao_masquant.sequential import calibrate_sequential
@@ -30,27 +30,8 @@ _M_MMAP_THRESHOLD = -3
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """310 MiB of float32, a file for each block."""
-    text = {
-        **tiny_models._TEXT,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [16, 24, 24],
-        },
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config={**tiny_models._VISION, "out_hidden_size": HIDDEN},
-        image_token_id=tiny_models.IMAGE,
-        video_token_id=tiny_models.VIDEO,
-        vision_start_token_id=tiny_models.VISION_START,
-        tie_word_embeddings=False,
-    )
     folder = tmp_path_factory.mktemp("large") / "model"
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = tiny_models.qwen25_vl_of_width(HIDDEN, INNER, LAYERS)
     model.save_pretrained(folder, max_shard_size="16MB")
     return folder
 
