@@ -39,6 +39,7 @@ from torchao_masquant.integrations.attachment import attach_to_transformers
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.modality import TEXT
+from torchao_masquant.names import named_here
 from torchao_masquant.recipe import LayerRecipe, Recipe, weight_fingerprint
 from torchao_masquant.routing import Router, router_of
 from torchao_masquant.selection import Patterns, check_whole, match_names, select
@@ -481,8 +482,9 @@ def _plan_recipe(
     model: nn.Module, config: MASQuantConfig, recipe: Recipe
 ) -> dict[nn.Module, Callable[[], object]]:
     modules = dict(model.named_modules())
-    names = match_names(list(recipe.layers), config.include, config.exclude)
-    layers = {name: recipe.layers[name] for name in names}
+    saved = named_here(model, recipe.layers)
+    names = match_names(list(saved), config.include, config.exclude)
+    layers = {name: saved[name] for name in names}
     experts = experts_of(model)
     for name, layer in layers.items():
         if len(layer.shape) == 3:

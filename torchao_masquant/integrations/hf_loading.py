@@ -25,6 +25,7 @@ from torchao_masquant.integrations.checkpoint_format import (
 )
 from torchao_masquant.integrations.layer_format import LayerFormat, TensorKind
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.names import named_here
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import check_whole, match_names, select
@@ -79,12 +80,17 @@ class CheckpointLoading:
         modules |= experts_of(model)
         routers: dict[tuple[str, ...], Router] = {}
         self._routers: dict[str, Router] = {}
-        for saved_name, layer in checkpoint.layers.items():
-            name = self._name_in(modules, saved_name, layer)
+        for name, layer in named_here(model, checkpoint.layers).items():
+            kind = ExpertWeight if len(layer.shape) == 3 else nn.Linear
+            if type(modules.get(name)) is not kind:
+                raise ValueError(
+                    f"the checkpoint has a quantized linear {name}, {self._class} has "
+                    "none of that name: load it with the class that it was saved from."
+                )
             shape = tuple(modules[name].weight.shape)
             if shape != layer.shape:
                 raise ValueError(
-                    f"the checkpoint's {saved_name} is of shape {layer.shape}, the "
+                    f"the checkpoint's {name} is of shape {layer.shape}, the "
                     f"model's of shape {shape}: its config.json is of another model."
                 )
             if layer.modalities not in routers:
@@ -97,20 +103,6 @@ class CheckpointLoading:
             raise ValueError(
                 f"the checkpoint's config.json is damaged: {error}"
             ) from error
-
-    def _name_in(
-        self, modules: Mapping[str, Any], saved_name: str, layer: LayerFormat
-    ) -> str:
-        """The name here of a linear or of experts, in a class with or without head."""
-        prefix = f"{self.prefix}."
-        kind = ExpertWeight if len(layer.shape) == 3 else nn.Linear
-        for name in (saved_name, saved_name.removeprefix(prefix), prefix + saved_name):
-            if type(modules.get(name)) is kind:
-                return name
-        raise ValueError(
-            f"the checkpoint has a quantized linear {saved_name}, {self._class} has "
-            "none of that name: load it with the class that it was saved from."
-        )
 
     @property
     def state_with_parts(self) -> dict[str, Any]:
@@ -239,8 +231,9 @@ class QuantizingLoading:
         self._layers: dict[str, Optional[LayerRecipe]]
         recipe = config.loaded_recipe
         if recipe is not None:
-            names = match_names(list(recipe.layers), config.include, config.exclude)
-            self._layers = {name: recipe.layers[name] for name in names}
+            saved = named_here(model, recipe.layers)
+            names = match_names(list(saved), config.include, config.exclude)
+            self._layers = {name: saved[name] for name in names}
             modalities = recipe.modalities
             self._check_names(dict(model.named_modules()))
             check_whole(names, self._experts)

@@ -24,6 +24,7 @@ from torchao_masquant.integrations.hf_loading import (
 from torchao_masquant.integrations.layer_format import PARTS
 from torchao_masquant.integrations.stored_names import model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
+from torchao_masquant.names import named_here
 from torchao_masquant.sharing import share_smoothing
 from torchao_masquant.solver.methods import SolverOptions
 
@@ -73,7 +74,7 @@ class MASQuantHfQuantizer(HfQuantizer):
                 f"{type(model).__name__} has no quantized linear to save: quantize it "
                 "with masquant_config(recipe) first."
             )
-        for name, option in self._saved_options().items():
+        for name, option in named_here(model, self._saved_options()).items():
             if name in checkpoint.layers:
                 checkpoint.options.setdefault(name, option)
         self.quantization_config = MASQuantHfConfig.of_checkpoint(checkpoint)

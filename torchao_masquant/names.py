@@ -1,0 +1,57 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Names of linears and experts that were saved with another class or transformers."""
+
+from typing import Mapping, Optional, TypeVar
+
+from torch import nn
+
+from torchao_masquant.experts import experts_of
+from torchao_masquant.selection import decoder_of
+
+__all__ = ["named_here"]
+
+_T = TypeVar("_T")
+
+
+def named_here(model: nn.Module, saved: Mapping[str, _T]) -> dict[str, _T]:
+    """What was saved of a model's decoder, by the names that its parts have here.
+
+    Where the decoder lies in a model differs between classes, with a head and without,
+    and between releases of transformers: that of Qwen2.5-Omni's thinker was ``model``
+    up to 5.20, and is ``model.language_model`` since. Inside of it names stay.
+
+    Args:
+        model: to be quantized or quantized already; any device.
+        saved: by the names of linears, or of parameters that hold experts.
+
+    Returns:
+        The same in the same order. A name that is found nowhere stays as it is.
+    """
+    known = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    known |= experts_of(model).keys()
+    decoder = decoder_of(model)
+    path = next(n for n, module in model.named_modules() if module is decoder)
+    here = f"{path}." if path else ""
+    inside = {name[len(here) :] for name in known if name.startswith(here)}
+
+    there: Optional[str] = None
+    renamed = {}
+    for name, value in saved.items():
+        if name not in known:
+            if there is None:
+                there = _prefix(name, inside)
+            if there is not None and name.startswith(there):
+                rest = name[len(there) :]
+                name = here + rest if rest in inside else name
+        renamed[name] = value
+    return renamed
+
+
+def _prefix(name: str, inside: set[str]) -> Optional[str]:
+    """What stands before the longest end of a name that is the name of a part."""
+    starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+    return next((name[:start] for start in starts if name[start:] in inside), None)
