@@ -106,12 +106,12 @@ def _generate(model: nn.Module) -> None:
 
 
 def _compile_layers(model: nn.Module) -> None:
-    for layer in model.model.language_model.layers:
+    for layer in model.get_decoder().layers:
         layer.compile(backend="eager", fullgraph=True, dynamic=True)
 
 
 def _compile_language_model(model: nn.Module) -> None:
-    model.model.language_model.compile(backend="eager", fullgraph=True, dynamic=True)
+    model.get_decoder().compile(backend="eager", fullgraph=True, dynamic=True)
 
 
 CALLS: dict[str, Callable[[nn.Module], None]] = {

@@ -219,9 +219,7 @@ def count_graphs(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, inputs in calls.items():
         torch._dynamo.reset()
         counters.clear()
-        model.model.language_model.compile(
-            backend="eager", fullgraph=True, dynamic=True
-        )
+        model.get_decoder().compile(backend="eager", fullgraph=True, dynamic=True)
         for one in inputs:
             if name.startswith("generate"):
                 generate(model, one, 64)
@@ -268,7 +266,7 @@ def work(connection: Connection, candidate: str, layers: int, options: Any) -> N
     facts["resident MiB"] = memory("VmRSS")
     if candidate != DENSE:
         facts["engine"] = cpu_lowering.prepare().engine.value
-    model.model.language_model.compile(fullgraph=True, dynamic=True)
+    model.get_decoder().compile(fullgraph=True, dynamic=True)
     started = time.perf_counter()
     generate(model, prompt(64, True), 3)
     first = time.perf_counter() - started

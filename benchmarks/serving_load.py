@@ -285,7 +285,7 @@ def measure(
         RuntimeError: a prompt that should be answered raised when it was made alone,
             or the other way round.
     """
-    model.model.language_model.compile(dynamic=True)
+    model.get_decoder().compile(dynamic=True)
 
     def forward(inputs: Inputs) -> Results:
         return [model(**inputs, use_cache=False).logits]

@@ -11,11 +11,16 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
     Qwen3VLMoeTextExperts,
 )
+
+try:
+    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+except ModuleNotFoundError:
+    # Before transformers 5.20 no experts have a norm behind them.
+    MuseSparkExperts = None
 
 E, H, INNER, TOP_K = 4, 32, 24, 2
 NAMES = ("text", "vision", "audio")
@@ -26,8 +31,7 @@ LAYOUTS = {
     "gated": Qwen3VLMoeTextExperts,
     "transposed": GptOssExperts,
     "not gated": NemotronHExperts,
-    "normed": MuseSparkExperts,
-}
+} | ({} if MuseSparkExperts is None else {"normed": MuseSparkExperts})
 
 _CONFIG = {
     "num_experts": E,

@@ -13,7 +13,9 @@ made much louder than text on a few channels, so that a misrouted token shows.
 from typing import Any, Optional, Sequence, Union
 
 import torch
+import transformers
 from linear_oracle import ids_by_hand
+from packaging.version import Version
 from torch import nn
 from torchao.quantization import quantize_
 from transformers import (
@@ -35,6 +37,13 @@ from torchao_masquant import (
 
 Part = Union[int, str]
 Inputs = dict[str, Any]
+
+#: Where an Omni thinker, such as the digits model, has its decoder.
+OMNI_DECODER = (
+    "model.language_model"
+    if Version(transformers.__version__) >= Version("5.21")
+    else "model"
+)
 
 PAD, BOS, EOS = 0, 1, 2
 VISION_START, VISION_END, IMAGE, VIDEO = 3, 4, 5, 6

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import OMNI_DECODER
 from torch import nn
 
 from torchao_masquant.calibration.statistics import InputStatistics
@@ -229,7 +230,7 @@ def test_sensitivity_of_an_input_is_that_of_its_own_linears():
     from baselines.mbq import input_sensitivity
 
     model = digits.load_model("outliers")
-    layers = "model.language_model.layers"
+    layers = f"{OMNI_DECODER}.layers"
     groups = {
         f"{layers}.0.mlp.down_proj": [f"{layers}.0.mlp.down_proj"],
         f"{layers}.2.mlp.gate_proj": [

@@ -245,7 +245,10 @@ def test_padding_is_left_out():
     samples = digits.calibration_samples(8)
     # The first layer and the last one, which sees what all before it made of padding.
     options = {
-        "include": ["*language_model.layers.0.*", "*language_model.layers.3.*"],
+        "include": [
+            r"re:model\.(language_model\.)?layers\.0\..*",
+            r"re:model\.(language_model\.)?layers\.3\..*",
+        ],
         "alpha": 0.5,
         "separation": 1.0,
         "progress": False,

@@ -17,13 +17,14 @@ import pytest
 import tiny_models
 import torch
 from linear_oracle import ids_by_hand
+from tiny_models import OMNI_DECODER
 from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import calibrate, masquant_config
 from torchao_masquant.testing import digits
 
-LAYER = "model.language_model.layers.1."
+LAYER = f"{OMNI_DECODER}.layers.1."
 PARTS = {
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),

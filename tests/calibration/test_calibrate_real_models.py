@@ -10,6 +10,7 @@ import itertools
 import pytest
 import tiny_models
 import torch
+from tiny_models import OMNI_DECODER
 from torch import nn
 from transformers import BatchFeature
 
@@ -61,7 +62,7 @@ def _snapshot(model):
 def _mixed_state(model):
     """Some in training, some not; some without gradients."""
     model.train()
-    model.model.language_model.layers[1].eval()
+    model.get_decoder().layers[1].eval()
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 > 0)
     return model
@@ -199,7 +200,8 @@ def test_a_modality_that_the_data_lacks(model, samples):
         calibrate(model, silent, **SMALL)
     assert str(error.value) == (
         "the calibration data brings no audio token to "
-        "model.language_model.layers.0.self_attn.q_proj, so audio tokens would be uncalibrated: add samples with audio, or name the "
+        f"{OMNI_DECODER}.layers.0.self_attn.q_proj, so audio tokens would be "
+        "uncalibrated: add samples with audio, or name the "
         "modalities that the model will meet with modalities=(...)."
     )
     assert _snapshot(model) == before
@@ -292,7 +294,7 @@ def test_messages(model, samples, options, error, message):
 
 def test_an_activation_that_overflows_names_its_linear(model, samples):
     """bfloat16 range: an infinity appears in layer 1 in image tokens, not before."""
-    bad = model.model.language_model.layers[0].mlp.down_proj
+    bad = model.get_decoder().layers[0].mlp.down_proj
     handle = bad.register_forward_hook(
         lambda module, args, y: (
             y.masked_fill(
@@ -308,7 +310,7 @@ def test_an_activation_that_overflows_names_its_linear(model, samples):
     handle.remove()
     # The norm makes nan of it.
     assert str(caught.value) == (
-        "model.language_model.layers.1.self_attn.q_proj: its input holds nan or inf in "
+        f"{OMNI_DECODER}.layers.1.self_attn.q_proj: its input holds nan or inf in "
         "vision tokens, so nothing can be calibrated from it; look for the sample or the layer before it "
         "that overflows."
     )
@@ -365,7 +367,7 @@ def test_padding_of_a_model_that_is_calibrated_for_text_alone(model):
     rows = [tiny_models.batch([*tiny_models.words(9, s)], seed=s) for s in range(3)]
     options = {"modalities": ("text",), "method": "smoothquant", **SMALL}
     expected = calibrate(
-        model, rows, include="*language_model.layers.0.self_attn.q_proj", **options
+        model, rows, include=f"{OMNI_DECODER}.layers.0.self_attn.q_proj", **options
     )
     padded = []
     for row in rows:
@@ -378,7 +380,7 @@ def test_padding_of_a_model_that_is_calibrated_for_text_alone(model):
             }
         )
     found = calibrate(
-        model, padded, include="*language_model.layers.0.self_attn.q_proj", **options
+        model, padded, include=f"{OMNI_DECODER}.layers.0.self_attn.q_proj", **options
     )
     # The first layer's input is a norm of the embeddings: each token by itself.
     _same(found, expected)

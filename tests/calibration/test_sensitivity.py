@@ -9,12 +9,13 @@ import copy
 
 import pytest
 import torch
+from tiny_models import OMNI_DECODER
 
 from torchao_masquant import calibrate, modality_sensitivity
 from torchao_masquant.routing import Router
 from torchao_masquant.testing import digits
 
-LINEAR = "model.language_model.layers.1.mlp.up_proj"
+LINEAR = f"{OMNI_DECODER}.layers.1.mlp.up_proj"
 
 
 def _sample():

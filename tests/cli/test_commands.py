@@ -125,7 +125,7 @@ def test_modality_weights_are_measured_on_request(tmp_path, capsys):
     recipe = tmp_path / "recipe.safetensors"
     printed(
         capsys, "calibrate", model, data, "-o", recipe, *QUICK,
-        "--include", "*language_model*.k_proj", "--modality-weights", "measure",
+        "--include", r"re:model\.(language_model\.)?layers.*\.k_proj", "--modality-weights", "measure",
     )  # fmt: skip
     weights = Recipe.load(recipe).options.modality_weights
     assert weights["text"] == 1 and weights["vision"] > 0
@@ -156,7 +156,7 @@ def test_loaded_weights_are_what_python_makes(tmp_path, capsys):
     data = model_folders.vision_samples(tmp_path, 2)
     recipe, out = tmp_path / "recipe.safetensors", tmp_path / "quantized"
     assert run("calibrate", folder, data, "-o", recipe, *QUICK,
-               "--include", "*language_model*.q_proj") == 0  # fmt: skip
+               "--include", r"re:model\.(language_model\.)?layers.*\.q_proj") == 0  # fmt: skip
     assert run("quantize", folder, "--recipe", recipe, "-o", out) == 0
     model = AutoModelForMultimodalLM.from_pretrained(folder)
     quantize_(model, masquant_config(recipe))

@@ -25,7 +25,7 @@ from torchao_masquant.calibration.session import MASQuantObservedLinear
 from torchao_masquant.solver.methods import METHODS
 from torchao_masquant.testing import digits
 
-LAST = "*language_model.layers.3.*"
+LAST = r"re:model\.(language_model\.)?layers\.3\..*"
 
 #: Nothing to choose between, where all of a model is solved for.
 ONE_SOLUTION = {"alpha": 0.5, "separation": 1.0}
@@ -82,7 +82,8 @@ def test_one_line_quantizes_the_decoder_alone(model, recipe, tmp_path):
     assert list(model.state_dict()) == names
     quantized = {n for n, m in model.named_modules() if type(m) is MASQuantLinear}
     assert quantized == set(recipe.layers)
-    assert all(".language_model.layers." in name for name in quantized)
+    decoder = {id(m) for m in model.get_decoder().layers.modules()}
+    assert all(id(model.get_submodule(name)) in decoder for name in quantized)
     assert len(quantized) == 4 * 7
     assert not any(model.get_submodule(n).weight.requires_grad for n in quantized)
 
@@ -136,15 +137,15 @@ def test_prepare_twice(model):
 
 
 def _changed_weight(model):
-    model.model.language_model.layers[3].mlp.down_proj.weight.data[5, 5] += 1
+    model.get_decoder().layers[3].mlp.down_proj.weight.data[5, 5] += 1
 
 
 def _another_shape(model):
-    model.model.language_model.layers[3].mlp.down_proj = nn.Linear(768, 255)
+    model.get_decoder().layers[3].mlp.down_proj = nn.Linear(768, 255)
 
 
 def _renamed(model):
-    mlp = model.model.language_model.layers[3].mlp
+    mlp = model.get_decoder().layers[3].mlp
     mlp.down = mlp.down_proj
     del mlp.down_proj
 
@@ -153,11 +154,11 @@ def _subclassed(model):
     class Other(nn.Linear):
         pass
 
-    model.model.language_model.layers[3].mlp.down_proj.__class__ = Other
+    model.get_decoder().layers[3].mlp.down_proj.__class__ = Other
 
 
 def _on_meta(model):
-    model.model.language_model.layers[3].mlp.down_proj.to("meta")
+    model.get_decoder().layers[3].mlp.down_proj.to("meta")
 
 
 @pytest.mark.parametrize(
@@ -204,8 +205,8 @@ def test_one_config_meets_restored_weights_anew(model, recipe):
     """What is kept of a run says nothing of linears that came back since."""
     config = masquant_config(recipe)
     quantize_(model, config)
-    kept = model.model.language_model.layers[0].mlp.up_proj
-    original = digits.load_model("outliers").model.language_model.layers[0].mlp.up_proj
+    kept = model.get_decoder().layers[0].mlp.up_proj
+    original = digits.load_model("outliers").get_decoder().layers[0].mlp.up_proj
     kept.__class__ = nn.Linear
     kept.weight = original.weight
     with pytest.raises(ValueError, match="is quantized already"):
@@ -233,12 +234,12 @@ def test_filter_fn_is_respected(model, recipe):
         masquant_config(recipe),
         filter_fn=lambda module, name: name.endswith("layers.3.mlp.up_proj"),
     )
-    quantized = [n for n, m in model.named_modules() if type(m) is MASQuantLinear]
-    assert quantized == ["model.language_model.layers.3.mlp.up_proj"]
+    quantized = [m for m in model.modules() if type(m) is MASQuantLinear]
+    assert quantized == [model.get_decoder().layers[3].mlp.up_proj]
 
 
 def test_as_an_entry_of_fqn_to_config(model, recipe):
-    pattern = r"re:model\.language_model\.layers\.3\..*proj"
+    pattern = r"re:model\.(language_model\.)?layers\.3\..*proj"
     config = FqnToConfig(OrderedDict({pattern: masquant_config(recipe)}))
     quantize_(model, config, filter_fn=None)
     quantized = [n for n, m in model.named_modules() if type(m) is MASQuantLinear]
@@ -288,7 +289,7 @@ def test_a_saved_state_loads_bit_identical(samples, method, tmp_path):
     quantize_(loaded, MASQuantConfig(step="prepare_for_loading"))
     assert all(
         isinstance(m.weight, MASQuantTensor)
-        for m in loaded.model.language_model.layers.modules()
+        for m in loaded.get_decoder().layers.modules()
         if isinstance(m, nn.Linear)
     )
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -306,7 +307,7 @@ def test_placeholders_do_not_take_the_default_dtype():
         quantize_(model, MASQuantConfig(step="prepare_for_loading"))
     finally:
         torch.set_default_dtype(default)
-    weight = model.model.language_model.layers[0].mlp.up_proj.weight
+    weight = model.get_decoder().layers[0].mlp.up_proj.weight
     assert weight.scale.dtype == weight.act_pre_scale.dtype == torch.float32
 
 

@@ -8,6 +8,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import tiny_models
@@ -30,8 +31,8 @@ from torchao_masquant.calibration.session import MASQuantObservedLinear
 from torchao_masquant.solver.methods import METHODS, SolverOptions
 
 NAMES = ("text", "vision", "audio")
-FIRST = "*language_model.layers.0.*"
-SECOND = "*language_model.layers.1.*"
+FIRST = r"re:model\.(language_model\.)?layers\.0\..*"
+SECOND = r"re:model\.(language_model\.)?layers\.1\..*"
 
 
 def _pattern(glob):
@@ -113,8 +114,11 @@ def test_two_recipes_in_one_fqn_to_config(model, samples):
 
 # As in a config for q, k, v and another for the rest: the linears take turns.
 TURNS = {
-    "re:.*language_model.*self_attn.[qkv]_proj": {"scheme": "w8a8"},
-    "re:.*language_model.*(o|gate|up|down)_proj": {"scheme": "w4a6", "rank": 3},
+    r"re:model\.(language_model\.)?layers.*self_attn.[qkv]_proj": {"scheme": "w8a8"},
+    r"re:model\.(language_model\.)?layers.*(o|gate|up|down)_proj": {
+        "scheme": "w4a6",
+        "rank": 3,
+    },
 }
 
 
@@ -441,7 +445,7 @@ def test_loading_beside_linears_that_needed_no_routing(samples, tmp_path):
     rtn = tiny_models.recipe_of(loaded, method="rtn")
     quantize_(loaded, masquant_config(rtn, include=FIRST))
     quantize_(loaded, MASQuantConfig(step="prepare_for_loading", include=SECOND))
-    second = {k: v for k, v in state.items() if ".language_model.layers.1." in k}
+    second = {k: v for k, v in state.items() if re.match(SECOND.removeprefix("re:"), k)}
     loaded.load_state_dict(second, assign=True, strict=False)
     _assert_routes(loaded, samples[0], 14)
 

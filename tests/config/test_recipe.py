@@ -29,7 +29,10 @@ def samples():
 def recipe(samples):
     model = digits.load_model("outliers")
     return calibrate(
-        model, samples, include="*language_model.layers.0.*", progress=False
+        model,
+        samples,
+        include=r"re:model\.(language_model\.)?layers\.0\..*",
+        progress=False,
     )
 
 

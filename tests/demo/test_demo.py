@@ -107,7 +107,7 @@ def test_saved_model_reloads_bit_identical_here_too(tmp_path):
     recipe = calibrate(model, samples, scheme="w4a8", progress=False)
     quantize_(model, masquant_config(recipe))
     size = checkpoint.save(model, "w4a8", tmp_path)
-    linears = list(model.model.language_model.layers.parameters())
+    linears = list(model.get_decoder().layers.parameters())
     assert size < sum(p.numel() * 4 for p in linears)
     loaded = checkpoint.load(tmp_path)
     with torch.no_grad():

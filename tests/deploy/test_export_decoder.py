@@ -153,7 +153,7 @@ def test_a_process_with_torch_alone_gives_the_model_s_results(
     weights = torch.load(folder / "weights.pt", weights_only=True)
     assert not [name for name in weights if "visual" in name]
     integers = sum(w.numel() for w in weights.values() if w.dtype == torch.uint8)
-    linears = [m for m in model.model.language_model.modules() if hasattr(m, "routed")]
+    linears = [m for m in model.get_decoder().modules() if hasattr(m, "routed")]
     assert integers == sum(linear.weight.qdata.numel() for linear in linears)
     # Nothing half made is left beside it.
     assert {p.name for p in tmp_path.iterdir()} == {"package", "calls.pt", "r.pt"}

@@ -21,7 +21,7 @@ def test_ids_follow_the_layers_devices() -> None:
     The second device is "meta", the only other one that every machine has.
     """
     model = tiny_models.quantized(tiny_models.qwen25_vl())
-    layer = model.model.language_model.layers[1]
+    layer = model.get_decoder().layers[1]
     layer.to("meta")
     linears = [m for m in layer.modules() if isinstance(m, MASQuantLinear)]
     assert all(m.weight.device.type == "meta" for m in linears)
@@ -32,7 +32,7 @@ def test_ids_follow_the_layers_devices() -> None:
         )
 
     layer.register_forward_pre_hook(move, with_kwargs=True)
-    model.model.language_model.norm.to("meta")
+    model.get_decoder().norm.to("meta")
     model.lm_head.to("meta")
     router = tiny_models.router(model)
     devices: list[tuple[str, str]] = []

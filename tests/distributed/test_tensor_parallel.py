@@ -111,7 +111,7 @@ def test_decoder_is_the_single_process_one(ranks: Ranks, recipe_path: str) -> No
 
 def check_compiled(rank: int, recipe_path: str) -> int:
     model = tensor_parallel(quantized(recipe_path), mesh(), src_data_rank=None)
-    layers = model.model.language_model.layers
+    layers = model.get_decoder().layers
     calls = [mixed_inputs(), text_inputs()]
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
@@ -171,7 +171,7 @@ def check_refusals(rank: int, recipe_path: str) -> list[str]:
     messages.append(refused(model, Three()))
 
     model = quantized(recipe_path)
-    down = model.model.language_model.layers[0].mlp.down_proj
+    down = model.get_decoder().layers[0].mlp.down_proj
     down.weight = nn.Parameter(
         MASQuantTensor.from_hp(torch.randn(64, 96), weight_bits=4, group_size=32),
         requires_grad=False,

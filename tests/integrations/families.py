@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import transformers
 from linear_oracle import ids_by_hand
+from tiny_models import OMNI_DECODER
 from torch import nn
 
 Inputs = dict[str, Any]
@@ -682,9 +683,9 @@ def _gemma3n() -> Any:
     )
     from_config = transformers.AutoModel.from_config
 
-    def without_timm(part: Any, **options: Any) -> Any:
-        small = part.model_type == "gemma3n_vision"
-        return _SmallTower() if small else from_config(part, **options)
+    def without_timm(config: Any, **options: Any) -> Any:
+        small = config.model_type == "gemma3n_vision"
+        return _SmallTower() if small else from_config(config, **options)
 
     with mock.patch.object(transformers.AutoModel, "from_config", without_timm):
         return transformers.Gemma3nForConditionalGeneration(config)
@@ -789,6 +790,7 @@ FAMILIES = (
         _omni_features,
         _OMNI_RUNS,
         {**VISION_VIDEO, **SOUND},
+        decoder=OMNI_DECODER,
     ),
     Family(
         "Qwen3-VL",
@@ -815,6 +817,7 @@ FAMILIES = (
         _omni_features,
         (*_QWEN_RUNS, (AUDIO_START, AUDIO, 2, AUDIO_END)),
         {**VISION_VIDEO, **SOUND},
+        decoder=OMNI_DECODER,
         layers=(ATTENTION,) * LAYERS,
         has_experts=True,
     ),

@@ -98,7 +98,7 @@ def test_a_recipe_by_its_path_and_a_part_of_it(original, tmp_path):
     config = masquant_config(tmp_path / "recipe.safetensors", exclude="*.down_proj")
     model = load(folder, MASQuantHfConfig(config=config))
     assert len(weights(model)) == 12
-    down = model.model.language_model.layers[0].mlp.down_proj
+    down = model.get_decoder().layers[0].mlp.down_proj
     assert type(down) is torch.nn.Linear and down.weight.dtype == torch.float32
     with pytest.raises(FileNotFoundError, match="there is no recipe file"):
         MASQuantHfConfig(recipe=tmp_path / "other.safetensors")

@@ -16,18 +16,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from tiny_models import BOS, words
+from tiny_models import BOS, OMNI_DECODER, words
 from torchao.quantization import quantize_
 from transformers import AutoModelForMultimodalLM
 
 from torchao_masquant import MASQuantHfConfig, Recipe, calibrate, masquant_config
 
-HERE = next(
-    name
-    for model in [tiny_models.omni_thinker()]
-    for name, module in model.named_modules()
-    if module is model.get_decoder()
-)
+HERE = OMNI_DECODER
 THERE = {"model": "model.language_model", "model.language_model": "model"}[HERE]
 
 

@@ -187,11 +187,11 @@ def test_a_loaded_model_is_routed(saved):
     routers = {id(m.router) for m in linears(loaded).values()}
     assert len(routers) == 1
     assert tiny_models.router(loaded).modalities == ("text", "vision")
-    linear = loaded.model.language_model.layers[0].mlp.up_proj
+    linear = loaded.get_decoder().layers[0].mlp.up_proj
     x = torch.randn(1, 3, tiny_models.HIDDEN)
     with pytest.raises(RuntimeError, match="modality of its tokens is not known"):
         linear(x)
-    own = model.model.language_model.layers[0].mlp.up_proj
+    own = model.get_decoder().layers[0].mlp.up_proj
     ids = torch.tensor([[0, 1, 0]])
     with token_modalities(loaded, ids), token_modalities(model, ids), torch.no_grad():
         assert torch.equal(linear(x), own(x))
@@ -240,7 +240,7 @@ def test_a_loaded_model_is_compiled(saved):
     loaded = AutoModelForImageTextToText.from_pretrained(folder)
     inputs, expected = prompt(), logits(model, prompt())
     torch._dynamo.reset()
-    language_model = loaded.model.language_model
+    language_model = loaded.get_decoder()
     language_model.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     found = logits(loaded, inputs)
     # A sum in another order rounds a few activations to the next of 8-bit integers.
@@ -474,7 +474,7 @@ def test_a_part_quantized_by_itself_is_saved_with_the_whole(tmp_path):
     prefix = "model.language_model."
     recipe.layers = {n.removeprefix(prefix): v for n, v in recipe.layers.items()}
     recipe.modalities = ("text",)
-    quantize_(model.model.language_model, masquant_config(recipe))
+    quantize_(model.get_decoder(), masquant_config(recipe))
     save_quantized(model, tmp_path / "x")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
     assert len(linears(loaded)) == 7
@@ -554,7 +554,7 @@ import sys, torchao_masquant
 model = AutoModelForImageTextToText.from_pretrained({str(format_1.FOLDER)!r})
 left = [f for f in sys.meta_path if type(f).__module__.startswith("torchao_masquant")]
 print(AUTO_QUANTIZER_MAPPING["masquant"].__name__, len(left),
-      type(model.model.language_model.layers[0].mlp.up_proj).__name__)
+      type(model.get_decoder().layers[0].mlp.up_proj).__name__)
 """
 
 

@@ -17,7 +17,7 @@ from checkout import ROOT, source_files
 
 pytestmark = pytest.mark.slow
 
-_USE = """
+_USE = r"""
 import sys
 from pathlib import Path
 
@@ -35,7 +35,7 @@ model = digits.load_model("plain")
 samples = digits.calibration_samples()[:4]
 recipe = calibrate(
     model, samples, alpha=0.5, separation=1.0, rounding="nearest", clip=False,
-    include="*language_model.layers.0.*", progress=False,
+    include=r"re:model\.(language_model\.)?layers\.0\..*", progress=False,
 )
 recipe.save("recipe.safetensors")
 quantize_(model, masquant_config("recipe.safetensors"))
@@ -47,7 +47,7 @@ with torch.no_grad():
     expected = model(**inputs).logits
     found = loaded(**inputs).logits
 assert (found - expected).norm() < 0.03 * expected.norm()
-layer = loaded.model.language_model.layers[0]
+layer = loaded.get_decoder().layers[0]
 layer.compile(backend="aot_eager", fullgraph=True, dynamic=True)
 with torch.no_grad():
     compiled = loaded(**inputs).logits

@@ -124,7 +124,7 @@ def test_skeleton_is_the_model(folder: str) -> None:
     assert skeleton.blocks == 2 and skeleton.kv_heads == 2 and skeleton.head_dim == 16
     dense = tiny_models.qwen25_vl()
     assert skeleton.values == sum(p.numel() for p in dense.parameters())
-    layer = dense.model.language_model.layers[0]
+    layer = dense.get_decoder().layers[0]
     assert skeleton.block_values == sum(p.numel() for p in layer.parameters())
     assert [(g.k, g.outputs) for g in skeleton.groups] == 2 * GROUPS
     head = dense.lm_head
@@ -191,7 +191,7 @@ def test_memory_of_calibration_by_hand(folder: str) -> None:
     )
     assert plan.device_bytes == max(plan.front_bytes, plan.block_bytes + solving)
     dense = tiny_models.qwen25_vl()
-    front = [dense.model.visual, dense.model.language_model.embed_tokens]
+    front = [dense.model.visual, dense.get_decoder().embed_tokens]
     counted = sum(p.numel() * 4 for m in front for p in m.parameters())
     # The norms of two layers and of the decoder, and biases of q, k and v.
     assert plan.front_bytes == counted + 4 * (5 * 64 + 2 * 128)

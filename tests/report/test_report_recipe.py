@@ -28,7 +28,7 @@ from torchao_masquant.report.recipe_figures import shared_inputs
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
-LAYER = "*language_model.layers.0.*"
+LAYER = r"re:model\.(language_model\.)?layers\.0\..*"
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ class Graphs:
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    return model.model.language_model.layers
+    return model.get_decoder().layers
 
 
 def mixed(seed: int, extra: int = 0):
@@ -206,7 +206,7 @@ def test_layers_compile_once_for_all_of_them(number):
 def test_graphs_of_the_language_model():
     """Mixed prefill, base-only prefill, and decode steps: over any length, no more."""
     model = quantized(qwen25_vl())
-    part = model.model.language_model
+    part = model.get_decoder()
     graphs = Graphs()
     compiled = torch.compile(part, fullgraph=True, dynamic=True, backend=graphs)
     for length in LENGTHS:
@@ -226,7 +226,7 @@ def test_generate_takes_three_graphs_of_the_language_model():
     """Prefills of both kinds, and decoding, also where there are more layers."""
     model = quantized(qwen25_vl(layers=4), scheme="w8a8")
     graphs = Graphs()
-    model.model.language_model.compile(fullgraph=True, dynamic=True, backend=graphs)
+    model.get_decoder().compile(fullgraph=True, dynamic=True, backend=graphs)
     for inputs in (text(6), mixed(0), text(9), mixed(1, extra=3), text(5)):
         model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert graphs.count == 3
@@ -237,7 +237,7 @@ def test_decode_steps_with_a_static_cache_share_a_graph():
     counts = []
     for model in (qwen25_vl(), quantized(qwen25_vl())):
         torch._dynamo.reset()
-        part, graphs = model.model.language_model, Graphs()
+        part, graphs = model.get_decoder(), Graphs()
         compiled = torch.compile(part, fullgraph=True, backend=graphs)
         cache = StaticCache(config=part.config, max_cache_len=32)
         x, ids = embeds(6, rows=1)

@@ -25,7 +25,7 @@ def calls_and_ids_of(model, call):
         state = router(model).call
         seen.append((weakref.ref(state), weakref.ref(state.ids)))
 
-    hook = model.model.language_model.layers[0].register_forward_pre_hook(look)
+    hook = model.get_decoder().layers[0].register_forward_pre_hook(look)
     try:
         call()
     finally:

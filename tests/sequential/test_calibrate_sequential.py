@@ -78,7 +78,7 @@ def test_it_is_what_is_made_in_memory(original, samples, tmp_path, options):
 def test_the_digits_model(tmp_path):
     """Text, images and sounds, by a model that was trained."""
     samples = digits.calibration_samples()[:3]
-    options = {**FIXED, "include": "*.language_model.layers.[12].*"}
+    options = {**FIXED, "include": r"re:model\.(language_model\.)?layers\.[12]\..*"}
     folder = digits.checkpoint_path("outliers")
     calibrate_sequential(
         folder, samples, recipe=tmp_path / "recipe.safetensors", **options
@@ -163,7 +163,7 @@ def test_what_cannot_be_walked_is_refused(original, samples, tmp_path, monkeypat
 
     def leaking(self, kind, config):
         model = made(self, kind, config)
-        for layer in model.model.language_model.layers:
+        for layer in model.get_decoder().layers:
             forward = layer.forward
 
             def wrapped(hidden, *args, _forward=forward, **kwargs):

@@ -231,7 +231,7 @@ def test_sizes_of_experts(tmp_path):
 def session_of(rank, size):
     """A session that has seen one process's part of the calls of some experts."""
     model = tiny_models.qwen3_vl_moe(1)
-    block = model.model.language_model.layers[0]
+    block = model.get_decoder().layers[0]
     router = Router(("text", "vision"))
     generator = torch.Generator().manual_seed(0)
     calls = [

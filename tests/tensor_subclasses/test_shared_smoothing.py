@@ -62,11 +62,11 @@ def quantized(scheme: str, **options: Any) -> Any:
 
 
 def attention(model: Any) -> Any:
-    return model.model.language_model.layers[0].self_attn
+    return model.get_decoder().layers[0].self_attn
 
 
 def mlp(model: Any) -> Any:
-    return model.model.language_model.layers[0].mlp
+    return model.get_decoder().layers[0].mlp
 
 
 def source(linear: MASQuantLinear) -> Any:
@@ -107,7 +107,7 @@ def test_weight_only_linears_share_their_factors() -> None:
 
 
 def compiled_call(model: Any, mixed: bool, whole: bool) -> Any:
-    language = model.model.language_model
+    language = model.get_decoder()
     inputs = batch(*PROMPTS) if mixed else batch([21, 22, 23, 24, 25], [26, 27, 28])
     with torch.no_grad():
         expected = model(**inputs).logits

@@ -192,8 +192,10 @@ def test_outliers_are_on_image_and_sound_tokens_only() -> None:
     def ratios(variant: str) -> dict[str, float]:
         model = load(variant)
         hidden: list[torch.Tensor] = []
-        hook = model.model.language_model.layers[0].register_forward_pre_hook(
-            lambda module, args: hidden.append(args[0])
+        hook = (
+            model.get_decoder()
+            .layers[0]
+            .register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
         )
         batch = next(digits.heldout_batches("both", 100))
         with torch.no_grad():

@@ -34,7 +34,7 @@ def main(folder: Path) -> dict[str, object]:
     saved = load_file(folder / LOGITS)
     eager = {task: model(**inputs).logits for task, inputs in prompts().items()}
     start = time.perf_counter()
-    for layer in model.model.language_model.layers:
+    for layer in model.get_decoder().layers:
         layer.compile(fullgraph=True, dynamic=True)
     answers = [
         (model(**inputs).logits[:, -1].argmax(-1) == eager[task][:, -1].argmax(-1))
