@@ -26,6 +26,7 @@ from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
 from torchao_masquant.tensor_subclasses import check_group_size
+from torchao_masquant.threads import threads_for
 
 __all__ = [
     "base_first",
@@ -165,48 +166,54 @@ def calibrate(
     router = Router.for_model(model, base_first(model, base_modality, modalities))
     router.skip_padding = True
 
-    iterator = iter(samples)
-    first = next(iterator, None)
-    if first is None:
-        raise ValueError(
-            "samples is empty: calibration needs at least one sample of every modality."
-        )
-    second_moments = options.parts.per_modality
-
-    # One sample, without covariances, shows which linears share their input.
-    probe = CalibrationSession(linears, router, False, experts)
-    with probe.observing(model):
-        run_samples(model, [first], router, progress=False, description="")
-    passes = plan_passes(probe, second_moments, max_statistics_bytes)
-
-    data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
-    if isinstance(samples, Sequence):
-        # May be read again, and tells a progress bar how long it is.
-        data = samples
-    elif len(passes) > 1 or epochs:
-        data = list(data)
-    layers: dict[str, LayerRecipe] = {}
-    for index, names in enumerate(passes, start=1):
-        session = CalibrationSession(
-            {name: linears[name] for name in names if name in linears},
-            router,
-            second_moments,
-            {name: experts[name] for name in names if name in experts},
-        )
-        of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
-        with session.observing(model):
-            run_samples(
-                model, data, router, progress=progress, description=f"Calibrating{of}"
+    widest = max(max(weight.shape[-2:]) for weight in selected.weights.values())
+    with threads_for(widest):
+        iterator = iter(samples)
+        first = next(iterator, None)
+        if first is None:
+            raise ValueError(
+                "samples is empty: calibration needs at least one sample of every modality."
             )
-        layers |= solve(session, options, progress=progress, spend_statistics=True)
-    if epochs:
-        layers = learn(model, data, layers, router, options, progress=progress)
-    return Recipe(
-        options=options,
-        modalities=router.modalities,
-        layers={name: layers[name] for name in (*linears, *experts)},
-        versions=library_versions(),
-    )
+        second_moments = options.parts.per_modality
+
+        # One sample, without covariances, shows which linears share their input.
+        probe = CalibrationSession(linears, router, False, experts)
+        with probe.observing(model):
+            run_samples(model, [first], router, progress=False, description="")
+        passes = plan_passes(probe, second_moments, max_statistics_bytes)
+
+        data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
+        if isinstance(samples, Sequence):
+            # May be read again, and tells a progress bar how long it is.
+            data = samples
+        elif len(passes) > 1 or epochs:
+            data = list(data)
+        layers: dict[str, LayerRecipe] = {}
+        for index, names in enumerate(passes, start=1):
+            session = CalibrationSession(
+                {name: linears[name] for name in names if name in linears},
+                router,
+                second_moments,
+                {name: experts[name] for name in names if name in experts},
+            )
+            of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
+            with session.observing(model):
+                run_samples(
+                    model,
+                    data,
+                    router,
+                    progress=progress,
+                    description=f"Calibrating{of}",
+                )
+            layers |= solve(session, options, progress=progress, spend_statistics=True)
+        if epochs:
+            layers = learn(model, data, layers, router, options, progress=progress)
+        return Recipe(
+            options=options,
+            modalities=router.modalities,
+            layers={name: layers[name] for name in (*linears, *experts)},
+            versions=library_versions(),
+        )
 
 
 def solve(

@@ -10,6 +10,8 @@ from typing import Any, Optional, Sequence
 
 import torch
 
+from torchao_masquant.threads import threads_for
+
 __all__ = [
     "InputStatistics",
     "Moments",
@@ -235,4 +237,5 @@ class InputStatistics:
                     "tokens, so nothing can be calibrated from it; look for the sample "
                     "or the layer before it that overflows."
                 )
-            moments.update(tokens)
+            with threads_for(x.shape[-1]):
+                moments.update(tokens)

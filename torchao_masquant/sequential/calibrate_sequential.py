@@ -58,6 +58,7 @@ from torchao_masquant.sequential.preflight import (
 )
 from torchao_masquant.sequential.team import Team
 from torchao_masquant.solver.methods import AUTO, SolverOptions
+from torchao_masquant.threads import threads_for
 
 __all__ = ["SequentialResult", "calibrate_sequential"]
 
@@ -248,7 +249,10 @@ def calibrate_sequential(
         progress,
     )
     run.check_room(max_memory_bytes, activations == "disk")
-    return run(samples, activations, max_seconds)
+    widest = max(max(weight.shape[-2:]) for weight in selected.weights.values())
+    # As ``calibrate`` does: sums depend on the number of threads.
+    with threads_for(widest):
+        return run(samples, activations, max_seconds)
 
 
 class _Outputs:

@@ -9,6 +9,8 @@ from typing import Optional
 
 import torch
 
+from torchao_masquant.threads import threads_for
+
 __all__ = [
     "error_spectrum",
     "low_rank_pair",
@@ -69,9 +71,10 @@ def whitening(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     covariance = covariance.double()
     deviation = covariance.diagonal().clamp_min(0).sqrt()
     deviation = torch.where(deviation > 0, deviation, 1.0)
-    eigenvalues, vectors = torch.linalg.eigh(
-        covariance / torch.outer(deviation, deviation)
-    )
+    with threads_for(len(covariance)):
+        eigenvalues, vectors = torch.linalg.eigh(
+            covariance / torch.outer(deviation, deviation)
+        )
     keep = eigenvalues > _NUMERICAL_RANGE * eigenvalues[-1].clamp_min(0)
     root = eigenvalues[keep].sqrt()
     vectors = vectors[:, keep]
@@ -207,7 +210,8 @@ def _eigen(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, largest first, those within rounding noise as zeros, and vectors."""
     if gram.shape[0] == 0:
         return gram.new_zeros(0), gram
-    values, vectors = torch.linalg.eigh((gram + gram.t()) / 2)
+    with threads_for(len(gram)):
+        values, vectors = torch.linalg.eigh((gram + gram.t()) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     noise = gram.shape[0] * torch.finfo(gram.dtype).eps * values[0].clamp_min(0)
     return torch.where(values > noise, values, 0.0), vectors

@@ -30,6 +30,7 @@ from torchao_masquant.solver.shared_weight import (
 )
 from torchao_masquant.solver.smoothing import smoothing_factor
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
+from torchao_masquant.threads import threads_for
 
 __all__ = ["solve_group"]
 
@@ -72,8 +73,20 @@ def solve_group(
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}: its weight holds nan or inf.")
-    if not options.parts.per_modality:
-        return _shared_factor(weights, statistics, options)
+    with threads_for(max(max(weight.shape) for weight in weights.values())):
+        if not options.parts.per_modality:
+            return _shared_factor(weights, statistics, options)
+        return _per_modality(weights, statistics, options, ranks, spend_statistics)
+
+
+def _per_modality(
+    weights: dict[str, torch.Tensor],
+    statistics: InputStatistics,
+    options: SolverOptions,
+    ranks: Optional[Mapping[str, Sequence[int]]],
+    spend_statistics: bool,
+) -> dict[str, LayerRecipe]:
+    """Of exponents and separations the best, for some of the outputs where those do."""
     if ranks is None:
         others = len(statistics.moments) - 1
         ranks = {

@@ -18,6 +18,7 @@ from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.solver.compensation import error_spectrum, resolve_rank
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
+from torchao_masquant.threads import threads_for
 
 __all__ = ["AUTO_SHARE", "allocate", "average_rank", "spend_ranks"]
 
@@ -71,7 +72,8 @@ def spend_ranks(
             ):
                 if index == 0 or importance == 0:
                     continue
-                found = _spectrum(weight, layers[name], statistics, index, options)
+                with threads_for(max(weight.shape)):
+                    found = _spectrum(weight, layers[name], statistics, index, options)
                 if found is not None:
                     spectra[name, index] = (*found, cost)
     ranks = allocate(spectra, budget)
