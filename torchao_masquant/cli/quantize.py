@@ -34,9 +34,6 @@ then, in Python:
   model = AutoModelForImageTextToText.from_pretrained("./Qwen2.5-VL-3B-w4a8")
 """
 
-# Of a name on the hub, what goes along with the weights.
-_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the quantization."""
@@ -134,4 +131,6 @@ def _folder_of(model: str) -> Path:
         return Path(folder)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(folder, allow_patterns=_SMALL_FILES))
+    from torchao_masquant.integrations.other_files import NOT_NEEDED
+
+    return Path(snapshot_download(folder, ignore_patterns=list(NOT_NEEDED)))

@@ -16,11 +16,15 @@ from torch import nn
 from torchao_masquant.integrations.attachment import attach_to_transformers
 from torchao_masquant.integrations.checkpoint_format import quantized_modules
 from torchao_masquant.integrations.exchange import exchange
+from torchao_masquant.integrations.other_files import copy_other_files
+from torchao_masquant.integrations.unloaded import (
+    add_unloaded,
+    is_of_same_model,
+    tell_of_unloaded,
+    unloaded_tensors,
+)
 
 __all__ = ["save_quantized"]
-
-# Of other formats that lie in folders of models, too.
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5")
 
 
 def save_quantized(
@@ -41,8 +45,9 @@ def save_quantized(
     Args:
         model: a quantized transformers model.
         folder: made where missing, together with its parents.
-        beside: folder of the original model, whose other files (its processor and
-            tokenizer, no weights, no folders) are copied along.
+        beside: folder of the original model. Its other files (processor, tokenizer,
+            templates, code) are copied along, and so are the tensors that the model's
+            class does not load; what is not is named in a warning.
         **options: of ``save_pretrained``, such as ``max_shard_size``.
 
     Raises:
@@ -70,7 +75,7 @@ def save_quantized(
         new = temporary / "new" / target.name
         model.save_pretrained(new, **options)  # type: ignore[operator]
         if beside is not None:
-            _copy_files(Path(beside), new)
+            _take_along(model, Path(beside), new)
         if target.exists():
             _keep_others(target, new)
             exchange(new, target, temporary / "old")
@@ -112,17 +117,15 @@ def _keep_others(old: Path, new: Path) -> None:
             shutil.copy2(path, kept, follow_symlinks=False)
 
 
-def _copy_files(original: Path, new: Path) -> None:
-    """Put the original model's files that were not written anew beside what was."""
-    for path in sorted(original.iterdir()):
-        if path.name.startswith(".") or not path.is_file() or _holds_weights(path):
-            continue
-        if not (new / path.name).exists():
-            shutil.copy2(path, new / path.name)
-
-
-def _holds_weights(path: Path) -> bool:
-    return _is_weight(path.name) or path.suffix in _WEIGHT_SUFFIXES
+def _take_along(model: nn.Module, original: Path, new: Path) -> None:
+    """Put what the class does not know of the original beside what was written."""
+    copy_other_files(original, new)
+    tensors = unloaded_tensors(model, original)
+    # A part of the original, a language model without its towers, does not need them.
+    kept = is_of_same_model(model, original)
+    tell_of_unloaded(list(tensors), model, kept)
+    if kept:
+        add_unloaded(new, tensors)
 
 
 def _is_weight(name: str) -> bool:

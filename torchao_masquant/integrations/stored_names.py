@@ -7,7 +7,7 @@
 
 from typing import Any, Mapping, Sequence
 
-__all__ = ["model_names", "stored_to_model_names"]
+__all__ = ["loaded_names", "model_names", "stored_to_model_names"]
 
 
 def model_names(
@@ -52,6 +52,20 @@ def stored_to_model_names(model: Any, stored: Sequence[str]) -> dict[str, list[s
     Returns:
         Name in a file to names in the model, of those that the model has.
     """
+    found, conversions = _found(model, stored)
+    # What saving undoes, see transformers' revert_weight_conversion.
+    model._weight_conversions = [c for c in conversions if c.was_used()]
+    return found
+
+
+def loaded_names(model: Any, stored: Sequence[str]) -> set[str]:
+    """Those of the names in a checkpoint's files that become weights of a model."""
+    return set(_found(model, stored)[0])
+
+
+def _found(
+    model: Any, stored: Sequence[str]
+) -> tuple[dict[str, list[str]], Sequence[Any]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -66,6 +80,4 @@ def stored_to_model_names(model: Any, stored: Sequence[str]) -> dict[str, list[s
         )
         if any(target in known for target in targets):
             found[name] = [target for target in targets if target in known]
-    # What saving undoes, see transformers' revert_weight_conversion.
-    model._weight_conversions = [c for c in conversions if c.was_used()]
-    return found
+    return found, conversions

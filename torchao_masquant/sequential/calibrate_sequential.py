@@ -40,6 +40,7 @@ from torchao_masquant.sequential.checkpoint_parts import (
     assemble,
     other_parts,
     write_part,
+    write_unloaded,
 )
 from torchao_masquant.sequential.decoder_walk import DecoderCall, DecoderWalk
 from torchao_masquant.sequential.disk_model import DiskModel
@@ -362,7 +363,7 @@ class _Run:
             block_bytes=[disk.bytes_of(names) for names in self.names],
             conversion_bytes=max(map(disk.bytes_of_conversion, self.names)),
             front_bytes=disk.bytes_of(self._front()),
-            other_bytes=disk.bytes_of(others),
+            other_bytes=disk.bytes_of(others) + disk.unloaded_bytes,
             hidden=disk.model.config.get_text_config().hidden_size,
             itemsize=disk.dtype.itemsize,
             tokens=[self.summary.tokens[index] or 0 for index in self.mine],
@@ -735,10 +736,11 @@ class _Run:
                 if not store.finished(part):
                     with self.disk.loaded(names):
                         write_part(self.disk, store, part, names, {})
+            unloaded = write_unloaded(self.disk, store)
             folder = assemble(
                 self.disk,
                 store,
-                [*others, *parts],
+                [*others, *parts, *unloaded],
                 self.options,
                 {_ORIGIN: json.dumps({"digest": digest})},
             )

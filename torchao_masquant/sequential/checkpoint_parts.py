@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
+from typing import Mapping, Sequence
 
 import safetensors
 import torch
@@ -21,16 +21,19 @@ from torchao_masquant.integrations.checkpoint_format import (
 )
 from torchao_masquant.integrations.hf_config import MASQuantHfConfig
 from torchao_masquant.integrations.layer_format import LayerFormat
+from torchao_masquant.integrations.other_files import copy_other_files
+from torchao_masquant.integrations.unloaded import (
+    PART_BYTES,
+    parts_of_unloaded,
+    tell_of_unloaded,
+)
 from torchao_masquant.sequential.block_store import BlockStore
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.sequential.durable import sync_folder
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["assemble", "other_parts", "write_part"]
-
-#: Of the weights outside of the blocks that are in memory at a time.
-_PART_BYTES = 1 << 30
+__all__ = ["assemble", "other_parts", "write_part", "write_unloaded"]
 
 
 def other_parts(disk: DiskModel, in_blocks: Sequence[str]) -> dict[str, list[str]]:
@@ -50,10 +53,10 @@ def other_parts(disk: DiskModel, in_blocks: Sequence[str]) -> dict[str, list[str
         if not taken & set(names):
             together[names[0]] = names
     parts: list[list[str]] = []
-    used = _PART_BYTES
+    used = PART_BYTES
     for names in together.values():
         needed = disk.bytes_of(names)
-        if used + needed > _PART_BYTES:
+        if used + needed > PART_BYTES:
             parts.append([])
             used = 0
         parts[-1] += names
@@ -87,6 +90,21 @@ def write_part(
         _apart(disk.in_files(flatten_state_dict(tensors))),
         {name: LayerFormat.of(weight) for name, weight in quantized.items()},
     )
+
+
+def write_unloaded(disk: DiskModel, store: BlockStore) -> list[str]:
+    """Write the tensors that the model's class does not load, as they are.
+
+    Returns:
+        Names of the parts.
+    """
+    tell_of_unloaded(list(disk.unloaded), disk.model, disk.is_whole)
+    parts: list[str] = []
+    if disk.is_whole:
+        for tensors in parts_of_unloaded(disk.unloaded):
+            parts.append(f"unloaded-{len(parts):05d}")
+            store.finish(parts[-1], tensors)
+    return parts
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -145,12 +163,10 @@ def assemble(
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    for path in _companions(disk.folder):
-        if not (folder / path.name).exists():
-            shutil.copy2(path, folder / path.name)
+    copy_other_files(disk.folder, folder)
     for name, text in extra.items():
         (folder / name).write_text(text)
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -165,11 +181,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _companions(folder: Path) -> Iterator[Path]:
-    """Files of the original that a user needs beside the weights: tokenizer, processor."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".txt", ".jinja", ".model"):
-            if not path.name.endswith(".index.json"):
-                yield path

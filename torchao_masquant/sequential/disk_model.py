@@ -25,8 +25,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from torchao_masquant.integrations.layer_format import TensorKind
+from torchao_masquant.integrations.other_files import NOT_NEEDED
 from torchao_masquant.integrations.stored_names import stored_to_model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
+from torchao_masquant.integrations.unloaded import is_of_same_model
 
 __all__ = ["DiskModel", "checkpoint_dtype"]
 
@@ -96,8 +98,9 @@ class DiskModel:
         }
         del meta
         with _quiet():
-            model = kind.from_pretrained(
-                None, config=config, state_dict=state, dtype=self.dtype
+            # Not a class's own one, which may look for more files than weights.
+            model = transformers.PreTrainedModel.from_pretrained.__func__(
+                kind, None, config=config, state_dict=state, dtype=self.dtype
             )
         if (self.folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(
@@ -126,6 +129,22 @@ class DiskModel:
                     f"{type(self.model).__name__} needs: download it again, or give the "
                     "model_class that it was saved from."
                 )
+
+    @property
+    def unloaded(self) -> dict[str, Path]:
+        """Names of tensors that are none of the model's, and the files that hold them."""
+        return {n: file for n, file in self._file_of.items() if n not in self.names}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the class is of all that the files hold, and not of a part of it."""
+        return is_of_same_model(self.model, self.folder)
+
+    @property
+    def unloaded_bytes(self) -> int:
+        """Bytes of what :attr:`unloaded` names."""
+        kinds = [self.stored[name] for name in self.unloaded]
+        return sum(torch.Size(s).numel() * dtype.itemsize for dtype, s in kinds)
 
     @property
     def names_in_files(self) -> list[str]:
@@ -236,9 +255,7 @@ def _folder(model: Union[str, os.PathLike]) -> Path:
 
     try:
         return Path(
-            snapshot_download(
-                os.fspath(model), ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf"]
-            )
+            snapshot_download(os.fspath(model), ignore_patterns=list(NOT_NEEDED))
         )
     except Exception as error:
         raise FileNotFoundError(
