@@ -53,8 +53,10 @@ MEDIA_COLUMNS: Mapping[str, tuple[str, ...]] = {
 FILES = ("file_name", "filename", "file", "file_path", "filepath", "path", "url")
 
 #: Lists of messages.
-TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "texts")
-TURNS += ("qa_pairs",)
+TURNS = (
+    *("messages", "conversations", "conversation", "dialog", "dialogue", "texts"),
+    "qa_pairs",
+)
 
 #: What is asked; an instruction stands before the question that it is about.
 INSTRUCTIONS = ("instruction",)
@@ -64,9 +66,11 @@ CONTEXTS = ("context", "passage", "hint")
 CHOICES = ("choices", "options")
 
 #: What is answered.
-ANSWERS = ("answer", "answers", "response", "output", "outputs", "completion", "chosen")
-ANSWERS += ("target", "targets", "a", "answerkey", "multiple_choice_answer")
-ANSWERS += ("correct_choice_idx", "label")
+ANSWERS = (
+    *("answer", "multiple_choice_answer", "answers", "response", "output", "outputs"),
+    *("completion", "chosen", "target", "targets", "a", "answerkey"),
+    *("correct_choice_idx", "label"),
+)
 
 #: What is said of an image, a sound or a video; numbered ones are several.
 TRANSCRIPTS = ("transcription", "transcript", "sentence", "normalized_text")

@@ -69,7 +69,7 @@ def conversation_of(
     if not conversation.kinds & set(MEDIA):
         _refuse_lost_media(columns, where)
     for name in columns.unread():
-        told.add(where, f"the column {name!r} is not read")
+        told.unread(where, repr(name))
     if notices is None:
         told.say()
     return conversation

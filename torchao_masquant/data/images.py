@@ -54,8 +54,8 @@ def read_image(value: Any, where: str) -> Any:
 
     Args:
         value: a path; an address, on the web or ``data:``; the bytes of a file; a PIL
-            image; or an array or a tensor of (height, width), (height, width, channels) or (channels, height, width),
-            uint8 in 0..255 or floating point in 0..1.
+            image; or an array or a tensor of (height, width), (height, width, channels)
+            or (channels, height, width), in 0..255, or of floating point in 0..1.
         where: for the messages.
 
     Raises:
@@ -124,5 +124,8 @@ def _of_value(value: Any, where: str) -> Any:
 
 
 def _unreadable(value: Any, where: str, error: Exception) -> ValueError:
-    name = repr(str(value)) if isinstance(value, Path) else "an image"
-    return ValueError(f"{where}: {name} is no image that can be read ({error}).")
+    if isinstance(value, Path):
+        said = f"{str(value)!r} is no image that can be read ({error})"
+    else:
+        said = f"what is given as an image, {len(value)} bytes, cannot be read as one"
+    return ValueError(f"{where}: {said}.")

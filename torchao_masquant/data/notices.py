@@ -17,6 +17,7 @@ class Notices:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[str]] = {}
+        self._unread: dict[str, list[str]] = {}
 
     def add(self, where: str, sentence: str) -> None:
         """Note a sentence about a row.
@@ -25,13 +26,31 @@ class Notices:
             where: file and line of the row.
             sentence: the same one for all rows that it is about, without a full stop.
         """
-        rows = self._rows.setdefault(sentence, [])
-        if where not in rows[-1:]:
-            rows.append(where)
+        _note(self._rows, sentence, where)
+
+    def unread(self, where: str, what: str) -> None:
+        """Note what a row has and nothing reads, such as the name of a column."""
+        _note(self._unread, what, where)
 
     def say(self) -> None:
-        """Log each sentence once, with the first row and the number of others."""
-        for sentence, (first, *others) in self._rows.items():
-            more = f" and {len(others)} more" if others else ""
-            _LOGGER.warning("%s%s: %s.", first, more, sentence)
+        """Log each sentence once, and all that is not read in one."""
+        for sentence, rows in self._rows.items():
+            _LOGGER.warning("%s: %s.", _rows_of(rows), sentence)
+        if self._unread:
+            named = [
+                f"{what} ({_rows_of(rows)})" for what, rows in self._unread.items()
+            ]
+            _LOGGER.warning("the data has what is not read: %s.", "; ".join(named))
         self._rows.clear()
+        self._unread.clear()
+
+
+def _note(found: dict[str, list[str]], what: str, where: str) -> None:
+    rows = found.setdefault(what, [])
+    if where not in rows[-1:]:
+        rows.append(where)
+
+
+def _rows_of(rows: list[str]) -> str:
+    first, *others = rows
+    return f"{first} and {len(others)} more" if others else first

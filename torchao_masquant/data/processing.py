@@ -33,9 +33,6 @@ _MODALITIES: Mapping[str, str] = {IMAGE: "vision", AUDIO: "audio"}
 
 _NOT_SCORED = -100
 
-# Tokens at the end of a prompt that may differ where an answer follows.
-_JOINED = 2
-
 
 def media_of(config: Any) -> list[str]:
     """Kinds of media that a model takes: "image", "audio".
@@ -77,6 +74,8 @@ class ProcessedConversations(LazySamples):
         self.labelled = labelled
         token_ids = modality_token_ids(config)
         self._placeholders = sorted({t for ids in token_ids.values() for t in ids})
+        tokenizer = getattr(processor, "tokenizer", processor)
+        self._special = set(tokenizer.all_special_ids) - set(self._placeholders)
         # A tokenizer knows no parts: its templates want the content as one text.
         self._is_tokenizer = not hasattr(processor, "tokenizer")
         self._check(config)
@@ -208,7 +207,7 @@ class ProcessedConversations(LazySamples):
         ids = inputs["input_ids"]
         scored = torch.zeros_like(ids, dtype=torch.bool)
         for turn in _scored(conversation):
-            start, end = self._span(conversation.where, messages, turn, ids)
+            start, end = self._span(conversation, messages, turn, ids[0])
             scored[:, start:end] = True
         if not conversation.turns:
             scored[:] = True
@@ -218,32 +217,29 @@ class ProcessedConversations(LazySamples):
 
     def _span(
         self,
-        where: str,
+        conversation: Conversation,
         messages: Sequence[dict[str, Any]],
         turn: int,
         ids: torch.Tensor,
     ) -> tuple[int, int]:
         """First token of an assistant's turn, and the first one after it.
 
-        What comes before the turn, and what it ends, are put into the template by
-        themselves: few templates mark the turns.
+        Few templates mark the turns, and many write one differently where others follow.
+        So the same conversation with other words in this turn tells where it stands.
         """
-        start, end = 0, ids.shape[1]
-        if turn > 0:
-            before = self._from_messages(messages[:turn], where, asks=True)["input_ids"]
-            start = _shared(before, ids)
-            # A tokenizer may join the prompt's last characters with the answer's first;
-            # such a token is the answer's.
-            if start < before.shape[1] - _JOINED:
-                raise _not_told(where)
-        if turn + 1 < len(messages):
-            through = self._from_messages(messages[: turn + 1], where, asks=False)
-            end = _shared(through["input_ids"], ids)
-            if end < through["input_ids"].shape[1] - _JOINED:
-                raise _not_told(where)
-        if start >= end:
-            raise _not_told(where)
-        return start, end
+        reworded = [*messages[:turn], _reworded(messages[turn]), *messages[turn + 1 :]]
+        other = self._inputs(conversation, reworded)["input_ids"][0]
+        start = _equal_tokens(ids, other)
+        if start == len(ids) == len(other):
+            raise ValueError(
+                f"{conversation.where}: an answer cannot be scored, since the chat "
+                "template leaves it out."
+            )
+        if turn == len(messages) - 1:
+            return start, len(ids)
+        end = len(ids) - _equal_tokens(ids[start:].flip(0), other[start:].flip(0))
+        # The token that ends a turn is the assistant's, too.
+        return start, end + int(int(ids[end]) in self._special)
 
 
 def _scored(conversation: Conversation) -> list[int]:
@@ -251,16 +247,30 @@ def _scored(conversation: Conversation) -> list[int]:
     return [turn for turn in conversation.turns if conversation.messages[turn].scored]
 
 
-def _shared(first: torch.Tensor, second: torch.Tensor) -> int:
+def _reworded(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose texts begin and end with other characters."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": _other_words(content)}
+    parts = [
+        {**part, "text": _other_words(part["text"])} if part["type"] == TEXT else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
+def _other_words(text: str) -> str:
+    # Of the same class, since a tokenizer joins letters to the space before them, but
+    # not digits; and of one byte, so that no token of bytes is a part of both.
+    words = ""
+    for character in (text[:1], text[-1:]):
+        pair = "45" if character.isdigit() else "QX" if character.isalnum() else "#~"
+        words += pair[character == pair[0]]
+    return words
+
+
+def _equal_tokens(first: torch.Tensor, second: torch.Tensor) -> int:
     """With how many equal tokens two sequences begin."""
-    length = min(first.shape[1], second.shape[1])
-    differs = (first[0, :length] != second[0, :length]).nonzero()
+    length = min(len(first), len(second))
+    differs = (first[:length] != second[:length]).nonzero()
     return int(differs[0]) if len(differs) else length
-
-
-def _not_told(where: str) -> ValueError:
-    return ValueError(
-        f"{where}: its answer cannot be told from its prompt, since the chat template "
-        "writes a turn differently where another follows: leave the answer out to score "
-        "all of the text, or keep one turn to a conversation."
-    )

@@ -68,9 +68,9 @@ def question_of(
     if isinstance(answer, list) and role_of(answer[0]) != ASSISTANT:
         # The whole of a conversation, its question again included.
         return answer
-    lone_text = columns.find(CAPTIONS) == "text"
-    if question is None and answer is not None and lone_text:
-        question = _text(columns.take("text"), "text", where)
+    text = columns.find(("text",))
+    if question is None and answer is not None and text is not None:
+        question = _text(columns.take(text), text, where)
     said = None
     if kinds and answer is None and columns.find(_NO_CAPTION_ANSWERS) is None:
         said, answer = _caption(columns, where, notices)
@@ -107,27 +107,26 @@ def _caption(
     if not names:
         return None, None
     values = [columns.take(name) for name in names]
-    return names[0], _one_of(values, names[0], where, notices)
+    named = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    return names[0], _one_of(values, named, where, notices)
 
 
 def _question(
     columns: Columns, where: str, choices: Optional[list[str]]
 ) -> Optional[Any]:
     """Messages; or the instruction, the context, the question and the choices."""
-    for names in (QUESTIONS, INSTRUCTIONS):
-        name = columns.find(names, keep_empty=True)
-        if name is not None and isinstance(columns.row[name], str):
-            if not columns.row[name].strip():
-                raise ValueError(f"{where}: its {name} is empty.")
     asked = columns.find(QUESTIONS)
     if asked is not None and isinstance(columns.row[asked], (list, Mapping)):
         return columns.take(asked)
-    names = [columns.find(names) for names in (CONTEXTS, INSTRUCTIONS, QUESTIONS)]
     # What an instruction is about follows it; by itself an input is what is asked.
-    names.append(columns.find(INPUTS))
-    if not any(names[1:]):
+    order = (CONTEXTS, INSTRUCTIONS, QUESTIONS, INPUTS)
+    context, *found = [columns.find(names) for names in order]
+    if not any(found):
+        empty = columns.find((*QUESTIONS, *INSTRUCTIONS), keep_empty=True)
+        if empty is not None:
+            raise ValueError(f"{where}: its {empty} is empty.")
         return None
-    texts = [_text(columns.take(name), name, where) for name in names if name]
+    texts = [_text(columns.take(n), n, where) for n in (context, *found) if n]
     if choices is not None:
         letters = zip(string.ascii_uppercase, choices)
         texts.append("\n".join(f"{letter}. {choice}" for letter, choice in letters))
@@ -175,7 +174,7 @@ def _one_of(value: Any, name: str, where: str, notices: Notices) -> Optional[str
     if len(set(said)) > 1:
         notices.add(
             where,
-            f"of several {name!r} the most frequent one is read, or the first",
+            f"of several texts under {name!r} the most frequent is read, or the first",
         )
     return best
 

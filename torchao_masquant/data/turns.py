@@ -71,7 +71,7 @@ _SETTINGS = ("type", "index", "detail", "format", "cache_control", "annotations"
 # Where a medium stands in a text; the first form holds its path.
 _PLACEHOLDER = re.compile(
     r"<(?P<tag>img|audio|video)>(?P<path>[^<>\n]+)</(?P=tag)>"
-    r"|<(?P<kind>image|video|audio)>"
+    r"|<(?P<kind>image|video|audio)(?:[ _-]?(?P<number>\d+))?>"
 )
 _TAGS: Mapping[str, str] = {"img": IMAGE, "audio": AUDIO, "video": VIDEO}
 
@@ -151,8 +151,8 @@ class Turns:
             if kind in pointed:
                 raise ValueError(
                     f"{self._where} has {len(left)} {kind}(s) that no message points "
-                    f"at, and others that one does: write <{kind}> where each stands, "
-                    f'or add a part {{"type": "{kind}"}}.'
+                    f"at, beside others: write <{kind}> where each stands, or add a "
+                    f'part {{"type": "{kind}"}}.'
                 )
         first = next((i for i, m in enumerate(messages) if m.role == "user"), None)
         rest = tuple(
@@ -193,9 +193,10 @@ class Turns:
         elif isinstance(content, Mapping):
             content = [content]
         if not isinstance(content, list) or not content:
+            calls = "; tool calls are not read" if entry.get("tool_calls") else ""
             raise ValueError(
                 f"{self._where}: the content of a message is a text or a list of parts, "
-                f"got {short(content)}."
+                f"got {short(content)}{calls}."
             )
         own = {kind: media_in(columns, kind) for kind in MEDIA}
         for kind, values in own.items():
@@ -208,9 +209,7 @@ class Turns:
             parts[:0] = [self._next(kind) for _ in range(extra)]
         weights = [columns.take(n) for n in _NOT_SCORED if entry.get(n) is not None]
         for name in columns.unread():
-            self._notices.add(
-                self._where, f"what messages have under {name!r} is not read"
-            )
+            self._notices.unread(self._where, f"{name!r} of a message")
         return Message(role, tuple(parts), all(weights))
 
     def _parts(self, entry: Any) -> Iterator[Part]:
@@ -246,9 +245,8 @@ class Turns:
             if key not in (*_SETTINGS, used) and (
                 value or not hasattr(value, "__len__")
             ):
-                self._notices.add(
-                    self._where,
-                    f"what parts of type {written!r} have under {key!r} is not read",
+                self._notices.unread(
+                    self._where, f"{key!r} of a part of type {written!r}"
                 )
 
     def _split(self, text: str) -> Iterator[Part]:
@@ -260,7 +258,7 @@ class Turns:
             if match["path"] is not None:
                 yield self._part_of(_TAGS[match["tag"]], match["path"].strip())
             else:
-                yield self._next(match["kind"], text=True)
+                yield self._next(match["kind"], match["number"], text=True)
             position, found = match.end(), True
         if not found:
             yield Part(TEXT, text)
@@ -268,24 +266,25 @@ class Turns:
             yield Part(TEXT, rest)
 
     def _next(self, kind: str, index: Any = None, text: bool = False) -> Part:
-        """The next medium of a kind, or the one that a part gives the index of."""
-        if isinstance(index, int) and 0 <= index < len(self._all[kind]):
-            value = self._all[kind][index]
-            if any(other is value for other in self._left[kind]):
-                self._left[kind] = [v for v in self._left[kind] if v is not value]
+        """The next medium of a kind; or the one with an index, from 1 in a text."""
+        if index is not None:
+            position = int(index) - int(text)
+            if not 0 <= position < len(self._all[kind]):
+                raise ValueError(
+                    f"{self._where} points at {kind} {index}, and has "
+                    f"{len(self._all[kind])} of them in columns."
+                )
+            value = self._all[kind][position]
+            self._left[kind] = [v for v in self._left[kind] if v is not value]
             return self._part_of(kind, value)
         if self._left[kind]:
             return self._part_of(kind, self._left[kind].pop(0))
         count = len(self._all[kind])
         if text:
             raise ValueError(
-                f"{self._where}: its text points at more media by <{kind}> than there "
-                f"are: the row has {count} {kind}(s)"
-                + (
-                    "."
-                    if count
-                    else f", in a column such as {MEDIA_COLUMNS[kind][1]!r}."
-                )
+                f"{self._where}: its text says <{kind}> where no {kind} is left: it has "
+                f"{count} in columns such as {MEDIA_COLUMNS[kind][1]!r}; give one for "
+                "each."
             )
         raise ValueError(
             f"{self._where}: a part of type {kind!r} has no source: give it a 'path' or "
