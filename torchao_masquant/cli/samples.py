@@ -111,7 +111,7 @@ def evaluation_tasks(
         return _digits_tasks(arguments.max_samples)
     tasks: dict[str, list[Conversation]] = {}
     for conversation in _conversations(arguments, config):
-        scored = "answers" if conversation.is_answered else "all text"
+        scored = "answers" if conversation.turns else "all text"
         tasks.setdefault(conversation.task or scored, []).append(conversation)
     processor = load_processor(arguments.model, arguments.trust_remote_code)
     return {
@@ -121,8 +121,7 @@ def evaluation_tasks(
 
 
 def _conversations(arguments: argparse.Namespace, config: Any) -> list[Conversation]:
-    conversations = read_conversations(arguments.data, media_of(config))
-    return conversations[: arguments.max_samples]
+    return read_conversations(arguments.data, media_of(config), arguments.max_samples)
 
 
 def _check_digits(model: str, config: Any) -> None:

@@ -10,7 +10,7 @@ samples = ProcessedConversations(conversations, processor, model.config)
 recipe = calibrate(model, samples)
 """
 
-from torchao_masquant.data.conversations import Conversation, Message, Part
+from torchao_masquant.data.parts import Conversation, Message, Part
 from torchao_masquant.data.placing import PlacedSamples
 from torchao_masquant.data.processing import ProcessedConversations, media_of
 from torchao_masquant.data.reading import read_conversations

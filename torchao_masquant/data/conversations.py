@@ -3,113 +3,57 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Conversations: what a sample of data is before a processor has seen it."""
+"""From a row of data to a conversation, in the forms that data sets have."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Optional
 
-__all__ = [
-    "AUDIO",
-    "IMAGE",
-    "TEXT",
-    "Conversation",
-    "Message",
-    "Part",
-    "conversation_of",
-]
+from torchao_masquant.data.columns import (
+    CAPTIONS,
+    FILES,
+    MEDIA_COLUMNS,
+    TURNS,
+    Columns,
+    kind_of_file,
+)
+from torchao_masquant.data.notices import Notices
+from torchao_masquant.data.parts import MEDIA, Conversation, short
+from torchao_masquant.data.questions import question_of
+from torchao_masquant.data.turns import Turns, media_in
 
-TEXT, IMAGE, AUDIO = "text", "image", "audio"
-
-# Keys of a part, or of a row, that hold what it is made of. The first is ours.
-_SOURCES: Mapping[str, tuple[str, ...]] = {
-    TEXT: ("text",),
-    IMAGE: ("image", "path", "url"),
-    AUDIO: ("audio", "path", "url", "audio_url"),
-}
-
-# Columns of a row without messages, and of the media that messages only point at.
-_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    IMAGE: ("images", "image"),
-    AUDIO: ("audios", "audio"),
-}
-_PROMPTS = ("prompt", "question", "text")
-_ANSWER = "answer"
-
-_DEFAULT_PROMPTS: Mapping[frozenset[str], str] = {
-    frozenset((IMAGE,)): "Describe the image.",
-    frozenset((AUDIO,)): "Describe what you hear.",
-    frozenset((IMAGE, AUDIO)): "Describe what you see and hear.",
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """
-    Attributes:
-        kind: "text", "image" or "audio".
-        value: the text; or where the medium is, a path or an address; or the medium
-            itself, a PIL image, or a dict of an ``array`` and its ``sampling_rate``.
-    """
-
-    kind: str
-    value: Any
-
-
-@dataclass(frozen=True)
-class Message:
-    """
-    Attributes:
-        role: "user", "assistant", "system", or what else the chat template knows.
-        parts: in order.
-    """
-
-    role: str
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """
-    Attributes:
-        where: file and line, for errors.
-        messages: empty where the sample is plain text.
-        text: plain text, which no chat template is put around.
-        task: that the sample belongs to, where it says so.
-    """
-
-    where: str
-    messages: tuple[Message, ...] = ()
-    text: Optional[str] = None
-    task: Optional[str] = None
-
-    @property
-    def kinds(self) -> set[str]:
-        """Kinds of its parts."""
-        return {part.kind for message in self.messages for part in message.parts}
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether the assistant has the last word."""
-        return bool(self.messages) and self.messages[-1].role == "assistant"
+__all__ = ["conversation_of"]
 
 
 def conversation_of(
-    row: Any, where: str, folder: Optional[Path] = None
+    row: Any,
+    where: str,
+    folder: Optional[Path] = None,
+    notices: Optional[Notices] = None,
 ) -> Conversation:
-    """Check a line of a JSONL file, or a row of a dataset, and read it.
+    """Check a line of a file, or a row of a dataset, and read it.
 
     Args:
-        row: a list of messages; or a dict with ``messages`` (an image or sound in them
-            may leave its source to the columns ``images`` and ``audios``); or a dict
-            of ``image``, ``audio``, ``prompt`` and ``answer``, or of ``text`` alone,
-            which is plain text. ``task`` may name the task.
+        row: a list of messages; or a dict with ``messages`` or ``conversations``; or with
+            a question and an answer; or with media and what is said of them; or of
+            ``text`` alone, which is plain text. The names of the columns are those of
+            :mod:`torchao_masquant.data.columns`. Media are in columns or in parts of
+            messages; ``<image>``, ``<video>`` and ``<audio>`` in a text say where those of
+            the columns stand, or else they stand before the first question. ``task`` may
+            name the task.
         where: for the messages.
         folder: that relative paths start from; None for the current one.
+        notices: are told what is not read, and what is put in place of what is not
+            there; None to log that at once.
 
     Raises:
-        ValueError: it is of another form.
+        ValueError: it is of another form; a text points at media that are not there, or
+            the other way round; or a row with media has texts, and none that is read.
+        FileNotFoundError: a medium is not there.
+        OSError: an address does not answer.
     """
+    told = Notices() if notices is None else notices
     if isinstance(row, list):
         row = {"messages": row}
     if not isinstance(row, Mapping):
@@ -117,145 +61,119 @@ def conversation_of(
             f"{where} is a {type(row).__name__}, not a dict with 'messages', or with "
             "'image', 'audio', 'prompt' or 'text'."
         )
-    task = row.get("task")
+    columns = Columns(row)
+    task = columns.get(("task",))
     if task is not None and not isinstance(task, str):
-        raise ValueError(f"{where}: task is a name, got {task!r}.")
-    media = {kind: list(_media(row, kind)) for kind in _COLUMNS}
-    if row.get("messages") is not None:
-        messages = _messages(row["messages"], media, where, folder)
-        left = next((kind for kind, values in media.items() if values), None)
-        if left is not None:
-            raise ValueError(
-                f"{where} has {len(media[left])} {left}(s) that no message points at: "
-                f'add a part {{"type": "{left}"}} for each.'
-            )
-        return Conversation(where, messages, task=task)
-    return _simple(row, media, where, folder, task)
+        raise ValueError(f"{where}: task is a name, got {short(task)}.")
+    conversation = _read(columns, where, folder, told, task)
+    if not conversation.kinds & set(MEDIA):
+        _refuse_lost_media(columns, where)
+    for name in columns.unread():
+        told.unread(where, repr(name))
+    if notices is None:
+        told.say()
+    return conversation
 
 
-def _media(row: Mapping[str, Any], kind: str) -> Iterator[Any]:
-    for column in _COLUMNS[kind]:
-        found = row.get(column)
-        if found is not None:
-            yield from found if isinstance(found, list) else [found]
-
-
-def _simple(
-    row: Mapping[str, Any],
-    media: Mapping[str, list[Any]],
+def _read(
+    columns: Columns,
     where: str,
     folder: Optional[Path],
+    notices: Notices,
     task: Optional[str],
 ) -> Conversation:
-    """A row without messages: one question, and perhaps its answer."""
-    named = [name for name in _PROMPTS if row.get(name) is not None]
-    for name in (*named, *([_ANSWER] if row.get(_ANSWER) is not None else [])):
-        if not isinstance(row[name], str):
-            raise ValueError(f"{where}: {name} is a text, got {row[name]!r}.")
-    parts = [
-        Part(kind, _located(value, kind, where, folder))
-        for kind, values in media.items()
-        for value in values
-    ]
-    if not parts and named == ["text"] and row.get(_ANSWER) is None:
-        return Conversation(where, text=_filled(row["text"], "text", where), task=task)
-    if not parts and not named:
-        raise ValueError(
-            f"{where} has none of 'messages', 'image', 'audio', 'prompt' and 'text': "
-            f"its keys are {', '.join(map(repr, row)) or 'none'}."
-        )
-    prompt = (
-        _filled(row[named[0]], named[0], where)
-        if named
-        else _DEFAULT_PROMPTS[frozenset(part.kind for part in parts)]
-    )
-    messages = [Message("user", (*parts, Part(TEXT, prompt)))]
-    if row.get(_ANSWER) is not None:
-        answer = _filled(row[_ANSWER], _ANSWER, where)
-        messages.append(Message("assistant", (Part(TEXT, answer),)))
-    return Conversation(where, tuple(messages), task=task)
+    media = _media(columns)
+    kinds = {kind for kind, values in media.items() if values}
+    before = _before(columns, where)
+    name = _turns_name(columns)
+    if name is not None:
+        entries = _parsed(columns.take(name), name, where)
+    else:
+        entries = question_of(columns, kinds, where, notices)
+        if not entries:
+            return Conversation(where, text=_plain(columns, where), task=task)
+    turns = Turns(media, where, folder, notices)
+    if before and isinstance(entries, list):
+        entries = [*before, *entries]
+    return Conversation(where, turns.read(entries, name or "messages"), task=task)
 
 
-def _filled(text: str, name: str, where: str) -> str:
-    if not text.strip():
-        raise ValueError(f"{where}: its {name} is empty.")
-    return text
+def _media(columns: Columns) -> dict[str, list[Any]]:
+    media = {kind: media_in(columns, kind) for kind in MEDIA}
+    if not any(media.values()):
+        name = columns.find(FILES)
+        value = None if name is None else columns.row[name]
+        kind = kind_of_file(value) if isinstance(value, str) else None
+        if name is not None and kind is not None:
+            media[kind].append(columns.take(name))
+    return media
 
 
-def _messages(
-    entries: Any,
-    media: dict[str, list[Any]],
-    where: str,
-    folder: Optional[Path],
-) -> tuple[Message, ...]:
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{where}: messages is a list of at least one message.")
-    messages = []
-    for entry in entries:
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("role"), str):
+def _turns_name(columns: Columns) -> Optional[str]:
+    """The column of messages; an empty one is told from none."""
+    written = next((n for n in TURNS if columns.row.get(n) is not None), None)
+    return columns.find(TURNS) or written
+
+
+def _parsed(value: Any, name: str, where: str) -> Any:
+    """Messages, also where a table holds them as a text of JSON."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError as error:
             raise ValueError(
-                f"{where}: a message is a dict with 'role' and 'content', got {entry!r}."
-            )
-        content = entry.get("content")
-        if isinstance(content, str):
-            content = [{"type": TEXT, "text": content}]
-        if not isinstance(content, list) or not content:
+                f"{where}: {name} is a list of messages, got the text {short(value)}."
+            ) from error
+    return value
+
+
+def _before(columns: Columns, where: str) -> list[Any]:
+    """Messages before the first: what the model is told, and what was said already."""
+    before: list[Any] = []
+    system = columns.get(("system", "system_prompt"))
+    if system is not None:
+        if not isinstance(system, str):
+            raise ValueError(f"{where}: system is a text, got {short(system)}.")
+        before.append({"role": "system", "content": system})
+    history = columns.get(("history",))
+    if history is not None:
+        if not isinstance(history, list) or not all(
+            isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in history
+        ):
             raise ValueError(
-                f"{where}: the content of a message is a text or a list of parts, got "
-                f"{content!r}."
+                f"{where}: history is a list of pairs of a question and its answer, got "
+                f"{short(history)}."
             )
-        parts = tuple(_part(part, media, where, folder) for part in content)
-        messages.append(Message(entry["role"], parts))
-    return tuple(messages)
+        before += [{"user": asked, "assistant": said} for asked, said in history]
+    return before
 
 
-def _part(
-    entry: Any, media: dict[str, list[Any]], where: str, folder: Optional[Path]
-) -> Part:
-    if not isinstance(entry, Mapping):
-        raise ValueError(
-            f'{where}: a part of a message is a dict such as {{"type": "text", "text": '
-            f'"..."}}, got {entry!r}.'
-        )
-    kind = entry.get("type")
-    if kind == "video":
-        raise ValueError(
-            f"{where}: videos are not read: give some of their frames, as parts of "
-            "type 'image'."
-        )
-    if not isinstance(kind, str) or kind not in _SOURCES:
-        raise ValueError(
-            f"{where}: unknown content type {kind!r}: choose one of "
-            f"{', '.join(map(repr, _SOURCES))}."
-        )
-    found = [entry[key] for key in _SOURCES[kind] if entry.get(key) is not None]
-    if kind == TEXT:
-        if not found or not isinstance(found[0], str):
-            raise ValueError(f"{where}: a part of type 'text' has a 'text'.")
-        return Part(TEXT, found[0])
-    if not found:
-        if not media[kind]:
-            raise ValueError(
-                f"{where}: a part of type {kind!r} has no source: give it a 'path' or "
-                f"a 'url', or the line a list {_COLUMNS[kind][0]!r}."
-            )
-        found = [media[kind].pop(0)]
-    return Part(kind, _located(found[0], kind, where, folder))
-
-
-def _located(value: Any, kind: str, where: str, folder: Optional[Path]) -> Any:
-    """A medium, or the path or the address of one, which is checked to be there."""
-    if isinstance(value, Mapping) and "array" not in value:
-        # As `datasets` holds a medium that it has not decoded.
-        value = value.get("path") or value.get("bytes")
-    if not isinstance(value, (str, Path)):
-        return value
-    text = str(value)
-    if text.startswith(("http://", "https://")):
+def _plain(columns: Columns, where: str) -> str:
+    """The text of a row of text alone."""
+    text = columns.get(("text",), keep_empty=True)
+    if isinstance(text, str) and text.strip():
         return text
-    path = Path(text.removeprefix("file://"))
-    if not path.is_absolute() and folder is not None:
-        path = folder / path
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: there is no {kind} {str(path)!r}.")
-    return path
+    if text is not None:
+        said = "its text is empty" if isinstance(text, str) else "text is a text"
+        raise ValueError(f"{where}: {said}, got {short(text)}.")
+    caption = columns.find(CAPTIONS)
+    if caption is not None:
+        raise ValueError(
+            f"{where} has {caption!r}, and no image or sound that it is about: give one "
+            "under 'image' or 'audio', or the words under 'text'."
+        )
+    raise ValueError(
+        f"{where} has none of 'messages', 'image', 'audio', 'prompt' and 'text', nor of "
+        "the other names that are read: its keys are "
+        f"{', '.join(map(repr, columns.row)) or 'none'}."
+    )
+
+
+def _refuse_lost_media(columns: Columns, where: str) -> None:
+    known = (name for names in MEDIA_COLUMNS.values() for name in names)
+    lost = [] if columns.has_name(known) else columns.unread_media()
+    if lost:
+        raise ValueError(
+            f"{where} has media under {', '.join(map(repr, lost))}, which is not read: "
+            "name the column 'image', 'video' or 'audio', and give files in it."
+        )

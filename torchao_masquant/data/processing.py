@@ -7,20 +7,23 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Mapping
 
 import torch
 
-from torchao_masquant.data.conversations import (
+from torchao_masquant.data.images import read_image
+from torchao_masquant.data.lazy_samples import LazySamples
+from torchao_masquant.data.parts import (
     AUDIO,
     IMAGE,
+    MEDIA,
     TEXT,
+    VIDEO,
     Conversation,
     Message,
     Part,
 )
-from torchao_masquant.data.images import read_image
-from torchao_masquant.data.lazy_samples import LazySamples
 from torchao_masquant.data.sounds import read_audio
 from torchao_masquant.modality import modality_token_ids
 
@@ -29,9 +32,6 @@ __all__ = ["ProcessedConversations", "media_of"]
 _MODALITIES: Mapping[str, str] = {IMAGE: "vision", AUDIO: "audio"}
 
 _NOT_SCORED = -100
-
-# Tokens at the end of a prompt that may differ where an answer follows.
-_JOINED = 2
 
 
 def media_of(config: Any) -> list[str]:
@@ -53,10 +53,11 @@ class ProcessedConversations(LazySamples):
             reads text only.
         config: of the model.
         labelled: add ``labels``, as ``evaluate`` takes them: the tokens of the
-            assistant's last answer, or all of the text where there is none.
+            assistant's turns, or all of the text where there is none.
 
     Raises:
         ValueError: a conversation has a medium that the model does not take, or the
+            model's own token of one in its text, or no turn that is to be scored; or the
             processor has no chat template.
     """
 
@@ -73,54 +74,86 @@ class ProcessedConversations(LazySamples):
         self.labelled = labelled
         token_ids = modality_token_ids(config)
         self._placeholders = sorted({t for ids in token_ids.values() for t in ids})
+        tokenizer = getattr(processor, "tokenizer", processor)
+        self._special = set(tokenizer.all_special_ids) - set(self._placeholders)
         # A tokenizer knows no parts: its templates want the content as one text.
         self._is_tokenizer = not hasattr(processor, "tokenizer")
-        self._check(media_of(config), type(config).__name__)
+        self._check(config)
 
-    def _check(self, media: Sequence[str], name: str) -> None:
+    def _check(self, config: Any) -> None:
+        media = media_of(config)
+        if getattr(self.processor, "video_processor", None) is not None:
+            media.append(VIDEO)
         template = getattr(self.processor, "chat_template", None)
         for conversation in self.conversations:
+            where = conversation.where
             for kind in sorted(conversation.kinds - {TEXT}):
                 if kind not in media:
+                    advice = " or give some of its frames as images"
                     raise ValueError(
-                        f"{conversation.where} has an {kind}, which this model does not "
-                        f"take (its {name} declares "
-                        f"{' and '.join(media) or 'text'} only): leave it out."
+                        f"{where} has {'an' if kind != VIDEO else 'a'} {kind}, which "
+                        f"this model does not take (its {type(config).__name__} and its "
+                        f"processor declare {' and '.join(media) or 'text'} only): leave "
+                        f"it out{advice if kind == VIDEO and IMAGE in media else ''}."
                     )
             if conversation.messages and template is None:
                 raise ValueError(
-                    f"{conversation.where} is a conversation, but the model's processor "
+                    f"{where} is a conversation, but the model's processor "
                     "has no chat template: add a chat_template.jinja to the model's "
                     'folder, or give plain text, {"text": "..."}.'
                 )
+            self._check_tokens(conversation)
+            if self.labelled and conversation.turns and not _scored(conversation):
+                raise ValueError(
+                    f"{where} has no turn that is to be scored: each of the assistant's "
+                    "has a weight of 0; leave it out."
+                )
+
+    def _check_tokens(self, conversation: Conversation) -> None:
+        """No token that stands for a medium is a part of a text."""
+        parts = [part for m in conversation.messages for part in m.parts]
+        texts = [part.value for part in parts if part.kind == TEXT]
+        for kind in MEDIA:
+            token = getattr(self.processor, f"{kind}_token", None)
+            for text in (conversation.text or "", *texts):
+                if isinstance(token, str) and token and token in text:
+                    raise ValueError(
+                        f"{conversation.where} has {token!r} in its text, which the model "
+                        f"takes for an {kind}'s place: give the {kind} as a part of a "
+                        f"message, or in a column and write <{kind}> where it stands."
+                    )
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def _sample(self, index: int) -> dict[str, Any]:
         conversation = self.conversations[index]
-        inputs = self._inputs(conversation)
+        # Each medium is read once, however often its message is put into a template.
+        messages = [
+            self._message(message, conversation.where)
+            for message in conversation.messages
+        ]
+        inputs = self._inputs(conversation, messages)
         if self.labelled:
-            inputs["labels"] = self._labels(conversation, inputs)
+            inputs["labels"] = self._labels(conversation, messages, inputs)
         return inputs
 
-    def _inputs(self, conversation: Conversation) -> dict[str, Any]:
+    def _inputs(
+        self, conversation: Conversation, messages: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        where = conversation.where
         if conversation.text is not None:
-            call = partial(self.processor, text=conversation.text)
-            return self._called(call, conversation.where)
-        return self._from_messages(
-            conversation.messages,
-            conversation.where,
-            add_generation_prompt=not conversation.is_answered,
-        )
+            return self._called(partial(self.processor, text=conversation.text), where)
+        return self._from_messages(messages, where, not conversation.is_answered)
 
     def _from_messages(
-        self, messages: Sequence[Message], where: str, add_generation_prompt: bool
+        self, messages: Sequence[dict[str, Any]], where: str, asks: bool
     ) -> dict[str, Any]:
         call = partial(
             self.processor.apply_chat_template,
-            [self._message(message, where) for message in messages],
-            add_generation_prompt=add_generation_prompt,
+            # transformers writes into the messages.
+            [dict(message) for message in messages],
+            add_generation_prompt=asks,
             tokenize=True,
             return_dict=True,
         )
@@ -149,7 +182,14 @@ class ProcessedConversations(LazySamples):
         if part.kind == AUDIO:
             sound = read_audio(part.value, self._sampling_rate(), where)
             return {"type": AUDIO, "audio": sound}
+        if part.kind == VIDEO:
+            return {"type": VIDEO, "video": self._video(part.value, where)}
         return {"type": TEXT, "text": part.value}
+
+    def _video(self, value: Any, where: str) -> Any:
+        if isinstance(value, tuple):
+            return [read_image(frame, where) for frame in value]
+        return value if not isinstance(value, Path) else str(value)
 
     def _sampling_rate(self) -> int:
         for name in ("feature_extractor", "audio_processor"):
@@ -159,29 +199,78 @@ class ProcessedConversations(LazySamples):
         return 16_000
 
     def _labels(
-        self, conversation: Conversation, inputs: Mapping[str, Any]
+        self,
+        conversation: Conversation,
+        messages: Sequence[dict[str, Any]],
+        inputs: Mapping[str, Any],
     ) -> torch.Tensor:
         ids = inputs["input_ids"]
-        labels = ids.clone()
+        scored = torch.zeros_like(ids, dtype=torch.bool)
+        for turn in _scored(conversation):
+            start, end = self._span(conversation, messages, turn, ids[0])
+            scored[:, start:end] = True
+        if not conversation.turns:
+            scored[:] = True
         for token in self._placeholders:
-            labels[ids == token] = _NOT_SCORED
-        if not conversation.is_answered:
-            return labels
-        where = conversation.where
-        # The prompt by itself tells where the answer begins: few templates mark it.
-        prompt = self._from_messages(
-            conversation.messages[:-1], where, add_generation_prompt=True
-        )["input_ids"]
-        shared = min(prompt.shape[1], ids.shape[1])
-        differs = (ids[0, :shared] != prompt[0, :shared]).nonzero()
-        start = int(differs[0]) if len(differs) else shared
-        # A tokenizer may join the prompt's last characters with the answer's first;
-        # such a token is the answer's.
-        if start < prompt.shape[1] - _JOINED or start == ids.shape[1]:
+            scored[ids == token] = False
+        return ids.masked_fill(~scored, _NOT_SCORED)
+
+    def _span(
+        self,
+        conversation: Conversation,
+        messages: Sequence[dict[str, Any]],
+        turn: int,
+        ids: torch.Tensor,
+    ) -> tuple[int, int]:
+        """First token of an assistant's turn, and the first one after it.
+
+        Few templates mark the turns, and many write one differently where others follow.
+        So the same conversation with other words in this turn tells where it stands.
+        """
+        reworded = [*messages[:turn], _reworded(messages[turn]), *messages[turn + 1 :]]
+        other = self._inputs(conversation, reworded)["input_ids"][0]
+        start = _equal_tokens(ids, other)
+        if start == len(ids) == len(other):
             raise ValueError(
-                f"{where}: its answer cannot be told from its prompt, since the chat "
-                "template writes the prompt differently where an answer follows: leave "
-                "the answer out to score all of the text."
+                f"{conversation.where}: an answer cannot be scored, since the chat "
+                "template leaves it out."
             )
-        labels[:, :start] = _NOT_SCORED
-        return labels
+        if turn == len(messages) - 1:
+            return start, len(ids)
+        end = len(ids) - _equal_tokens(ids[start:].flip(0), other[start:].flip(0))
+        # The token that ends a turn is the assistant's, too.
+        return start, end + int(int(ids[end]) in self._special)
+
+
+def _scored(conversation: Conversation) -> list[int]:
+    """Indices of the messages that are scored."""
+    return [turn for turn in conversation.turns if conversation.messages[turn].scored]
+
+
+def _reworded(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose texts begin and end with other characters."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": _other_words(content)}
+    parts = [
+        {**part, "text": _other_words(part["text"])} if part["type"] == TEXT else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
+def _other_words(text: str) -> str:
+    # Of the same class, since a tokenizer joins letters to the space before them, but
+    # not digits; and of one byte, so that no token of bytes is a part of both.
+    words = ""
+    for character in (text[:1], text[-1:]):
+        pair = "45" if character.isdigit() else "QX" if character.isalnum() else "#~"
+        words += pair[character == pair[0]]
+    return words
+
+
+def _equal_tokens(first: torch.Tensor, second: torch.Tensor) -> int:
+    """With how many equal tokens two sequences begin."""
+    length = min(len(first), len(second))
+    differs = (first[:length] != second[:length]).nonzero()
+    return int(differs[0]) if len(differs) else length

@@ -11,11 +11,15 @@ asks for. Changing the rate is soxr's work; without it a sound must have it alre
 
 import importlib.util
 import io
+import math
 import wave
 from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
+
+from torchao_masquant.data.media import located
+from torchao_masquant.data.parts import AUDIO
 
 __all__ = ["EXTENSIONS", "check_audio", "read_audio"]
 
@@ -25,24 +29,30 @@ EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".opus")
 _INSTALL = "pip install 'torchao_masquant[data]'"
 
 
-def check_audio(path: Path, where: str) -> None:
+def check_audio(value: Any, where: str) -> None:
     """Look at the header of a sound.
+
+    Args:
+        value: as :func:`read_audio` takes it.
+        where: for the messages.
 
     Raises:
         ValueError: it is none that can be read here.
     """
-    if _has("soundfile"):
-        _with_soundfile(path, where, header_only=True)
+    if not isinstance(value, (Path, bytes)):
+        _decoded(value, where)
+    elif _has("soundfile"):
+        _with_soundfile(value, where, header_only=True)
     else:
-        with _opened(path, where):
+        with _opened(value, where):
             pass
 
 
 def read_audio(value: Any, sampling_rate: int, where: str) -> np.ndarray:
-    """A sound as the model's processor takes it.
+    """A sound as the model's processor takes it, and as transformers would load it.
 
     Args:
-        value: a path; the bytes of a file; a dict of ``array`` [time] or [channels,
+        value: a path; an address, on the web or ``data:``; the bytes of a file; a dict of ``array`` [time] or [channels,
             time] and ``sampling_rate``, or an object with these keys.
         sampling_rate: to come out, in Hz.
         where: for the messages.
@@ -53,18 +63,16 @@ def read_audio(value: Any, sampling_rate: int, where: str) -> np.ndarray:
     Raises:
         ValueError: it cannot be read, is empty, or has another rate and there is no
             soxr to change that.
+        OSError: there is no such file, or an address does not answer.
     """
     if isinstance(value, str):
-        raise ValueError(
-            f"{where}: sounds are not downloaded: save {value!r} as a file first."
-        )
-    if isinstance(value, (Path, bytes)):
-        if _has("soundfile"):
-            samples, rate = _with_soundfile(value, where)
-        else:
-            samples, rate = _with_wave(value, where)
-    else:
+        value = located(value, AUDIO, where, None)
+    if not isinstance(value, (Path, bytes)):
         samples, rate = _decoded(value, where)
+    elif _has("soundfile"):
+        samples, rate = _with_soundfile(value, where)
+    else:
+        samples, rate = _with_wave(value, where)
     if samples.shape[0] == 0:
         raise ValueError(f"{where}: {_named(value)} is empty.")
     return _resampled(samples.mean(axis=1), rate, sampling_rate, where, value)
@@ -93,7 +101,8 @@ def _with_soundfile(
     file = io.BytesIO(value) if isinstance(value, bytes) else str(value)
     try:
         if header_only:
-            return np.empty((0, 1), np.float32), soundfile.info(file).samplerate
+            with soundfile.SoundFile(file) as opened:
+                return np.empty((0, 1), np.float32), opened.samplerate
         return soundfile.read(file, dtype="float32", always_2d=True)
     except (RuntimeError, OSError) as error:
         raise _unreadable(value, where, f"{str(error).rstrip('.')}.") from error
@@ -139,8 +148,11 @@ def _with_wave(value: Any, where: str) -> tuple[np.ndarray, int]:
 def _decoded(value: Any, where: str) -> tuple[np.ndarray, int]:
     """Samples (time, channels), and their rate, of what `datasets` decodes to."""
     try:
-        samples = np.asarray(value["array"], np.float32)
+        samples = np.asarray(value["array"])
         rate = int(value["sampling_rate"])
+        if samples.dtype in (np.int16, np.int32):
+            samples = samples / -float(np.iinfo(samples.dtype).min)
+        samples = samples.astype(np.float32)
     except (TypeError, KeyError, ValueError, IndexError) as error:
         kind = "dict" if isinstance(value, Mapping) else type(value).__name__
         raise ValueError(
@@ -162,4 +174,7 @@ def _resampled(
         )
     import soxr
 
-    return soxr.resample(samples, rate, wanted).astype(np.float32)
+    # The length is that of transformers' loader, which soxr may miss by one.
+    length = math.ceil(len(samples) * wanted / rate)
+    changed = soxr.resample(samples, rate, wanted)[:length]
+    return np.pad(changed, (0, length - len(changed))).astype(np.float32)

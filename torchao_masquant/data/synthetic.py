@@ -13,7 +13,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from torchao_masquant.data.conversations import (
+from torchao_masquant.data.parts import (
     AUDIO,
     IMAGE,
     TEXT,
