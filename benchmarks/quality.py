@@ -13,8 +13,6 @@ The models of seeds 1 and 2 are in ``benchmarks/seeds``; ``--checkpoints`` takes
 """
 
 import argparse
-import copy
-import dataclasses
 import hashlib
 import json
 import math
@@ -25,36 +23,22 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import torch
-from baselines.control import ControlLinear
-from baselines.gptq import gptq
-from baselines.mbq import input_sensitivity
-from baselines.pooled import PooledLinear, pooled
-from baselines.search import searched_factor
-from baselines.unshared import UnsharedLinear
+from baselines.fingerprint import code_fingerprint
+from baselines.quantizing import Quantizing, weight_bytes
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torchao.quantization import quantize_
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-import torchao_masquant
 from torchao_masquant import (
     MASQuantLinear,
-    Recipe,
-    kernels,
-    masquant_config,
-    tensor_subclasses,
 )
-from torchao_masquant.calibration.calibrate import library_versions, solve
+from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.demo.compare import collect_statistics
-from torchao_masquant.learning import learn
-from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.replacing import replacing
 from torchao_masquant.routing import Router
-from torchao_masquant.schemes import SCHEMES, get_scheme
-from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.schemes import SCHEMES
 from torchao_masquant.testing import digits
 
 SEEDS = Path(__file__).parent / "seeds"
@@ -81,7 +65,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 #: In the order in which they run: the first tell most.
-BASELINES = ("control", "pooled", "gptq", "awq", "mbq", "mas-unshared")
 MAIN = (
     "masquant",
     "smoothquant",
@@ -100,14 +83,12 @@ METHODS = (*MAIN, *(name for name in OPTIONS if name not in MAIN))
 
 _WITHOUT_PAIRS = ("", "rtn", "smoothquant", "gptq", "awq", "mbq", "mas-unshared")
 
-_CODE = (".py", ".cpp", ".h", ".cu")
-
 _QUICK = dict(
     schemes=["w4a8"], methods=["masquant, alpha 0.5", "smoothquant"], seeds=[0]
 )
 
 
-class Subject:
+class Subject(Quantizing):
     """One trained model: its statistics, and its answers and inputs on held-out digits.
 
     Args:
@@ -118,37 +99,24 @@ class Subject:
 
     def __init__(self, path: Optional[Path], variant: str, examples: int):
         if path is None:
-            self.model: Any = digits.load_model(variant)
+            model: Any = digits.load_model(variant)
         else:
-            self.model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
                 path, dtype=torch.float32
             ).eval()
-        self.session = collect_statistics(self.model, progress=False)
-        self.modalities = self.session.router.modalities
+        session = collect_statistics(model, progress=False)
+        super().__init__(model, session, digits.calibration_samples())
         self.tasks = {
             task: next(iter(digits.heldout_batches(task, examples)))
             for task in digits.TASKS
         }
-        self.groups = [
-            ({n: self.session.linears[n].weight.data for n in names}, leader)
-            for leader, names in self.session.groups().items()
-        ]
         self.inputs = self._inputs()
         self.log_probs = {t: self._log_probs(self.model, t) for t in self.tasks}
-        self._sensitivity: Optional[dict[str, list[float]]] = None
 
     @torch.no_grad()
     def _log_probs(self, model: nn.Module, task: str) -> torch.Tensor:
         logits = model(**self.tasks[task].inputs).logits[:, -1]
         return torch.log_softmax(logits.double(), -1)
-
-    def sensitivity(self) -> dict[str, list[float]]:
-        """Of each input, by leader; found once."""
-        if self._sensitivity is None:
-            self._sensitivity = input_sensitivity(
-                self.model, digits.calibration_samples(), self.session.groups()
-            )
-        return self._sensitivity
 
     @torch.no_grad()
     def _inputs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -188,61 +156,8 @@ class Subject:
     def quantize(self, scheme: str, method: str, rank: Any) -> nn.Module:
         """A quantized copy."""
         if method in OPTIONS:
-            given = {"rank": rank, **OPTIONS[method]}
-            options = SolverOptions(scheme=scheme, **given)
-            layers = solve(
-                self.session, dataclasses.replace(options, epochs=0), progress=False
-            )
-            if options.epochs:
-                router = Router.for_model(self.model)
-                router.skip_padding = True
-                samples = digits.calibration_samples()
-                layers = learn(self.model, samples, layers, router, options)
-            return self._convert(options, layers)
-        bits = get_scheme(scheme)
-        options = SolverOptions(scheme=scheme, method="smoothquant")
-        layers = {}
-        modules: dict[str, nn.Module] = {}
-        quantized = copy.deepcopy(self.model)
-        router = Router.for_model(quantized)
-        for weights, leader in self.groups:
-            seen = self.session.statistics[leader]
-            smoothquant = solve_group(weights, seen, options)
-            if method == "gptq":
-                layers |= gptq(weights, seen, smoothquant, bits)
-            elif method in ("awq", "mbq"):
-                balance = self.sensitivity()[leader] if method == "mbq" else None
-                layers |= searched_factor(weights, seen, bits, balance)
-            elif method == "control":
-                for name, layer in smoothquant.items():
-                    linear = self.session.linears[name]
-                    modules[name] = ControlLinear(linear, layer, seen, bits, rank)
-            elif method == "pooled":
-                ours = SolverOptions(scheme=scheme, rank=rank)
-                for name, layer in pooled(weights, seen, ours).items():
-                    linear = self.session.linears[name]
-                    modules[name] = PooledLinear(linear, layer, bits)
-            else:
-                own = SolverOptions(scheme=scheme, method="masquant-paper", rank=0)
-                for name, layer in solve_group(weights, seen, own).items():
-                    factors = layer.smoothing_factor
-                    linear = self.session.linears[name]
-                    modules[name] = UnsharedLinear(name, linear, factors, bits, router)
-        if layers:
-            return self._convert(options, layers)
-        for name, module in modules.items():
-            parent, _, child = name.rpartition(".")
-            setattr(quantized.get_submodule(parent), child, module)
-        router.attach(quantized)
-        return quantized
-
-    def _convert(
-        self, options: SolverOptions, layers: dict[str, LayerRecipe]
-    ) -> nn.Module:
-        recipe = Recipe(options, self.modalities, layers, library_versions())
-        quantized = copy.deepcopy(self.model)
-        quantize_(quantized, masquant_config(recipe))
-        return quantized
+            return self.by_options(scheme, {"rank": rank, **OPTIONS[method]})
+        return self.by_baseline(scheme, method, {"rank": rank})
 
     @torch.no_grad()
     def score(self, quantized: nn.Module) -> dict[str, Any]:
@@ -267,12 +182,11 @@ class Subject:
                 module = quantized.get_submodule(name)
                 if isinstance(module, MASQuantLinear):
                     y = torch.ops.masquant.linear(x, module.weight, ids, None)
-                    total += module.weight.nbytes_stored
                 else:
                     bias, module.bias = module.bias, None
                     y = module.routed(x, ids)
                     module.bias = bias
-                    total += module.nbytes_stored
+                total += weight_bytes(module)
                 exact = x.double() @ weight.double().t()
                 for index, modality in enumerate(self.modalities):
                     own = exact[ids == index]
@@ -307,21 +221,6 @@ class Subject:
         }
 
 
-def _fingerprint() -> str:
-    """Of the code that the rows come from."""
-    digest = hashlib.sha256()
-    # In a checkout the last two lie beside the package, not in it.
-    modules = (torchao_masquant, kernels, tensor_subclasses)
-    roots = [Path(module.__path__[0]) for module in modules]
-    for root in (*roots, Path(__file__).parent / "baselines"):
-        for path in sorted(root.rglob("*")):
-            inner = path.relative_to(root)
-            if inner.parts[0] != "report" and path.suffix in _CODE:
-                digest.update(f"{inner}\0".encode() + path.read_bytes())
-    digest.update(Path(__file__).read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def _model_fingerprint(path: Optional[Path], variant: str) -> str:
     """Of a checkpoint, wherever it lies."""
     folder = digits.checkpoint_path(variant) if path is None else path
@@ -336,7 +235,7 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """One row for each seed, scheme and method, as they are ready."""
     # Imported once: what changes on disk later is another run's.
-    code = _fingerprint()
+    code = code_fingerprint(Path(__file__))
     for seed, path in checkpoints.items():
         subject: Optional[Subject] = None
         weights = _model_fingerprint(path, arguments.variant)

@@ -84,7 +84,7 @@ def check_installed() -> None:
         )
 
 
-def _read_wav(stream: io.BytesIO | str) -> tuple[Tensor, int]:
+def read_wav(stream: io.BytesIO | str) -> tuple[Tensor, int]:
     """Mono 16-bit WAV to float32 [samples] in -1..1, and its sample rate in Hz."""
     with wave.open(stream, "rb") as reader:
         # espeak-ng writes a stream whose header claims more frames than there are;
@@ -113,7 +113,7 @@ def _trim(waveform: Tensor) -> Tensor:
     return waveform[max(0, first - 2) * frame : (last + 1) * frame]
 
 
-def _clip(waveform: Tensor, sample_rate: int, speed: float = 1.0) -> Tensor:
+def clip(waveform: Tensor, sample_rate: int, speed: float = 1.0) -> Tensor:
     """uint8 [40, 64] log-mel of a waveform played at ``speed``."""
     return log_mel(_trim(_resample(waveform, SAMPLE_RATE / sample_rate / speed)))
 
@@ -129,14 +129,14 @@ def recordings(heldout: bool) -> Clips:
             if (digit % len(SPEAKERS) == index) != heldout:
                 continue
             path = RECORDINGS / speaker / "digits" / f"{digit}.wav"
-            waveform, sample_rate = _read_wav(str(path))
+            waveform, sample_rate = read_wav(str(path))
             for speed in RECORDING_SPEEDS[:1] if heldout else RECORDING_SPEEDS:
-                log_mels.append(_clip(waveform, sample_rate, speed))
+                log_mels.append(clip(waveform, sample_rate, speed))
                 digits.append(digit)
     return Clips(torch.stack(log_mels), torch.tensor(digits))
 
 
-def _speak(language: str, voice: str, pitch: int, speed: int, digit: int) -> Tensor:
+def speak(language: str, voice: str, pitch: int, speed: int, digit: int) -> Tensor:
     """One digit said by espeak-ng: uint8 [40, 64].
 
     Args:
@@ -149,7 +149,7 @@ def _speak(language: str, voice: str, pitch: int, speed: int, digit: int) -> Ten
     command = ["espeak-ng", "-v", f"{language}+{voice}", "-p", str(pitch)]
     command += ["-s", str(speed), "--stdout", str(digit)]
     result = subprocess.run(command, check=True, capture_output=True)
-    return _clip(*_read_wav(io.BytesIO(result.stdout)))
+    return clip(*read_wav(io.BytesIO(result.stdout)))
 
 
 def synthetic(count: int, heldout: bool, seed: int) -> Clips:
@@ -163,7 +163,7 @@ def synthetic(count: int, heldout: bool, seed: int) -> Clips:
         digit = len(settings) % 10
         settings[language, generator.choice(voices), pitch, speed, digit] = None
     with ThreadPoolExecutor(max_workers=2) as pool:
-        log_mels = list(pool.map(lambda setting: _speak(*setting), settings))
+        log_mels = list(pool.map(lambda setting: speak(*setting), settings))
     digits = [setting[-1] for setting in settings]
     return Clips(torch.stack(log_mels), torch.tensor(digits))
 

@@ -1,0 +1,90 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What is compared: name of each method in the results, and how a copy is made by it."""
+
+from typing import Any, Mapping
+
+from baselines.quantizing import BASELINES, Quantizing
+from torch import nn
+
+__all__ = ["ABLATIONS", "MAIN", "METHODS", "SCHEMES", "TITLES", "quantize"]
+
+#: What the benchmark is about; "w3a3" is simulated, and no model of this size answers.
+SCHEMES = ("w8a8", "w4a8", "w4a6", "w4a16", "w4a4")
+
+#: Of each method: its title, the baseline that it is (or None), and its options.
+_METHODS: dict[str, tuple[str, str | None, Mapping[str, Any]]] = {
+    "rtn": ("round-to-nearest", None, {"method": "rtn"}),
+    "smoothquant": ("SmoothQuant", None, {"method": "smoothquant"}),
+    "gptq": ("SmoothQuant + GPTQ", "gptq", {}),
+    "masquant-paper": ("MASQuant, paper", None, {"method": "masquant-paper"}),
+    "pooled": ("ours without modalities", "pooled", {}),
+    "pooled, no pair": ("ours without modalities, no pair", "pooled", {"rank": 0}),
+    "masquant": ("**ours**", None, {}),
+    "masquant, no pair": ("**ours, no pair**", None, {"rank": 0}),
+    "masquant, no pair, own factors": (
+        "ours, no pair, separation 1",
+        None,
+        {"rank": 0, "separation": 1.0},
+    ),
+    "masquant, no pair, one factor": (
+        "ours, no pair, separation 0",
+        None,
+        {"rank": 0, "separation": 0.0},
+    ),
+    "masquant, no pair, alpha 0.5": (
+        "ours, no pair, alpha .5",
+        None,
+        {"rank": 0, "alpha": 0.5},
+    ),
+    "masquant, no pair, no shift": (
+        "ours, no pair, no shift",
+        None,
+        {"rank": 0, "shift": False},
+    ),
+    "masquant, no pair, nearest": (
+        "ours, no pair, rounded to nearest",
+        None,
+        {"rank": 0, "rounding": "nearest"},
+    ),
+    "masquant, no pair, no clip": (
+        "ours, no pair, no clip",
+        None,
+        {"rank": 0, "clip": False},
+    ),
+    "masquant, no pair, groups of 64": (
+        "ours, no pair, groups of 64",
+        None,
+        {"rank": 0, "group_size": 64},
+    ),
+}
+
+METHODS = tuple(_METHODS)
+TITLES = {name: title for name, (title, _, _) in _METHODS.items()}
+
+#: In the order in which they run: the first tell most.
+MAIN = (
+    "masquant, no pair",
+    "gptq",
+    "pooled, no pair",
+    "smoothquant",
+    "rtn",
+    "masquant-paper",
+    "masquant",
+    "pooled",
+)
+#: Our parts, switched off one by one.
+ABLATIONS = tuple(name for name in METHODS if name not in MAIN)
+
+assert all(baseline in (None, *BASELINES) for _, baseline, _ in _METHODS.values())
+
+
+def quantize(subject: Quantizing, scheme: str, method: str) -> nn.Module:
+    """A copy of the model, quantized by a method of ``METHODS``."""
+    _, baseline, options = _METHODS[method]
+    if baseline is None:
+        return subject.by_options(scheme, options)
+    return subject.by_baseline(scheme, baseline, options)
