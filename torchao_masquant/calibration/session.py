@@ -17,6 +17,7 @@ from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router
 
 __all__ = ["CalibrationSession", "MASQuantObservedLinear"]
@@ -100,7 +101,7 @@ class CalibrationSession:
     def attach_linear(self, name: str, linear: nn.Linear) -> None:
         """Observe a linear."""
         self.linears[name] = linear
-        linear.__class__ = MASQuantObservedLinear
+        change_class(linear, MASQuantObservedLinear)
         assert isinstance(linear, MASQuantObservedLinear)
         linear.fqn = name
         linear.router = self.router
@@ -110,7 +111,7 @@ class CalibrationSession:
     def detach_linear(linear: nn.Linear) -> None:
         """Make an observed linear an ``nn.Linear`` again."""
         if isinstance(linear, MASQuantObservedLinear):
-            linear.__class__ = nn.Linear  # type: ignore[assignment]
+            change_class(linear, nn.Linear)
             for name in ("fqn", "router", "session"):
                 delattr(linear, name)
 
