@@ -130,6 +130,11 @@ class CalibrationSession:
         """Linears and experts, by name."""
         return {**self.linears, **self.experts}
 
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weight of each, (N, K) or (E, N, K)."""
+        return {name: layer.weight for name, layer in self.layers.items()}
+
     # Opaque to Dynamo, where a part of the model is compiled.
     @torch.compiler.disable
     # Of ordinary tensors, so that they can be used and added to outside of it.
@@ -235,6 +240,12 @@ class CalibrationSession:
         if not self.leaders:
             raise ValueError("no calibration data ran through the model.")
         unseen = [name for name in self.layers if name not in self.leaders]
+        own = [n for n in unseen if "forward" in _module_of(self.layers[n]).__dict__]
+        if own:
+            raise ValueError(
+                f"{own[0]} is called through a forward of its instance that does not "
+                "call the one of its class: take it off, or exclude the linear."
+            )
         if unseen:
             raise ValueError(
                 f"{unseen[0]} was never called by the calibration data "
@@ -250,3 +261,7 @@ class CalibrationSession:
                         f"{modality}, or name the modalities that the model will meet "
                         f"with modalities=(...)."
                     )
+
+
+def _module_of(layer: Union[nn.Linear, ExpertWeight]) -> nn.Module:
+    return layer.module if isinstance(layer, ExpertWeight) else layer
