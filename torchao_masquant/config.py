@@ -35,6 +35,7 @@ from torchao_masquant.convert import (
 )
 from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import ExpertWeight, experts_of
+from torchao_masquant.in_memory import check_in_memory, is_hooked
 from torchao_masquant.integrations.attachment import attach_to_transformers
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.linear import MASQuantLinear
@@ -358,6 +359,10 @@ def _plan_prepare(
     model: nn.Module, config: MASQuantConfig
 ) -> dict[nn.Module, Callable[[], object]]:
     selected = select(model, config.include, config.exclude)
+    if is_hooked(model):
+        # Elsewhere values may still be loaded; these never are, but during calls.
+        for name, weight in selected.weights.items():
+            check_in_memory(name, weight, model)
     modalities = base_first(model, config.base_modality, config.modalities)
     # Another part of the model may be observed already, by another config.
     router = next((m.router for m in model.modules() if isinstance(m, _OBSERVED)), None)
@@ -400,6 +405,8 @@ def _plan_observed(
             f"method {config.method!r} needs covariances that step 'prepare' was not "
             "told to keep: give both steps the same method."
         )
+    for name, observed in session.weights.items():
+        check_in_memory(name, observed, model)
     layers = solve(session, config.options, progress=True)
     router = session.router
     router.detach(model)
@@ -488,9 +495,9 @@ def _plan_recipe(
     experts = experts_of(model)
     for name, layer in layers.items():
         if len(layer.shape) == 3:
-            _check_experts(experts.get(name), name, layer)
+            _check_experts(model, experts.get(name), name, layer)
         else:
-            _check_layer(modules.get(name), name, layer)
+            _check_layer(model, modules.get(name), name, layer)
     check_whole(names, experts)
     router = _router_for(model, recipe.modalities, layers)
     chosen = _by_module({name: w for name, w in experts.items() if name in layers})
@@ -519,7 +526,7 @@ _AGAIN = "use the model that it was made for, or calibrate again"
 
 
 def _check_experts(
-    weight: Optional[ExpertWeight], name: str, layer: LayerRecipe
+    model: nn.Module, weight: Optional[ExpertWeight], name: str, layer: LayerRecipe
 ) -> None:
     """Raise unless a recipe's layer was made for these experts."""
     if weight is None:
@@ -531,10 +538,12 @@ def _check_experts(
     held = type(weight.weight)
     if held is not torch.Tensor or isinstance(weight.module, MASQuantObservedExperts):
         raise ValueError(f"{name} holds no plain tensor (a {held.__name__}); {_AGAIN}.")
-    _check_values(weight.weight, name, layer)
+    _check_values(model, weight.weight, name, layer)
 
 
-def _check_layer(module: Optional[nn.Module], name: str, layer: LayerRecipe) -> None:
+def _check_layer(
+    model: nn.Module, module: Optional[nn.Module], name: str, layer: LayerRecipe
+) -> None:
     """Raise unless a recipe's layer was made for this module."""
     if module is None:
         raise ValueError(
@@ -547,21 +556,19 @@ def _check_layer(module: Optional[nn.Module], name: str, layer: LayerRecipe) -> 
             f"{name} is a {type(module).__name__}, not a plain nn.Linear with a plain "
             f"weight; {_AGAIN}."
         )
-    _check_values(module.weight, name, layer)
+    _check_values(model, module.weight, name, layer)
 
 
-def _check_values(weight: torch.Tensor, name: str, layer: LayerRecipe) -> None:
+def _check_values(
+    model: nn.Module, weight: torch.Tensor, name: str, layer: LayerRecipe
+) -> None:
     """Raise unless a recipe's layer was made for this weight."""
     if tuple(weight.shape) != tuple(layer.shape):
         raise ValueError(
             f"{name}: the recipe was made for a weight of shape {tuple(layer.shape)}, "
             f"the model's is {tuple(weight.shape)}; {_AGAIN}."
         )
-    if weight.is_meta:
-        raise ValueError(
-            f"{name} is on the meta device, without values to quantize: load the "
-            "model's weights first."
-        )
+    check_in_memory(name, weight, model)
     fingerprint = weight_fingerprint(weight)
     if fingerprint != layer.fingerprint:
         raise ValueError(

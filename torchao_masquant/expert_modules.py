@@ -5,7 +5,6 @@
 # LICENSE file in the root directory of this source tree.
 """The experts that a quantized model has in place of transformers' own."""
 
-import functools
 from typing import Any, Callable, Mapping, Optional
 
 import torch
@@ -13,22 +12,21 @@ from torch import nn
 
 from torchao_masquant.experts import projections
 from torchao_masquant.linear import weight_mismatch
+from torchao_masquant.reclassing import Reclassed, become
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["MASQuantExperts", "RoutedExperts", "become", "become_original"]
+__all__ = ["MASQuantExperts", "RoutedExperts"]
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(Reclassed):
     """Experts of transformers, with the two matrix products left to a subclass.
 
-    Made in place by :func:`become`, of a class that is the module's own, too: its
-    activation, gate and norms stay. Tokens are sorted by expert, as for transformers'
+    Made in place, of a class that is the module's own, too: its activation, gate and
+    norms stay. Tokens are sorted by expert, as for transformers'
     ``grouped_mm``; a model's ``experts_implementation`` has no say in it.
     """
 
-    #: what the module was before
-    original_class: type
     #: name in the model, for messages
     fqn: str
     #: its model's
@@ -96,40 +94,6 @@ class RoutedExperts(nn.Module):
         y = y * top_k_weights.reshape(-1).index_select(0, order)[:, None]
         y = torch.zeros_like(y).index_copy(0, order, y)
         return y.unflatten(0, (tokens, top_k)).sum(1).to(hidden_states.dtype)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Its class is made at run time, so that pickle would not find it.
-        kind = type(self).__mro__[1]
-        return _remade, (kind, self.original_class), self.__dict__.copy()
-
-
-def _remade(kind: type, original: type) -> nn.Module:
-    cls: Any = _class_of(kind, original)
-    return cls.__new__(cls)
-
-
-@functools.lru_cache(maxsize=None)
-def _class_of(kind: type, original: type) -> type:
-    """A class of experts that is both."""
-    members = {
-        "original_class": original,
-        "__module__": kind.__module__,
-        "__doc__": kind.__doc__,
-    }
-    return type(kind.__name__, (kind, original), members)
-
-
-def become(module: nn.Module, kind: type) -> None:
-    """Turn experts of transformers into a kind of :class:`RoutedExperts`, in place."""
-    become_original(module)
-    original: type = type(module)
-    module.__class__ = _class_of(kind, original)
-
-
-def become_original(module: nn.Module) -> None:
-    """Give experts the class back that they had before :func:`become`."""
-    if isinstance(module, RoutedExperts):
-        module.__class__ = module.original_class
 
 
 class MASQuantExperts(RoutedExperts):

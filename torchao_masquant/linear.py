@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchao_masquant.distributed.sharded_linear import sharded_linear
+from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -137,7 +138,7 @@ class MASQuantLinear(nn.Linear):
                 f"{fqn}: a weight with modalities {weight.modalities} needs a router."
             )
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.__class__ = cls
+        change_class(linear, cls)
         assert isinstance(linear, MASQuantLinear)
         linear.fqn = fqn
         linear.router = router

@@ -5,26 +5,28 @@
 # LICENSE file in the root directory of this source tree.
 """How a token's modality reaches the quantized linears of a model.
 
-One :class:`Router` belongs to one model. It wraps the model's ``forward``: the
-modality ids of a call are worked out from its ``input_ids``, the model's linears read
-them, and they are taken back when the call ends, however it ends. Calls without
-``input_ids`` say what their tokens are with :func:`token_modalities`.
+One :class:`Router` belongs to one model. It is told of every call of the model (see
+:mod:`torchao_masquant.routed_modules`): the modality ids are worked out from the call's
+``input_ids``, the model's linears read them, and they are taken back when the call ends,
+however it ends. Calls inside it, of the model's parts, are of the same tokens. A
+``generate()`` that calls a part with embeddings of its prompt says what those are. Other
+calls without ``input_ids`` say what their tokens are with :func:`token_modalities`.
 
 The ids are per thread and per call: two threads may run one model at a time, and a
 nested call gives the outer one its ids back.
 """
 
 import contextlib
-import inspect
 import threading
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from torchao_masquant.modality import TEXT, modality_token_ids
+from torchao_masquant.routed_modules import add_router, remove_router
 
-__all__ = ["Router", "token_modalities"]
+__all__ = ["Router", "UnmatchedTokens", "token_modalities"]
 
 # Ids of tokens that belong to no modality of a router.
 _UNCALIBRATED = -1
@@ -41,6 +43,35 @@ _NOT_FEATURES = (
 )
 
 
+class UnmatchedTokens(ValueError):
+    """A linear is called with other tokens than those of its model's call."""
+
+
+class _Prompt(NamedTuple):
+    """What a ``generate()`` knows of its prompt."""
+
+    #: (batch, sequence)
+    shape: torch.Size
+    #: of that shape, or None where all tokens are of the base modality
+    ids: Optional[torch.Tensor]
+
+    def fits(self, embeds: torch.Tensor) -> bool:
+        """Whether (rows, sequence, K) embeddings may be its, each row once or, as for
+        beams, several times."""
+        batch, length = self.shape
+        return (
+            embeds.dim() == 3
+            and embeds.shape[1] == length
+            and batch > 0
+            and embeds.shape[0] % batch == 0
+        )
+
+    def ids_for(self, embeds: torch.Tensor) -> Optional[torch.Tensor]:
+        if self.ids is None:
+            return None
+        return self.ids.repeat_interleave(embeds.shape[0] // self.shape[0], 0)
+
+
 class _Call:
     """What the call at hand knows of its tokens."""
 
@@ -53,6 +84,20 @@ class _Call:
         self.declared: bool = False
         # (batch, sequence), or None where all tokens are of the base modality.
         self.ids: Optional[torch.Tensor] = None
+        # How many routed modules are around the one whose call this is; None outside.
+        self.depth: Optional[int] = None
+        # What the block around the call says, alone in a tuple, where the call's own
+        # input_ids come before it.
+        self.block: Optional[tuple[Optional[torch.Tensor]]] = None
+        # Of the generate() calls that run, from outside to inside.
+        self.prompts: tuple[_Prompt, ...] = ()
+
+    def tokens(self) -> tuple[Any, ...]:
+        """What is known of the tokens, to be given back by :meth:`take`."""
+        return self.known, self.declared, self.ids, self.depth, self.block
+
+    def take(self, tokens: tuple[Any, ...]) -> None:
+        self.known, self.declared, self.ids, self.depth, self.block = tokens
 
 
 class _PerThread(threading.local):
@@ -60,49 +105,6 @@ class _PerThread(threading.local):
     # Dynamo replays writes to the former across a graph break, not to the latter.
     def __init__(self) -> None:
         self.call = _Call()
-
-
-class _RoutedForward:
-    """A model's ``forward``, with the modality ids of the call set around it.
-
-    A wrapper and not a pair of hooks, since forward hooks are skipped for a
-    KeyboardInterrupt, and for any exception in a compiled model.
-    """
-
-    def __init__(self, model: torch.nn.Module, router: "Router"):
-        self.model = model
-        self.router = router
-        # Another library may have replaced the forward of this one instance.
-        self.replaced = model.__dict__.get("forward")
-        self.names = list(self.__signature__.parameters)
-
-    def _forward(self) -> Any:
-        return self.replaced or type(self.model).forward.__get__(self.model)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._forward())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.router.call
-        saved = call.known, call.declared, call.ids
-        arguments = dict(zip(self.names, args)) | kwargs
-        input_ids = arguments.get("input_ids")
-        if input_ids is not None:
-            call.ids = self.router.ids_of(
-                input_ids,
-                arguments.get("attention_mask"),
-                carries_features=_carries_features(arguments),
-            )
-            call.known, call.declared = True, False
-        elif not call.declared:
-            # Nothing tells; the ids of a call around this one are not its own. (A
-            # token_modalities block around it is meant for it, and stays in force.)
-            call.known, call.ids = False, None
-        try:
-            return self._forward()(*args, **kwargs)
-        finally:
-            call.known, call.declared, call.ids = saved
 
 
 class Router:
@@ -186,17 +188,85 @@ class Router:
         return cls(modalities or tuple(token_ids), token_ids)
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Route every call of ``model`` that carries ``input_ids``."""
+        """Route every call of ``model`` that carries ``input_ids``, and every call of
+        what lies between it and its decoder. Not twice, where it is attached already."""
         if self.token_ids is not None:
-            model.forward = _RoutedForward(model, self)
+            add_router(model, self)
 
     def detach(self, model: torch.nn.Module) -> None:
         """Undo :meth:`attach`."""
-        forward = model.__dict__.get("forward")
-        if isinstance(forward, _RoutedForward) and forward.router is self:
-            del model.forward
-            if forward.replaced is not None:
-                model.forward = forward.replaced
+        remove_router(model, self)
+
+    def is_inside(self, depth: int) -> bool:
+        """Whether a call of a module is a part of a call whose tokens are known.
+
+        Args:
+            depth: how many routed modules are around that module.
+        """
+        call = self.call
+        return call.depth is not None and call.depth < depth and call.known
+
+    def begin(self, depth: int, arguments: Mapping[str, Any]) -> None:
+        """Take note of the tokens of a call that begins.
+
+        Args:
+            depth: how many routed modules are around the one that is called.
+            arguments: of the call, by name.
+
+        Raises:
+            ValueError: a token of a modality that this router was not made for.
+        """
+        call = self.call
+        input_ids = arguments.get("input_ids")
+        embeds = arguments.get("inputs_embeds")
+        if input_ids is not None and (depth == 0 or embeds is None):
+            call.block = (call.ids,) if call.declared else None
+            call.ids = self.ids_of(
+                input_ids,
+                arguments.get("attention_mask"),
+                carries_features=_carries_features(arguments),
+            )
+            call.known, call.declared = True, False
+        else:
+            prompt = self._prompt_of(embeds) if call.depth is None else None
+            if prompt is not None:
+                call.block = (call.ids,) if call.declared else None
+                call.ids = prompt.ids_for(embeds)
+                call.known, call.declared = True, False
+            elif not call.declared:
+                # Nothing tells; the ids of a call around this one are not its own. (A
+                # token_modalities block around it is meant for it, and stays in force.)
+                call.known, call.ids = False, None
+        call.depth = depth
+
+    def expect(self, arguments: Mapping[str, Any]) -> None:
+        """Take note of the prompt of a ``generate()`` that begins.
+
+        It is for calls with embeddings of the whole prompt: others tell by their
+        ``input_ids``, or not at all.
+
+        Args:
+            arguments: of ``generate()``, by name.
+        """
+        call = self.call
+        input_ids = arguments.get("input_ids")
+        if input_ids is None:
+            input_ids = arguments.get("inputs")
+        if (
+            isinstance(input_ids, torch.Tensor)
+            and input_ids.dim() == 2
+            and not input_ids.is_floating_point()
+        ):
+            ids = self.ids_of(input_ids, arguments.get("attention_mask"))
+            call.prompts = (*call.prompts, _Prompt(input_ids.shape, ids))
+        elif call.declared and call.ids is not None and call.ids.dim() == 2:
+            call.prompts = (*call.prompts, _Prompt(call.ids.shape, call.ids))
+
+    def _prompt_of(self, embeds: Any) -> Optional[_Prompt]:
+        # The outermost generate() knows its tokens; an inner one may be given others
+        # in their place, such as padding for images.
+        prompts = self.call.prompts
+        return next((p for p in prompts if embeds is not None and p.fits(embeds)), None)
 
     def ids_of(
         self,
@@ -287,7 +357,7 @@ class Router:
 
         Raises:
             RuntimeError: the call's tokens are of unknown modality.
-            ValueError: the ids are not those of ``x``'s tokens.
+            UnmatchedTokens: the ids are not those of ``x``'s tokens.
         """
         call = self.call
         # One modality needs no ids, but in calibration they tell padding.
@@ -302,14 +372,18 @@ class Router:
         ids = call.ids
         if ids is None:
             return None
-        if ids.shape != x.shape[:-1]:
-            if x.dim() != 2 or ids.numel() != x.shape[0]:
-                raise ValueError(
-                    f"{name}: input of shape {tuple(x.shape)} does not match the "
-                    f"modality ids of the call, of shape {tuple(ids.shape)}."
-                )
-            ids = ids.reshape(-1)
-        return ids.to(x.device)
+        fitting = _fitting(ids, x)
+        if fitting is None and call.block is not None:
+            # The input_ids are not the tokens, so the block around the call counts.
+            if call.block[0] is None:
+                return None
+            fitting = _fitting(call.block[0], x)
+        if fitting is None:
+            raise UnmatchedTokens(
+                f"{name}: input of shape {tuple(x.shape)} does not match the "
+                f"modality ids of the call, of shape {tuple(ids.shape)}."
+            )
+        return fitting.to(x.device)
 
     @contextlib.contextmanager
     def explicit(self, ids: Optional[torch.Tensor]) -> Iterator[None]:
@@ -317,12 +391,12 @@ class Router:
         if ids is not None:
             ids = self._checked(ids)
         call = self.call
-        saved = call.known, call.declared, call.ids
+        saved = call.tokens()
         call.known, call.declared, call.ids = True, True, ids
         try:
             yield
         finally:
-            call.known, call.declared, call.ids = saved
+            call.take(saved)
 
     def _checked(self, ids: torch.Tensor) -> Optional[torch.Tensor]:
         if not isinstance(ids, torch.Tensor):
@@ -350,6 +424,15 @@ class Router:
                 f"0..{len(self.modalities) - 1}, got {least}..{most}."
             )
         return None if most == 0 else ids.to(torch.int64)
+
+
+def _fitting(ids: torch.Tensor, x: torch.Tensor) -> Optional[torch.Tensor]:
+    """``ids`` in the shape of ``x``'s tokens; None where they are not theirs."""
+    if ids.shape == x.shape[:-1]:
+        return ids
+    if x.dim() == 2 and ids.numel() == x.shape[0]:
+        return ids.reshape(-1)
+    return None
 
 
 def _is_traced(tensor: torch.Tensor) -> bool:

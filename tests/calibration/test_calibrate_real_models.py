@@ -325,7 +325,7 @@ def test_a_model_on_the_meta_device(samples):
     with pytest.raises(ValueError) as caught:
         calibrate(model, [{"input": torch.ones(1, 4)}], progress=False)
     assert str(caught.value) == (
-        "0 is on the meta device, without values to calibrate for: load the model's "
+        "0 is on the meta device, without values to quantize: load the model's "
         "weights first."
     )
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, plan_passes
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.in_memory import check_in_memory
 from torchao_masquant.learning import learn
 from torchao_masquant.modality import TEXT
 from torchao_masquant.recipe import LayerRecipe, Recipe
@@ -158,11 +159,7 @@ def calibrate(
     linears, experts = selected.linears, selected.experts
     check_learnable(experts, epochs)
     for name, weight in selected.weights.items():
-        if weight.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device, without values to calibrate for: load "
-                "the model's weights first."
-            )
+        check_in_memory(name, weight, model)
     router = Router.for_model(model, base_first(model, base_modality, modalities))
     router.skip_padding = True
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Iterator, Mapping, Optional
 import torch
 from torch import nn
 
-from torchao_masquant.expert_modules import RoutedExperts, become, become_original
+from torchao_masquant.expert_modules import RoutedExperts
 from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.kernels.expert_operators import expert_of_rows
+from torchao_masquant.reclassing import become, become_original
 from torchao_masquant.routing import Router
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from torchao_masquant.in_memory import is_hooked
 from torchao_masquant.routing import Router
 
 __all__ = ["MODALITY_IDS", "run_samples"]
@@ -75,6 +76,9 @@ def _check(model: nn.Module, sample: Any, index: int) -> None:
             f"sample {index} is a {type(sample).__name__}, not a dict of the model's "
             "keyword inputs."
         )
+    if is_hooked(model):
+        # accelerate moves the inputs to where they are needed.
+        return
     devices = {p.device for p in model.parameters()}
     for name, value in sample.items():
         if isinstance(value, torch.Tensor) and value.device not in devices:

@@ -17,6 +17,7 @@ from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router
 
 __all__ = ["CalibrationSession", "MASQuantObservedLinear"]
@@ -100,7 +101,7 @@ class CalibrationSession:
     def attach_linear(self, name: str, linear: nn.Linear) -> None:
         """Observe a linear."""
         self.linears[name] = linear
-        linear.__class__ = MASQuantObservedLinear
+        change_class(linear, MASQuantObservedLinear)
         assert isinstance(linear, MASQuantObservedLinear)
         linear.fqn = name
         linear.router = self.router
@@ -110,7 +111,7 @@ class CalibrationSession:
     def detach_linear(linear: nn.Linear) -> None:
         """Make an observed linear an ``nn.Linear`` again."""
         if isinstance(linear, MASQuantObservedLinear):
-            linear.__class__ = nn.Linear  # type: ignore[assignment]
+            change_class(linear, nn.Linear)
             for name in ("fqn", "router", "session"):
                 delattr(linear, name)
 
@@ -128,6 +129,11 @@ class CalibrationSession:
     def layers(self) -> dict[str, Union[nn.Linear, ExpertWeight]]:
         """Linears and experts, by name."""
         return {**self.linears, **self.experts}
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weight of each, (N, K) or (E, N, K)."""
+        return {name: layer.weight for name, layer in self.layers.items()}
 
     # Opaque to Dynamo, where a part of the model is compiled.
     @torch.compiler.disable
@@ -234,6 +240,12 @@ class CalibrationSession:
         if not self.leaders:
             raise ValueError("no calibration data ran through the model.")
         unseen = [name for name in self.layers if name not in self.leaders]
+        own = [n for n in unseen if "forward" in _module_of(self.layers[n]).__dict__]
+        if own:
+            raise ValueError(
+                f"{own[0]} is called through a forward of its instance that does not "
+                "call the one of its class: take it off, or exclude the linear."
+            )
         if unseen:
             raise ValueError(
                 f"{unseen[0]} was never called by the calibration data "
@@ -249,3 +261,7 @@ class CalibrationSession:
                         f"{modality}, or name the modalities that the model will meet "
                         f"with modalities=(...)."
                     )
+
+
+def _module_of(layer: Union[nn.Linear, ExpertWeight]) -> nn.Module:
+    return layer.module if isinstance(layer, ExpertWeight) else layer
