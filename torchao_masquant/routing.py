@@ -23,6 +23,7 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from torchao_masquant.modality import TEXT, modality_token_ids
+from torchao_masquant.model_parts import token_reader
 
 __all__ = ["Router", "token_modalities"]
 
@@ -186,12 +187,17 @@ class Router:
         return cls(modalities or tuple(token_ids), token_ids)
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Route every call of ``model`` that carries ``input_ids``."""
+        """Route every call of ``model`` that carries ``input_ids``.
+
+        Of a composite, those of its part that reads them.
+        """
+        model = token_reader(model)
         if self.token_ids is not None:
             model.forward = _RoutedForward(model, self)
 
     def detach(self, model: torch.nn.Module) -> None:
         """Undo :meth:`attach`."""
+        model = token_reader(model)
         forward = model.__dict__.get("forward")
         if isinstance(forward, _RoutedForward) and forward.router is self:
             del model.forward

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router
 
 __all__ = ["MODALITY_IDS", "run_samples"]
@@ -29,7 +30,7 @@ def run_samples(
     progress: bool,
     description: str,
 ) -> int:
-    """Call the model with each sample, without gradients, in evaluation mode.
+    """Call the model, or its part that reads tokens, with each sample, without gradients, in evaluation mode.
 
     Args:
         samples: keyword inputs of the model. A sample may also hold ``modality_ids``
@@ -45,7 +46,8 @@ def run_samples(
         TypeError: a sample is no mapping.
         ValueError: a sample's tensor is not on the model's device.
     """
-    takes_ids = MODALITY_IDS in inspect.signature(model.forward).parameters
+    reader = token_reader(model)
+    takes_ids = MODALITY_IDS in inspect.signature(reader.forward).parameters
     count = 0
     # disable=None: quiet where standard error is no terminal.
     bar = tqdm(samples, desc=description, disable=None if progress else True)
@@ -57,9 +59,9 @@ def run_samples(
                 ids = inputs.pop(MODALITY_IDS)
                 with router.explicit(ids):
                     _leave_padding_out(router, ids, inputs.get("attention_mask"))
-                    model(**inputs)
+                    reader(**inputs)
             else:
-                model(**inputs)
+                reader(**inputs)
     return count
 
 
