@@ -6,7 +6,7 @@
 """What differs about a family of models where its config does not say it.
 
 Most families need no entry: their config names the placeholder tokens, and
-``get_decoder()`` gives the decoder. docs/families.md lists those that are tested.
+:mod:`torchao_masquant.model_parts` finds the decoder. docs/families.md lists those that are tested.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,12 @@ class ModelFamily:
     """What there is to know of the models of one ``config.model_type``.
 
     Attributes:
-        towers: names of modules in what ``get_decoder()`` gives that are not of the
-            decoder, since they make image or sound tokens.
         high_precision: patterns (shell-style) of linears in the decoder to leave as
             they are unless they are included by name.
         refusal: why such a model cannot be quantized modality by modality, one
             sentence; None where it can.
     """
 
-    towers: tuple[str, ...] = ()
     high_precision: tuple[str, ...] = ()
     refusal: Optional[str] = None
 
@@ -50,7 +47,6 @@ FAMILIES: Mapping[str, ModelFamily] = {
     "gemma3n_text": _GEMMA3N,
     "idefics": ModelFamily(refusal=_CROSS_ATTENTION),
     "mllama": ModelFamily(refusal=_CROSS_ATTENTION),
-    "phi4_multimodal": ModelFamily(towers=("embed_tokens_extend",)),
 }
 
 _ENCODER_DECODER = ModelFamily(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from torch import nn
 
+from torchao_masquant.model_parts import find_decoder, token_reader
 from torchao_masquant.reclassing import Reclassed, become, become_original
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def add_router(model: nn.Module, router: "Router") -> None:
     path = _to_decoder(model)
     for module in path:
         kept = module.original_class if isinstance(module, Reclassed) else type(module)
-        at_an_end = module is path[0] or module is path[-1]
+        at_an_end = module in (path[0], token_reader(model), path[-1])
         if not _generates(kept) and not (at_an_end and _takes_tokens(kept)):
             continue
         if not isinstance(module, RoutedModule):
@@ -183,10 +184,8 @@ def remove_router(model: nn.Module, router: "Router") -> None:
 
 def _to_decoder(model: nn.Module) -> list[nn.Module]:
     """A model, its decoder, and what lies between them, from outside to inside."""
-    # It chooses among quantized and observed modules, which read a router.
-    from torchao_masquant.selection import decoder_of
-
-    decoder = decoder_of(model)
+    found = find_decoder(model)
+    decoder = model if found is None else found.module
     path = next((name for name, m in model.named_modules() if m is decoder), "")
     modules = [model]
     for name in path.split(".") if path else ():

@@ -20,7 +20,8 @@ from torchao_masquant.experts import (
     projections,
     warn_of_expert_weights,
 )
-from torchao_masquant.families import ModelFamily, family_of
+from torchao_masquant.families import family_of
+from torchao_masquant.model_parts import Decoder, find_decoder, heads_of
 
 __all__ = [
     "Patterns",
@@ -90,20 +91,22 @@ def match_names(
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a model that turns token embeddings into hidden states."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    return decoder if isinstance(decoder, nn.Module) else model
+    """The part of a model that turns token embeddings into hidden states.
+
+    Raises:
+        ValueError: it cannot be told.
+    """
+    found = find_decoder(model)
+    if found is None:
+        raise _unknown(model)
+    return found.module
 
 
-def _towers(decoder: nn.Module, family: ModelFamily) -> set[int]:
-    """Ids of the modules in a decoder that make image and sound tokens."""
-    return {
-        id(module)
-        for name, tower in decoder.named_modules()
-        if name in family.towers
-        for module in tower.modules()
-    }
+def _unknown(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"which part of {type(model).__name__} is its decoder cannot be told: name its "
+        "linears with include, such as include='language_model.layers.*'."
+    )
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,11 @@ def select(
     """What to quantize: by default, all of the language model's decoder.
 
     Args:
-        model: a transformers model, or any module. What ``model.get_decoder()`` gives
-            is the default choice, without the towers in front of it and without
-            ``lm_head``; a module that has no such method is taken whole. What
-            :mod:`torchao_masquant.families` says of its kind is left out, too.
+        model: a transformers model, or any module. The decoder, as
+            :mod:`torchao_masquant.model_parts` finds it, is the default choice, without
+            towers, talkers and heads; a module that holds no language model is taken
+            whole. What :mod:`torchao_masquant.families` says of its kind is left out,
+            too.
         include: patterns of full names, in place of the default choice.
         exclude: patterns of full names to leave out.
 
@@ -162,28 +166,31 @@ def select(
 
     Raises:
         ValueError: a pattern matches nothing, nothing is left to quantize, a linear is
-            no plain one of the decoder, or experts are chosen in part.
+            no plain one of the decoder, experts are chosen in part, or which part is the
+            decoder cannot be told and ``include`` does not say it.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     experts = experts_of(model)
-    decoder = decoder_of(model)
-    family = family_of(getattr(model, "config", None))
-    towers = _towers(decoder, family)
-    inside = {id(m) for m in decoder.modules() if id(m) not in towers}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
     modules = linears | {name: weight.module for name, weight in experts.items()}
+    decoder = find_decoder(model)
+    if decoder is None:
+        if include is None:
+            raise _unknown(model)
+        # Whoever names the linears of an unknown decoder knows it.
+        decoder = Decoder(model)
+    family = family_of(getattr(model, "config", None))
+    heads = {id(head) for head in heads_of(model)}
+    inside, usual = decoder.possible() - heads, decoder.usual() - heads
     default = [
         n
         for n, m in modules.items()
-        if id(m) in inside
-        and m is not head
+        if id(m) in inside & usual
         and not any(fnmatch.fnmatchcase(n, p) for p in family.high_precision)
     ]
     names = match_names(list(modules), include, exclude, default)
     for name in names:
         module = modules[name]
-        if id(module) not in inside or module is head:
+        if id(module) not in inside:
             raise ValueError(
                 f"{name} is not part of the decoder, so what it is called with are not "
                 "the call's tokens, whose modalities are known: leave it out."
@@ -203,7 +210,7 @@ def select(
                 "tensor: it is quantized already, or needs to be excluded."
             )
     check_whole(names, experts)
-    warn_of_expert_weights(decoder, experts.values())
+    warn_of_expert_weights(decoder.module, experts.values())
     return Selected(
         {name: linears[name] for name in names if name in linears},
         {name: experts[name] for name in names if name in experts},

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from torchao_masquant.in_memory import is_hooked
+from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router
 
 __all__ = ["MODALITY_IDS", "run_samples"]
@@ -30,7 +31,7 @@ def run_samples(
     progress: bool,
     description: str,
 ) -> int:
-    """Call the model with each sample, without gradients, in evaluation mode.
+    """Call the model, or its part that reads tokens, with each sample, without gradients, in evaluation mode.
 
     Args:
         samples: keyword inputs of the model. A sample may also hold ``modality_ids``
@@ -46,7 +47,8 @@ def run_samples(
         TypeError: a sample is no mapping.
         ValueError: a sample's tensor is not on the model's device.
     """
-    takes_ids = MODALITY_IDS in inspect.signature(model.forward).parameters
+    reader = token_reader(model)
+    takes_ids = MODALITY_IDS in inspect.signature(reader.forward).parameters
     count = 0
     # disable=None: quiet where standard error is no terminal.
     bar = tqdm(samples, desc=description, disable=None if progress else True)
@@ -58,9 +60,9 @@ def run_samples(
                 ids = inputs.pop(MODALITY_IDS)
                 with router.explicit(ids):
                     _leave_padding_out(router, ids, inputs.get("attention_mask"))
-                    model(**inputs)
+                    reader(**inputs)
             else:
-                model(**inputs)
+                reader(**inputs)
     return count
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.calibration.samples import run_samples
+from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Patterns, select_linears
 
@@ -77,14 +78,15 @@ def modality_sensitivity(
 
     frozen = [p for p in model.parameters() if p.requires_grad]
     handles = [m.register_forward_hook(watch(n)) for n, m in linears.items()]
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    reader = token_reader(model)
+    embeddings = reader.get_input_embeddings()  # type: ignore[operator]
     handles.append(embeddings.register_forward_hook(embedded))
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
         router.attach(model)
         run_samples(
-            _WithLoss(model),
+            _WithLoss(reader),
             samples,
             router,
             progress=progress,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.calibration.samples import MODALITY_IDS
+from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router
 
 __all__ = ["evaluation_mode", "logits_of", "modality_ids_of"]
@@ -50,6 +51,7 @@ def logits_of(
         ValueError: what the model returns has no logits of that shape.
     """
     inputs = dict(inputs)
+    model = token_reader(model)
     with contextlib.ExitStack() as stack:
         if MODALITY_IDS in inputs and not _takes(model, MODALITY_IDS):
             ids = inputs.pop(MODALITY_IDS)

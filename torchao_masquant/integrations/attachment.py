@@ -5,14 +5,18 @@
 # LICENSE file in the root directory of this source tree.
 """What ``quantize_`` leaves on a transformers model, for it to be saved."""
 
+import functools
 import sys
-from typing import Any, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["attach_to_transformers"]
+__all__ = ["attach_to_transformers", "check_savable", "saving_whole"]
 
 
 def attach_to_transformers(
@@ -23,7 +27,7 @@ def attach_to_transformers(
     """Let a model's ``save_pretrained`` write its integers.
 
     Without effect on a model that is not transformers', or that another quantization
-    method of transformers has: that one writes it.
+    method of transformers has, but torchao's.
 
     Args:
         model: that is quantized, in part or whole.
@@ -39,10 +43,12 @@ def attach_to_transformers(
     from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
 
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
+    # A checkpoint of ours holds torchao's weights too, and not the other way round.
+    if quantizer is None or _method_of(quantizer) == "torchao":
         quantizer = MASQuantHfQuantizer(
             MASQuantHfConfig.of_checkpoint(CheckpointFormat.of(model))
         )
+        quantizer.options = _options_of_parts(model)
         model.hf_quantizer = quantizer
     if not isinstance(quantizer, MASQuantHfQuantizer) or options is None:
         return
@@ -50,3 +56,78 @@ def attach_to_transformers(
     for name, module in model.named_modules():
         if module in changed:
             quantizer.options[name] = options
+
+
+def _method_of(quantizer: Any) -> str:
+    method = quantizer.quantization_config.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _options_of_parts(model: nn.Module) -> dict[str, SolverOptions]:
+    """What is known of the linears of parts that were quantized by themselves."""
+    return {
+        f"{prefix}.{name}": options
+        for prefix, part in model.named_modules()
+        for name, options in getattr(
+            part.__dict__.get("hf_quantizer"), "options", {}
+        ).items()
+        if prefix
+    }
+
+
+def saving_whole(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """``save_pretrained`` of transformers, for models with quantized parts.
+
+    A part that was quantized by itself knows nothing of the model around it, whose
+    ``save_pretrained`` is asked to write it. What cannot be written is refused before
+    a file is.
+    """
+
+    @functools.wraps(save_pretrained)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from torchao_masquant.integrations.checkpoint_format import quantized_modules
+
+        if quantized_modules(self):
+            attach_to_transformers(self)
+            check_savable(self)
+        return save_pretrained(self, *args, **kwargs)
+
+    return save
+
+
+def check_savable(model: Any) -> None:
+    """Raise where a quantized model's weights cannot be written.
+
+    Args:
+        model: that :func:`attach_to_transformers` was called for.
+
+    Raises:
+        ValueError: another method has quantized it too; a weight is of a class that
+            cannot be stored, or has no values.
+    """
+    from torchao_masquant.integrations.torchao_tensors import is_torchao
+
+    method = _method_of(model.hf_quantizer)
+    kind = type(model).__name__
+    if method != "masquant":
+        raise ValueError(
+            f"{kind} is quantized with {method}, too, which knows nothing of MASQuant's "
+            "weights: save the state_dict() with torch.save."
+        )
+    offloaded = {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values())
+    for name, tensor in model.state_dict().items():
+        ours = isinstance(tensor, MASQuantTensor) or is_torchao(tensor)
+        # A sharded one is gathered first.
+        plain = type(tensor) is torch.Tensor or isinstance(tensor, DTensor)
+        if isinstance(tensor, torch.Tensor) and not (ours or plain):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__}, which no safetensors file can "
+                f"hold: quantize {kind} without it, or save the state_dict() with "
+                "torch.save."
+            )
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            if ours or not offloaded:
+                raise ValueError(
+                    f"{name} is on the meta device, without values to save: load "
+                    f"{kind} without offloading."
+                )

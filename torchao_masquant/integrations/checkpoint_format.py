@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Format versions 1 and 2 of a quantized checkpoint.
+"""Format versions 1 to 3 of a quantized checkpoint.
 
 Each quantized weight ``X.weight`` is stored as plain tensors ``X._weight_qdata``,
 ``X._weight_scale``, ..., named as torchao names them; all other tensors are stored as
@@ -18,7 +18,9 @@ where ``formats`` are :class:`LayerFormat`, and ``options`` say how they were ma
 
 Version 2 has weights of experts, too: the parameter ``X.gate_up_proj`` is stored as
 ``X._gate_up_proj_qdata``, ..., goes by its own name in ``layers``, and is of the shape
-[E, N, K] however the model holds it. A checkpoint without any is written as version 1.
+[E, N, K] however the model holds it. Version 3 has weights that torchao's own configs have
+quantized, under ``torchao``: name of a parameter to what torchao says of its tensor. A
+checkpoint is written as the least version that has all of it.
 """
 
 import dataclasses
@@ -32,6 +34,11 @@ from torch import nn
 from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import PROJECTIONS, projections
 from torchao_masquant.integrations.layer_format import PARTS, LayerFormat
+from torchao_masquant.integrations.torchao_tensors import (
+    check_entry,
+    is_torchao,
+    taken_apart,
+)
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
@@ -51,6 +58,7 @@ QUANT_METHOD = "masquant"
 #: Of linears alone.
 FORMAT_VERSION = 1
 _WITH_EXPERTS = 2
+_WITH_TORCHAO = 3
 
 _OF_EXPERTS = tuple(f".{name}" for name in PROJECTIONS)
 
@@ -100,11 +108,14 @@ class CheckpointFormat:
             weight.
         options: name of a linear to the options that it was solved with, where they
             are known.
+        torchao: name of a parameter to what torchao says of it, of those that its own
+            configs have quantized.
     """
 
     dtype: str
     layers: dict[str, LayerFormat]
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    torchao: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -163,6 +174,8 @@ class CheckpointFormat:
     @property
     def version(self) -> int:
         """The least format version that has all of its layers."""
+        if self.torchao:
+            return _WITH_TORCHAO
         experts = any(len(layer.shape) == 3 for layer in self.layers.values())
         return _WITH_EXPERTS if experts else FORMAT_VERSION
 
@@ -184,6 +197,7 @@ class CheckpointFormat:
             "formats": [entry.to_json() for entry in formats],
             "options": options,
             "layers": layers,
+            **({"torchao": self.torchao} if self.torchao else {}),
         }
 
     @classmethod
@@ -194,12 +208,12 @@ class CheckpointFormat:
             ValueError: it is of another format version, or damaged.
         """
         version = entry.get("format_version")
-        known_versions = (FORMAT_VERSION, _WITH_EXPERTS)
+        known_versions = (FORMAT_VERSION, _WITH_EXPERTS, _WITH_TORCHAO)
         if version not in known_versions or type(version) is not int:
             newer = type(version) is int and version > max(known_versions)
             raise ValueError(
                 f"the checkpoint is of MASQuant format {version!r}, this version of "
-                f"torchao_masquant reads {FORMAT_VERSION} and {_WITH_EXPERTS}: "
+                f"torchao_masquant reads {FORMAT_VERSION} to {_WITH_TORCHAO}: "
                 f"{'upgrade it' if newer else 'quantize the model again'}."
             )
         try:
@@ -222,27 +236,39 @@ class CheckpointFormat:
                     known[name] = dict(_pick(options, numbers, "options", name))
             if not layers:
                 raise ValueError("no linear is named")
+            others = entry.get("torchao", {})
+            if not isinstance(others, dict):
+                raise ValueError("torchao is a dict")
+            torchao = {name: check_entry(name, text) for name, text in others.items()}
         except ValueError as error:
             raise ValueError(
                 "the quantization_config of the checkpoint's config.json is damaged: "
                 f"{str(error).rstrip('.')}; download or save the checkpoint again."
             ) from error
-        return cls(str(dtype), layers, known)
+        return cls(str(dtype), layers, known, torchao=torchao)
 
 
-def flatten_state_dict(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def flatten_state_dict(
+    state: Mapping[str, Any], torchao: Optional[dict[str, str]] = None
+) -> dict[str, torch.Tensor]:
     """Plain tensors for the quantized weights of a state_dict, under their stored names.
 
-    Other entries stay. Parts are views of the weights; those that share their memory
+    Plain tensors stay as they are. Parts are views of the weights; those that share their memory
     (a shift that several linears have in common) are copied, since safetensors refuses
     them.
 
     Args:
         state: of a quantized model.
+        torchao: where given, weights that torchao's own configs have quantized are taken
+            apart too, and what torchao says of them is added here by their names.
     """
     flat: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for name, tensor in state.items():
+        if torchao is not None and is_torchao(tensor):
+            parts, torchao[name] = taken_apart(name, tensor)
+            flat |= parts
+            continue
         if not isinstance(tensor, MASQuantTensor):
             flat[name] = tensor
             continue

@@ -23,7 +23,12 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_name,
     stored_part,
 )
-from torchao_masquant.integrations.layer_format import LayerFormat, TensorKind
+from torchao_masquant.integrations.layer_format import (
+    PARTS,
+    LayerFormat,
+    TensorKind,
+)
+from torchao_masquant.integrations.torchao_tensors import assembled, parts_of
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.names import named_here
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
@@ -68,6 +73,8 @@ class CheckpointLoading:
         dtype: Optional[torch.dtype],
     ):
         self.formats: dict[str, LayerFormat] = {}
+        #: name of a parameter to what torchao says of it
+        self.torchao: dict[str, str] = {}
         self.stored = stored
         # Another type than the saved one is meant for the linears, too.
         self.dtype = None if dtype == checkpoint.torch_dtype else dtype
@@ -97,12 +104,28 @@ class CheckpointLoading:
                 routers[layer.modalities] = Router.for_model(model, layer.modalities)
             self.formats[name] = layer
             self._routers[name] = routers[layer.modalities]
+        for saved_name, entry in checkpoint.torchao.items():
+            self.torchao[self._parameter_in(self._state, saved_name)] = entry
         try:
             check_whole(list(self.formats), experts_of(model))
         except ValueError as error:
             raise ValueError(
                 f"the checkpoint's config.json is damaged: {error}"
             ) from error
+
+    def _parameter_in(self, state: Mapping[str, Any], saved_name: str) -> str:
+        """The same for a parameter that is torchao's."""
+        for name in self._possible_names(saved_name):
+            if name in state:
+                return name
+        raise ValueError(
+            f"the checkpoint has a quantized weight {saved_name}, {self._class} has "
+            "none of that name: load it with the class that it was saved from."
+        )
+
+    def _possible_names(self, saved_name: str) -> tuple[str, ...]:
+        prefix = f"{self.prefix}."
+        return saved_name, saved_name.removeprefix(prefix), prefix + saved_name
 
     @property
     def state_with_parts(self) -> dict[str, Any]:
@@ -112,12 +135,28 @@ class CheckpointLoading:
             for name, layer in self.formats.items()
             for part in layer.kinds()
         }
-        return self._state | parts
+        return self._state | parts | dict.fromkeys(self._torchao_parts, True)
+
+    @property
+    def _torchao_parts(self) -> list[str]:
+        """Stored names of the parts of torchao's weights."""
+        return [
+            stored_name(name, part)
+            for name, entry in self.torchao.items()
+            for part in parts_of(entry)
+        ]
+
+    @property
+    def part_names(self) -> list[str]:
+        """Of all parts; one that another begins with comes after it."""
+        others = {part for e in self.torchao.values() for part in parts_of(e)}
+        return sorted({*PARTS, *others}, key=lambda name: (-len(name), name))
 
     @property
     def parameter_names(self) -> list[str]:
         """What quantized parameters are called in their modules."""
-        full = (parameter_of(n, f.shape) for n, f in self.formats.items())
+        full = [parameter_of(n, f.shape) for n, f in self.formats.items()]
+        full += self.torchao
         return list(dict.fromkeys(name.rpartition(".")[2] for name in full))
 
     def nbytes_of(self, name: str, weight: torch.Tensor) -> int:
@@ -138,8 +177,12 @@ class CheckpointLoading:
             return
         parts: dict[str, dict[str, TensorKind]] = {name: {} for name in self.formats}
         covered: set[str] = set()
+        missing = set(self._torchao_parts)
         for in_file, kind in self.stored.items():
             names, as_it_is = rename(in_file)
+            if names[0] in missing:
+                missing.remove(names[0])
+                continue
             found = stored_part(names[0])
             if found is None:
                 covered.update(names)
@@ -160,6 +203,11 @@ class CheckpointLoading:
                     f"the checkpoint's {name} does not fit its config.json: {error}; "
                     "download or save it again."
                 ) from error
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no {min(missing)}, which its config.json names: "
+                "download or save it again."
+            )
         # Of another class, a head may rightly be new.
         if self._is_saved_class:
             self._check_complete(covered)
@@ -183,6 +231,7 @@ class CheckpointLoading:
 
     def _check_complete(self, covered: set[str]) -> None:
         quantized = {parameter_of(n, f.shape) for n, f in self.formats.items()}
+        quantized |= set(self.torchao)
         for name in self._state:
             if name in covered or name in quantized or self._optional(name, covered):
                 continue
@@ -204,6 +253,19 @@ class CheckpointLoading:
         """
         weight = self.formats[name].build(parts, self.dtype)
         return _replace(model, name, weight, self._routers[name])
+
+    def load_torchao(
+        self, model: nn.Module, name: str, parts: Mapping[str, torch.Tensor]
+    ) -> nn.Parameter:
+        """Give a parameter of the model the torchao tensor of some loaded parts."""
+        stored = {stored_name(name, part): tensor for part, tensor in parts.items()}
+        weight = assembled(name, stored, self.torchao[name])
+        module, _, parameter_name = name.rpartition(".")
+        parameter = nn.Parameter(weight, requires_grad=False)
+        # So that transformers does not initialize it again.
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        setattr(model.get_submodule(module), parameter_name, parameter)
+        return parameter
 
     def finish_experts(self, model: nn.Module) -> None:
         """Turn experts into quantized ones, once all of their weights are there."""

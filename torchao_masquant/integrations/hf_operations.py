@@ -43,7 +43,7 @@ class AssembleWeight(ConversionOps):
         loading = self.hf_quantizer.loading
         assert isinstance(loading, CheckpointLoading)
         name = loading.linear_of(full_layer_name)
-        if name is None:
+        if name is None and full_layer_name not in loading.torchao:
             raise ValueError(f"{full_layer_name} is no quantized weight.")
         _check_whole(model, full_layer_name)
         prefix = rf"\._{full_layer_name.rpartition('.')[2]}_"
@@ -51,7 +51,11 @@ class AssembleWeight(ConversionOps):
             pattern.removeprefix(prefix): tensors[0]
             for pattern, tensors in input_dict.items()
         }
-        return {full_layer_name: loading.load(model, name, parts)}
+        if name is None:
+            parameter = loading.load_torchao(model, full_layer_name, parts)
+        else:
+            parameter = loading.load(model, name, parts)
+        return {full_layer_name: parameter}
 
 
 class QuantizeWeight(ConversionOps):

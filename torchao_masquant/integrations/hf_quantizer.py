@@ -21,7 +21,6 @@ from torchao_masquant.integrations.hf_loading import (
     QuantizingLoading,
     attach_routers,
 )
-from torchao_masquant.integrations.layer_format import PARTS
 from torchao_masquant.integrations.stored_names import model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
 from torchao_masquant.names import named_here
@@ -77,9 +76,10 @@ class MASQuantHfQuantizer(HfQuantizer):
         for name, option in named_here(model, self._saved_options()).items():
             if name in checkpoint.layers:
                 checkpoint.options.setdefault(name, option)
+        flat = flatten_state_dict(model.state_dict(), checkpoint.torchao)
         self.quantization_config = MASQuantHfConfig.of_checkpoint(checkpoint)
         model.config.quantization_config = self.quantization_config  # type: ignore
-        return flatten_state_dict(model.state_dict()), {}
+        return flat, {}
 
     def _saved_options(self) -> dict[str, dict[str, Any]]:
         """Options that an earlier checkpoint of the model knew."""
@@ -118,6 +118,9 @@ class MASQuantHfQuantizer(HfQuantizer):
         # Also of a saved weight: transformers then takes it in another shape.
         return (
             self.loading is not None and self.loading.linear_of(param_name) is not None
+        ) or (
+            isinstance(self.loading, CheckpointLoading)
+            and param_name in self.loading.torchao
         )
 
     def param_element_size(
@@ -149,7 +152,7 @@ class MASQuantHfQuantizer(HfQuantizer):
         self.loading.check_stored(_renaming(weight_conversions, self.loading))
         ours = [
             WeightConverter(
-                [rf"\._{name}_{part}" for part in PARTS],
+                [rf"\._{name}_{part}" for part in self.loading.part_names],
                 [f".{name}"],
                 [AssembleWeight(self)],
             )

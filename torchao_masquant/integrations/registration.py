@@ -28,6 +28,16 @@ def _register_with_transformers(registry: ModuleType) -> None:
         registry.register_quantizer(QUANT_METHOD)(MASQuantHfQuantizer)
 
 
+def _watch_saving(modeling: ModuleType) -> None:
+    """A model's ``save_pretrained``, where a part of it is quantized."""
+    from torchao_masquant.integrations.attachment import saving_whole
+
+    kind = modeling.PreTrainedModel
+    if kind not in _WATCHED:
+        _WATCHED.append(kind)
+        kind.save_pretrained = saving_whole(kind.save_pretrained)
+
+
 def _register_with_torchao(registry: ModuleType) -> None:
     """The tensor, for ``flatten_tensor_state_dict`` and its reverse."""
     name = MASQuantTensor.__name__
@@ -36,9 +46,13 @@ def _register_with_torchao(registry: ModuleType) -> None:
         registry.ALLOWED_TENSORS_SUBCLASSES.append(name)
 
 
+# Classes whose save_pretrained is watched: once is enough.
+_WATCHED: list[type] = []
+
 # The modules that keep what a library knows.
 _REGISTRIES: Mapping[str, Callable[[ModuleType], None]] = {
     "torchao.prototype.safetensors.safetensors_utils": _register_with_torchao,
+    "transformers.modeling_utils": _watch_saving,
     "transformers.quantizers.auto": _register_with_transformers,
 }
 

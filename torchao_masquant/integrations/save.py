@@ -13,7 +13,10 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
-from torchao_masquant.integrations.attachment import attach_to_transformers
+from torchao_masquant.integrations.attachment import (
+    attach_to_transformers,
+    check_savable,
+)
 from torchao_masquant.integrations.checkpoint_format import quantized_modules
 from torchao_masquant.integrations.exchange import exchange
 from torchao_masquant.integrations.other_files import copy_other_files
@@ -52,7 +55,8 @@ def save_quantized(
 
     Raises:
         TypeError: it is no transformers model.
-        ValueError: it is not quantized, or another method has quantized it too.
+        ValueError: it is not quantized, another method of transformers than torchao's
+            has quantized it too, or a weight cannot be stored.
         OSError: ``folder`` cannot be written.
     """
     _check_model(model)
@@ -97,12 +101,7 @@ def _check_model(model: nn.Module) -> None:
             "masquant_config(recipe) first, or call its save_pretrained."
         )
     attach_to_transformers(model)
-    method = model.hf_quantizer.quantization_config.quant_method  # type: ignore
-    if method != "masquant":
-        raise ValueError(
-            f"{type(model).__name__} is quantized with {method}, too, which knows "
-            "nothing of MASQuant's weights: save the state_dict() with torch.save."
-        )
+    check_savable(model)
 
 
 def _keep_others(old: Path, new: Path) -> None:

@@ -29,6 +29,7 @@ from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES
 from torchao_masquant.freed_memory import return_freed_memory
 from torchao_masquant.learning.blocks import decoder_blocks
 from torchao_masquant.modality import TEXT
+from torchao_masquant.model_parts import heads_of, token_reader
 from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Patterns, select
@@ -546,17 +547,16 @@ class _Run:
     def _front(self) -> list[str]:
         """Names of the weights that samples need on their way to the decoder."""
         model = self.disk.model
+        reader = token_reader(model)
         blocks = {name for names in self.names for name in names}
-        head = model.get_output_embeddings()
+        # Of a decoder that is a whole model, the head runs.
+        idle = () if self.walk.decoder is reader else heads_of(reader)
+        read = {id(m) for m in reader.modules()} - {id(head) for head in idle}
         return [
             name
             for name in self.disk.names_in_files
             if name not in blocks
-            and (
-                self.walk.decoder is model
-                or head is None
-                or model.get_submodule(name.rpartition(".")[0]) is not head
-            )
+            and id(model.get_submodule(name.rpartition(".")[0])) in read
         ]
 
     def _capture(
