@@ -195,7 +195,7 @@ def _is_medium(value: Any) -> bool:
     if isinstance(value, Mapping):
         return "array" in value or value.get("bytes") is not None
     if isinstance(value, str):
-        return value.startswith("data:") or bool(
+        return bool(re.match(r"data:(image|audio|video)/", value)) or bool(
             len(value) < 1000 and not re.search(r"\s", value) and kind_of_file(value)
         )
     return (

@@ -116,14 +116,17 @@ def _turns_name(columns: Columns) -> Optional[str]:
 
 
 def _parsed(value: Any, name: str, where: str) -> Any:
-    """Messages, also where a table holds them as a text of JSON."""
+    """Messages, also where a table holds them as a text of JSON, or by their keys."""
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            value = json.loads(value)
         except ValueError as error:
             raise ValueError(
                 f"{where}: {name} is a list of messages, got the text {short(value)}."
             ) from error
+    if isinstance(value, Mapping) and value:
+        if all(isinstance(part, list) for part in value.values()):
+            return [dict(zip(value, parts)) for parts in zip(*value.values())]
     return value
 
 

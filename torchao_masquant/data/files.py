@@ -12,7 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from torchao_masquant.data.tables import TABLES, rows_of_table
 
@@ -22,6 +22,9 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 #: of the files that are read
 SUFFIXES = (".jsonl", ".json", ".ndjson", *_DELIMITERS, *TABLES)
+
+# Where a file that is one object keeps its rows.
+_ROWS = ("data", "rows", "examples", "samples", "instances")
 
 _GZIP = b"\x1f\x8b"
 _SPACE = " \t\r\n"
@@ -93,7 +96,12 @@ def _of_json(text: str, name: str, is_document: bool) -> Iterator[tuple[Any, str
     if is_array and not _is_conversation(text):
         yield from _of_array(text, name)
     elif is_array or (is_document and (len(lines) == 1 or not _is_json(first))):
-        yield _of_document(text, name), f"{name}, line {lines[0][0]}"
+        document = _of_document(text, name)
+        rows = _rows_in(document, name)
+        if rows is None:
+            yield document, f"{name}, line {lines[0][0]}"
+        else:
+            yield from ((row, f"{name}, row {n}") for n, row in enumerate(rows))
     else:
         for number, line in lines:
             where = f"{name}, line {number}"
@@ -132,12 +140,27 @@ def _of_document(text: str, name: str) -> Any:
         ) from error
 
 
+def _rows_in(document: Any, name: str) -> Optional[list[Any]]:
+    """The list of rows in an object that has one; None where the object is a row."""
+    if not isinstance(document, dict):
+        return None
+    for key in _ROWS:
+        if isinstance(document.get(key), list):
+            return document[key]
+    if isinstance(document.get("annotations"), list):
+        raise ValueError(
+            f"{name} keeps its samples in several lists ({', '.join(document)}): give "
+            "one list, of rows that have an image and what is said of it."
+        )
+    return None
+
+
 def _of_array(text: str, name: str) -> Iterator[tuple[Any, str]]:
     """Elements of a JSON array one by one: each has a line of its own, for the errors."""
     decoder = json.JSONDecoder()
     position = _skip(text, text.index("[") + 1)
     line, counted = 1, 0
-    row = 0
+    row = -1
     while not text.startswith("]", position):
         row += 1
         line, counted = line + text.count("\n", counted, position), position

@@ -43,8 +43,7 @@ def located(value: Any, kind: str, where: str, folder: Optional[Path]) -> Any:
         folder: that relative paths start from; None for the current one.
 
     Returns:
-        a path, bytes, or the value that was given; of a video also an address, or a tuple
-        of frames.
+        a path, bytes, or the value that was given; of a video also a tuple of frames.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -66,8 +65,7 @@ def located(value: Any, kind: str, where: str, folder: Optional[Path]) -> Any:
         return value
     text = str(value)
     if text.startswith(_WEB):
-        # A video's processor reads addresses by itself.
-        return text if kind == VIDEO else _downloaded(text, kind, where)
+        return _downloaded(text, kind, where)
     if text.startswith("data:"):
         return _of_data_address(text, kind, where)
     path = _path(text, folder)

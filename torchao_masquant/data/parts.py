@@ -37,8 +37,8 @@ class Part:
     Attributes:
         kind: "text", "image", "audio" or "video".
         value: the text; or the path of a file; or the bytes of one; or the medium
-            itself, a PIL image, or a dict of an ``array`` and its ``sampling_rate``. A
-            video is a path, an address, or a tuple of images, its frames.
+            itself, a PIL image, or a dict of an ``array`` and its ``sampling_rate``; of
+            a video also a tuple of images, its frames.
     """
 
     kind: str

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Mapping
 
+import numpy as np
 import torch
 
 from torchao_masquant.data.images import read_image
@@ -25,6 +26,7 @@ from torchao_masquant.data.parts import (
     Part,
 )
 from torchao_masquant.data.sounds import read_audio
+from torchao_masquant.data.videos import read_video
 from torchao_masquant.modality import modality_token_ids
 
 __all__ = ["ProcessedConversations", "media_of"]
@@ -157,6 +159,18 @@ class ProcessedConversations(LazySamples):
             tokenize=True,
             return_dict=True,
         )
+        metadata = [
+            part.get("metadata")
+            for message in messages
+            for part in message["content"]
+            if not isinstance(part, str) and part["type"] == VIDEO
+        ]
+        if metadata:
+            # The frames are chosen; a processor would choose among them once more.
+            options: dict[str, Any] = {"do_sample_frames": False}
+            if None not in metadata:
+                options["video_metadata"] = [metadata]
+            call = partial(call, processor_kwargs=options)
         return self._called(call, where)
 
     def _called(self, call: Callable[..., Any], where: str) -> dict[str, Any]:
@@ -183,13 +197,17 @@ class ProcessedConversations(LazySamples):
             sound = read_audio(part.value, self._sampling_rate(), where)
             return {"type": AUDIO, "audio": sound}
         if part.kind == VIDEO:
-            return {"type": VIDEO, "video": self._video(part.value, where)}
+            frames, metadata = self._video(part.value, where)
+            return {"type": VIDEO, "video": frames, "metadata": metadata}
         return {"type": TEXT, "text": part.value}
 
-    def _video(self, value: Any, where: str) -> Any:
+    def _video(self, value: Any, where: str) -> tuple[Any, Any]:
+        """Frames, and when they were where that is known."""
         if isinstance(value, tuple):
-            return [read_image(frame, where) for frame in value]
-        return value if not isinstance(value, Path) else str(value)
+            return [read_image(frame, where) for frame in value], None
+        if isinstance(value, (Path, bytes)):
+            return read_video(value, where)
+        return np.asarray(value), None
 
     def _sampling_rate(self) -> int:
         for name in ("feature_extractor", "audio_processor"):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from torchao_masquant.data import images, sounds
+from torchao_masquant.data import images, sounds, videos
 from torchao_masquant.data.columns import kind_of_file
 from torchao_masquant.data.conversations import conversation_of
 from torchao_masquant.data.files import is_data_file, rows_of_file
@@ -152,3 +152,5 @@ def _check_medium(part: Part, where: str) -> None:
     elif part.kind == VIDEO and isinstance(part.value, tuple):
         for frame in part.value:
             images.check_image(frame, where)
+    elif part.kind == VIDEO:
+        videos.check_video(part.value, where)

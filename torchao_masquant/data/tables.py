@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torchao_masquant.data.columns import ANSWERS
+
 __all__ = [
     "TABLES",
     "is_saved_dataset",
@@ -74,7 +76,7 @@ def rows_of_dataset(rows: Iterable[Any]) -> Iterator[Any]:
     """Rows; of a dataset of `datasets` with media as files' bytes and paths.
 
     Nothing is decoded, which would need torchcodec for sounds, and would keep pixels in
-    memory.
+    memory. An answer that is the number of a class becomes the name of the class.
     """
     features = getattr(rows, "features", None)
     cast = getattr(rows, "cast_column", None)
@@ -88,7 +90,16 @@ def rows_of_dataset(rows: Iterable[Any]) -> Iterator[Any]:
         undecoded = _undecoded(feature)
         if undecoded != feature:
             table = table.cast_column(name, undecoded)
-    yield from table
+    classes = {
+        name: feature
+        for name, feature in features.items()
+        if name.lower() in ANSWERS and hasattr(feature, "int2str")
+    }
+    for row in table:
+        for name, feature in classes.items():
+            if row[name] is not None and row[name] >= 0:
+                row[name] = feature.int2str(row[name])
+        yield row
 
 
 def _undecoded(feature: Any) -> Any:

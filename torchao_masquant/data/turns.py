@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from torchao_masquant.data.columns import MEDIA_COLUMNS, Columns
+from torchao_masquant.data.columns import MEDIA_COLUMNS, Columns, kind_of_file
 from torchao_masquant.data.media import located
 from torchao_masquant.data.notices import Notices
 from torchao_masquant.data.parts import (
@@ -87,8 +87,19 @@ def media_in(columns: Columns, kind: str) -> list[Any]:
     media: list[Any] = []
     for name in chosen:
         found = columns.take(name)
-        media.extend(found if isinstance(found, (list, tuple)) else [found])
+        several = isinstance(found, (list, tuple)) and not _is_frames(found, kind)
+        media.extend(found if several else [found])
     return [medium for medium in media if medium is not None]
+
+
+def _is_frames(values: Any, kind: str) -> bool:
+    """Whether a list is one video, of images, and not several."""
+    return kind == VIDEO and all(
+        kind_of_file(value) == IMAGE
+        if isinstance(value, str)
+        else hasattr(value, "size")
+        for value in values
+    )
 
 
 def role_of(entry: Any) -> Optional[str]:
