@@ -430,6 +430,21 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         # Not nbytes, which torch.compile's tensors of symbolic shape do not have.
         return sum(t.numel() * t.element_size() for t in inner)
 
+    def same_layout(self, other: object) -> bool:
+        """Whether something is such a weight, too, that differs in values alone.
+
+        Shapes and types of all parts, and what is no tensor, are compared; devices are
+        not.
+        """
+        if not isinstance(other, MASQuantTensor):
+            return False
+        names, attributes = self.__tensor_flatten__()
+        return (names, attributes) == other.__tensor_flatten__() and all(
+            getattr(self, n).shape == getattr(other, n).shape
+            and getattr(self, n).dtype == getattr(other, n).dtype
+            for n in names
+        )
+
     def int_data(self) -> torch.Tensor:
         """The integers, unpacked: int8, of the weight's shape."""
         if self.weight_bits <= 4:

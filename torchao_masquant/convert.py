@@ -21,7 +21,6 @@ from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
 __all__ = [
     "convert_experts",
     "convert_linear",
-    "placeholder_experts",
     "placeholder_weight",
 ]
 
@@ -97,25 +96,24 @@ def convert_experts(
     return MASQuantExperts.from_float(experts, weights, fqn, router)
 
 
-def placeholder_experts(
-    weight: ExpertWeight, scheme: Scheme, modalities: Sequence[str]
-) -> MASQuantTensor:
-    """As :func:`placeholder_weight`, for one projection of experts: (E, N, K)."""
-    of_one = _zeros(weight.weight[0], scheme, modalities)
-    return MASQuantTensor.stack([of_one] * weight.weight.shape[0])
-
-
 def placeholder_weight(
-    linear: nn.Linear, scheme: Scheme, modalities: Sequence[str]
+    weight: torch.Tensor, scheme: Scheme, modalities: Sequence[str]
 ) -> MASQuantTensor:
     """A quantized weight of zeros, to be replaced by one from a checkpoint.
 
-    Made without touching the weight's values, also on the meta device.
+    Args:
+        weight: (N, K) of a linear or (E, N, K) of experts, also on the meta device: its
+            values are not touched.
+        scheme: integer formats.
+        modalities: names, base first.
 
     Raises:
         ValueError: the scheme's group size does not divide the input width.
     """
-    return _zeros(linear.weight, scheme, modalities)
+    if weight.dim() == 3:
+        of_one = _zeros(weight[0], scheme, modalities)
+        return MASQuantTensor.stack([of_one] * weight.shape[0])
+    return _zeros(weight, scheme, modalities)
 
 
 def _zeros(

@@ -66,7 +66,7 @@ def weight_fingerprint(weight: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerRecipe:
     """Part of a recipe: one linear of shape (N, K), with M modalities.
 
@@ -204,6 +204,53 @@ class LayerRecipe:
             **parts,
         )
 
+    def made(
+        self,
+        weight: object,
+        scheme: Scheme,
+        modalities: Sequence[str],
+        low_rank_bits: int = 16,
+    ) -> bool:
+        """Whether something is what :meth:`quantize` gives with these arguments.
+
+        As far as that can be told without the weight that it was made of: integers that
+        are not this part's own are not looked at.
+        """
+        if not isinstance(weight, MASQuantTensor) or weight.is_meta:
+            return False
+        group_size = None if weight.scale.shape[-1] == 1 else weight.group_size
+        alike = (
+            tuple(weight.shape) == tuple(self.shape)
+            and (weight.weight_bits, weight.act_bits, weight.symmetric)
+            == (scheme.weight_bits, scheme.act_bits, scheme.symmetric)
+            and group_size in (scheme.group_size, None)
+            and weight.modalities == tuple(modalities)
+            and tuple(weight.ranks) == tuple(self.ranks)
+            and (self.l1 is None or weight.low_rank_bits == low_rank_bits)
+        )
+        return alike and all(
+            _equal(ours, theirs)
+            for ours, theirs in (
+                (self.smoothing_factor.float().reciprocal(), weight.act_pre_scale),
+                (self.act_shift, weight.act_shift),
+                (self.modality_bias, weight.modality_bias),
+                (self.qdata, None if self.qdata is None else weight.int_data()),
+            )
+        )
+
+    @classmethod
+    def rounded(cls, shape: Sequence[int]) -> "LayerRecipe":
+        """The part that needs no data: neither smoothed nor compensated.
+
+        Args:
+            shape: (N, K) or (E, N, K) of a weight.
+        """
+        return cls(
+            shape=tuple(shape),
+            fingerprint="",
+            smoothing_factor=torch.ones(1, shape[-1]),
+        )
+
     def expert(self, index: int) -> "LayerRecipe":
         """The part of one expert, where this is that of E of them."""
         own: dict[str, Any] = {
@@ -246,6 +293,24 @@ class LayerRecipe:
         """The tensors that are there, by name."""
         found = {name: getattr(self, name) for name in _TENSORS}
         return {name: t for name, t in found.items() if t is not None}
+
+    def __eq__(self, other: object) -> bool:
+        # That of a dataclass asks tensors for one truth value.
+        if not isinstance(other, LayerRecipe):
+            return NotImplemented
+        ours, theirs = self.tensors(), other.tensors()
+        return (
+            (self.shape, self.fingerprint, self.ranks)
+            == (other.shape, other.fingerprint, other.ranks)
+            and ours.keys() == theirs.keys()
+            and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        )
+
+
+def _equal(a: Optional[torch.Tensor], b: Optional[torch.Tensor]) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.to(b.device, b.dtype), b)
 
 
 def _padded(part: LayerRecipe, ranks: tuple[int, ...]) -> LayerRecipe:

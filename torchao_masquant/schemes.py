@@ -55,13 +55,14 @@ SCHEMES = {
 
 
 def get_scheme(name: str) -> Scheme:
-    """Look a scheme up by name.
+    """Look a scheme up by name, in small or capital letters: "w4a8" or "W4A8".
 
     Raises:
         ValueError: there is no such scheme.
     """
-    if name not in SCHEMES:
+    scheme = SCHEMES.get(name.lower()) if isinstance(name, str) else None
+    if scheme is None:
         raise ValueError(
             f"unknown scheme {name!r}: choose one of {', '.join(SCHEMES)}."
         )
-    return SCHEMES[name]
+    return scheme

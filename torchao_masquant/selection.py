@@ -8,7 +8,7 @@
 import fnmatch
 import re
 from dataclasses import dataclass
-from typing import Mapping, Optional, Sequence, Union
+from typing import Collection, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
@@ -147,7 +147,10 @@ def select_linears(
 
 
 def select(
-    model: nn.Module, include: Patterns = None, exclude: Patterns = None
+    model: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    done: Collection[nn.Module] = (),
 ) -> Selected:
     """What to quantize: by default, all of the language model's decoder.
 
@@ -159,6 +162,8 @@ def select(
             too.
         include: patterns of full names, in place of the default choice.
         exclude: patterns of full names to leave out.
+        done: modules that an unfinished call has been through: they are chosen as all
+            others are, and then left out, whatever has become of them.
 
     Patterns are shell-style (``*.layers.0.*``), or regular expressions that match the
     whole name where they start with ``re:``, as in torchao's ``FqnToConfig``. Experts
@@ -195,6 +200,8 @@ def select(
                 f"{name} is not part of the decoder, so what it is called with are not "
                 "the call's tokens, whose modalities are known: leave it out."
             )
+        if module in done:
+            continue
         if name in experts:
             _check_plain_experts(name, experts[name])
             continue
@@ -211,6 +218,7 @@ def select(
             )
     check_whole(names, experts)
     warn_of_expert_weights(decoder.module, experts.values())
+    names = [name for name in names if modules[name] not in done]
     return Selected(
         {name: linears[name] for name in names if name in linears},
         {name: experts[name] for name in names if name in experts},

@@ -179,11 +179,12 @@ def test_steps_of_a_plain_model_with_two_configs():
     assert type(model.first) is type(model.second) is MASQuantLinear
 
 
-def test_the_same_config_again_changes_nothing(model, samples):
+def test_the_same_config_again_is_refused_and_changes_nothing(model, samples):
     config = masquant_config(tiny_models.recipe_of(model, rank=2))
     quantize_(model, config)
     before = copy.deepcopy(model.state_dict())
-    quantize_(model, config)
+    with pytest.raises(ValueError, match="q_proj is quantized already"):
+        quantize_(model, config)
     _assert_equal_states(model.state_dict(), before)
     _assert_routes(model, samples[0], 14)
 

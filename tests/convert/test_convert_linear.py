@@ -157,7 +157,7 @@ def test_a_width_that_groups_do_not_divide(shape: tuple[int, int]) -> None:
         convert_linear(linear, "layer.q", layer, scheme, MODALITIES, Router(MODALITIES))
     assert type(linear) is nn.Linear and torch.equal(linear.weight, before.weight)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        placeholder_weight(linear, scheme, MODALITIES)
+        placeholder_weight(linear.weight, scheme, MODALITIES)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -169,7 +169,7 @@ def test_placeholder_has_the_layout_of_a_weight_without_a_pair(
     linear, layer = problem(scheme)
     bare = dataclasses.replace(layer, ranks=(), l1=None, l2=None, modality_bias=None)
     weight = quantized(scheme, linear, bare).weight.data
-    placeholder = placeholder_weight(linear.to(device), scheme, MODALITIES)
+    placeholder = placeholder_weight(linear.to(device).weight, scheme, MODALITIES)
     names, attributes = weight.__tensor_flatten__()
     assert placeholder.__tensor_flatten__() == (names, attributes)
     for part in names:
@@ -190,7 +190,7 @@ def test_state_dict_into_a_placeholder(name: str) -> None:
     module = quantized(scheme, linear, layer, low_rank_bits=8)
     empty = MASQuantLinear.from_float(
         nn.Linear(256, 24).requires_grad_(False),
-        placeholder_weight(linear, scheme, MODALITIES),
+        placeholder_weight(linear.weight, scheme, MODALITIES),
         "layer.q",
         Router(MODALITIES),
     )

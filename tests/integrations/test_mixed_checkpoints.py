@@ -135,7 +135,8 @@ def test_a_model_that_transformers_quantized_with_torchao(tmp_path):
     recipe = tiny_models.recipe_of(dense, method="rtn", scheme="w8a8")
     dense.save_pretrained(tmp_path / "dense")
     config = TorchAoConfig(
-        Int8WeightOnlyConfig(), modules_to_not_convert=["model.language_model", "lm_head"]
+        Int8WeightOnlyConfig(),
+        modules_to_not_convert=["model.language_model", "lm_head"],
     )
     model = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "dense", quantization_config=config

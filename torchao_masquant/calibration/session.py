@@ -17,8 +17,10 @@ from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router
+from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["CalibrationSession", "MASQuantObservedLinear"]
 
@@ -69,6 +71,8 @@ class CalibrationSession:
         self.leaders: dict[str, str] = {}
         #: leader to the statistics of its input
         self.statistics: dict[str, InputStatistics] = {}
+        #: options to what was solved for with them, from all that was observed so far
+        self.solutions: list[tuple[SolverOptions, dict[str, LayerRecipe]]] = []
         self._inputs = SharedInputs()
         # leader to the first reader of what it read last
         self._reading: dict[str, str] = {}
@@ -208,6 +212,7 @@ class CalibrationSession:
         statistics.update_experts(name, x, ids, experts)
 
     def _update(self, name: str, x: torch.Tensor, ids: Optional[torch.Tensor]) -> None:
+        self.solutions.clear()
         statistics = self.statistics.get(name)
         if statistics is None:
             statistics = self.statistics[name] = InputStatistics(

@@ -90,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scheme",
+        type=str.lower,
         choices=list(SCHEMES),
         default="w4a8",
         help="bits of weights and activations (default: %(default)s)",

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--rtn",
+        type=str.lower,
         choices=list(SCHEMES),
         metavar="SCHEME",
         help="round to nearest in this scheme, the only method without a recipe: one "

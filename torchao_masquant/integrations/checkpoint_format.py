@@ -50,6 +50,7 @@ __all__ = [
     "flatten_state_dict",
     "parameter_of",
     "quantized_modules",
+    "quantized_weights",
     "stored_name",
     "stored_part",
 ]
@@ -98,6 +99,14 @@ def quantized_modules(model: nn.Module) -> list[Union[MASQuantLinear, MASQuantEx
     return [m for m in model.modules() if isinstance(m, kinds)]
 
 
+def quantized_weights(
+    module: Union[MASQuantLinear, MASQuantExperts],
+) -> dict[str, MASQuantTensor]:
+    """Name of each quantized parameter of one of them to what it holds."""
+    names = projections(module) if isinstance(module, MASQuantExperts) else ("weight",)
+    return {name: getattr(module, name).data for name in names or ()}
+
+
 @dataclass
 class CheckpointFormat:
     """What a checkpoint says of all its quantized linears.
@@ -130,14 +139,12 @@ class CheckpointFormat:
         """
         layers, modules = {}, {}
         for name, module in model.named_modules():
-            if isinstance(module, MASQuantLinear):
-                layers[name] = LayerFormat.of(module.weight.data)
-                modules[name] = name
-            elif isinstance(module, MASQuantExperts):
-                for parameter in projections(module) or ():
-                    weight = getattr(module, parameter).data
-                    layers[f"{name}.{parameter}"] = LayerFormat.of(weight)
-                    modules[f"{name}.{parameter}"] = name
+            if not isinstance(module, (MASQuantLinear, MASQuantExperts)):
+                continue
+            for parameter, weight in quantized_weights(module).items():
+                layer = name if weight.dim() == 2 else f"{name}.{parameter}"
+                layers[layer] = LayerFormat.of(weight)
+                modules[layer] = name
         given = options or {}
         solved = {
             name: option

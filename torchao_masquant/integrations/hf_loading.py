@@ -374,11 +374,7 @@ class QuantizingLoading:
         if name in self._experts and self._experts[name].module.is_transposed:
             weight = weight.transpose(1, 2)
         if layer is None:
-            layer = LayerRecipe(
-                shape=tuple(weight.shape),
-                fingerprint="",
-                smoothing_factor=torch.ones(1, weight.shape[-1]),
-            )
+            layer = LayerRecipe.rounded(weight.shape)
         elif (found := weight_fingerprint(weight)) != layer.fingerprint:
             raise ValueError(
                 f"{name}: the recipe was made for a weight with fingerprint "

@@ -134,7 +134,8 @@ class SolverOptions:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        get_scheme(self.scheme)
+        # Files and reports compare it: as SCHEMES has it, however it was written.
+        object.__setattr__(self, "scheme", get_scheme(self.scheme).name)
         if self.method not in METHODS:
             raise ValueError(
                 f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}."
