@@ -29,6 +29,7 @@ from baselines.control import ControlLinear
 from baselines.gptq import gptq
 from baselines.mbq import input_sensitivity
 from baselines.pooled import PooledLinear, pooled
+from baselines.published import PublishedLinear
 from baselines.search import searched_factor
 from baselines.unshared import UnsharedLinear
 from rich import box
@@ -46,14 +47,19 @@ from torchao_masquant import (
     masquant_config,
     tensor_subclasses,
 )
-from torchao_masquant.calibration.calibrate import library_versions, solve
+from torchao_masquant.calibration.calibrate import (
+    learned_factors,
+    library_versions,
+    solve,
+)
+from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.demo.compare import collect_statistics
 from torchao_masquant.learning import learn
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.replacing import replacing
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import SCHEMES, get_scheme
-from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.layers import factors_alone, solve_group
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
@@ -64,8 +70,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rtn": dict(method="rtn"),
     "smoothquant": dict(method="smoothquant"),
     "masquant-paper": dict(method="masquant-paper"),
-    "masquant-paper, 2 %": dict(method="masquant-paper", rank=0.02),
-    "masquant-paper, 10 %": dict(method="masquant-paper", rank=0.1),
+    "masquant-paper, learned": dict(method="masquant-paper", epochs=2),
     "masquant": dict(),
     "masquant, 2 %": dict(rank=0.02),
     "masquant, no pair": dict(rank=0),
@@ -81,7 +86,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 #: In the order in which they run: the first tell most.
-BASELINES = ("control", "pooled", "gptq", "awq", "mbq", "mas-unshared")
+BASELINES = ("control", "pooled", "gptq", "awq", "mbq", "mas-unshared", "authors")
 MAIN = (
     "masquant",
     "smoothquant",
@@ -95,6 +100,7 @@ MAIN = (
     "rtn",
     "awq",
     "mbq",
+    "authors",
 )
 METHODS = (*MAIN, *(name for name in OPTIONS if name not in MAIN))
 
@@ -136,6 +142,8 @@ class Subject:
         self.inputs = self._inputs()
         self.log_probs = {t: self._log_probs(self.model, t) for t in self.tasks}
         self._sensitivity: Optional[dict[str, list[float]]] = None
+        self._of_modalities: Optional[dict[str, float]] = None
+        self._learned: dict[str, dict[str, torch.Tensor]] = {}
 
     @torch.no_grad()
     def _log_probs(self, model: nn.Module, task: str) -> torch.Tensor:
@@ -149,6 +157,20 @@ class Subject:
                 self.model, digits.calibration_samples(), self.session.groups()
             )
         return self._sensitivity
+
+    def published(self, options: SolverOptions) -> dict[str, LayerRecipe]:
+        """Factors learned as published, and pairs for those; learned once a scheme."""
+        samples = digits.calibration_samples()
+        if self._of_modalities is None:
+            self._of_modalities = modality_sensitivity(
+                self.model, samples, progress=False
+            )
+        options = dataclasses.replace(options, modality_weights=self._of_modalities)
+        if options.scheme not in self._learned:
+            self._learned[options.scheme] = learned_factors(
+                self.model, samples, self.session, options
+            )
+        return solve(self.session, options, factors=self._learned[options.scheme])
 
     @torch.no_grad()
     def _inputs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -190,6 +212,8 @@ class Subject:
         if method in OPTIONS:
             given = {"rank": rank, **OPTIONS[method]}
             options = SolverOptions(scheme=scheme, **given)
+            if options.learns_factors:
+                return self._convert(options, self.published(options))
             layers = solve(
                 self.session, dataclasses.replace(options, epochs=0), progress=False
             )
@@ -205,6 +229,10 @@ class Subject:
         modules: dict[str, nn.Module] = {}
         quantized = copy.deepcopy(self.model)
         router = Router.for_model(quantized)
+        found: dict[str, LayerRecipe] = {}
+        if method == "authors":
+            published = SolverOptions(scheme, "masquant-paper", rank=rank, epochs=2)
+            found = self.published(published)
         for weights, leader in self.groups:
             seen = self.session.statistics[leader]
             smoothquant = solve_group(weights, seen, options)
@@ -213,6 +241,12 @@ class Subject:
             elif method in ("awq", "mbq"):
                 balance = self.sensitivity()[leader] if method == "mbq" else None
                 layers |= searched_factor(weights, seen, bits, balance)
+            elif method == "authors":
+                for name in weights:
+                    linear = self.session.linears[name]
+                    modules[name] = PublishedLinear(
+                        name, linear, found[name], bits, self.modalities, router
+                    )
             elif method == "control":
                 for name, layer in smoothquant.items():
                     linear = self.session.linears[name]
@@ -223,8 +257,8 @@ class Subject:
                     linear = self.session.linears[name]
                     modules[name] = PooledLinear(linear, layer, bits)
             else:
-                own = SolverOptions(scheme=scheme, method="masquant-paper", rank=0)
-                for name, layer in solve_group(weights, seen, own).items():
+                own = SolverOptions(scheme=scheme, alpha=0.5, separation=1.0)
+                for name, layer in factors_alone(weights, seen, own).items():
                     factors = layer.smoothing_factor
                     linear = self.session.linears[name]
                     modules[name] = UnsharedLinear(name, linear, factors, bits, router)

@@ -21,8 +21,9 @@ from torchao.quantization.quant_api import _is_linear
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from torchao_masquant.calibration.calibrate import base_first, solve
+from torchao_masquant.calibration.calibrate import solve
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
+from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.calibration.session import (
     CalibrationSession,
     MASQuantObservedLinear,
@@ -122,7 +123,7 @@ class MASQuantConfig(AOBaseConfig):
     low_rank_bits: int = 16
     modality_weights: Optional[Mapping[str, float]] = None
     epochs: int = 0
-    lr: float = 3e-4
+    lr: Optional[float] = None
     batch_size: int = 1
     base_modality: str = TEXT
     modalities: Optional[Sequence[str]] = None
@@ -358,6 +359,7 @@ def _plan_prepare(
 ) -> dict[nn.Module, Callable[[], object]]:
     selected = select(model, config.include, config.exclude)
     modalities = base_first(model, config.base_modality, config.modalities)
+    check_request(model, selected, modalities, config.options)
     # Another part of the model may be observed already, by another config.
     router = next((m.router for m in model.modules() if isinstance(m, _OBSERVED)), None)
     if router is None or router.modalities != modalities:
