@@ -48,8 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rtn": dict(method="rtn"),
     "smoothquant": dict(method="smoothquant"),
     "masquant-paper": dict(method="masquant-paper"),
-    "masquant-paper, 2 %": dict(method="masquant-paper", rank=0.02),
-    "masquant-paper, 10 %": dict(method="masquant-paper", rank=0.1),
+    "masquant-paper, learned": dict(method="masquant-paper", epochs=2),
     "masquant": dict(),
     "masquant, 2 %": dict(rank=0.02),
     "masquant, no pair": dict(rank=0),
@@ -78,6 +77,7 @@ MAIN = (
     "rtn",
     "awq",
     "mbq",
+    "authors",
 )
 METHODS = (*MAIN, *(name for name in OPTIONS if name not in MAIN))
 

@@ -8,7 +8,7 @@
 import fnmatch
 import re
 from dataclasses import dataclass
-from typing import Collection, Mapping, Optional, Sequence, Union
+from typing import Collection, Iterable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
@@ -39,7 +39,10 @@ Patterns = Optional[Union[str, Sequence[str]]]
 def _matching(names: Sequence[str], patterns: Patterns, option: str) -> set[str]:
     """Names that match a pattern; raises for a pattern that matches none."""
     matched: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+    given = [patterns] if isinstance(patterns, str) else patterns or ()
+    if not isinstance(given, Iterable) or not all(isinstance(p, str) for p in given):
+        raise TypeError(f"{option} must be patterns of names, got {patterns!r}.")
+    for pattern in given:
         if pattern.startswith("re:"):
             regex = re.compile(pattern[3:])
             hits = [n for n in names if regex.fullmatch(n)]

@@ -9,29 +9,36 @@ import copy
 import dataclasses
 from typing import Any, Mapping, Optional, Sequence
 
+import torch
 from baselines.control import ControlLinear
 from baselines.gptq import gptq
 from baselines.mbq import input_sensitivity
 from baselines.pooled import PooledLinear, pooled
+from baselines.published import PublishedLinear
 from baselines.search import searched_factor
 from baselines.unshared import UnsharedLinear
 from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantLinear, Recipe, masquant_config
-from torchao_masquant.calibration.calibrate import library_versions, solve
+from torchao_masquant.calibration.calibrate import (
+    learned_factors,
+    library_versions,
+    solve,
+)
+from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.learning import learn
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import get_scheme
-from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.layers import factors_alone, solve_group
 from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["BASELINES", "Quantizing", "weight_bytes"]
 
 #: Methods that the package has not.
-BASELINES = ("control", "pooled", "gptq", "awq", "mbq", "mas-unshared")
+BASELINES = ("control", "pooled", "gptq", "awq", "mbq", "mas-unshared", "authors")
 
 
 class Quantizing:
@@ -58,6 +65,8 @@ class Quantizing:
             for leader, names in session.groups().items()
         ]
         self._sensitivity: Optional[dict[str, list[float]]] = None
+        self._of_modalities: Optional[dict[str, float]] = None
+        self._learned: dict[str, dict[str, torch.Tensor]] = {}
 
     def sensitivity(self) -> dict[str, list[float]]:
         """Of each input, by leader; found once."""
@@ -67,9 +76,24 @@ class Quantizing:
             )
         return self._sensitivity
 
+    def published(self, options: SolverOptions) -> dict[str, LayerRecipe]:
+        """Factors learned as published, and pairs for those; learned once a scheme."""
+        if self._of_modalities is None:
+            self._of_modalities = modality_sensitivity(
+                self.model, self.samples, progress=False
+            )
+        options = dataclasses.replace(options, modality_weights=self._of_modalities)
+        if options.scheme not in self._learned:
+            self._learned[options.scheme] = learned_factors(
+                self.model, self.samples, self.session, options
+            )
+        return solve(self.session, options, factors=self._learned[options.scheme])
+
     def by_options(self, scheme: str, given: Mapping[str, Any]) -> nn.Module:
         """A copy quantized by the package, with these options."""
         options = SolverOptions(scheme=scheme, **given)
+        if options.learns_factors:
+            return self._convert(options, self.published(options))
         layers = solve(
             self.session, dataclasses.replace(options, epochs=0), progress=False
         )
@@ -93,6 +117,12 @@ class Quantizing:
         modules: dict[str, nn.Module] = {}
         quantized = copy.deepcopy(self.model)
         router = Router.for_model(quantized)
+        found: dict[str, LayerRecipe] = {}
+        if method == "authors":
+            published = SolverOptions(
+                scheme, "masquant-paper", rank=given["rank"], epochs=2
+            )
+            found = self.published(published)
         for weights, leader in self.groups:
             seen = self.session.statistics[leader]
             if method == "pooled":
@@ -102,11 +132,18 @@ class Quantizing:
                     modules[name] = PooledLinear(linear, layer, bits)
                 continue
             if method == "mas-unshared":
-                own = SolverOptions(scheme=scheme, method="masquant-paper", rank=0)
-                for name, layer in solve_group(weights, seen, own).items():
+                own = SolverOptions(scheme=scheme, alpha=0.5, separation=1.0)
+                for name, layer in factors_alone(weights, seen, own).items():
                     factors = layer.smoothing_factor
                     linear = self.session.linears[name]
                     modules[name] = UnsharedLinear(name, linear, factors, bits, router)
+                continue
+            if method == "authors":
+                for name in weights:
+                    linear = self.session.linears[name]
+                    modules[name] = PublishedLinear(
+                        name, linear, found[name], bits, self.modalities, router
+                    )
                 continue
             if method in ("awq", "mbq"):
                 balance = self.sensitivity()[leader] if method == "mbq" else None

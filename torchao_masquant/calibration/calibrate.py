@@ -10,30 +10,37 @@ import logging
 from importlib.metadata import version
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, plan_passes
+from torchao_masquant.calibration.passes import (
+    MAX_STATISTICS_BYTES,
+    check_bound,
+    plan_passes,
+)
+from torchao_masquant.calibration.request import base_first, check_request, check_shapes
+from torchao_masquant.calibration.sample_checks import check_samples, no_samples
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.in_memory import check_in_memory
 from torchao_masquant.learning import learn
+from torchao_masquant.learning.published import PublishedTask
 from torchao_masquant.modality import TEXT
 from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Patterns, select
 from torchao_masquant.solver.experts import solve_experts
-from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.layers import factors_alone, solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
-from torchao_masquant.tensor_subclasses import check_group_size
 from torchao_masquant.threads import threads_for
 
 __all__ = [
-    "base_first",
+    "NEEDED",
     "calibrate",
-    "check_learnable",
     "check_session",
+    "learned_factors",
     "library_versions",
     "solve",
     "warn_of_few_tokens",
@@ -43,6 +50,9 @@ _LOGGER = logging.getLogger(__name__)
 
 
 _FEW_TOKENS = 64
+
+#: Of samples.
+NEEDED = "calibration needs at least one sample of every modality"
 
 
 def calibrate(
@@ -61,7 +71,7 @@ def calibrate(
     low_rank_bits: int = 16,
     modality_weights: Optional[Mapping[str, float]] = None,
     epochs: int = 0,
-    lr: float = 3e-4,
+    lr: Optional[float] = None,
     batch_size: int = 1,
     base_modality: str = TEXT,
     modalities: Optional[Sequence[str]] = None,
@@ -89,8 +99,9 @@ def calibrate(
         scheme: "w8a8", "w4a8", "w4a6", "w4a4", "w4a16" (weights alone), or "w3a3"
             (simulated).
         method: "masquant"; or "masquant-paper" (as published: without shift, gauge,
-            modality bias and joint rounding), "smoothquant" (one factor for all
-            tokens), "rtn" (none).
+            modality bias and joint rounding; ranks of 32 at least; ``down_proj`` only
+            rounded; factors learned where ``epochs`` says so), "smoothquant" (one
+            factor for all tokens), "rtn" (none).
         alpha: 0..1, exponent of the activations in the smoothing factor; "auto": for
             each input the best of three, judged by sampled tokens. None: "auto" for
             "masquant", 0.5 for the other methods.
@@ -113,8 +124,10 @@ def calibrate(
             :func:`~torchao_masquant.modality_sensitivity` measures them.
         epochs: of learning after the closed form: the data runs so often through each
             block of the decoder, for gradients of all but the integers (see
-            :func:`torchao_masquant.learning.learn`). Zero for none.
-        lr: learning rate, relative to the size of what is learned.
+            :func:`torchao_masquant.learning.learn`). Zero for none. "masquant-paper"
+            learns its smoothing factors before all else, its authors for two epochs.
+        lr: learning rate, relative to the size of what is learned, 3e-4 where None;
+            for "masquant-paper" that of the factors themselves, 0.05.
         batch_size: samples whose mean gradient makes one step of learning. A larger one
             makes fewer steps of an epoch; ``lr`` is not changed for it.
         base_modality: the one that the shared weight is smoothed for. Its tokens cost
@@ -138,6 +151,8 @@ def calibrate(
 
     Reference: MASQuant, arXiv 2603.04800, MAS (closed form) and CMC (theorem 2).
     """
+    check_samples(samples)
+    check_bound(max_statistics_bytes)
     options = SolverOptions(
         scheme=scheme,
         method=method,
@@ -157,20 +172,19 @@ def calibrate(
     model = getattr(model, "_orig_mod", model)
     selected = select(model, include, exclude)
     linears, experts = selected.linears, selected.experts
-    check_learnable(experts, epochs)
     for name, weight in selected.weights.items():
         check_in_memory(name, weight, model)
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name}: its weight holds nan or inf.")
     router = Router.for_model(model, base_first(model, base_modality, modalities))
     router.skip_padding = True
-
+    check_request(model, selected, router.modalities, options)
     widest = max(max(weight.shape[-2:]) for weight in selected.weights.values())
     with threads_for(widest):
         iterator = iter(samples)
         first = next(iterator, None)
         if first is None:
-            raise ValueError(
-                "samples is empty: calibration needs at least one sample of every modality."
-            )
+            raise no_samples(samples, "samples", NEEDED)
         second_moments = options.parts.per_modality
 
         # One sample, without covariances, shows which linears share their input.
@@ -185,6 +199,15 @@ def calibrate(
             data = samples
         elif len(passes) > 1 or epochs:
             data = list(data)
+        factors: Optional[dict[str, torch.Tensor]] = None
+        if options.learns_factors:
+            session = CalibrationSession(linears, router, second_moments=False)
+            with session.observing(model):
+                run_samples(
+                    model, data, router, progress=progress, description="Ranges"
+                )
+            check_session(session, options)
+            factors = learned_factors(model, data, session, options, progress=progress)
         layers: dict[str, LayerRecipe] = {}
         for index, names in enumerate(passes, start=1):
             session = CalibrationSession(
@@ -202,8 +225,14 @@ def calibrate(
                     progress=progress,
                     description=f"Calibrating{of}",
                 )
-            layers |= solve(session, options, progress=progress, spend_statistics=True)
-        if epochs:
+            layers |= solve(
+                session,
+                options,
+                factors=factors,
+                progress=progress,
+                spend_statistics=True,
+            )
+        if epochs and factors is None:
             layers = learn(model, data, layers, router, options, progress=progress)
         return Recipe(
             options=options,
@@ -217,6 +246,7 @@ def solve(
     session: CalibrationSession,
     options: SolverOptions,
     *,
+    factors: Optional[Mapping[str, torch.Tensor]] = None,
     progress: bool = False,
     spend_statistics: bool = False,
 ) -> dict[str, LayerRecipe]:
@@ -225,6 +255,7 @@ def solve(
     Args:
         session: its linears still hold their high-precision weights.
         options: scheme, method, alpha and rank.
+        factors: see :func:`learned_factors`; None: in closed form.
         progress: show a bar on a terminal.
         spend_statistics: use and free the memory of the session's second moments.
 
@@ -259,6 +290,7 @@ def solve(
             session.statistics[leader],
             options,
             ranks,
+            factors=factors,
             spend_statistics=spend_statistics,
         )
     for name, experts in tqdm(
@@ -276,22 +308,43 @@ def solve(
     return {name: layers[name] for name in session.layers}
 
 
-def check_learnable(experts: Iterable[str], epochs: int) -> None:
-    """Raise where experts were to be learned for.
+def learned_factors(
+    model: nn.Module,
+    samples: Iterable[Mapping[str, Any]],
+    session: CalibrationSession,
+    options: SolverOptions,
+    *,
+    progress: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Smoothing factors as the published method learns them.
 
     Args:
-        experts: names of the weights of experts that are chosen.
-        epochs: of learning.
+        model: left as it was.
+        samples: as for :func:`calibrate`; run through once more.
+        session: that has seen them.
+        options: that ``learns_factors``.
+        progress: show a bar on a terminal.
+
+    Returns:
+        Name of each linear to its factors (M, K), or (1, K) of ones.
 
     Raises:
-        ValueError: names one.
+        ValueError: the decoder is not a stack of blocks, or learning diverges.
     """
-    first = next(iter(experts), None)
-    if epochs and first is not None:
-        raise ValueError(
-            f"learning is for linears alone, and {first} is of experts: calibrate with "
-            "epochs=0, or exclude '*.experts.*'."
-        )
+    start: dict[str, LayerRecipe] = {}
+    for leader, names in session.groups().items():
+        weights = {name: session.linears[name].weight for name in names}
+        start |= factors_alone(weights, session.statistics[leader], options)
+    learned = learn(
+        model,
+        samples,
+        start,
+        session.router,
+        options,
+        progress=progress,
+        task=PublishedTask,
+    )
+    return {name: layer.smoothing_factor for name, layer in learned.items()}
 
 
 def check_session(session: CalibrationSession, options: SolverOptions) -> None:
@@ -301,19 +354,11 @@ def check_session(session: CalibrationSession, options: SolverOptions) -> None:
         ValueError: as :func:`solve` does.
     """
     session.check_complete()
-    unknown = set(options.modality_weights or {}) - set(session.router.modalities)
-    if unknown:
-        raise ValueError(
-            f"modality_weights name {sorted(unknown)[0]!r}, which is not one of the "
-            f"modalities {session.router.modalities}."
-        )
-    for name, layer in session.layers.items():
-        try:
-            check_group_size(
-                options.bits.group_size, (layer.out_features, layer.in_features)
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+    check_shapes(
+        {n: (m.out_features, m.in_features) for n, m in session.layers.items()},
+        session.router.modalities,
+        options,
+    )
 
 
 def warn_of_few_tokens(session: CalibrationSession) -> None:
@@ -333,35 +378,6 @@ def warn_of_few_tokens(session: CalibrationSession) -> None:
                 modality,
                 _FEW_TOKENS,
             )
-
-
-def base_first(
-    model: nn.Module, base_modality: str, modalities: Optional[Sequence[str]]
-) -> tuple[str, ...]:
-    """The modalities to calibrate for, base first.
-
-    Args:
-        model: its config, where it has one, declares what it can meet.
-        base_modality: must be one of them.
-        modalities: a choice among them; None for all.
-
-    Raises:
-        ValueError: the base is not among them.
-        TypeError: ``modalities`` is one string.
-    """
-    if isinstance(modalities, str):
-        raise TypeError(
-            f"modalities are a sequence of names, got the string {modalities!r}: write "
-            f"({modalities!r},)."
-        )
-    if modalities is None:
-        modalities = Router.for_model(model).modalities
-    names = tuple(modalities)
-    if base_modality not in names:
-        raise ValueError(
-            f"base_modality {base_modality!r} is not one of the modalities {names}."
-        )
-    return (base_modality, *(m for m in names if m != base_modality))
 
 
 def library_versions() -> dict[str, str]:

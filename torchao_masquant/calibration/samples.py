@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from torchao_masquant.in_memory import is_hooked
+from torchao_masquant.calibration.sample_checks import check_sample, check_samples
 from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router
 
@@ -44,9 +44,11 @@ def run_samples(
         How many samples there were.
 
     Raises:
-        TypeError: a sample is no mapping.
-        ValueError: a sample's tensor is not on the model's device.
+        TypeError: a sample is no dict of a model's inputs.
+        ValueError: a sample's tensor is of a shape that ids cannot have, or not on the
+            model's device.
     """
+    check_samples(samples)
     reader = token_reader(model)
     takes_ids = MODALITY_IDS in inspect.signature(reader.forward).parameters
     count = 0
@@ -54,7 +56,7 @@ def run_samples(
     bar = tqdm(samples, desc=description, disable=None if progress else True)
     with torch.no_grad(), _evaluation_mode(model):
         for count, sample in enumerate(bar, start=1):
-            _check(model, sample, count - 1)
+            check_sample(sample, f"sample {count - 1}", model)
             inputs = dict(sample)
             if MODALITY_IDS in inputs and not takes_ids:
                 ids = inputs.pop(MODALITY_IDS)
@@ -70,24 +72,6 @@ def _leave_padding_out(router: Router, ids: torch.Tensor, mask: Any) -> None:
     """Mark the padding among declared ids, as the router does among its own."""
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         router.call.ids = ids.long().masked_fill(mask == 0, -2)
-
-
-def _check(model: nn.Module, sample: Any, index: int) -> None:
-    if not isinstance(sample, Mapping):
-        raise TypeError(
-            f"sample {index} is a {type(sample).__name__}, not a dict of the model's "
-            "keyword inputs."
-        )
-    if is_hooked(model):
-        # accelerate moves the inputs to where they are needed.
-        return
-    devices = {p.device for p in model.parameters()}
-    for name, value in sample.items():
-        if isinstance(value, torch.Tensor) and value.device not in devices:
-            raise ValueError(
-                f"{name} of sample {index} is on {value.device}, the model on "
-                f"{', '.join(sorted(map(str, devices)))}: move the sample there."
-            )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any, Iterable, Mapping
 import torch
 from torch import nn
 
+from torchao_masquant.calibration.sample_checks import no_samples
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router
@@ -85,7 +86,7 @@ def modality_sensitivity(
         for parameter in frozen:
             parameter.requires_grad_(False)
         router.attach(model)
-        run_samples(
+        count = run_samples(
             _WithLoss(reader),
             samples,
             router,
@@ -98,6 +99,8 @@ def modality_sensitivity(
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
+    if count == 0:
+        raise no_samples(samples, "samples", "sensitivities need some of each modality")
     if not (counts[0] > 0 and totals[0] > 0):
         raise ValueError(
             f"the samples have no {router.modalities[0]} token that the loss depends on: "

@@ -16,6 +16,7 @@ from typing import Any
 from torchao_masquant.cli.models import (
     MODEL_HELP,
     add_model_options,
+    auto_class,
     load_config,
     load_model,
 )
@@ -189,7 +190,9 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=int, default=0, help="of learning after the closed form"
     )
     group.add_argument(
-        "--lr", type=float, default=3e-4, help="learning rate (default: %(default)s)"
+        "--lr",
+        type=float,
+        help="learning rate (default: 3e-4, and 0.05 for masquant-paper)",
     )
     group.add_argument(
         "--batch-size",
@@ -238,6 +241,8 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
+    from torchao_masquant.calibration.request import check_config
+
     start = time.perf_counter()
     options = {name: getattr(arguments, name) for name in _OPTIONS}
     _check_usage(arguments)
@@ -245,6 +250,14 @@ def main(arguments: argparse.Namespace) -> int:
         _check_output(arguments.output)
     # What is wrong with the data is told before minutes go into the model.
     config = load_config(arguments.model, arguments.trust_remote_code)
+    check_config(
+        config,
+        auto_class(config),
+        options | {"modality_weights": None}
+        if options["modality_weights"] == _MEASURE
+        else options,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     samples = calibration_samples(arguments, config)
     if arguments.sequential:
         found = calibrate_from_disk(arguments, config, samples, options)

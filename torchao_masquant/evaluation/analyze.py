@@ -13,8 +13,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from torchao_masquant.calibration.calibrate import base_first
-from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, plan_passes
+from torchao_masquant.calibration.passes import (
+    MAX_STATISTICS_BYTES,
+    check_bound,
+    plan_passes,
+)
+from torchao_masquant.calibration.request import base_first
+from torchao_masquant.calibration.sample_checks import check_samples, no_samples
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.evaluation.analysis import Analysis
@@ -75,6 +80,8 @@ def analyze(
 
     Reference: MASQuant, arXiv 2603.04800, theorems 1 and 2.
     """
+    check_samples(samples)
+    check_bound(max_statistics_bytes)
     bits = get_scheme(scheme)
     _check_alpha(alpha)
     shares = _checked_shares(ranks)
@@ -93,9 +100,10 @@ def analyze(
     iterator = iter(samples)
     first = next(iterator, None)
     if first is None:
-        raise ValueError(
-            "samples is empty: the analysis needs at least one sample of every "
-            "modality."
+        raise no_samples(
+            samples,
+            "samples",
+            "the analysis needs at least one sample of every modality",
         )
     # One sample, without covariances, shows which linears share their input.
     probe = CalibrationSession(linears, router, second_moments=False)

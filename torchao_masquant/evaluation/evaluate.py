@@ -12,6 +12,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from torchao_masquant.calibration.sample_checks import (
+    check_sample,
+    check_samples,
+    no_samples,
+)
 from torchao_masquant.evaluation.calls import (
     evaluation_mode,
     logits_of,
@@ -84,6 +89,11 @@ def evaluate(
     tasks = dataset if isinstance(dataset, Mapping) else {_ALL: dataset}
     if not tasks:
         raise ValueError("the dataset is empty: it has no task.")
+    if any(isinstance(samples, torch.Tensor) for samples in tasks.values()):
+        # One sample, of whose inputs each would be a task.
+        check_samples(dataset, "the dataset")
+    for task, samples in tasks.items():
+        check_samples(samples, f"task {task!r} of the dataset")
     if quantized:
         modalities = next(iter(quantized.values())).weight.modalities
     else:
@@ -125,7 +135,9 @@ def evaluate(
                 scores = score_tokens(logits, other, labels, ids >= 0, where)
                 sums.add(task, scores, ids.cpu())
             if count == 0:
-                raise ValueError(f"task {task!r} of the dataset is empty.")
+                raise no_samples(
+                    samples, f"task {task!r} of the dataset", "nothing can be scored"
+                )
             if sums.labelled_tokens(task) == 0:
                 raise ValueError(
                     f"task {task!r} has no labelled token: give its samples labels "
@@ -156,27 +168,12 @@ def _split(
     sample: Any, model: nn.Module, where: str
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """A sample's inputs and its labels."""
-    if not isinstance(sample, Mapping):
-        raise TypeError(
-            f"{where} is a {type(sample).__name__}, not a dict of the model's keyword "
-            "inputs and labels."
-        )
+    check_sample(sample, where, model)
     if sample.get(_LABELS) is None:
         raise ValueError(
             f"{where} has no labels: give every token the right one, -100 where it is "
             "not scored."
         )
-    devices = {p.device for p in model.parameters()}
-    for name, value in sample.items():
-        if (
-            name != _LABELS
-            and isinstance(value, torch.Tensor)
-            and value.device not in devices
-        ):
-            raise ValueError(
-                f"{name} of {where} is on {value.device}, the model on "
-                f"{', '.join(sorted(map(str, devices)))}: move the sample there."
-            )
     return {k: v for k, v in sample.items() if k != _LABELS}, sample[_LABELS]
 
 

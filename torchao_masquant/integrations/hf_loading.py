@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Union
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import base_first
+from torchao_masquant.calibration.request import base_first
 from torchao_masquant.config import MASQuantConfig
 from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import ExpertWeight, experts_of

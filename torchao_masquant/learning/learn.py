@@ -46,6 +46,7 @@ def learn(
     options: SolverOptions,
     *,
     progress: bool = False,
+    task: "Optional[type[BlockTask]]" = None,
 ) -> dict[str, LayerRecipe]:
     """Improve a solution by gradients, one block of the decoder after the other.
 
@@ -64,6 +65,7 @@ def learn(
         router: that tells calibration's modalities.
         options: with ``epochs`` above zero, ``lr`` and ``batch_size``.
         progress: show a bar on a terminal.
+        task: what a block is learned by; None for :class:`BlockTask`.
 
     Returns:
         Name to the learned part of the recipe. Never worse than its start on the
@@ -88,12 +90,12 @@ def learn(
         for index, (name, block) in enumerate(bar):
             with torch.no_grad():
                 exact = [c.run(index, block, x) for c, x in zip(calls, exact)]
-            task = BlockTask(
+            block_task = (task or BlockTask)(
                 name, block, index, learned, router.modalities, options, calls, Alone()
             )
-            if task.linears:
-                learned |= task.learn(met, exact)
-            met = list(task.quantized_outputs(learned, met))
+            if block_task.linears:
+                learned |= block_task.learn(met, exact)
+            met = list(block_task.quantized_outputs(learned, met))
     finally:
         for module in modes:
             module.training = True

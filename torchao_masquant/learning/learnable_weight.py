@@ -13,7 +13,7 @@ import torch
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["LearnableWeight"]
+__all__ = ["LearnableWeight", "rounded_activations"]
 
 
 class LearnableWeight:
@@ -94,7 +94,7 @@ class LearnableWeight:
             smoothed = smoothed - self._value("shift")[rows]
         smoothed = smoothed * pre_scale[rows]
         if not self.quantized.weight_only:
-            smoothed = _round(smoothed, self.quantized.act_bits)
+            smoothed = rounded_activations(smoothed, self.quantized.act_bits)
         scale = self._value("scale").repeat_interleave(self.width, 1)
         y = smoothed @ (self.levels * scale).t()
         if "l1" in self.start:
@@ -132,7 +132,7 @@ class LearnableWeight:
         )
 
 
-def _round(smoothed: torch.Tensor, act_bits: int) -> torch.Tensor:
+def rounded_activations(smoothed: torch.Tensor, act_bits: int) -> torch.Tensor:
     """Symmetric per-token rounding that gradients pass straight through."""
     quant_max = 2 ** (act_bits - 1) - 1
     step = smoothed.abs().amax(-1, keepdim=True) / quant_max

@@ -7,7 +7,6 @@
 
 from typing import Iterable
 
-from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.ranks import average_rank
 
@@ -33,10 +32,9 @@ def learning_bytes(
         modalities: M.
         options: of the solution.
     """
-    rank = average_rank(options)
     held, largest = 0, 0
     for n, k in shapes:
-        pairs = (modalities - 1) * resolve_rank(rank, n, k)
+        pairs = (modalities - 1) * average_rank(options, n, k)
         groups = -(-k // (options.bits.group_size or k))
         floats = n * groups + 2 * modalities * k + pairs * (n + k) + modalities * n
         # Integers, twice in int8 (the recipe's and the packed ones), and in float32; a

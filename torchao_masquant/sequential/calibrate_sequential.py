@@ -20,12 +20,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.calibrate import (
-    base_first,
-    check_learnable,
     library_versions,
 )
 from torchao_masquant.calibration.observed_experts import as_observed
-from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES
+from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, check_bound
+from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.freed_memory import return_freed_memory
 from torchao_masquant.learning.blocks import decoder_blocks
 from torchao_masquant.modality import TEXT
@@ -110,7 +109,7 @@ def calibrate_sequential(
     low_rank_bits: int = 16,
     modality_weights: Optional[Mapping[str, float]] = None,
     epochs: int = 0,
-    lr: float = 3e-4,
+    lr: Optional[float] = None,
     batch_size: int = 1,
     base_modality: str = TEXT,
     modalities: Optional[Sequence[str]] = None,
@@ -202,10 +201,16 @@ def calibrate_sequential(
         lr=lr,
         batch_size=batch_size,
     )
+    if options.learns_factors:
+        raise ValueError(
+            f"method {method!r} learns its smoothing factors in memory alone: use "
+            "calibrate, or epochs=0 for factors in closed form."
+        )
     if activations not in ("memory", "disk"):
         raise ValueError(
             f"activations are kept in 'memory' or on 'disk', not {activations!r}."
         )
+    check_bound(max_statistics_bytes)
     outputs = _Outputs(output, recipe)
     team = Team(timeout)
     if epochs and batch_size < team.size and team.rank == 0:
@@ -218,6 +223,15 @@ def calibrate_sequential(
             team.size,
         )
     team.on_first(outputs.check)
+    disk = DiskModel(model, dtype, device, model_class)
+    selected = select(disk.model, include, exclude)
+    layers = BlockLayers(selected.linears, selected.experts)
+    blocks = decoder_blocks(disk.model, layers.names)
+    router = Router.for_model(
+        disk.model, base_first(disk.model, base_modality, modalities)
+    )
+    router.skip_padding = True
+    check_request(disk.model, selected, router.modalities, options)
     summary = summarize_samples(samples)
     if len(set(team.gather(summary.digest))) > 1:
         raise ValueError(
@@ -229,15 +243,6 @@ def calibrate_sequential(
             f"there are {summary.count} samples for {team.size} processes: start as many "
             "processes as there are samples, or fewer."
         )
-    disk = DiskModel(model, dtype, device, model_class)
-    selected = select(disk.model, include, exclude)
-    check_learnable(selected.experts, epochs)
-    layers = BlockLayers(selected.linears, selected.experts)
-    blocks = decoder_blocks(disk.model, layers.names)
-    router = Router.for_model(
-        disk.model, base_first(disk.model, base_modality, modalities)
-    )
-    router.skip_padding = True
     run = _Run(
         disk,
         layers,

@@ -13,6 +13,12 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 
+from torchao_masquant.calibration.calibrate import NEEDED
+from torchao_masquant.calibration.sample_checks import (
+    check_sample,
+    check_samples,
+    no_samples,
+)
 from torchao_masquant.sequential.durable import durable
 
 __all__ = ["Manifest", "SampleSummary", "file_digests", "summarize_samples"]
@@ -113,6 +119,7 @@ def summarize_samples(samples: Iterable[Any]) -> SampleSummary:
         TypeError: a sample is no mapping; ``samples`` can be run through only once.
         ValueError: there is none.
     """
+    check_samples(samples)
     if iter(samples) is samples:
         raise TypeError(
             "samples are run through several times, and an iterator ends after the first: "
@@ -120,11 +127,7 @@ def summarize_samples(samples: Iterable[Any]) -> SampleSummary:
         )
     summary, digest = SampleSummary(), hashlib.sha256()
     for index, sample in enumerate(samples):
-        if not isinstance(sample, Mapping):
-            raise TypeError(
-                f"sample {index} is a {type(sample).__name__}, not a dict of the "
-                "model's keyword inputs."
-            )
+        check_sample(sample, f"sample {index}")
         tokens = None
         for name in sorted(sample):
             value = sample[name]
@@ -146,9 +149,7 @@ def summarize_samples(samples: Iterable[Any]) -> SampleSummary:
         if known is None or (summary.tokens[known] or 0) < (tokens or 0):
             summary.kinds[kind] = index
     if not summary.count:
-        raise ValueError(
-            "samples is empty: calibration needs at least one sample of every modality."
-        )
+        raise no_samples(samples, "samples", NEEDED)
     summary.digest = digest.hexdigest()
     return summary
 

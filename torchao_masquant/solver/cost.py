@@ -12,7 +12,6 @@ from dataclasses import astuple, dataclass
 from typing import Sequence
 
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
-from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.methods import AUTO, Method, SolverOptions
 from torchao_masquant.solver.products import HELD_BYTES
 from torchao_masquant.solver.ranks import average_rank
@@ -102,7 +101,7 @@ def _solution(
     parts, others, k = options.parts, modalities - 1, shapes[0][1]
     products = _products(parts, modalities)
     once = Work(macs=products * sum(n for n, _ in shapes) * k * k)
-    if others and average_rank(options) and any(n > k for n, _ in shapes):
+    if others and average_rank(options, *shapes[0]) and any(n > k for n, _ in shapes):
         once += (_eigen(k) + Work(entries=4 * k * k)) * others
     attempt = Work()
     for n, _ in shapes:
@@ -128,7 +127,7 @@ def _attempt(
     fits = others * (1 + parts.clip + jointly)
     passes = 1 + _CLIPPED * parts.clip + fits + modalities
     work = Work(fits * n * k * k, values=passes * n * k, calls=passes)
-    rank = resolve_rank(average_rank(options), n, k)
+    rank = average_rank(options, n, k)
     if rank:
         work += _pair(n, k, rank) * (others * (1 + jointly))
     if jointly:

@@ -14,7 +14,6 @@ from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.compensation import (
     low_rank_pair,
     pair_of_product,
-    resolve_rank,
     smoothed,
     whitening,
 )
@@ -32,7 +31,7 @@ from torchao_masquant.solver.smoothing import smoothing_factor
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
 from torchao_masquant.threads import threads_for
 
-__all__ = ["solve_group"]
+__all__ = ["factors_alone", "solve_group"]
 
 # Of the range of a channel: a bfloat16 activation is known to no better than this, so
 # that what a shift leaves of a constant is not smoothed as if it were a signal.
@@ -49,6 +48,7 @@ def solve_group(
     options: SolverOptions,
     ranks: Optional[Mapping[str, Sequence[int]]] = None,
     *,
+    factors: Optional[Mapping[str, torch.Tensor]] = None,
     spend_statistics: bool = False,
 ) -> dict[str, LayerRecipe]:
     """All that quantizes the linears that share one input.
@@ -61,6 +61,8 @@ def solve_group(
         statistics: of the shared input.
         options: scheme, method, alpha and rank.
         ranks: name to the rank of modality 1, 2, ..., in place of the options'.
+        factors: name to smoothing factors (M, K) to solve the rest for, of which each
+            linear has its own.
         spend_statistics: use their memory, 8 K^2 bytes a modality, for covariances; they
             have no second moments afterwards.
 
@@ -74,29 +76,51 @@ def solve_group(
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}: its weight holds nan or inf.")
     with threads_for(max(max(weight.shape) for weight in weights.values())):
-        if not options.parts.per_modality:
-            return _shared_factor(weights, statistics, options)
-        return _per_modality(weights, statistics, options, ranks, spend_statistics)
+        spared = {n: w for n, w in weights.items() if options.spares(n)}
+        others = {n: w for n, w in weights.items() if n not in spared}
+        layers = {name: _with_factor(w) for name, w in spared.items()}
+        if others and not options.parts.per_modality:
+            layers |= _shared_factor(others, statistics, options)
+        elif others:
+            if ranks is None:
+                ranks = _uniform_ranks(others, len(statistics.moments) - 1, options)
+            covariances = [
+                m.covariance(options.parts.centered, spend=spend_statistics)
+                for m in statistics.moments
+            ]
+            if factors is None:
+                layers |= _chosen(others, statistics, options, ranks, covariances)
+            else:
+                for name, weight in others.items():
+                    problem = _Problem(
+                        {name: weight},
+                        ranks,
+                        weight.abs().amax(0).double(),
+                        statistics,
+                        options,
+                        covariances,
+                    )
+                    layers |= problem.solve_for(factors[name])
+        return {name: layers[name] for name in weights}
 
 
-def _per_modality(
+def _uniform_ranks(
+    weights: dict[str, torch.Tensor], pairs: int, options: SolverOptions
+) -> dict[str, list[int]]:
+    return {
+        name: [options.rank_of(options.uniform_rank, *w.shape)] * pairs
+        for name, w in weights.items()
+    }
+
+
+def _chosen(
     weights: dict[str, torch.Tensor],
     statistics: InputStatistics,
     options: SolverOptions,
-    ranks: Optional[Mapping[str, Sequence[int]]],
-    spend_statistics: bool,
+    ranks: Mapping[str, Sequence[int]],
+    covariances: Sequence[torch.Tensor],
 ) -> dict[str, LayerRecipe]:
-    """Of exponents and separations the best, for some of the outputs where those do."""
-    if ranks is None:
-        others = len(statistics.moments) - 1
-        ranks = {
-            name: [resolve_rank(options.uniform_rank, *w.shape)] * others
-            for name, w in weights.items()
-        }
-    covariances = [
-        m.covariance(options.parts.centered, spend=spend_statistics)
-        for m in statistics.moments
-    ]
+    """Of exponents and separations the best, tried on some of the outputs of wide ones."""
     absmax = _weight_absmax(weights)
     alphas, separations = options.alphas, options.separations
     if len(alphas) + len(separations) == 2:
@@ -168,6 +192,12 @@ class _Problem:
     def solve(self, alpha: float, separation: float) -> dict[str, LayerRecipe]:
         return _PerModality(self, alpha, separation).solve()
 
+    def solve_for(self, factors: torch.Tensor) -> dict[str, LayerRecipe]:
+        """Without gauge and clip, which would move the factors (M, K)."""
+        solution = _PerModality(self, self.options.alphas[0], 1.0)
+        solution.factors = list(factors.to(self.weight_absmax.device, torch.float64))
+        return solution.solve()
+
 
 class _PerModality:
     """MAS and CMC: a smoothing factor, a gauge, a shift and a pair per modality."""
@@ -180,18 +210,14 @@ class _PerModality:
         self.shifts = [
             mean if self.method.shift else torch.zeros_like(mean) for mean in self.means
         ]
-        ranges = [
-            torch.maximum(m.absmax(shift), RESOLUTION * m.absmax())
-            for m, shift in zip(self.moments, self.shifts)
-        ]
-        unified = torch.stack(ranges).amax(0)
-        if self.options.bits.weight_only:
-            # Activations that are not rounded gain nothing from a factor of their own.
-            separation = 0.0
-        ranges = [r**separation * unified ** (1 - separation) for r in ranges]
-        self.factors = [
-            smoothing_factor(r, problem.weight_absmax, alpha) for r in ranges
-        ]
+        self.factors = _factors(
+            [m.absmax(shift) for m, shift in zip(self.moments, self.shifts)],
+            [m.absmax() for m in self.moments],
+            problem.weight_absmax,
+            alpha,
+            separation,
+            self.options.bits.weight_only,
+        )
         self.pairs: dict[str, list[Optional[_Pair]]] = {}
 
     def solve(self) -> dict[str, LayerRecipe]:
@@ -355,6 +381,74 @@ class _Differences:
             yield name, difference, difference @ self.covariance
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def factors_alone(
+    weights: dict[str, torch.Tensor],
+    statistics: InputStatistics,
+    options: SolverOptions,
+) -> dict[str, LayerRecipe]:
+    """What is learned where ``options.learns_factors``: no integers, no pairs.
+
+    Args:
+        weights: name to (N_i, K) of linears that share an input.
+        statistics: of the input; second moments are not needed.
+        options: of the solution.
+
+    Returns:
+        Name to a part of a recipe with factors (M, K), or (1, K) of ones for what the
+        method spares.
+    """
+    ranges = [m.absmax() for m in statistics.moments]
+    absmax = _weight_absmax(weights)
+    factors = torch.stack(
+        _factors(
+            ranges,
+            ranges,
+            absmax,
+            options.alphas[0],
+            options.separations[0],
+            options.bits.weight_only,
+        )
+    )
+    found = {}
+    for name, weight in weights.items():
+        found[name] = _with_factor(weight)
+        if not options.spares(name):
+            found[name].smoothing_factor = factors.float().cpu()
+    return found
+
+
+def _factors(
+    ranges: Sequence[torch.Tensor],
+    unshifted: Sequence[torch.Tensor],
+    weight_absmax: torch.Tensor,
+    alpha: float,
+    separation: float,
+    weight_only: bool,
+) -> list[torch.Tensor]:
+    """(K,) float64 of each modality, in closed form.
+
+    Args:
+        ranges: (K,) of each modality's channels, about the shift.
+        unshifted: of the same, about zero.
+        weight_absmax: (K,) of all weights that share the input.
+        alpha: exponent of the activations.
+        separation: of the modality's own range from that of all; none where activations
+            are not rounded, which gain nothing from a factor of their own.
+        weight_only: whether that is so.
+    """
+    separation = 0.0 if weight_only else separation
+    ranges = [torch.maximum(r, RESOLUTION * u) for r, u in zip(ranges, unshifted)]
+    unified = torch.stack(ranges).amax(0)
+    return [
+        smoothing_factor(
+            r**separation * unified ** (1 - separation), weight_absmax, alpha
+        )
+        for r in ranges
+    ]
+
+
 def _weight_absmax(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     maxima = [weight.abs().amax(0).double() for weight in weights.values()]
     return torch.stack(maxima).amax(0)
@@ -366,15 +460,20 @@ def _shared_factor(
     options: SolverOptions,
 ) -> dict[str, LayerRecipe]:
     """One factor for all tokens, whatever their modality."""
-    absmax = torch.stack([m.absmax() for m in statistics.moments]).amax(0)
-    factor = torch.ones_like(absmax)
+    factor = None
     if options.parts.smooth:
+        absmax = torch.stack([m.absmax() for m in statistics.moments]).amax(0)
         factor = smoothing_factor(absmax, _weight_absmax(weights), options.alphas[0])
-    return {
-        name: LayerRecipe(
-            shape=(weight.shape[0], weight.shape[1]),
-            fingerprint=weight_fingerprint(weight),
-            smoothing_factor=factor.float()[None].cpu(),
-        )
-        for name, weight in weights.items()
-    }
+    return {name: _with_factor(weight, factor) for name, weight in weights.items()}
+
+
+def _with_factor(
+    weight: torch.Tensor, factor: Optional[torch.Tensor] = None
+) -> LayerRecipe:
+    """Rounded with one factor (K,) for all tokens; None: as it is."""
+    factor = torch.ones(weight.shape[1]) if factor is None else factor
+    return LayerRecipe(
+        shape=(weight.shape[0], weight.shape[1]),
+        fingerprint=weight_fingerprint(weight),
+        smoothing_factor=factor.float()[None].cpu(),
+    )

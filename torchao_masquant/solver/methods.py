@@ -37,6 +37,13 @@ _WEIGHT_OF_OTHERS = 0.3
 
 _ROUNDINGS = ("gptq", "nearest")
 
+# What the linear behind an MLP's activation is called.
+_DOWN = ("down_proj", "fc2", "w2")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -55,6 +62,11 @@ class Method:
             :func:`solver.shared_weight.round_jointly`) or "nearest".
         clip: make the weight's scales for a part of its range, where that leaves a
             smaller error.
+        rank_floor: the least that a share of ``min(N, K)`` stands for as a rank, where
+            the weight has so many.
+        spares_down: the linear behind an MLP's activation (``down_proj``, ``fc2``,
+            ``w2``) is rounded as it is, without factor and pair.
+        lr: of learning, where none is given.
     """
 
     smooth: bool
@@ -64,6 +76,9 @@ class Method:
     shift: bool = False
     rounding: str = "nearest"
     clip: bool = False
+    rank_floor: int = 0
+    spares_down: bool = False
+    lr: float = 3e-4
 
 
 METHODS = {
@@ -76,8 +91,10 @@ METHODS = {
         rounding="gptq",
         clip=True,
     ),
-    # As in arXiv 2603.04800, sections on MAS (closed form) and CMC.
-    "masquant-paper": Method(smooth=True, per_modality=True),
+    # As in arXiv 2603.04800, sections on MAS and CMC, and its authors' code.
+    "masquant-paper": Method(
+        smooth=True, per_modality=True, rank_floor=32, spares_down=True, lr=5e-2
+    ),
     "smoothquant": Method(smooth=True),
     "rtn": Method(smooth=False),
 }
@@ -109,7 +126,10 @@ class SolverOptions:
             "auto"; those left out weigh 1 (the base) or 0.3.
         epochs: of learning (:mod:`torchao_masquant.learning`) after the closed form;
             zero for none.
-        lr: its learning rate, relative to the size of what is learned.
+            For method "masquant-paper" it is that of the smoothing factors, before
+            pairs are solved for, as its authors have it (with two epochs).
+        lr: its learning rate, relative to the size of what is learned ("masquant-paper":
+            of the factors as they are). None: that of the method.
         batch_size: samples whose mean gradient makes one of its steps.
 
     Raises:
@@ -130,16 +150,18 @@ class SolverOptions:
     low_rank_bits: int = 16
     modality_weights: Optional[Mapping[str, float]] = None
     epochs: int = 0
-    lr: float = 3e-4
+    lr: float = None  # type: ignore[assignment]
     batch_size: int = 1
 
     def __post_init__(self) -> None:
         # Files and reports compare it: as SCHEMES has it, however it was written.
         object.__setattr__(self, "scheme", get_scheme(self.scheme).name)
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(
                 f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}."
             )
+        if self.lr is None:
+            object.__setattr__(self, "lr", METHODS[self.method].lr)
         for name in ("alpha", "separation"):
             self._check_share(name, getattr(self, name))
         if self.rank != AUTO:
@@ -151,13 +173,16 @@ class SolverOptions:
                 raise ValueError(
                     f"group_size must be at least 2, got {self.group_size}."
                 )
+        for name in ("shift", "clip"):
+            if not isinstance(value := getattr(self, name), (bool, type(None))):
+                raise TypeError(f"{name} must be True, False or None, got {value!r}.")
         if self.rounding not in (None, *_ROUNDINGS):
             raise ValueError(
                 f"unknown rounding {self.rounding!r}: choose one of {_ROUNDINGS}."
             )
-        if self.low_rank_bits not in (8, 16):
+        if type(self.low_rank_bits) is not int or self.low_rank_bits not in (8, 16):
             raise ValueError(
-                f"low_rank_bits must be 8 or 16, got {self.low_rank_bits}."
+                f"low_rank_bits must be 8 or 16, got {self.low_rank_bits!r}."
             )
         if not isinstance(self.modality_weights, (Mapping, type(None))):
             raise TypeError(
@@ -165,6 +190,11 @@ class SolverOptions:
                 f"{self.modality_weights!r}."
             )
         for name, weight in (self.modality_weights or {}).items():
+            if not isinstance(name, str) or not _is_number(weight):
+                raise TypeError(
+                    "modality_weights must be a dict of names and numbers, got "
+                    f"{name!r}: {weight!r}."
+                )
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(
                     f"modality_weights of {name!r} must be finite and not negative, got "
@@ -174,6 +204,8 @@ class SolverOptions:
             raise TypeError(f"epochs must be an int, got {self.epochs!r}.")
         if self.epochs < 0:
             raise ValueError(f"epochs must not be negative, got {self.epochs}.")
+        if not _is_number(self.lr):
+            raise TypeError(f"lr must be a number, got {self.lr!r}.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be positive and finite, got {self.lr}.")
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int):
@@ -185,20 +217,24 @@ class SolverOptions:
         if not METHODS[self.method].centered and (
             self.shift
             or self.clip
-            or self.epochs
             or self.rounding == "gptq"
             or AUTO in (self.alpha, self.rank, self.separation)
         ):
             raise ValueError(
                 f"method {self.method!r} is kept as it was published: shift, gptq, "
-                "clip, learning and auto are for method 'masquant'."
+                "clip and auto are for method 'masquant'."
+            )
+        if self.epochs and not METHODS[self.method].per_modality:
+            raise ValueError(
+                f"method {self.method!r} is kept as it was published: learning is for "
+                "methods 'masquant' and 'masquant-paper'."
             )
 
     @staticmethod
     def _check_share(name: str, value: Union[float, str, None]) -> None:
         if value is None or value == AUTO:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not _is_number(value):
             raise TypeError(f"{name} must be a number or 'auto', got {value!r}.")
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in 0..1, got {value}.")
@@ -230,6 +266,28 @@ class SolverOptions:
         if given is None:
             given = AUTO if METHODS[self.method].centered else published
         return auto if isinstance(given, str) else (float(given),)
+
+    @property
+    def learns_factors(self) -> bool:
+        """Whether smoothing factors are learned before the rest is solved for."""
+        return self.epochs > 0 and not METHODS[self.method].centered
+
+    def spares(self, name: str) -> bool:
+        """Whether a linear, or a projection of experts, has no factor and no pair."""
+        last = name.rpartition(".")[2].partition("[")[0]
+        return METHODS[self.method].spares_down and last in _DOWN
+
+    def rank_of(self, share: Union[int, float], n: int, k: int) -> int:
+        """Of the pair of an (N, K) weight: see :func:`resolve_rank`.
+
+        Args:
+            share: a rank, or a share of ``min(N, K)``, of which the method's least rank
+                is made at least.
+        """
+        rank = resolve_rank(share, n, k)
+        if rank and isinstance(share, float):
+            rank = max(rank, METHODS[self.method].rank_floor)
+        return min(rank, n, k)
 
     @property
     def uniform_rank(self) -> Union[int, float]:

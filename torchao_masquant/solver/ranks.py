@@ -8,7 +8,7 @@
 import dataclasses
 import heapq
 import math
-from typing import Optional, Sequence, Union
+from typing import Optional, Sequence
 
 import torch
 from tqdm.auto import tqdm
@@ -26,9 +26,10 @@ __all__ = ["AUTO_SHARE", "allocate", "average_rank", "spend_ranks"]
 AUTO_SHARE = 0.05
 
 
-def average_rank(options: SolverOptions) -> Union[int, float]:
-    """The uniform rank that takes as many bytes."""
-    return AUTO_SHARE if options.rank == AUTO else options.uniform_rank
+def average_rank(options: SolverOptions, n: int, k: int) -> int:
+    """Of the pair of an (N, K) weight, where a uniform rank takes as many bytes."""
+    share = AUTO_SHARE if options.rank == AUTO else options.uniform_rank
+    return options.rank_of(share, n, k)
 
 
 def spend_ranks(

@@ -10,8 +10,8 @@ from typing import Optional
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import base_first
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
+from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.config import MASQuantConfig
 from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import ExpertWeight, experts_of
@@ -19,7 +19,6 @@ from torchao_masquant.in_memory import check_in_memory
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.names import named_here
 from torchao_masquant.recipe import LayerRecipe, Recipe, weight_fingerprint
-from torchao_masquant.schemes import Scheme
 from torchao_masquant.selection import check_whole, match_names
 from torchao_masquant.steps.actions import (
     Actions,
@@ -28,7 +27,7 @@ from torchao_masquant.steps.actions import (
     router_for,
     select_rest,
 )
-from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
+from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["plan_recipe", "plan_rounding"]
 
@@ -92,19 +91,13 @@ def plan_rounding(model: nn.Module, config: MASQuantConfig) -> Actions:
         return LayerRecipe.rounded(weight.shape).made(weight, bits, modalities)
 
     done = quantized_with(model, is_made)
+    selected = select_rest(model, config, done)
+    check_request(model, selected, modalities, config.options)
     layers = {}
-    for name, weight in select_rest(model, config, done).weights.items():
+    for name, weight in selected.weights.items():
         check_in_memory(name, weight, model)
-        _check_groups(bits, weight, name)
         layers[name] = LayerRecipe.rounded(weight.shape)
     return conversions(model, layers, config, router_for(model, modalities, layers))
-
-
-def _check_groups(bits: Scheme, weight: torch.Tensor, name: str) -> None:
-    try:
-        check_group_size(bits.group_size, (weight.shape[-2], weight.shape[-1]))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 _AGAIN = "use the model that it was made for, or calibrate again"

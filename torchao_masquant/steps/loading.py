@@ -10,7 +10,7 @@ from typing import Mapping
 
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import base_first
+from torchao_masquant.calibration.request import base_first
 from torchao_masquant.config import MASQuantConfig
 from torchao_masquant.convert import placeholder_weight
 from torchao_masquant.expert_modules import MASQuantExperts

@@ -11,8 +11,9 @@ from typing import Callable, Mapping
 
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import base_first, solve
+from torchao_masquant.calibration.calibrate import solve
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
+from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.calibration.session import (
     CalibrationSession,
     MASQuantObservedLinear,
@@ -60,6 +61,7 @@ def plan_prepare(model: nn.Module, config: MASQuantConfig) -> Actions:
     # A session that has seen nothing yet may be that of a call that did not finish.
     done = {m for m in observed if m.session is session}
     selected = select_rest(model, config, done)
+    check_request(model, selected, modalities, config.options)
     if is_hooked(model):
         # Elsewhere values may still be loaded; these never are, but during calls.
         for name, weight in selected.weights.items():

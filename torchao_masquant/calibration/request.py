@@ -1,0 +1,211 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What is asked of a model, against its shapes, names and modalities: before any data."""
+
+import dataclasses
+import math
+from typing import Any, Iterable, Mapping, Optional, Sequence
+
+import torch
+from torch import nn
+
+from torchao_masquant.learning.blocks import decoder_blocks
+from torchao_masquant.modality import TEXT
+from torchao_masquant.routing import Router
+from torchao_masquant.selection import Selected, select
+from torchao_masquant.solver.methods import SolverOptions
+
+__all__ = ["base_first", "check_config", "check_request", "check_shapes"]
+
+# Of names in a message.
+_SHOWN = 3
+
+# What a group size is proposed among, the finest last.
+_GROUPS = (256, 128, 96, 64, 48, 32, 16, 8)
+
+
+def check_request(
+    model: nn.Module,
+    selected: Selected,
+    modalities: Sequence[str],
+    options: SolverOptions,
+) -> None:
+    """Raise where options do not suit a model, whatever the data may be.
+
+    Args:
+        model: whose weights may be on the meta device.
+        selected: what is quantized of it.
+        modalities: that it will meet, base first.
+        options: of the solution.
+
+    Raises:
+        ValueError: names the linears concerned, and a way out.
+    """
+    shapes = {n: (w.shape[-2], w.shape[-1]) for n, w in selected.weights.items()}
+    check_shapes(shapes, modalities, options)
+    if options.epochs:
+        first = next(iter(selected.experts), None)
+        if first is not None:
+            raise ValueError(
+                f"learning is for linears alone, and {first} is of experts: calibrate "
+                "with epochs=0, or exclude '*.experts.*'."
+            )
+        decoder_blocks(model, list(shapes))
+
+
+def check_config(
+    config: Any, model_class: Any, options: Mapping[str, Any], **given: Any
+) -> None:
+    """Raise where a model's config tells that it cannot be calibrated so.
+
+    Args:
+        config: of a transformers model.
+        model_class: auto class that makes the model; on the meta device, here.
+        options: of :func:`~torchao_masquant.calibrate`.
+        given: to ``from_config``.
+
+    Raises:
+        ValueError: as :func:`check_request`.
+        TypeError: an option is of the wrong type.
+    """
+    names = {field.name for field in dataclasses.fields(SolverOptions)}
+    solver = SolverOptions(**{n: v for n, v in options.items() if n in names})
+    with torch.device("meta"):
+        model = model_class.from_config(config, **given)
+    selected = select(model, options.get("include"), options.get("exclude"))
+    base = options.get("base_modality", TEXT)
+    modalities = base_first(model, base, options.get("modalities"))
+    check_request(
+        model, selected, Router.for_model(model, modalities).modalities, solver
+    )
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, int]],
+    modalities: Sequence[str],
+    options: SolverOptions,
+) -> None:
+    """The same as far as shapes and names tell.
+
+    Args:
+        shapes: name to (N, K) of each linear, and of each expert of a projection.
+        modalities: base first.
+        options: of the solution.
+
+    Raises:
+        ValueError: as :func:`check_request`.
+    """
+    _check_widths(shapes)
+    _check_groups(shapes, options)
+    _check_rank(shapes, options)
+    _check_weights(modalities, options)
+
+
+def base_first(
+    model: nn.Module, base_modality: str, modalities: Optional[Sequence[str]]
+) -> tuple[str, ...]:
+    """The modalities to calibrate for, base first.
+
+    Args:
+        model: its config, where it has one, declares what it can meet.
+        base_modality: must be one of them.
+        modalities: a choice among them; None for all.
+
+    Raises:
+        ValueError: the base is not among them, or one is named twice.
+        TypeError: they are no sequence of names.
+    """
+    if isinstance(modalities, str):
+        raise TypeError(
+            f"modalities are a sequence of names, got the string {modalities!r}: write "
+            f"({modalities!r},)."
+        )
+    if modalities is None:
+        modalities = Router.for_model(model).modalities
+    if not isinstance(modalities, Sequence) or not all(
+        isinstance(name, str) for name in modalities
+    ):
+        raise TypeError(
+            f"modalities are a sequence of names, such as ('text', 'vision'), got "
+            f"{modalities!r}."
+        )
+    names = tuple(modalities)
+    if len(set(names)) < len(names):
+        raise ValueError(f"modalities name one of {names} twice.")
+    if base_modality not in names:
+        raise ValueError(
+            f"base_modality {base_modality!r} is not one of the modalities {names}."
+        )
+    return (base_modality, *(m for m in names if m != base_modality))
+
+
+def _check_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
+    narrow = [name for name, (_, k) in shapes.items() if k < 2]
+    if narrow:
+        raise ValueError(
+            f"{_some(narrow, shapes)} too few input channels (1) to be quantized: "
+            "exclude them."
+        )
+
+
+def _check_groups(
+    shapes: Mapping[str, tuple[int, int]], options: SolverOptions
+) -> None:
+    size = options.bits.group_size
+    odd = [name for name, (_, k) in shapes.items() if size and k % size]
+    if not size or not odd:
+        return
+    widths = {k for _, k in shapes.values()}
+    common = math.gcd(*widths)
+    fits = [g for g in _GROUPS if common % g == 0]
+    nearest = sorted(fits, key=lambda g: abs(math.log(g / size)))[:2]
+    whose = "" if options.group_size else f", which scheme {options.scheme!r} has,"
+    of = {shapes[name][1] for name in odd}
+    way = (
+        f"give group_size={' or '.join(map(str, sorted(nearest)))}, which divides all"
+        if nearest
+        else f"no group size of 8 to 256 divides all of {_numbers(widths)}"
+    )
+    raise ValueError(
+        f"group_size={size}{whose} does not divide the input width ({_numbers(of)}) of "
+        f"{_some(odd, shapes, verb=False)}: {way}, or exclude them."
+    )
+
+
+def _check_rank(shapes: Mapping[str, tuple[int, int]], options: SolverOptions) -> None:
+    if not options.parts.per_modality or not isinstance(options.rank, int):
+        return
+    largest = max(min(shape) for shape in shapes.values())
+    if options.rank > largest:
+        raise ValueError(
+            f"rank={options.rank} is larger than min(N, K) of every linear, {largest} "
+            f"at most: give a rank below that, or a share such as 0.05."
+        )
+
+
+def _check_weights(modalities: Sequence[str], options: SolverOptions) -> None:
+    unknown = [n for n in options.modality_weights or {} if n not in modalities]
+    if unknown:
+        raise ValueError(
+            f"modality_weights name {', '.join(map(repr, unknown))}, and the modalities "
+            f"are {', '.join(map(repr, modalities))}."
+        )
+    if not any(options.weights_of(modalities)):
+        raise ValueError(
+            "modality_weights are zero for every modality: nothing would be solved for."
+        )
+
+
+def _some(names: Sequence[str], of: Mapping[str, object], verb: bool = True) -> str:
+    """How many, and the first few."""
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    have = (" has" if len(names) == 1 else " have") if verb else ""
+    return f"{len(names)} of {len(of)} linears ({shown}){have}"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    found = [str(value) for value in sorted(values)]
+    return " and ".join([", ".join(found[:-1]), found[-1]] if found[1:] else found)
