@@ -21,7 +21,7 @@ from torchao.quantization.quant_api import _is_linear
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from torchao_masquant.calibration.calibrate import base_first, solve
+from torchao_masquant.calibration.calibrate import base_first, library_versions, solve
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.session import (
     CalibrationSession,
@@ -168,6 +168,14 @@ class MASQuantConfig(AOBaseConfig):
         return getattr(self, "_loaded_recipe", None)
 
     @property
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint tells of the calibration, and of the libraries."""
+        recipe = self.loaded_recipe
+        if recipe is None:
+            return {"versions": library_versions()}
+        return {"versions": recipe.versions, **recipe.description}
+
+    @property
     def options(self) -> SolverOptions:
         """Options of the solution."""
         names = [field.name for field in dataclasses.fields(SolverOptions)]
@@ -297,7 +305,7 @@ _OBSERVED = (MASQuantObservedLinear, MASQuantObservedExperts)
 def _attach(model: nn.Module, config: MASQuantConfig, plan: _Plan) -> None:
     """Let a transformers model that is being quantized save itself."""
     if config.step == QuantizationStep.CONVERT:
-        attach_to_transformers(model, plan.targets, config.options)
+        attach_to_transformers(model, plan.targets, config.options, config.description)
     elif config.step == QuantizationStep.PREPARE_FOR_LOADING:
         attach_to_transformers(model)
 

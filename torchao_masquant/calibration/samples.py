@@ -11,8 +11,8 @@ from typing import Any, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
 
 __all__ = ["MODALITY_IDS", "run_samples"]
@@ -47,8 +47,7 @@ def run_samples(
     """
     takes_ids = MODALITY_IDS in inspect.signature(model.forward).parameters
     count = 0
-    # disable=None: quiet where standard error is no terminal.
-    bar = tqdm(samples, desc=description, disable=None if progress else True)
+    bar = progress_bar(samples, desc=description, show=progress)
     with torch.no_grad(), _evaluation_mode(model):
         for count, sample in enumerate(bar, start=1):
             _check(model, sample, count - 1)

@@ -8,9 +8,9 @@
 import argparse
 import difflib
 import importlib
-from typing import Any, Callable, Iterable, Optional, Sequence
+from typing import Any, Callable, Iterable, NoReturn, Optional, Sequence
 
-__all__ = ["CommandParser", "LazyCommand", "MainParser"]
+__all__ = ["CommandParser", "LazyCommand", "MainParser", "add_output_options"]
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -33,6 +33,11 @@ class MainParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", _Formatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """End with 2 and one line: what is wrong, and where the options are."""
+        text = message if message.endswith((".", "?", "!")) else f"{message}."
+        self.exit(2, f"error: {text} '{self.prog} --help' says more.\n")
 
     # Any: argparse's own signatures differ between its overloads.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -80,11 +85,27 @@ class CommandParser(MainParser):
         """Add arguments when this parser is first used, and not before."""
         self._deferred = add_arguments
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def complete(self) -> None:
+        """Add the arguments that wait."""
         if self._deferred is not None:
             add_arguments, self._deferred = self._deferred, None
             add_arguments(self)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.complete()
         return super().parse_known_args(args, namespace)
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that writes."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write over what this command has written before; nothing else ever is",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print what was written as JSON"
+    )
 
 
 class LazyCommand:

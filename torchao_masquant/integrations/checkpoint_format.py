@@ -33,6 +33,7 @@ from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import PROJECTIONS, projections
 from torchao_masquant.integrations.layer_format import PARTS, LayerFormat
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.outputs import QUANT_METHOD
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -47,7 +48,6 @@ __all__ = [
     "stored_part",
 ]
 
-QUANT_METHOD = "masquant"
 #: Of linears alone.
 FORMAT_VERSION = 1
 _WITH_EXPERTS = 2
@@ -100,11 +100,14 @@ class CheckpointFormat:
             weight.
         options: name of a linear to the options that it was solved with, where they
             are known.
+        description: of the calibration, see :class:`~torchao_masquant.Recipe`, and
+            "versions" of the libraries; empty where nothing is known.
     """
 
     dtype: str
     layers: dict[str, LayerFormat]
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -177,10 +180,12 @@ class CheckpointFormat:
                 "format": _index(formats, layer),
                 "options": None if option is None else _index(options, option),
             }
+        about = {"description": self.description} if self.description else {}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": self.version,
             "dtype": self.dtype,
+            **about,
             "formats": [entry.to_json() for entry in formats],
             "options": options,
             "layers": layers,
@@ -222,12 +227,15 @@ class CheckpointFormat:
                     known[name] = dict(_pick(options, numbers, "options", name))
             if not layers:
                 raise ValueError("no linear is named")
+            description = entry.get("description", {})
+            if not isinstance(description, dict):
+                raise ValueError("the description is a dict")
         except ValueError as error:
             raise ValueError(
                 "the quantization_config of the checkpoint's config.json is damaged: "
                 f"{str(error).rstrip('.')}; download or save the checkpoint again."
             ) from error
-        return cls(str(dtype), layers, known)
+        return cls(str(dtype), layers, known, dict(description))
 
 
 def flatten_state_dict(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,12 @@ from torch import nn
 from torchao_masquant.integrations.attachment import attach_to_transformers
 from torchao_masquant.integrations.checkpoint_format import quantized_modules
 from torchao_masquant.integrations.exchange import exchange
+from torchao_masquant.integrations.model_card import (
+    CARD,
+    is_model_card,
+    write_model_card,
+)
+from torchao_masquant.outputs import check_folder
 
 __all__ = ["save_quantized"]
 
@@ -36,27 +42,26 @@ def save_quantized(
     at the end; an error or an interruption before that leaves ``folder`` as it was. A
     process that is killed leaves the temporary folder, too: ``.NAME.`` and eight
     characters, to be deleted. What else lies in ``folder``, such as a processor, stays
-    there.
+    there; a README.md that tells how the model was made is written where there is none.
 
     Args:
         model: a quantized transformers model.
         folder: made where missing, together with its parents.
         beside: folder of the original model, whose other files (its processor and
-            tokenizer, no weights, no folders) are copied along.
+            tokenizer, no weights, no folders, no README.md) are copied along.
         **options: of ``save_pretrained``, such as ``max_shard_size``.
 
     Raises:
         TypeError: it is no transformers model.
-        ValueError: it is not quantized, or another method has quantized it too.
+        ValueError: it is not quantized, or another method has quantized it too; a model
+            that is not ours lies in ``folder``.
         OSError: ``folder`` cannot be written.
     """
     _check_model(model)
     # Where a link leads: the link itself stays.
     target = Path(os.path.realpath(folder))
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(
-            f"cannot save to {os.fspath(folder)!r}: it is a file; give a folder."
-        )
+    sources = () if beside is None else (beside,)
+    check_folder(folder, beside_others=True, sources=sources)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -69,6 +74,9 @@ def save_quantized(
         # save_pretrained(push_to_hub=True) names the repository after it.
         new = temporary / "new" / target.name
         model.save_pretrained(new, **options)  # type: ignore[operator]
+        card = target / CARD
+        if not card.exists() or is_model_card(card):
+            write_model_card(new, None if beside is None else Path(beside))
         if beside is not None:
             _copy_files(Path(beside), new)
         if target.exists():
@@ -116,6 +124,9 @@ def _copy_files(original: Path, new: Path) -> None:
     """Put the original model's files that were not written anew beside what was."""
     for path in sorted(original.iterdir()):
         if path.name.startswith(".") or not path.is_file() or _holds_weights(path):
+            continue
+        # It tells of another model.
+        if path.name == CARD:
             continue
         if not (new / path.name).exists():
             shutil.copy2(path, new / path.name)

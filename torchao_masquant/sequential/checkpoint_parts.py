@@ -9,11 +9,12 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import safetensors
 import torch
 
+from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     flatten_state_dict,
@@ -21,6 +22,7 @@ from torchao_masquant.integrations.checkpoint_format import (
 )
 from torchao_masquant.integrations.hf_config import MASQuantHfConfig
 from torchao_masquant.integrations.layer_format import LayerFormat
+from torchao_masquant.integrations.model_card import write_model_card
 from torchao_masquant.sequential.block_store import BlockStore
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.sequential.durable import sync_folder
@@ -107,6 +109,7 @@ def assemble(
     store: BlockStore,
     parts: Sequence[str],
     options: SolverOptions,
+    description: Mapping[str, Any],
     extra: Mapping[str, str],
 ) -> Path:
     """A folder that ``from_pretrained`` loads, from finished parts.
@@ -116,6 +119,7 @@ def assemble(
     Args:
         parts: names of all of them.
         options: that all linears were solved with.
+        description: of the calibration, see :class:`~torchao_masquant.Recipe`.
         extra: name to text of other files to write.
 
     Returns:
@@ -139,6 +143,7 @@ def assemble(
     formats = store.formats(parts)
     known = {name: options for name in formats}
     checkpoint = CheckpointFormat.described(model.dtype, formats, known)
+    checkpoint.description = {"versions": library_versions(), **description}
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.quantization_config = MASQuantHfConfig.of_checkpoint(checkpoint)
@@ -148,6 +153,7 @@ def assemble(
     for path in _companions(disk.folder):
         if not (folder / path.name).exists():
             shutil.copy2(path, folder / path.name)
+    write_model_card(folder, disk.folder)
     for name, text in extra.items():
         (folder / name).write_text(text)
     for path in folder.iterdir():

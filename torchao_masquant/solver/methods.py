@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence, Union
 
 from torchao_masquant.schemes import Scheme, get_scheme
-from torchao_masquant.solver.compensation import resolve_rank
 
 __all__ = [
     "ALPHAS",
@@ -142,6 +141,9 @@ class SolverOptions:
         for name in ("alpha", "separation"):
             self._check_share(name, getattr(self, name))
         if self.rank != AUTO:
+            # The command line names methods without importing torch.
+            from torchao_masquant.solver.compensation import resolve_rank
+
             resolve_rank(self.rank, 1, 1)  # type: ignore[arg-type]
         if self.group_size is not None:
             if type(self.group_size) is not int:
