@@ -85,6 +85,9 @@ def test_a_typo_gets_advice(capsys, arguments, advice):
         ["quantize", "m", "-o", "out", "--rtn", "w8a8", "--alpha", "0.5"],
         ["quantize", "m", "-o", "out", "--rtn", "w8a8", "--sequential"],
         ["quantize", "m", "d", "-o", "out", "--max-hours", "2"],
+        ["quantize", "m", "-o", "out", "--rtn", "w8a8", "--max-shard-size", "2XB"],
+        ["quantize", "m", "d", "-o", "out", "--include", "re:["],
+        ["quantize", "m", "d", "more", "-o", "out"],
         ["analyze", "m", "d", "--alpha", "2"],
         ["analyze", "m", "d", "--ranks", "0,3"],
         ["bench", "m", "q", "--tokens", "0"],
@@ -108,6 +111,11 @@ def test_wrong_arguments_end_with_two(capsys, monkeypatch, tmp_path, arguments):
         assert line.startswith("error: ") and line.endswith(".")
 
 
+def test_data_may_stand_behind_options(capsys, tmp_path):
+    said = refused(capsys, "quantize", tmp_path / "m", "-o", tmp_path / "q", "d")
+    assert "there is no folder" in said
+
+
 def test_without_arguments_the_commands_are_listed(capsys):
     with pytest.raises(SystemExit):
         run()
@@ -126,8 +134,6 @@ def test_help_shows_examples(capsys, command):
     assert f"masquant {command} " in out.partition("examples:")[2]
     described = out.partition("positional arguments:")[2] or out
     assert max(map(len, described.splitlines())) <= 90
-
-
 
 
 # One sentence

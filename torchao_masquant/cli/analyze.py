@@ -18,6 +18,7 @@ from torchao_masquant.cli.models import (
     load_model,
     model_folder,
     read_paths,
+    resolve_device,
 )
 from torchao_masquant.cli.parser import add_output_options
 from torchao_masquant.cli.samples import (
@@ -128,6 +129,7 @@ def main(arguments: argparse.Namespace) -> int:
             "max_statistics_bytes",
         )
     }
+    resolve_device(arguments.device)
     config = load_config(arguments.model, arguments.trust_remote_code)
     check_analysis(config, arguments)
     samples = calibration_samples(arguments, config)

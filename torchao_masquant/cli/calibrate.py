@@ -27,6 +27,7 @@ from torchao_masquant.cli.models import (
     load_model,
     model_folder,
     read_paths,
+    resolve_device,
 )
 from torchao_masquant.cli.parser import add_output_options
 from torchao_masquant.cli.samples import (
@@ -100,9 +101,10 @@ def main(arguments: argparse.Namespace) -> int:
     """
     start = time.perf_counter()
     _check_usage(arguments)
-    _check_outputs(arguments)
     options = calibration_options(arguments)
+    _check_outputs(arguments)
     # What is wrong with the data is told before minutes go into the model.
+    resolve_device(arguments.device)
     config = load_config(arguments.model, arguments.trust_remote_code)
     check_calibration(config, arguments, options)
     samples = calibration_samples(arguments, config)

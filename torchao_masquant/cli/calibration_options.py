@@ -7,6 +7,7 @@
 
 import argparse
 import dataclasses
+import re
 from typing import Any, Union
 
 from torchao_masquant.cli.ending import UsageError
@@ -73,11 +74,23 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _pattern(text: str) -> str:
+    if text.startswith("re:"):
+        try:
+            re.compile(text.removeprefix("re:"))
+        except re.error as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no regular expression: {error}."
+            ) from None
+    return text
+
+
 def add_patterns(parser: argparse.ArgumentParser) -> None:
     """Which linears."""
     parser.add_argument(
         "--include",
         action="append",
+        type=_pattern,
         metavar="PATTERN",
         help="names of the linears to quantize, '*.mlp.*' or 're:...', in place of all "
         "of the decoder; may be given again",
@@ -85,6 +98,7 @@ def add_patterns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude",
         action="append",
+        type=_pattern,
         metavar="PATTERN",
         help="names to leave out; may be given again",
     )

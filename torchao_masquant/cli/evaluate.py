@@ -18,6 +18,7 @@ from torchao_masquant.cli.models import (
     load_model,
     model_folder,
     read_paths,
+    resolve_device,
 )
 from torchao_masquant.cli.parser import add_output_options
 from torchao_masquant.cli.samples import (
@@ -90,6 +91,7 @@ def main(arguments: argparse.Namespace) -> int:
     from torchao_masquant.evaluation import evaluate
     from torchao_masquant.integrations.model_card import add_scores
 
+    resolve_device(arguments.device)
     config = load_config(arguments.model, arguments.trust_remote_code)
     tasks = evaluation_tasks(arguments, config)
     other = None

@@ -121,7 +121,9 @@ def _made_from(about: "Mapping[str, Any]") -> str:
         counts = tokens.items() if isinstance(tokens, dict) else ()
         of = ", ".join(f"{count} {modality}" for modality, count in counts)
         parts.append(f"{about['samples']} samples{f' ({of} tokens)' if of else ''}")
-    return f"Calibrated {', '.join(parts)}."
+    text = f"Calibrated {', '.join(parts)}."
+    # A file may be anybody's.
+    return "".join(c for c in text if c.isprintable())
 
 
 def _ranks(lines: "Sequence[LinearLine]") -> str:

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 
+from torchao_masquant.cli.ending import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -77,7 +79,8 @@ def resolve_device(name: str) -> "torch.device":
     """A device that is there.
 
     Raises:
-        ValueError: there is no such device.
+        UsageError: it is no name of a device.
+        ValueError: there is no such device here.
     """
     import torch
 
@@ -86,6 +89,11 @@ def resolve_device(name: str) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--device {name!r} is no device: give such as cpu, cuda, cuda:1 or auto."
+        ) from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -42,10 +42,15 @@ class MainParser(argparse.ArgumentParser):
     # Any: argparse's own signatures differ between its overloads.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = super().parse_known_args(args, namespace)
+        unknown = self._left_over(parsed, unknown)
         # Here, and not where argparse does it: the command knows its options.
         if unknown:
             self.error(self._unrecognized(unknown))
         return parsed, unknown
+
+    def _left_over(self, parsed: Any, unknown: list[str]) -> list[str]:
+        """What none of the arguments takes."""
+        return unknown
 
     def _unrecognized(self, unknown: Sequence[str]) -> str:
         message = f"unrecognized arguments: {' '.join(unknown)}"
@@ -94,6 +99,20 @@ class CommandParser(MainParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.complete()
         return super().parse_known_args(args, namespace)
+
+    def _left_over(self, parsed: Any, unknown: list[str]) -> list[str]:
+        # argparse gives an optional argument up where an option comes before it.
+        for action in self._get_positional_actions():
+            if (
+                action.nargs == argparse.OPTIONAL
+                and getattr(parsed, action.dest) is None
+            ):
+                for word in unknown:
+                    if not word.startswith("-"):
+                        setattr(parsed, action.dest, self._get_value(action, word))
+                        unknown.remove(word)
+                        break
+        return unknown
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torchao_masquant.cli.models import (
     load_model,
     model_folder,
     read_paths,
+    resolve_device,
 )
 from torchao_masquant.cli.parser import add_output_options
 from torchao_masquant.cli.samples import (
@@ -70,6 +72,12 @@ then, in Python:
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.py", "README.md"]
 
 
+def _size(text: str) -> str:
+    if re.fullmatch(r"[0-9]*\.?[0-9]+ *[KMGT]B", text.strip(), re.I) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 2GB or 500MB.")
+    return text.strip()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the quantization."""
     parser.epilog = f"{DATA_FORMS}\n{_EXAMPLES}"
@@ -99,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_options(parser)
     parser.add_argument(
         "--max-shard-size",
+        type=_size,
         metavar="SIZE",
         help="of one file, such as 2GB; transformers' default where it is not given",
     )
@@ -115,6 +124,7 @@ def main(arguments: argparse.Namespace) -> int:
         Exit code.
     """
     _check_usage(arguments)
+    options = {} if arguments.data is None else calibration_options(arguments)
     check_folder(
         arguments.output,
         # A finished one is known again by --sequential, which is then done at once.
@@ -123,10 +133,11 @@ def main(arguments: argparse.Namespace) -> int:
             model_folder(arguments.model), arguments.data, arguments.recipe
         ),
     )
+    resolve_device(arguments.device)
     if arguments.data is None:
         _quantize_while_loading(arguments)
     else:
-        _calibrate_and_quantize(arguments)
+        _calibrate_and_quantize(arguments, options)
     if not is_first_process():
         return 0
     from torchao_masquant.cli.description import describe_checkpoint
@@ -199,8 +210,9 @@ def _quantize_while_loading(arguments: argparse.Namespace) -> None:
     _save(model, arguments)
 
 
-def _calibrate_and_quantize(arguments: argparse.Namespace) -> None:
-    options = calibration_options(arguments)
+def _calibrate_and_quantize(
+    arguments: argparse.Namespace, options: dict[str, Any]
+) -> None:
     config = load_config(arguments.model, arguments.trust_remote_code)
     check_calibration(config, arguments, options)
     samples = calibration_samples(arguments, config)

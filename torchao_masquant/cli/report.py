@@ -60,6 +60,11 @@ def main(arguments: argparse.Namespace) -> int:
         OSError: something is missing or cannot be written.
         ValueError: something is damaged.
     """
+    from torchao_masquant.report.page import write_page
+    from torchao_masquant.report.sources import read_sources
+    from torchao_masquant.report.wording import byte_size, joined
+
+    sources = read_sources(arguments.sources)
     check_file(
         arguments.output,
         "page",
@@ -70,11 +75,6 @@ def main(arguments: argparse.Namespace) -> int:
         for path in arguments.png.glob("*.png"):
             if kind_of(path) == "figure":
                 check_file(path, "figure", overwrite=arguments.overwrite)
-    from torchao_masquant.report.page import write_page
-    from torchao_masquant.report.sources import read_sources
-    from torchao_masquant.report.wording import byte_size, joined
-
-    sources = read_sources(arguments.sources)
     report = write_page(arguments.output, sources, arguments.title, arguments.png)
     if arguments.json:
         print(json.dumps(_as_json(report), indent=2))
