@@ -17,6 +17,8 @@ __all__ = ["LogLines", "progress_bar"]
 #: between two lines in a log, in seconds, and before the first
 _INTERVAL = 30.0
 
+_clock = time.monotonic
+
 
 class LogLines(plain_tqdm):
     """tqdm for a file: whole lines, none of what is done within half a minute."""
@@ -24,18 +26,18 @@ class LogLines(plain_tqdm):
     disable: bool
 
     def __init__(self, *args: Any, **options: Any):
-        self._told = time.monotonic()
+        self._told = _clock()
         options.update(
             disable=False,
-            # Otherwise it is a multiple of the iterations between two lines.
+            # Every step asks whether it is time for a line.
             miniters=1,
-            mininterval=_INTERVAL,
+            mininterval=0,
             bar_format="{desc}{n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left",
         )
         super().__init__(*args, **options)
 
     def display(self, *args: Any, **options: Any) -> None:
-        now = time.monotonic()
+        now = _clock()
         if now - self._told >= _INTERVAL:
             self._told = now
             self.fp.write(f"{self}\n")

@@ -172,7 +172,7 @@ def unloaded(monkeypatch):
         (["--modalities", "text,audio"], "not audio"),
         (["--base-modality", "audio"], "'audio' is not one of the modalities"),
         (["--modality-weights", "smell=1"], "'smell', and the modalities are text"),
-        (["--group-size", "24"], "13 more linears"),
+        (["--group-size", "24"], "11 more linears"),
         (["--scheme", "w4a16"], "group_size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from torchao_masquant import MASQuantConfig, Recipe, save_quantized
+from torchao_masquant import Recipe, save_quantized
 from torchao_masquant.__main__ import main
 from torchao_masquant.outputs import check_file, check_folder, kind_of
 from torchao_masquant.testing import model_folders
@@ -282,13 +282,10 @@ def test_scores_are_shown_before_they_are_written(model, tmp_path, capsys, monke
 
 
 def test_from_python_no_model_is_written_over(made, model):
-    from torchao.quantization import quantize_
-
     from torchao_masquant.evaluation import Evaluation
 
     before = contents(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    quantize_(loaded, MASQuantConfig(step="convert", scheme="w8a8", method="rtn"))
+    loaded = AutoModelForCausalLM.from_pretrained(made / "quantized")
     with pytest.raises(ValueError, match="holds no quantized model"):
         save_quantized(loaded, model)
     with pytest.raises(ValueError, match="lies in what is read"):

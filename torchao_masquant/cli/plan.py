@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine",
         default="cpu",
         metavar="NAME|JSON",
-        help="cpu, a100, h100 ... or a file of benchmarks/plan_constants.py "
+        help="cpu, a100, h100, h200, or a file of benchmarks/plan_constants.py "
         "(default: %(default)s)",
     )
     parser.add_argument(

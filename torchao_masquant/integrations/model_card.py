@@ -31,18 +31,19 @@ def is_model_card(path: Path) -> bool:
     return path.is_file() and _MARK in path.read_text("utf-8", errors="replace")
 
 
-def write_model_card(folder: Path, original: Optional[Path]) -> None:
+def write_model_card(folder: Path, original: Optional[Path], name: str) -> None:
     """Write the README.md of a quantized model that is saved.
 
     Args:
         folder: with its config.json.
         original: folder of the model before it was quantized; None where it is not known.
+        name: that the folder will have.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     checkpoint = CheckpointFormat.from_json(config["quantization_config"])
     about = checkpoint.description
     base = _name_of(original) or about.get("model")
-    text = _text(folder.name, config, checkpoint, base)
+    text = _text(name, config, checkpoint, base)
     (folder / CARD).write_text(f"{_metadata(original, base)}\n{text}", "utf-8")
 
 

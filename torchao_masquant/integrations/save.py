@@ -76,7 +76,7 @@ def save_quantized(
         model.save_pretrained(new, **options)  # type: ignore[operator]
         card = target / CARD
         if not card.exists() or is_model_card(card):
-            write_model_card(new, None if beside is None else Path(beside))
+            write_model_card(new, None if beside is None else Path(beside), target.name)
         if beside is not None:
             _copy_files(Path(beside), new)
         if target.exists():

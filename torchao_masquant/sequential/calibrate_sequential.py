@@ -772,6 +772,7 @@ class _Run:
                 [*others, *parts],
                 self.options,
                 self.description,
+                target.name,
                 {_ORIGIN: json.dumps({"digest": digest})},
             )
             if target.exists():

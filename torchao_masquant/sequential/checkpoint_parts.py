@@ -110,6 +110,7 @@ def assemble(
     parts: Sequence[str],
     options: SolverOptions,
     description: Mapping[str, Any],
+    called: str,
     extra: Mapping[str, str],
 ) -> Path:
     """A folder that ``from_pretrained`` loads, from finished parts.
@@ -120,6 +121,7 @@ def assemble(
         parts: names of all of them.
         options: that all linears were solved with.
         description: of the calibration, see :class:`~torchao_masquant.Recipe`.
+        called: what the folder will be.
         extra: name to text of other files to write.
 
     Returns:
@@ -153,7 +155,7 @@ def assemble(
     for path in _companions(disk.folder):
         if not (folder / path.name).exists():
             shutil.copy2(path, folder / path.name)
-    write_model_card(folder, disk.folder)
+    write_model_card(folder, disk.folder, called)
     for name, text in extra.items():
         (folder / name).write_text(text)
     for path in folder.iterdir():
