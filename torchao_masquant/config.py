@@ -14,6 +14,7 @@ from typing import Any, Mapping, Optional, Sequence, Union
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
+from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.modality import TEXT
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.selection import (
@@ -164,6 +165,14 @@ class MASQuantConfig(AOBaseConfig):
     def loaded_recipe(self) -> Optional[Recipe]:
         """The recipe itself, where ``recipe`` may be its path."""
         return self._loaded_recipe
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint tells of the calibration, and of the libraries."""
+        recipe = self.loaded_recipe
+        if recipe is None:
+            return {"versions": library_versions()}
+        return {"versions": recipe.versions, **recipe.description}
 
     @property
     def options(self) -> SolverOptions:

@@ -17,6 +17,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from torchao_masquant.outputs import RECIPE_FORMAT, check_file
 from torchao_masquant.replacing import replacing
 from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.methods import SolverOptions
@@ -25,12 +26,12 @@ from torchao_masquant.tensor_subclasses import MASQuantTensor
 __all__ = [
     "LayerRecipe",
     "Recipe",
+    "described",
     "join_recipes",
     "read_header",
     "weight_fingerprint",
 ]
 
-_FORMAT = "torchao_masquant.recipe"
 # 3 where there are weights of experts, which readers of 2 alone do not know.
 _FORMAT_VERSIONS = (2, 3)
 _TENSORS = (
@@ -344,12 +345,16 @@ class Recipe:
         layers: name of a linear in the model, or of a parameter that holds the weights
             of experts, to its part.
         versions: of the libraries that made it.
+        description: what it was made from, for people: "samples", how many; "tokens",
+            modality to how many; and, where the command line made it, "model" and
+            "data", their names. JSON.
     """
 
     options: SolverOptions
     modalities: tuple[str, ...]
     layers: dict[str, LayerRecipe]
     versions: dict[str, str] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():
@@ -383,16 +388,19 @@ class Recipe:
         )
 
     def save(self, path: Union[str, os.PathLike]) -> None:
-        """Write one safetensors file; a file of that name is replaced whole.
+        """Write one safetensors file; a recipe of that name is replaced whole.
 
         Raises:
             FileNotFoundError: the folder of ``path`` does not exist.
+            ValueError: a file that is no recipe is there, such as a model's weights.
         """
         path = Path(path)
+        check_file(path, "recipe")
         header = {
             "options": self.options.stored(),
             "modalities": self.modalities,
             "versions": self.versions,
+            "description": self.description,
             "layers": {
                 name: {
                     "shape": layer.shape,
@@ -412,11 +420,6 @@ class Recipe:
                     tensor = tensor.clone()
                 storages.add(tensor.untyped_storage().data_ptr())
                 tensors[f"{name}.{key}"] = tensor
-        if not path.parent.is_dir():
-            raise FileNotFoundError(
-                f"cannot write {os.fspath(path)!r}: there is no folder "
-                f"{os.fspath(path.parent)!r}."
-            )
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=_metadata(header))
 
@@ -442,6 +445,7 @@ class Recipe:
                         for name, entry in header["layers"].items()
                     },
                     versions=header["versions"],
+                    description=described(header),
                 )
         except _UnreadableError:
             raise
@@ -460,7 +464,10 @@ class Recipe:
 
 
 def join_recipes(
-    parts: Sequence[Path], path: Path, metadata: Mapping[str, str]
+    parts: Sequence[Path],
+    path: Path,
+    metadata: Mapping[str, str],
+    description: Mapping[str, Any],
 ) -> None:
     """Write one recipe's file from those of its parts, without holding them in memory.
 
@@ -470,6 +477,7 @@ def join_recipes(
         parts: files of recipes of one calibration, for different linears.
         path: a file of that name is replaced whole.
         metadata: more for the file's header.
+        description: of the whole, see :class:`Recipe`.
 
     Raises:
         ValueError: a part is no recipe.
@@ -485,6 +493,7 @@ def join_recipes(
                 "layers": {**whole.get("layers", {}), **header["layers"]},
             }
             tensors |= {name: file.get_tensor(name) for name in file.keys()}
+    whole["description"] = dict(description)
     layers = whole.get("layers", {})
     whole["layers"] = dict(sorted(layers.items(), key=lambda n: len(n[1]["shape"])))
     with replacing(path) as temporary:
@@ -494,7 +503,7 @@ def join_recipes(
 def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
     experts = any(len(layer["shape"]) == 3 for layer in header["layers"].values())
     return {
-        "format": _FORMAT,
+        "format": RECIPE_FORMAT,
         "format_version": str(_FORMAT_VERSIONS[experts]),
         "recipe": json.dumps(header),
     }
@@ -528,7 +537,7 @@ def read_header(path: Union[str, os.PathLike]) -> tuple[int, dict[str, Any]]:
 def _header(
     path: Union[str, os.PathLike], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") != RECIPE_FORMAT:
         raise _UnreadableError(
             f"{os.fspath(path)!r} is a safetensors file, but no MASQuant recipe."
         )
@@ -546,6 +555,14 @@ def _header(
         if not isinstance(header[key], dict):
             raise ValueError(f"{key} is a dict, got {type(header[key]).__name__}")
     return header
+
+
+def described(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The description in a header, of which older ones have none."""
+    found = header.get("description", {})
+    if not isinstance(found, dict):
+        raise ValueError(f"description is a dict, got {type(found).__name__}")
+    return found
 
 
 def _modalities(names: Any) -> tuple[str, ...]:

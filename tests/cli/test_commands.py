@@ -63,8 +63,8 @@ def test_each_step_follows_the_one_before(
 
     told = printed(capsys, "quantize", model, "--recipe", recipe, "-o", out)
     assert told["schemes"] == ["w4a8"] and told["methods"] == ["masquant"]
-    # The processor comes along, the original weights do not.
-    names = {path.name for path in model.iterdir()}
+    # The processor comes along, the original weights do not; and a model card.
+    names = {path.name for path in model.iterdir()} | {"README.md"}
     assert {path.name for path in out.iterdir()} == names
     assert "processor_config.json" in names
 

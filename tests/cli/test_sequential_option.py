@@ -151,11 +151,19 @@ def test_two_processes(saved, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "are required: -o/--output\n"),
+        ([], "are required: -o/--output.\n"),
         (["--sequential"], "are required: -o/--output or --quantized"),
         (["-o", "r", "--quantized", "q"], "--quantized goes with --sequential"),
         (["-o", "r", "--max-hours", "2"], "--max-hours goes with --sequential"),
         (["-o", "r", "--activations", "disk"], "--activations goes with"),
+        (
+            ["--sequential", "-o", "r", "--modality-weights", "measure"],
+            "which --sequential never holds",
+        ),
+        (
+            ["--sequential", "-o", "r", "--trust-remote-code"],
+            "transformers' own classes alone",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -178,11 +186,6 @@ def test_processes_without_it_are_refused(vision, capsys, monkeypatch):
     [
         (["--quantized", "/no/such/folder"], "there is no folder '/no/such'"),
         (["--quantized", "q", "--max-memory-gib", "0.1"], "GiB of memory"),
-        (
-            ["-o", "r", "--modality-weights", "measure"],
-            "which --sequential never holds",
-        ),
-        (["-o", "r", "--trust-remote-code"], "transformers' own classes alone"),
         (["-o", "r", "--exclude", "*.none"], "matches no linear"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

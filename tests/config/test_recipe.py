@@ -180,6 +180,10 @@ def test_files_that_are_no_recipe(recipe, tmp_path):
         ValueError, match="is a safetensors file, but no MASQuant recipe"
     ):
         Recipe.load(path)
+    # Whatever it is, it is not written over.
+    with pytest.raises(ValueError, match="is no recipe, so it is not written over"):
+        recipe.save(path)
+    path.unlink()
     recipe.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

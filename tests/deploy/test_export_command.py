@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import batch, quantized, qwen25_vl
 
-import torchao_masquant.deploy.main as command
+import torchao_masquant.deploy as deploy
 from torchao_masquant import MASQuantLinear, save_quantized
 from torchao_masquant.__main__ import main
 
@@ -42,7 +42,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         (folder / "decoder.pt2").write_bytes(b"12345")
         return folder
 
-    monkeypatch.setattr(command, "export_decoder", export)
+    monkeypatch.setattr(deploy, "export_decoder", export)
     return calls
 
 

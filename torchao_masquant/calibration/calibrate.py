@@ -12,7 +12,6 @@ from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.passes import (
     MAX_STATISTICS_BYTES,
@@ -27,6 +26,7 @@ from torchao_masquant.in_memory import check_in_memory
 from torchao_masquant.learning import learn
 from torchao_masquant.learning.published import PublishedTask
 from torchao_masquant.modality import TEXT
+from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Patterns, select
@@ -209,6 +209,7 @@ def calibrate(
             check_session(session, options)
             factors = learned_factors(model, data, session, options, progress=progress)
         layers: dict[str, LayerRecipe] = {}
+        count, tokens = 0, dict.fromkeys(router.modalities, 0)
         for index, names in enumerate(passes, start=1):
             session = CalibrationSession(
                 {name: linears[name] for name in names if name in linears},
@@ -218,13 +219,14 @@ def calibrate(
             )
             of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
             with session.observing(model):
-                run_samples(
+                count = run_samples(
                     model,
                     data,
                     router,
                     progress=progress,
                     description=f"Calibrating{of}",
                 )
+            tokens = {m: max(n, _tokens(session, m)) for m, n in tokens.items()}
             layers |= solve(
                 session,
                 options,
@@ -239,7 +241,19 @@ def calibrate(
             modalities=router.modalities,
             layers={name: layers[name] for name in (*linears, *experts)},
             versions=library_versions(),
+            description={"samples": count, "tokens": tokens},
         )
+
+
+def _tokens(session: CalibrationSession, modality: str) -> int:
+    """How many of a modality the linear met that met most."""
+    counts = (
+        moments.count
+        for statistics in session.statistics.values()
+        for name, moments in zip(statistics.modalities, statistics.moments)
+        if name == modality
+    )
+    return max(counts, default=0)
 
 
 def solve(
@@ -281,10 +295,7 @@ def solve(
             options,
             progress=progress,
         )
-    # disable=None: quiet where standard error is no terminal.
-    for weights, leader in tqdm(
-        groups, desc="Solving", disable=None if progress else True
-    ):
+    for weights, leader in progress_bar(groups, desc="Solving", show=progress):
         layers |= solve_group(
             weights,
             session.statistics[leader],
@@ -293,10 +304,10 @@ def solve(
             factors=factors,
             spend_statistics=spend_statistics,
         )
-    for name, experts in tqdm(
+    for name, experts in progress_bar(
         session.experts.items(),
         desc="Solving experts",
-        disable=None if progress and session.experts else True,
+        show=progress and bool(session.experts),
     ):
         layers[name] = solve_experts(
             name,

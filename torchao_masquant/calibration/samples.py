@@ -11,10 +11,10 @@ from typing import Any, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.sample_checks import check_sample, check_samples
 from torchao_masquant.model_parts import token_reader
+from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
 
 __all__ = ["MODALITY_IDS", "run_samples"]
@@ -52,8 +52,7 @@ def run_samples(
     reader = token_reader(model)
     takes_ids = MODALITY_IDS in inspect.signature(reader.forward).parameters
     count = 0
-    # disable=None: quiet where standard error is no terminal.
-    bar = tqdm(samples, desc=description, disable=None if progress else True)
+    bar = progress_bar(samples, desc=description, show=progress)
     with torch.no_grad(), _evaluation_mode(model):
         for count, sample in enumerate(bar, start=1):
             check_sample(sample, f"sample {count - 1}", model)

@@ -9,6 +9,7 @@ import argparse
 import json
 from typing import Any
 
+from torchao_masquant.cli.calibration_options import whole
 from torchao_masquant.cli.models import (
     MODEL_HELP,
     add_model_options,
@@ -38,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("quantized", metavar="QUANTIZED", help="what quantize wrote")
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=whole(2),
         default=256,
         help="of the prompt, and in the cache of a decode step (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=whole(1),
         default=20,
         help="calls of each that are timed (default: %(default)s)",
     )
@@ -66,9 +67,6 @@ def main(arguments: argparse.Namespace) -> int:
     from torchao_masquant.cli.timing import compare_decoders
     from torchao_masquant.evaluation.weights import quantized_linears
 
-    for name, least in (("tokens", 2), ("rounds", 1)):
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name} must be at least {least}.")
     device = resolve_device(arguments.device)
     models = []
     for name in (arguments.dense, arguments.quantized):

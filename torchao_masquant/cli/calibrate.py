@@ -7,19 +7,29 @@
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torchao_masquant.cli.calibration_options import (
+    MEASURE,
+    add_calibration_options,
+    add_patterns,
+    calibration_options,
+)
+from torchao_masquant.cli.ending import UsageError
+from torchao_masquant.cli.fit import check_calibration
 from torchao_masquant.cli.models import (
     MODEL_HELP,
     add_model_options,
-    auto_class,
     load_config,
     load_model,
+    model_folder,
+    read_paths,
+    resolve_device,
 )
+from torchao_masquant.cli.parser import add_output_options
 from torchao_masquant.cli.samples import (
     DATA_FORMS,
     add_data_argument,
@@ -28,15 +38,21 @@ from torchao_masquant.cli.samples import (
 from torchao_masquant.cli.sequential import (
     add_sequential_options,
     calibrate_from_disk,
+    check_processes,
     is_first_process,
-    processes,
     stray_option,
 )
-from torchao_masquant.recipe import Recipe
-from torchao_masquant.schemes import SCHEMES
-from torchao_masquant.solver.methods import AUTO, METHODS
+from torchao_masquant.outputs import check_file, check_folder
 
-__all__ = ["add_arguments", "calibrate_model", "main"]
+if TYPE_CHECKING:
+    from torchao_masquant.recipe import Recipe
+
+__all__ = [
+    "add_arguments",
+    "calibrate_model",
+    "described",
+    "main",
+]
 
 _EXAMPLES = """\
 examples:
@@ -51,31 +67,6 @@ then:
   masquant quantize MODEL --recipe recipe.safetensors -o OUT
 """
 
-_MEASURE = "measure"
-
-
-def _number(text: str) -> "int | float":
-    try:
-        return float(text) if "." in text or "e" in text else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number.") from None
-
-
-def _number_or_auto(text: str) -> "int | float | str":
-    return AUTO if text == AUTO else _number(text)
-
-
-def _modality_weights(text: str) -> "str | dict[str, float]":
-    if text == _MEASURE:
-        return _MEASURE
-    try:
-        pairs = [entry.split("=") for entry in text.split(",")]
-        return {name: float(weight) for name, weight in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither {_MEASURE!r} nor such as 'vision=0.2,audio=0.5'."
-        ) from None
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the calibration."""
@@ -89,150 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="the .safetensors file to write; needed unless --quantized is given",
     )
-    parser.add_argument(
-        "--scheme",
-        type=str.lower,
-        choices=list(SCHEMES),
-        default="w4a8",
-        help="bits of weights and activations (default: %(default)s)",
+    add_output_options(parser)
+    add_patterns(parser)
+    add_calibration_options(parser)
+    group = add_sequential_options(parser)
+    group.add_argument(
+        "--quantized",
+        type=Path,
+        metavar="FOLDER",
+        help="write the quantized model, too, or in place of the recipe",
     )
-    parser.add_argument(
-        "--method",
-        choices=list(METHODS),
-        default="masquant",
-        help="masquant; masquant-paper, as published; smoothquant, one factor for all "
-        "tokens; rtn, round-to-nearest (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rank",
-        type=_number_or_auto,
-        default=0.05,
-        help="of each modality's low-rank pair: a share of min(N, K) such as 0.05, a "
-        "whole number, 0 for none, or auto (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--include",
-        action="append",
-        metavar="PATTERN",
-        help="names of the linears to quantize, '*.mlp.*' or 're:...', in place of all "
-        "of the decoder; may be given again",
-    )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        metavar="PATTERN",
-        help="names to leave out; may be given again",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print what was written as JSON"
-    )
-    _add_tuning(parser)
-    add_sequential_options(parser)
     add_model_options(parser)
-    parser.set_defaults(refuse=parser.error)
-
-
-def _add_tuning(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("tuning the method")
-    group.add_argument(
-        "--alpha",
-        type=_number_or_auto,
-        help="exponent of the activations in the smoothing factor, 0..1, or auto, which "
-        "judges three on sampled tokens; masquant: auto, others: 0.5",
-    )
-    group.add_argument(
-        "--separation",
-        type=_number_or_auto,
-        help="how far a modality's factor goes from that of all tokens, 0..1, or auto, "
-        "as above; masquant: auto, others: 1",
-    )
-    group.add_argument(
-        "--group-size",
-        type=int,
-        help="weights that share a scale, in place of the scheme's",
-    )
-    for name, purpose in (
-        ("shift", "each modality's mean is taken off before rounding"),
-        ("clip", "the part of the weight's range that scales are made for is searched"),
-    ):
-        group.add_argument(
-            f"--{name}",
-            action=argparse.BooleanOptionalAction,
-            help=f"{purpose}; as the method does where it is not given",
-        )
-    group.add_argument(
-        "--rounding",
-        choices=("gptq", "nearest"),
-        help="of the shared weight; as the method does where it is not given",
-    )
-    group.add_argument(
-        "--low-rank-bits", type=int, choices=(8, 16), default=16, help="of the pairs"
-    )
-    group.add_argument(
-        "--modality-weights",
-        type=_modality_weights,
-        metavar="WEIGHTS",
-        help="what an error in each modality weighs, 'vision=0.2,audio=0.5', or "
-        "'measure' to find it on the data",
-    )
-    group.add_argument(
-        "--modalities",
-        type=lambda text: tuple(text.split(",")),
-        metavar="NAMES",
-        help="that the model will meet, 'text,vision', where it is not all it could",
-    )
-    group.add_argument(
-        "--base-modality",
-        default="text",
-        help="the one that costs nothing extra at run time (default: %(default)s)",
-    )
-    group.add_argument(
-        "--epochs", type=int, default=0, help="of learning after the closed form"
-    )
-    group.add_argument(
-        "--lr",
-        type=float,
-        help="learning rate (default: 3e-4, and 0.05 for masquant-paper)",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        default=1,
-        metavar="SAMPLES",
-        help="of one step of learning; with several processes, as many or a multiple "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-statistics-bytes",
-        type=int,
-        default=4 << 30,
-        metavar="BYTES",
-        help="of covariances; the data runs several times where they do not fit "
-        "(default: %(default)s)",
-    )
-
-
-_OPTIONS = (
-    "scheme",
-    "method",
-    "rank",
-    "include",
-    "exclude",
-    "alpha",
-    "separation",
-    "group_size",
-    "shift",
-    "rounding",
-    "clip",
-    "low_rank_bits",
-    "modality_weights",
-    "modalities",
-    "base_modality",
-    "epochs",
-    "lr",
-    "batch_size",
-    "max_statistics_bytes",
-)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -241,31 +99,26 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
-    from torchao_masquant.calibration.request import check_config
 
     start = time.perf_counter()
-    options = {name: getattr(arguments, name) for name in _OPTIONS}
     _check_usage(arguments)
-    if arguments.output is not None:
-        _check_output(arguments.output)
+    options = calibration_options(arguments)
+    _check_outputs(arguments)
     # What is wrong with the data is told before minutes go into the model.
+    resolve_device(arguments.device)
     config = load_config(arguments.model, arguments.trust_remote_code)
-    check_config(
-        config,
-        auto_class(config),
-        options | {"modality_weights": None}
-        if options["modality_weights"] == _MEASURE
-        else options,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    check_calibration(config, arguments, options)
     samples = calibration_samples(arguments, config)
     if arguments.sequential:
-        found = calibrate_from_disk(arguments, config, samples, options)
+        found = calibrate_from_disk(
+            arguments, config, samples, options, described(arguments)
+        )
         if is_first_process():
             seconds = time.perf_counter() - start
             _tell(arguments, found, len(samples), seconds)
         return 0
-    recipe = calibrate_model(arguments, config, samples, options)
+    model = load_model(arguments.model, config, arguments)
+    recipe = calibrate_model(model, arguments, samples, options)
     recipe.save(arguments.output)
     seconds = time.perf_counter() - start
     if arguments.json:
@@ -281,16 +134,16 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def calibrate_model(
+    model: Any,
     arguments: argparse.Namespace,
-    config: Any,
     samples: Sequence[Mapping[str, Any]],
     options: dict[str, Any],
-) -> Recipe:
-    """The command's core: a model that is not loaded yet, and samples, to a recipe.
+) -> "Recipe":
+    """The core of the command.
 
     Args:
-        arguments: with ``model``, ``dtype``, ``device`` and ``trust_remote_code``.
-        config: of the model.
+        model: that is loaded.
+        arguments: with ``model`` and ``data``, its name and that of the samples.
         samples: keyword inputs of the model, on the CPU.
         options: of :func:`torchao_masquant.calibrate`; its ``modality_weights`` may be
             "measure".
@@ -298,50 +151,55 @@ def calibrate_model(
     from torchao_masquant.calibration import calibrate, modality_sensitivity
     from torchao_masquant.data import PlacedSamples
 
-    model = load_model(arguments.model, config, arguments)
     placed = PlacedSamples(samples, model)
-    if options["modality_weights"] == _MEASURE:
+    if options["modality_weights"] == MEASURE:
         patterns = {name: options[name] for name in ("include", "exclude")}
         options = {
             **options,
             "modality_weights": modality_sensitivity(model, placed, **patterns),
         }
-    return calibrate(model, placed, **options)
+    recipe = calibrate(model, placed, **options)
+    recipe.description |= described(arguments)
+    return recipe
+
+
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a recipe tells of model and data: their names, without the folders around."""
+    names = {"model": arguments.model, "data": arguments.data}
+    return {
+        key: Path(name).resolve().name if Path(name).exists() else name
+        for key, name in names.items()
+    }
 
 
 def _check_usage(arguments: argparse.Namespace) -> None:
-    """End with the usage where options do not go together."""
+    """Raise where options do not go together.
+
+    Raises:
+        UsageError: names them.
+    """
     stray = stray_option(arguments)
     if not arguments.sequential and stray is not None:
-        arguments.refuse(f"{stray} goes with --sequential")
-    if not arguments.sequential and processes() > 1:
-        arguments.refuse(
-            "several processes share a calibration with --sequential alone"
-        )
+        raise UsageError(f"{stray} goes with --sequential.")
+    check_processes(arguments)
     if arguments.output is None and arguments.quantized is None:
         more = " or --quantized" if arguments.sequential else ""
-        arguments.refuse(f"the following arguments are required: -o/--output{more}")
+        raise UsageError(f"the following arguments are required: -o/--output{more}.")
 
 
-def _check_output(path: Path) -> None:
-    """Raise where the recipe could not be written: now, and not after an hour."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"cannot write {str(path)!r}: there is no folder {str(folder)!r}."
-        )
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"cannot write {str(path)!r}: it is a folder; give the name of a file."
-        )
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(
-            f"cannot write {str(path)!r}: the folder {str(folder)!r} is read-only."
-        )
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Raise where results could not be written: now, and not after an hour."""
+    sources = read_paths(model_folder(arguments.model), arguments.data)
+    # A finished one is known again by --sequential, which is then done at once.
+    overwrite = arguments.overwrite or arguments.sequential
+    if arguments.output is not None:
+        check_file(arguments.output, "recipe", overwrite=overwrite, sources=sources)
+    if arguments.quantized is not None:
+        check_folder(arguments.quantized, overwrite=overwrite, sources=sources)
 
 
 def _as_json(
-    arguments: argparse.Namespace, recipe: Recipe, samples: int, seconds: float
+    arguments: argparse.Namespace, recipe: "Recipe", samples: int, seconds: float
 ) -> dict[str, Any]:
     return {
         "recipe": str(arguments.output),

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,7 +20,7 @@ from torchao_masquant.integrations.checkpoint_format import (
 )
 from torchao_masquant.integrations.layer_format import TensorKind
 from torchao_masquant.integrations.stored_tensors import stored_tensors
-from torchao_masquant.recipe import read_header
+from torchao_masquant.recipe import described, read_header
 from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = [
@@ -70,7 +70,8 @@ class Description:
         other_bytes: of tensors that are not quantized.
         file_bytes: of the safetensors files, headers and all.
         dtype: of what is not quantized; None for a recipe.
-        versions: of the libraries that made a recipe.
+        versions: of the libraries that made it, where they are known.
+        description: of the calibration, see :class:`~torchao_masquant.Recipe`.
     """
 
     kind: str
@@ -81,6 +82,7 @@ class Description:
     file_bytes: int
     dtype: Optional[str] = None
     versions: Optional[Mapping[str, str]] = None
+    description: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def quantized_bytes(self) -> int:
@@ -108,6 +110,7 @@ class Description:
             "other_bytes": self.other_bytes,
             "file_bytes": self.file_bytes,
             "versions": self.versions,
+            "description": self.description,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -199,6 +202,10 @@ def describe_checkpoint(folder: Path) -> Description:
         other_bytes=total - sum(line.nbytes for line in linears),
         file_bytes=sum(file.stat().st_size for file in files),
         dtype=checkpoint.dtype,
+        versions=checkpoint.description.get("versions"),
+        description={
+            k: v for k, v in checkpoint.description.items() if k != "versions"
+        },
     )
 
 
@@ -258,6 +265,7 @@ def _describe_recipe(path: Path) -> Description:
             for name, entry in header["layers"].items()
         )
         versions = dict(header["versions"])
+        description = described(header)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is a damaged recipe: {error}.") from error
     if not linears:
@@ -270,6 +278,7 @@ def _describe_recipe(path: Path) -> Description:
         other_bytes=0,
         file_bytes=path.stat().st_size,
         versions=versions,
+        description=description,
     )
 
 

@@ -7,9 +7,10 @@
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torchao_masquant.cli.diagnosis import Diagnosis, diagnose
+if TYPE_CHECKING:
+    from torchao_masquant.cli.diagnosis import Diagnosis
 
 __all__ = ["add_arguments", "main"]
 
@@ -35,12 +36,14 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code: 1 where there is a problem.
     """
+    from torchao_masquant.cli.diagnosis import diagnose
+
     found = diagnose()
     print(json.dumps(found.to_json(), indent=2) if arguments.json else _text(found))
     return 1 if found.problems else 0
 
 
-def _text(found: Diagnosis) -> str:
+def _text(found: "Diagnosis") -> str:
     from torchao_masquant.evaluation.tables import new_table, to_text
 
     table = new_table(

@@ -10,12 +10,25 @@ import os
 import sys
 from typing import Callable
 
-__all__ = ["FAILED", "INTERRUPTED", "is_debugging", "run", "sentence"]
+__all__ = [
+    "FAILED",
+    "INTERRUPTED",
+    "UsageError",
+    "WRONG_USAGE",
+    "is_debugging",
+    "run",
+    "sentence",
+]
 
 FAILED = 1
+WRONG_USAGE = 2
 INTERRUPTED = 130
 
 _DEBUG_VARIABLE = "MASQUANT_DEBUG"
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be meant, or not together, on any machine and any model."""
 
 
 def is_debugging(arguments: argparse.Namespace) -> bool:
@@ -35,6 +48,9 @@ def run(
     Returns:
         Its own exit code; 1 where it raised, after one sentence on standard error; 130
         where it was interrupted.
+
+    Raises:
+        SystemExit: with 2, after the same, where it raised a :class:`UsageError`.
     """
     try:
         return command(arguments)
@@ -51,6 +67,9 @@ def run(
         if is_debugging(arguments):
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
+        if isinstance(error, UsageError):
+            # As the parser ends where it finds it.
+            sys.exit(WRONG_USAGE)
         return FAILED
 
 

@@ -9,17 +9,24 @@ import argparse
 import json
 from pathlib import Path
 
+from torchao_masquant.cli.calibrate import described
+from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.models import (
     MODEL_HELP,
     add_model_options,
     load_config,
     load_model,
+    model_folder,
+    read_paths,
+    resolve_device,
 )
+from torchao_masquant.cli.parser import add_output_options
 from torchao_masquant.cli.samples import (
     DATA_FORMS,
     add_data_argument,
     evaluation_tasks,
 )
+from torchao_masquant.outputs import check_file, kind_of
 
 __all__ = ["add_arguments", "main"]
 
@@ -51,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="also write evaluation.json here, as 'masquant report' reads it",
     )
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    parser.add_argument(
+        "--card",
+        action="store_true",
+        help="also put the scores into the README.md of MODEL, which quantize wrote",
+    )
+    add_output_options(parser)
     add_model_options(parser)
 
 
@@ -61,27 +73,49 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
+    models = [
+        model_folder(name)
+        for name in (arguments.model, arguments.reference)
+        if name is not None
+    ]
+    if arguments.output is not None:
+        check_file(
+            arguments.output,
+            "record",
+            overwrite=arguments.overwrite,
+            sources=read_paths(*models, arguments.data),
+        )
+    if arguments.card and kind_of(models[0]) != "model":
+        raise UsageError("--card is for the folder of a quantized model.")
     from torchao_masquant.data import PlacedSamples
     from torchao_masquant.evaluation import evaluate
+    from torchao_masquant.integrations.model_card import add_scores
 
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        raise FileNotFoundError(
-            f"cannot write {str(arguments.output)!r}: there is no folder "
-            f"{str(arguments.output.parent)!r}."
-        )
+    resolve_device(arguments.device)
     config = load_config(arguments.model, arguments.trust_remote_code)
     tasks = evaluation_tasks(arguments, config)
+    other = None
+    if arguments.reference is not None:
+        other = load_config(arguments.reference, arguments.trust_remote_code)
     model = load_model(arguments.model, config, arguments)
     reference = None
     if arguments.reference is not None:
-        other = load_config(arguments.reference, arguments.trust_remote_code)
         reference = load_model(arguments.reference, other, arguments)
     evaluation = evaluate(
         model,
         {name: PlacedSamples(samples, model) for name, samples in tasks.items()},
         reference,
     )
+    # Before they are written, which may fail.
+    print(json.dumps(evaluation.to_json(), indent=2) if arguments.json else evaluation)
     if arguments.output is not None:
         evaluation.save(arguments.output)
-    print(json.dumps(evaluation.to_json(), indent=2) if arguments.json else evaluation)
+    if arguments.card:
+        add_scores(Path(arguments.model), _card(arguments, evaluation))
     return 0
+
+
+def _card(arguments: argparse.Namespace, evaluation: object) -> str:
+    """The scores, and what they are of."""
+    data = described(arguments)["data"]
+    return f"On {data}:\n\n{evaluation}"

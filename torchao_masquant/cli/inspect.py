@@ -8,16 +8,12 @@
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torchao_masquant.cli.description import (
-    Description,
-    LinearLine,
-    describe,
-    pattern_of,
-)
+if TYPE_CHECKING:
+    from torchao_masquant.cli.description import Description, LinearLine
 
 __all__ = ["add_arguments", "main"]
 
@@ -55,6 +51,8 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
+    from torchao_masquant.cli.description import describe
+
     found = describe(arguments.path)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
@@ -63,7 +61,8 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _text(found: Description, layers: bool) -> str:
+def _text(found: "Description", layers: bool) -> str:
+    from torchao_masquant.cli.description import pattern_of
     from torchao_masquant.evaluation.tables import new_table, short_names, to_text
 
     names = [x.name if layers else pattern_of(x.name) for x in found.linears]
@@ -83,7 +82,7 @@ def _text(found: Description, layers: bool) -> str:
             "% of\nbfloat16",
         ],
     )
-    rows: dict[Any, list[LinearLine]] = {}
+    rows: "dict[Any, list[LinearLine]]" = {}
     for name, line in zip(short, found.linears):
         key = name, line.shape, line.scheme, line.group_size, line.modalities
         rows.setdefault(key, []).append(line)
@@ -102,13 +101,32 @@ def _text(found: Description, layers: bool) -> str:
             f"{100 * size / dense:.1f}",
         )
     lines_of_text = [to_text(table), found.headline()]
+    if found.description:
+        lines_of_text.append(_made_from(found.description))
     if found.versions:
         versions = ", ".join(f"{k} {v}" for k, v in found.versions.items())
         lines_of_text.append(f"Made with {versions}.")
     return "\n".join(lines_of_text)
 
 
-def _ranks(lines: Sequence[LinearLine]) -> str:
+def _made_from(about: "Mapping[str, Any]") -> str:
+    """What it was calibrated with, as far as that is known."""
+    parts = []
+    if "model" in about:
+        parts.append(f"for {about['model']}")
+    if "data" in about:
+        parts.append(f"with {about['data']}")
+    if "samples" in about:
+        tokens = about.get("tokens")
+        counts = tokens.items() if isinstance(tokens, dict) else ()
+        of = ", ".join(f"{count} {modality}" for modality, count in counts)
+        parts.append(f"{about['samples']} samples{f' ({of} tokens)' if of else ''}")
+    text = f"Calibrated {', '.join(parts)}."
+    # A file may be anybody's.
+    return "".join(c for c in text if c.isprintable())
+
+
+def _ranks(lines: "Sequence[LinearLine]") -> str:
     """The ranks of each modality's pairs: one number, or the least and the most."""
     cells = []
     for modality in dict.fromkeys(m for line in lines for m in line.ranks):

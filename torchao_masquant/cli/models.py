@@ -9,9 +9,12 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import TYPE_CHECKING, Any, Iterator
 
-import torch
+from torchao_masquant.cli.ending import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "DIGITS",
@@ -21,6 +24,7 @@ __all__ = [
     "load_model",
     "load_processor",
     "model_folder",
+    "read_paths",
     "resolve_device",
 ]
 
@@ -34,6 +38,9 @@ _AUTO_CLASSES = (
     "AutoModelForImageTextToText",
     "AutoModelForCausalLM",
 )
+
+# Seconds that nobody needs a bar for.
+_BRIEF = 3.0
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -68,17 +75,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str) -> "torch.device":
     """A device that is there.
 
     Raises:
-        ValueError: there is no such device.
+        UsageError: it is no name of a device.
+        ValueError: there is no such device here.
     """
+    import torch
+
     if name == "auto":
         # Not any accelerator: calibration needs float64, which some do not have.
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--device {name!r} is no device: give such as cpu, cuda, cuda:1 or auto."
+        ) from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -112,6 +127,17 @@ def model_folder(name: str) -> str:
     return name
 
 
+def read_paths(*names: Any) -> list[Path]:
+    """Files and folders that a command reads, of what it was given.
+
+    Args:
+        *names: of models and data, and None. What is none of a folder or a file, such as
+            a name on the hub, is left out.
+    """
+    given = [Path(name) for name in names if name is not None]
+    return [path for path in given if path.exists()]
+
+
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
     """One sentence where a model on the hub cannot be had."""
@@ -133,12 +159,18 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def quiet_transformers() -> None:
-    """No progress bars of transformers where standard error is no terminal."""
+def brief_transformers() -> None:
+    """Progress of transformers is shown where it takes long, and as ours is."""
     from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    from torchao_masquant.progress import LogLines
+
+    def bar(factory: Any, args: Any, options: dict[str, Any]) -> Any:
+        if not sys.stderr.isatty():
+            return LogLines(*args, **options)
+        return factory(*args, **{**options, "delay": _BRIEF, "leave": False})
+
+    logging.set_tqdm_hook(bar)
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
@@ -194,7 +226,7 @@ def load_model(
         ValueError: there is no such device.
     """
     device = resolve_device(arguments.device)
-    quiet_transformers()
+    brief_transformers()
     folder = model_folder(name)
     more = (
         {}

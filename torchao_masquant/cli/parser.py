@@ -8,9 +8,9 @@
 import argparse
 import difflib
 import importlib
-from typing import Any, Callable, Iterable, Optional, Sequence
+from typing import Any, Callable, Iterable, NoReturn, Optional, Sequence
 
-__all__ = ["CommandParser", "LazyCommand", "MainParser"]
+__all__ = ["CommandParser", "LazyCommand", "MainParser", "add_output_options"]
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -34,13 +34,23 @@ class MainParser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
+    def error(self, message: str) -> NoReturn:
+        """End with 2 and one line: what is wrong, and where the options are."""
+        text = message if message.endswith((".", "?", "!")) else f"{message}."
+        self.exit(2, f"error: {text} '{self.prog} --help' says more.\n")
+
     # Any: argparse's own signatures differ between its overloads.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = super().parse_known_args(args, namespace)
+        unknown = self._left_over(parsed, unknown)
         # Here, and not where argparse does it: the command knows its options.
         if unknown:
             self.error(self._unrecognized(unknown))
         return parsed, unknown
+
+    def _left_over(self, parsed: Any, unknown: list[str]) -> list[str]:
+        """What none of the arguments takes."""
+        return unknown
 
     def _unrecognized(self, unknown: Sequence[str]) -> str:
         message = f"unrecognized arguments: {' '.join(unknown)}"
@@ -80,11 +90,41 @@ class CommandParser(MainParser):
         """Add arguments when this parser is first used, and not before."""
         self._deferred = add_arguments
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def complete(self) -> None:
+        """Add the arguments that wait."""
         if self._deferred is not None:
             add_arguments, self._deferred = self._deferred, None
             add_arguments(self)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.complete()
         return super().parse_known_args(args, namespace)
+
+    def _left_over(self, parsed: Any, unknown: list[str]) -> list[str]:
+        # argparse gives an optional argument up where an option comes before it.
+        for action in self._get_positional_actions():
+            if (
+                action.nargs == argparse.OPTIONAL
+                and getattr(parsed, action.dest) is None
+            ):
+                for word in unknown:
+                    if not word.startswith("-"):
+                        setattr(parsed, action.dest, self._get_value(action, word))
+                        unknown.remove(word)
+                        break
+        return unknown
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that writes."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write over what this command has written before; nothing else ever is",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print what was written as JSON"
+    )
 
 
 class LazyCommand:

@@ -3,31 +3,65 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""The command ``quantize``: a model and a recipe to a folder of integers."""
+"""The command ``quantize``: a model, and data or a recipe, to a folder of integers."""
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from torchao_masquant.cli.calibrate import calibrate_model, described
+from torchao_masquant.cli.calibration_options import (
+    add_calibration_options,
+    add_patterns,
+    calibration_options,
+    given_options,
+)
+from torchao_masquant.cli.ending import UsageError
+from torchao_masquant.cli.fit import (
+    check_calibration,
+    check_dense,
+    check_quantization,
+)
 from torchao_masquant.cli.models import (
     MODEL_HELP,
     add_model_options,
     load_config,
     load_model,
     model_folder,
+    read_paths,
+    resolve_device,
 )
+from torchao_masquant.cli.parser import add_output_options
+from torchao_masquant.cli.samples import (
+    DATA_FORMS,
+    add_data_argument,
+    calibration_samples,
+)
+from torchao_masquant.cli.sequential import (
+    add_sequential_options,
+    calibrate_from_disk,
+    check_processes,
+    is_first_process,
+    stray_option,
+)
+from torchao_masquant.outputs import check_folder
 from torchao_masquant.schemes import SCHEMES
 
 __all__ = ["add_arguments", "main"]
 
 _EXAMPLES = """\
-Each weight is quantized as it is read: the model's full precision is never held as a
-whole. What else lies in the model's folder, its tokenizer and processor, comes along.
+With DATA, the options are those of 'masquant calibrate', and the recipe that it would
+write is used and not kept. With --recipe or --rtn each weight is quantized as it is
+read: the model's full precision is never held as a whole. What else lies in the model's
+folder, its tokenizer and processor, comes along; a README.md tells how it was made.
 
 examples:
+  masquant quantize ./Qwen2.5-VL-3B samples.jsonl -o ./Qwen2.5-VL-3B-w4a8
   masquant quantize ./Qwen2.5-VL-3B --recipe recipe.safetensors -o ./Qwen2.5-VL-3B-w4a8
   masquant quantize digits --rtn w8a8 -o ./digits-w8a8
+  masquant quantize ./large samples.jsonl --sequential -o ./large-w4a8
 
 then, in Python:
   import torchao_masquant
@@ -35,24 +69,30 @@ then, in Python:
 """
 
 
+def _size(text: str) -> str:
+    if re.fullmatch(r"[0-9]*\.?[0-9]+ *[KMGT]B", text.strip(), re.I) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 2GB or 500MB.")
+    return text.strip()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the quantization."""
-    parser.epilog = _EXAMPLES
+    parser.epilog = f"{DATA_FORMS}\n{_EXAMPLES}"
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument(
+    add_data_argument(parser, optional=True)
+    parser.add_argument(
         "--recipe",
         type=Path,
         metavar="PATH",
-        help="what calibrate wrote for this model",
+        help="what calibrate wrote for this model, in place of DATA",
     )
-    how.add_argument(
+    parser.add_argument(
         "--rtn",
         type=str.lower,
         choices=list(SCHEMES),
         metavar="SCHEME",
-        help="round to nearest in this scheme, the only method without a recipe: one "
-        f"of {', '.join(SCHEMES)}",
+        help="round to nearest in this scheme, the only method without data: one of "
+        f"{', '.join(SCHEMES)}",
     )
     parser.add_argument(
         "-o",
@@ -60,23 +100,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="to write; a checkpoint that is there is replaced whole, or not at all",
+        help="to write, whole or not at all",
     )
-    for option in ("include", "exclude"):
-        parser.add_argument(
-            f"--{option}",
-            action="append",
-            metavar="PATTERN",
-            help=f"names of linears to {option}; may be given again",
-        )
+    add_output_options(parser)
     parser.add_argument(
         "--max-shard-size",
+        type=_size,
         metavar="SIZE",
         help="of one file, such as 2GB; transformers' default where it is not given",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print what was written as JSON"
-    )
+    add_patterns(parser)
+    add_calibration_options(parser)
+    add_sequential_options(parser)
     add_model_options(parser)
 
 
@@ -86,10 +121,73 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
+    _check_usage(arguments)
+    options = {} if arguments.data is None else calibration_options(arguments)
+    check_folder(
+        arguments.output,
+        # A finished one is known again by --sequential, which is then done at once.
+        overwrite=arguments.overwrite or arguments.sequential,
+        sources=read_paths(
+            model_folder(arguments.model), arguments.data, arguments.recipe
+        ),
+    )
+    resolve_device(arguments.device)
+    if arguments.data is None:
+        _quantize_while_loading(arguments)
+    else:
+        _calibrate_and_quantize(arguments, options)
+    if not is_first_process():
+        return 0
     from torchao_masquant.cli.description import describe_checkpoint
+
+    found = describe_checkpoint(arguments.output)
+    if arguments.json:
+        print(
+            json.dumps({"folder": str(arguments.output), **found.summary()}, indent=2)
+        )
+    else:
+        print(f"Wrote {arguments.output}: {found.headline()}")
+    return 0
+
+
+def _check_usage(arguments: argparse.Namespace) -> None:
+    """Raise where options do not go together.
+
+    Raises:
+        UsageError: names them.
+    """
+    ways = {
+        "DATA": arguments.data,
+        "--recipe": arguments.recipe,
+        "--rtn": arguments.rtn,
+    }
+    given = [name for name, value in ways.items() if value is not None]
+    if not given:
+        raise UsageError(
+            "give DATA to calibrate with, --recipe PATH of an earlier calibration, or "
+            "--rtn SCHEME for round-to-nearest, which needs neither."
+        )
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} exclude each other: give one.")
+    if arguments.data is None:
+        strays = given_options(arguments)
+        if arguments.sequential:
+            strays.append("--sequential")
+        if strays:
+            raise UsageError(f"{strays[0]} goes with DATA, not with {given[0]}.")
+    stray = stray_option(arguments)
+    if stray is not None and not arguments.sequential:
+        raise UsageError(f"{stray} goes with --sequential.")
+    if arguments.sequential and arguments.max_shard_size is not None:
+        raise UsageError(
+            "--sequential writes a file a block: leave --max-shard-size out."
+        )
+    check_processes(arguments)
+
+
+def _quantize_while_loading(arguments: argparse.Namespace) -> None:
     from torchao_masquant.config import MASQuantConfig, masquant_config
     from torchao_masquant.integrations.hf_config import MASQuantHfConfig
-    from torchao_masquant.integrations.save import save_quantized
 
     patterns = {"include": arguments.include, "exclude": arguments.exclude}
     if arguments.recipe is not None:
@@ -99,30 +197,48 @@ def main(arguments: argparse.Namespace) -> int:
             step="convert", scheme=arguments.rtn, method="rtn", **patterns
         )
     config = load_config(arguments.model, arguments.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{arguments.model!r} is quantized already: give the original model."
-        )
+    check_dense(arguments.model, config)
+    check_quantization(config, arguments, quantization)
     model = load_model(
         arguments.model,
         config,
         arguments,
         quantization_config=MASQuantHfConfig(config=quantization),
     )
+    _save(model, arguments)
+
+
+def _calibrate_and_quantize(
+    arguments: argparse.Namespace, options: dict[str, Any]
+) -> None:
+    config = load_config(arguments.model, arguments.trust_remote_code)
+    check_calibration(config, arguments, options)
+    samples = calibration_samples(arguments, config)
+    if arguments.sequential:
+        given = {**vars(arguments), "quantized": arguments.output, "output": None}
+        calibrate_from_disk(
+            argparse.Namespace(**given), config, samples, options, described(arguments)
+        )
+        return
+    from torchao.quantization import quantize_
+
+    from torchao_masquant.config import masquant_config
+
+    model = load_model(arguments.model, config, arguments)
+    recipe = calibrate_model(model, arguments, samples, options)
+    quantize_(model, masquant_config(recipe))
+    _save(model, arguments)
+
+
+def _save(model: Any, arguments: argparse.Namespace) -> None:
+    from torchao_masquant.integrations.save import save_quantized
+
     options: dict[str, Any] = {}
     if arguments.max_shard_size is not None:
         options["max_shard_size"] = arguments.max_shard_size
     save_quantized(
         model, arguments.output, beside=_folder_of(arguments.model), **options
     )
-    found = describe_checkpoint(arguments.output)
-    if arguments.json:
-        print(
-            json.dumps({"folder": str(arguments.output), **found.summary()}, indent=2)
-        )
-    else:
-        print(f"Wrote {arguments.output}: {found.headline()}")
-    return 0
 
 
 def _folder_of(model: str) -> Path:

@@ -8,19 +8,12 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
-
-import torch
+from typing import TYPE_CHECKING, Any, Optional
 
 from torchao_masquant.cli.models import DIGITS, load_processor
-from torchao_masquant.data import (
-    Conversation,
-    ProcessedConversations,
-    SavedSamples,
-    media_of,
-    read_conversations,
-)
-from torchao_masquant.data.reading import SYNTHETIC
+
+if TYPE_CHECKING:
+    from torchao_masquant.data import Conversation
 
 __all__ = ["DATA_FORMS", "add_data_argument", "calibration_samples", "evaluation_tasks"]
 
@@ -47,10 +40,13 @@ DATA is one of
 """
 
 
-def add_data_argument(parser: argparse.ArgumentParser) -> None:
+def add_data_argument(
+    parser: argparse.ArgumentParser, *, optional: bool = False
+) -> None:
     """DATA, and how much of it."""
     parser.add_argument(
         "data",
+        nargs="?" if optional else None,
         metavar="DATA",
         help="a .jsonl file, a folder, a saved dataset, a .pt file, 'synthetic' or "
         "'digits': see below",
@@ -87,6 +83,8 @@ def calibration_samples(
         ValueError: the data is empty, damaged, or not for this model.
         OSError: a file is not there.
     """
+    from torchao_masquant.data import ProcessedConversations, SavedSamples
+
     if arguments.data == _DIGITS:
         _check_digits(arguments.model, config)
         from torchao_masquant.testing import digits
@@ -106,10 +104,12 @@ def evaluation_tasks(
     arguments: argparse.Namespace, config: Any
 ) -> dict[str, Sequence[Mapping[str, Any]]]:
     """Name of each task to its samples, with labels; raises as the above."""
+    from torchao_masquant.data import ProcessedConversations
+
     if arguments.data == _DIGITS:
         _check_digits(arguments.model, config)
         return _digits_tasks(arguments.max_samples)
-    tasks: dict[str, list[Conversation]] = {}
+    tasks: "dict[str, list[Conversation]]" = {}
     for conversation in _conversations(arguments, config):
         scored = "answers" if conversation.turns else "all text"
         tasks.setdefault(conversation.task or scored, []).append(conversation)
@@ -120,11 +120,14 @@ def evaluation_tasks(
     }
 
 
-def _conversations(arguments: argparse.Namespace, config: Any) -> list[Conversation]:
+def _conversations(arguments: argparse.Namespace, config: Any) -> "list[Conversation]":
+    from torchao_masquant.data import media_of, read_conversations
+
     return read_conversations(arguments.data, media_of(config), arguments.max_samples)
 
 
 def _check_digits(model: str, config: Any) -> None:
+    from torchao_masquant.data.reading import SYNTHETIC
     from torchao_masquant.testing.digits import VOCABULARY
 
     text = getattr(config, "text_config", None)
@@ -139,6 +142,8 @@ def _check_digits(model: str, config: Any) -> None:
 def _digits_tasks(
     count: Optional[int],
 ) -> dict[str, Sequence[Mapping[str, Any]]]:
+    import torch
+
     from torchao_masquant.testing import digits
 
     tasks: dict[str, Sequence[Mapping[str, Any]]] = {}

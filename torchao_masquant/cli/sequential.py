@@ -8,13 +8,13 @@
 import argparse
 import datetime
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-
+from torchao_masquant.cli.calibration_options import MEASURE, number
+from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.models import auto_class, model_folder, resolve_device
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_sequential_options",
     "calibrate_from_disk",
+    "check_processes",
     "is_first_process",
     "processes",
     "stray_option",
@@ -31,8 +32,8 @@ __all__ = [
 _GIB = 1 << 30
 
 
-def add_sequential_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a calibration that does not load the model as a whole."""
+def add_sequential_options(parser: argparse.ArgumentParser) -> Any:
+    """Options of a calibration that does not load the model as a whole; their group."""
     group = parser.add_argument_group(
         "a model larger than memory",
         "Weights are read, observed, quantized and written one block at a time. An\n"
@@ -43,12 +44,6 @@ def add_sequential_options(parser: argparse.ArgumentParser) -> None:
         "--sequential", action="store_true", help="calibrate block by block from disk"
     )
     group.add_argument(
-        "--quantized",
-        type=Path,
-        metavar="FOLDER",
-        help="write the quantized model, too, or in place of the recipe",
-    )
-    group.add_argument(
         "--activations",
         choices=("memory", "disk"),
         help="where samples' hidden states are kept between blocks; memory where it is "
@@ -56,22 +51,30 @@ def add_sequential_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-memory-gib",
-        type=float,
+        type=_positive,
         metavar="GIB",
         help="that a process may take; what is free where it is not given",
     )
     group.add_argument(
         "--max-hours",
-        type=float,
+        type=_positive,
         metavar="HOURS",
         help="refuse to begin what would take longer",
     )
     group.add_argument(
         "--timeout-minutes",
-        type=float,
+        type=_positive,
         metavar="MINUTES",
         help="how long a process waits for the others; 120 where it is not given",
     )
+    return group
+
+
+def _positive(text: str) -> float:
+    value = float(number(text))
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero.")
+    return value
 
 
 _OPTIONS = (
@@ -85,13 +88,37 @@ _OPTIONS = (
 
 def stray_option(arguments: argparse.Namespace) -> Optional[str]:
     """An option that is given, and means something with ``--sequential`` alone."""
-    given = [name for name in _OPTIONS if getattr(arguments, name) is not None]
+    given = [name for name in _OPTIONS if getattr(arguments, name, None) is not None]
     return f"--{given[0].replace('_', '-')}" if given else None
 
 
 def processes() -> int:
     """How many processes torchrun has started; one without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_processes(arguments: argparse.Namespace) -> None:
+    """Raise where a calibration cannot be shared, or done block by block.
+
+    Raises:
+        UsageError: names the option.
+    """
+    if not arguments.sequential:
+        if processes() > 1:
+            raise UsageError(
+                "several processes share a calibration with --sequential alone."
+            )
+        return
+    if arguments.modality_weights == MEASURE:
+        raise UsageError(
+            "--modality-weights measure takes gradients through the whole model, which "
+            "--sequential never holds: give numbers, such as 'vision=0.2,audio=0.5'."
+        )
+    if arguments.trust_remote_code:
+        raise UsageError(
+            "--sequential runs transformers' own classes alone: leave "
+            "--trust-remote-code out, or --sequential."
+        )
 
 
 def is_first_process() -> bool:
@@ -104,6 +131,7 @@ def calibrate_from_disk(
     config: Any,
     samples: Sequence[Mapping[str, Any]],
     options: dict[str, Any],
+    description: Mapping[str, Any],
 ) -> "SequentialResult":
     """Calibrate a model that is not loaded as a whole.
 
@@ -112,26 +140,15 @@ def calibrate_from_disk(
         config: of the model.
         samples: keyword inputs of the model, on the CPU.
         options: of :func:`torchao_masquant.sequential.calibrate_sequential`.
-
-    Raises:
-        ValueError: an option asks for the whole model.
+        description: of model and data, for the results.
     """
+    import torch
     import torch.distributed as dist
 
     from torchao_masquant.data import PlacedSamples
     from torchao_masquant.sequential import calibrate_sequential
     from torchao_masquant.sequential.disk_model import checkpoint_dtype
 
-    if isinstance(options["modality_weights"], str):
-        raise ValueError(
-            "--modality-weights measure takes gradients through the whole model, which "
-            "--sequential never holds: give numbers, such as 'vision=0.2,audio=0.5'."
-        )
-    if arguments.trust_remote_code:
-        raise ValueError(
-            "--sequential runs transformers' own classes alone: leave "
-            "--trust-remote-code out, or --sequential."
-        )
     # The time that it will take.
     logging.getLogger("torchao_masquant.sequential").setLevel(logging.INFO)
     device = resolve_device(arguments.device)
@@ -163,6 +180,8 @@ def calibrate_from_disk(
         max_memory_bytes=_times(arguments.max_memory_gib, _GIB),
         max_seconds=_times(arguments.max_hours, 3600),
         timeout=60 * minutes,
+        overwrite=arguments.overwrite,
+        description=description,
         **options,
     )
     if processes() > 1:

@@ -14,9 +14,9 @@ from typing import Any, Callable, Iterator, Optional
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from torchao_masquant.evaluation.weights import quantized_linears
+from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import token_modalities
 
 __all__ = ["TimedCall", "compare_decoders"]
@@ -89,7 +89,7 @@ def compare_decoders(
     with (
         # Both are graphs of one function to Dynamo, which gives up after eight.
         torch._dynamo.config.patch(recompile_limit=64),
-        tqdm(total=len(calls) * count, desc="Timing", disable=None) as bar,
+        progress_bar(total=len(calls) * count, desc="Timing") as bar,
     ):
         for name, length, modalities, cached in calls:
             with _told(quantized, modalities):

@@ -8,6 +8,7 @@
 import argparse
 import sys
 
+from torchao_masquant.cli.calibration_options import whole
 from torchao_masquant.cli.models import (
     add_model_options,
     load_config,
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("quantized", metavar="QUANTIZED", help="what quantize wrote")
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=whole(1),
         nargs="+",
         default=[1, 16, 256, 2048],
         metavar="N",
@@ -52,8 +53,6 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
-    if min(arguments.tokens) < 1:
-        raise ValueError(f"--tokens must be at least 1, got {min(arguments.tokens)}.")
     device = resolve_device(arguments.device)
     if device.type != "cuda":
         raise ValueError(

@@ -11,7 +11,6 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.passes import (
     MAX_STATISTICS_BYTES,
@@ -27,6 +26,7 @@ from torchao_masquant.evaluation.compensation_curves import GAUGED, PUBLISHED
 from torchao_masquant.evaluation.input_study import InputStudy, study_input
 from torchao_masquant.evaluation.token_session import TokenSession
 from torchao_masquant.modality import TEXT
+from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import get_scheme
 from torchao_masquant.selection import Patterns, select_linears
@@ -123,11 +123,10 @@ def analyze(
                 model, data, router, progress=progress, description=f"Observing{of}"
             )
         session.check_complete()
-        # disable=None: quiet where standard error is no terminal.
-        bar = tqdm(
+        bar = progress_bar(
             session.groups().items(),
             desc=f"Analyzing{of}",
-            disable=None if progress else True,
+            show=progress,
         )
         for leader, members in bar:
             studies[leader] = study_input(session, leader, members, bits, alpha, shares)

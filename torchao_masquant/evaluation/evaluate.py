@@ -10,7 +10,6 @@ from typing import Any, Iterable, Mapping, Optional, Union
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.sample_checks import (
     check_sample,
@@ -32,6 +31,7 @@ from torchao_masquant.evaluation.weights import (
     scheme_of,
     weight_bytes,
 )
+from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router, router_of
 
 __all__ = ["evaluate"]
@@ -110,11 +110,10 @@ def evaluate(
             stack.enter_context(comparison.observing())
         for task, samples in tasks.items():
             count = 0
-            # disable=None: quiet where standard error is no terminal.
-            bar = tqdm(
+            bar = progress_bar(
                 samples,
                 desc=f"Evaluating {task}",
-                disable=None if progress else True,
+                show=progress,
             )
             for count, sample in enumerate(bar, start=1):
                 where = f"sample {count - 1} of task {task!r}"

@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from torchao_masquant.outputs import check_file
 from torchao_masquant.replacing import replacing
 
 __all__ = ["JSONRecord"]
@@ -53,12 +54,14 @@ class JSONRecord:
         return _decode(cls, fields, cls.__name__)
 
     def save(self, path: Union[str, os.PathLike]) -> None:
-        """Write to a JSON file: all of it, or nothing.
+        """Write to a JSON file: all of it, or nothing; over such a file alone.
 
         Raises:
             OSError: the file cannot be written.
+            ValueError: something else is there.
         """
         path = Path(path)
+        check_file(path, "record")
         text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

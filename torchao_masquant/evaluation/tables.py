@@ -6,15 +6,16 @@
 """Tables for people."""
 
 import io
+import sys
 from typing import Any, Sequence
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 __all__ = ["WIDTH", "new_table", "number", "short_names", "to_text"]
 
-#: columns of a terminal that the tables are laid out for
+#: columns of a terminal that texts are laid out for; tables take what they need
 WIDTH = 120
 
 
@@ -53,9 +54,21 @@ def short_names(names: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def to_text(renderable: RenderableType) -> str:
-    """What a terminal would show, without colours."""
+    """What a terminal would show that is wide enough for all tables, without colours."""
     file = io.StringIO()
-    Console(file=file, width=WIDTH, no_color=True, force_terminal=False).print(
-        renderable
-    )
+    console = Console(file=file, width=WIDTH, no_color=True, force_terminal=False)
+    console.width = max(WIDTH, _width(console, renderable))
+    console.print(renderable)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def _width(console: Console, renderable: RenderableType) -> int:
+    """Columns that no table has to shorten a cell for."""
+    if isinstance(renderable, Group):
+        return max(
+            (_width(console, part) for part in renderable.renderables), default=0
+        )
+    if not isinstance(renderable, Table):
+        return 0
+    unbounded = console.options.update(max_width=sys.maxsize)
+    return console.measure(renderable, options=unbounded).maximum

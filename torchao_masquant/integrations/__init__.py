@@ -5,11 +5,6 @@
 # LICENSE file in the root directory of this source tree.
 """Saving and loading through transformers, and through torchao.
 
-Importing this package does not import transformers: its parts that need it are
+Importing this package imports neither of them, nor torch: its parts that need them are
 imported when they are first used.
 """
-
-from torchao_masquant.integrations.attachment import attach_to_transformers
-from torchao_masquant.integrations.registration import register_integrations
-
-__all__ = ["attach_to_transformers", "register_integrations"]

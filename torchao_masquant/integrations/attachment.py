@@ -7,7 +7,7 @@
 
 import functools
 import sys
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Mapping, Optional
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ def attach_to_transformers(
     model: nn.Module,
     linears: Iterable[nn.Module] = (),
     options: Optional[SolverOptions] = None,
+    description: Optional[Mapping[str, Any]] = None,
 ) -> None:
     """Let a model's ``save_pretrained`` write its integers.
 
@@ -33,6 +34,7 @@ def attach_to_transformers(
         model: that is quantized, in part or whole.
         linears: of the model, those that ``options`` were used for.
         options: None where they are not known.
+        description: of the calibration, see :class:`~torchao_masquant.Recipe`.
     """
     # Not imported: where it is not there, the model is none of its.
     modeling = sys.modules.get("transformers.modeling_utils")
@@ -52,6 +54,8 @@ def attach_to_transformers(
         model.hf_quantizer = quantizer
     if not isinstance(quantizer, MASQuantHfQuantizer) or options is None:
         return
+    if description is not None:
+        quantizer.description = dict(description)
     changed = set(linears)
     for name, module in model.named_modules():
         if module in changed:

@@ -40,6 +40,7 @@ from torchao_masquant.integrations.torchao_tensors import (
     taken_apart,
 )
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.outputs import QUANT_METHOD
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -55,7 +56,6 @@ __all__ = [
     "stored_part",
 ]
 
-QUANT_METHOD = "masquant"
 #: Of linears alone.
 FORMAT_VERSION = 1
 _WITH_EXPERTS = 2
@@ -119,12 +119,15 @@ class CheckpointFormat:
             are known.
         torchao: name of a parameter to what torchao says of it, of those that its own
             configs have quantized.
+        description: of the calibration, see :class:`~torchao_masquant.Recipe`, and
+            "versions" of the libraries; empty where nothing is known.
     """
 
     dtype: str
     layers: dict[str, LayerFormat]
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     torchao: dict[str, str] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -197,10 +200,12 @@ class CheckpointFormat:
                 "format": _index(formats, layer),
                 "options": None if option is None else _index(options, option),
             }
+        about = {"description": self.description} if self.description else {}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": self.version,
             "dtype": self.dtype,
+            **about,
             "formats": [entry.to_json() for entry in formats],
             "options": options,
             "layers": layers,
@@ -247,12 +252,15 @@ class CheckpointFormat:
             if not isinstance(others, dict):
                 raise ValueError("torchao is a dict")
             torchao = {name: check_entry(name, text) for name, text in others.items()}
+            description = entry.get("description", {})
+            if not isinstance(description, dict):
+                raise ValueError("the description is a dict")
         except ValueError as error:
             raise ValueError(
                 "the quantization_config of the checkpoint's config.json is damaged: "
                 f"{str(error).rstrip('.')}; download or save the checkpoint again."
             ) from error
-        return cls(str(dtype), layers, known, torchao=torchao)
+        return cls(str(dtype), layers, known, torchao, dict(description))
 
 
 def flatten_state_dict(

@@ -37,6 +37,7 @@ class MASQuantHfQuantizer(HfQuantizer):
     Attributes:
         options: name of a linear to the options that it was quantized with, as far as
             they are known.
+        description: of the calibration, see :class:`~torchao_masquant.Recipe`.
         loading: what the ``from_pretrained`` that runs does; None outside of one.
     """
 
@@ -46,6 +47,7 @@ class MASQuantHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MASQuantHfConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.options: dict[str, SolverOptions] = {}
+        self.description: dict[str, Any] = {}
         self.loading: Optional[Union[CheckpointLoading, QuantizingLoading]] = None
         self._dtype: Optional[torch.dtype] = None
 
@@ -77,6 +79,7 @@ class MASQuantHfQuantizer(HfQuantizer):
             if name in checkpoint.layers:
                 checkpoint.options.setdefault(name, option)
         flat = flatten_state_dict(model.state_dict(), checkpoint.torchao)
+        checkpoint.description = self.description or self._saved_description()
         self.quantization_config = MASQuantHfConfig.of_checkpoint(checkpoint)
         model.config.quantization_config = self.quantization_config  # type: ignore
         return flat, {}
@@ -85,6 +88,10 @@ class MASQuantHfQuantizer(HfQuantizer):
         """Options that an earlier checkpoint of the model knew."""
         checkpoint = self.quantization_config.checkpoint
         return {} if checkpoint is None else checkpoint.options
+
+    def _saved_description(self) -> dict[str, Any]:
+        checkpoint = self.quantization_config.checkpoint
+        return {} if checkpoint is None else checkpoint.description
 
     # Loading
 
@@ -168,6 +175,7 @@ class MASQuantHfQuantizer(HfQuantizer):
             loading.finish_experts(model)
         if isinstance(loading, QuantizingLoading):
             self.options = dict.fromkeys(loading.names, loading.config.options)
+            self.description = loading.config.description
             # The recipe, which may be as large as the model, is done with.
             self.quantization_config = MASQuantHfConfig.of_checkpoint(
                 CheckpointFormat.of(model, self.options)

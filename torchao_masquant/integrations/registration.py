@@ -5,20 +5,19 @@
 # LICENSE file in the root directory of this source tree.
 """Telling other libraries of ours, once they are imported."""
 
+import importlib
 import importlib.abc
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Callable, Mapping, Optional, Sequence
 
-from torchao_masquant.integrations.checkpoint_format import QUANT_METHOD
-from torchao_masquant.tensor_subclasses import MASQuantTensor
-
 __all__ = ["register_integrations"]
 
 
 def _register_with_transformers(registry: ModuleType) -> None:
     """The method "masquant", for ``from_pretrained``."""
+    from torchao_masquant.integrations.checkpoint_format import QUANT_METHOD
     from torchao_masquant.integrations.hf_config import MASQuantHfConfig
     from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
 
@@ -40,6 +39,8 @@ def _watch_saving(modeling: ModuleType) -> None:
 
 def _register_with_torchao(registry: ModuleType) -> None:
     """The tensor, for ``flatten_tensor_state_dict`` and its reverse."""
+    from torchao_masquant.tensor_subclasses import MASQuantTensor
+
     name = MASQuantTensor.__name__
     registry.ALLOWED_CLASSES[name] = MASQuantTensor
     if name not in registry.ALLOWED_TENSORS_SUBCLASSES:
@@ -49,8 +50,21 @@ def _register_with_torchao(registry: ModuleType) -> None:
 # Classes whose save_pretrained is watched: once is enough.
 _WATCHED: list[type] = []
 
+
+def _register_with_torch(registry: ModuleType) -> None:
+    """The tensor, for ``torch.load``; operators; and the config, for ``quantize_``."""
+    ours = f"{__name__.partition('.')[0]}."
+    for name, module in list(sys.modules.items()):
+        spec = getattr(module, "__spec__", None)
+        if name.startswith(ours) and getattr(spec, "_initializing", False):
+            # A module of ours is importing torch, and will import what it needs.
+            return
+    importlib.import_module("torchao_masquant.steps")
+
+
 # The modules that keep what a library knows.
 _REGISTRIES: Mapping[str, Callable[[ModuleType], None]] = {
+    "torch": _register_with_torch,
     "torchao.prototype.safetensors.safetensors_utils": _register_with_torchao,
     "transformers.modeling_utils": _watch_saving,
     "transformers.quantizers.auto": _register_with_transformers,
@@ -58,7 +72,7 @@ _REGISTRIES: Mapping[str, Callable[[ModuleType], None]] = {
 
 
 def register_integrations() -> None:
-    """Let transformers load quantized models of ours, and torchao flatten their tensors.
+    """Let transformers load quantized models of ours, and torch and torchao know them.
 
     Now, where their modules are imported; otherwise as soon as they are, since
     importing them takes seconds that only their users should spend.

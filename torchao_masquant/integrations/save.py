@@ -19,6 +19,11 @@ from torchao_masquant.integrations.attachment import (
 )
 from torchao_masquant.integrations.checkpoint_format import quantized_modules
 from torchao_masquant.integrations.exchange import exchange
+from torchao_masquant.integrations.model_card import (
+    CARD,
+    is_model_card,
+    write_model_card,
+)
 from torchao_masquant.integrations.other_files import copy_other_files
 from torchao_masquant.integrations.unloaded import (
     add_unloaded,
@@ -26,6 +31,7 @@ from torchao_masquant.integrations.unloaded import (
     tell_of_unloaded,
     unloaded_tensors,
 )
+from torchao_masquant.outputs import check_folder
 
 __all__ = ["save_quantized"]
 
@@ -43,7 +49,7 @@ def save_quantized(
     at the end; an error or an interruption before that leaves ``folder`` as it was. A
     process that is killed leaves the temporary folder, too: ``.NAME.`` and eight
     characters, to be deleted. What else lies in ``folder``, such as a processor, stays
-    there.
+    there; a README.md that tells how the model was made is written where there is none.
 
     Args:
         model: a quantized transformers model.
@@ -56,16 +62,15 @@ def save_quantized(
     Raises:
         TypeError: it is no transformers model.
         ValueError: it is not quantized, another method of transformers than torchao's
-            has quantized it too, or a weight cannot be stored.
+            has quantized it too, or a weight cannot be stored; a model that is not ours
+            lies in ``folder``.
         OSError: ``folder`` cannot be written.
     """
     _check_model(model)
     # Where a link leads: the link itself stays.
     target = Path(os.path.realpath(folder))
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(
-            f"cannot save to {os.fspath(folder)!r}: it is a file; give a folder."
-        )
+    sources = () if beside is None else (beside,)
+    check_folder(folder, beside_others=True, sources=sources)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -78,6 +83,9 @@ def save_quantized(
         # save_pretrained(push_to_hub=True) names the repository after it.
         new = temporary / "new" / target.name
         model.save_pretrained(new, **options)  # type: ignore[operator]
+        card = target / CARD
+        if not card.exists() or is_model_card(card):
+            write_model_card(new, None if beside is None else Path(beside), target.name)
         if beside is not None:
             _take_along(model, Path(beside), new)
         if target.exists():

@@ -48,11 +48,6 @@ def stored_tensors(files: Sequence[str]) -> dict[str, TensorKind]:
     found: dict[str, TensorKind] = {}
     for path in files:
         file = os.path.basename(path)
-        if not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{file} is no safetensors file, which a MASQuant checkpoint is made "
-                "of: save the model again."
-            )
         if not os.path.exists(path):
             raise FileNotFoundError(
                 f"{file} is not there, though the checkpoint's index names it: download "
@@ -71,6 +66,11 @@ def stored_tensors(files: Sequence[str]) -> dict[str, TensorKind]:
                         raise ValueError(f"{name} is in another file, too")
                     found[name] = _TYPES[kind], tuple(stored.get_shape())
         except (safetensors.SafetensorError, ValueError, OSError) as error:
+            if not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{file} is no safetensors file, which a MASQuant checkpoint is made "
+                    "of: save the model again."
+                ) from error
             raise ValueError(
                 f"{file} is cut off or damaged ({str(error).rstrip('.')}): download or "
                 "save it again."

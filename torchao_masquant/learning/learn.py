@@ -14,7 +14,6 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequenc
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from torchao_masquant.learning.batch_gradient import BatchGradient
 from torchao_masquant.learning.batches import batches, held_back
@@ -27,6 +26,7 @@ from torchao_masquant.learning.blocks import (
 from torchao_masquant.learning.learnable_weight import LearnableWeight
 from torchao_masquant.learning.together import Alone, Together
 from torchao_masquant.learning.token_variation import TokenVariation, tokens_of
+from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.solver.methods import SolverOptions
@@ -86,7 +86,7 @@ def learn(
             parameter.requires_grad_(False)
         exact = [call.hidden for call in calls]
         met = list(exact)
-        bar = tqdm(blocks.items(), desc="Learning", disable=None if progress else True)
+        bar = progress_bar(blocks.items(), desc="Learning", show=progress)
         for index, (name, block) in enumerate(bar):
             with torch.no_grad():
                 exact = [c.run(index, block, x) for c, x in zip(calls, exact)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 from torchao_masquant.evaluation import Analysis, Evaluation
+from torchao_masquant.outputs import check_file
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.replacing import replacing
 from torchao_masquant.report.chart import BarPanel, Figure
@@ -74,7 +75,7 @@ def write_report(
     """Write one self-contained HTML page about how a model was quantized.
 
     Args:
-        path: of the page; a file of that name is replaced whole.
+        path: of the page; an earlier page of that name is replaced whole.
         recipe: how it was quantized.
         analysis: of the dense model.
         evaluations: of quantized models, best against the dense one; a mapping names
@@ -88,7 +89,8 @@ def write_report(
         What was written.
 
     Raises:
-        ValueError: there is nothing to report, or a row of ``results`` is damaged.
+        ValueError: there is nothing to report; a row of ``results`` is damaged; a file
+            that is no page or figure of ours is in the way.
         FileNotFoundError: the folder of ``path`` does not exist.
         OSError: the page or a figure cannot be written.
         ImportError: matplotlib or jinja2 is missing.
@@ -186,15 +188,7 @@ def _environment() -> Any:
 
 def _check_targets(path: Path, png: Optional[Path]) -> None:
     """Raise where the page or its figures cannot be, before they are made."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"cannot write {os.fspath(path)!r}: there is no folder "
-            f"{os.fspath(path.parent)!r}."
-        )
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"cannot write {os.fspath(path)!r}: it is a folder, name a file in it."
-        )
+    check_file(path, "page")
     if png is not None and png.exists() and not png.is_dir():
         raise NotADirectoryError(
             f"cannot write figures to {os.fspath(png)!r}: it is no folder."
@@ -269,11 +263,12 @@ def _write_drawings(
     figures: Sequence[Figure], folder: Path, palette: dict[str, tuple[str, str]]
 ) -> tuple[Path, ...]:
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for figure in figures:
-        paths.append(folder / f"{figure.name}.png")
-        write_png(figure, paths[-1], palette)
-    return tuple(paths)
+    paths = tuple(folder / f"{figure.name}.png" for figure in figures)
+    for path in paths:
+        check_file(path, "figure")
+    for figure, path in zip(figures, paths):
+        write_png(figure, path, palette)
+    return paths
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -14,6 +14,9 @@ from torchao_masquant.report.scale import value_scale, y_values
 
 __all__ = ["write_png"]
 
+# As what it is known again; see torchao_masquant.outputs.
+_METADATA = {"Software": "torchao_masquant"}
+
 _INCHES, _HEIGHT, _BAR_HEIGHT = 9.0, 2.7, 0.34
 _MOST_COLUMNS = 3
 
@@ -60,7 +63,7 @@ def write_png(figure: Figure, path: Path, colors: dict[str, tuple[str, str]]) ->
         )
     canvas.suptitle(_plain(figure.title))
     with replacing(path) as temporary:
-        canvas.savefig(temporary, format="png", dpi=150)
+        canvas.savefig(temporary, format="png", dpi=150, metadata=_METADATA)
 
 
 def _plain(text: str) -> str:

@@ -17,7 +17,6 @@ from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
 import safetensors
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.calibrate import (
     library_versions,
@@ -26,9 +25,12 @@ from torchao_masquant.calibration.observed_experts import as_observed
 from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, check_bound
 from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.freed_memory import return_freed_memory
+from torchao_masquant.integrations.exchange import exchange
 from torchao_masquant.learning.blocks import decoder_blocks
 from torchao_masquant.modality import TEXT
 from torchao_masquant.model_parts import heads_of, token_reader
+from torchao_masquant.outputs import check_file, check_folder
+from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Patterns, select
@@ -123,6 +125,8 @@ def calibrate_sequential(
     max_memory_bytes: Optional[int] = None,
     max_seconds: Optional[float] = None,
     timeout: float = 7200.0,
+    overwrite: bool = False,
+    description: Optional[Mapping[str, Any]] = None,
     progress: bool = True,
 ) -> SequentialResult:
     """Calibrate and quantize a model one block at a time, from disk to disk.
@@ -170,6 +174,10 @@ def calibrate_sequential(
         max_seconds: that the blocks may take, as far as a short measurement tells; None
             for any time.
         timeout: seconds that a process waits for the others.
+        overwrite: replace a quantized checkpoint or a recipe of another calibration;
+            nothing else ever is.
+        description: more for the recipe's :attr:`~torchao_masquant.Recipe.description`
+            and the checkpoint, such as the name of the data.
         progress: show a bar on a terminal.
 
     Returns:
@@ -211,7 +219,7 @@ def calibrate_sequential(
             f"activations are kept in 'memory' or on 'disk', not {activations!r}."
         )
     check_bound(max_statistics_bytes)
-    outputs = _Outputs(output, recipe)
+    outputs = _Outputs(output, recipe, overwrite)
     team = Team(timeout)
     if epochs and batch_size < team.size and team.rank == 0:
         _LOGGER.warning(
@@ -222,7 +230,7 @@ def calibrate_sequential(
             team.size,
             team.size,
         )
-    team.on_first(outputs.check)
+    team.on_first(lambda: outputs.check(Path(model)))
     disk = DiskModel(model, dtype, device, model_class)
     selected = select(disk.model, include, exclude)
     layers = BlockLayers(selected.linears, selected.experts)
@@ -253,6 +261,7 @@ def calibrate_sequential(
         team,
         summary,
         max_statistics_bytes,
+        {"samples": summary.count, **(description or {})},
         progress,
     )
     run.check_room(max_memory_bytes, activations == "disk")
@@ -269,7 +278,9 @@ class _Outputs:
         self,
         output: Union[str, os.PathLike, None],
         recipe: Union[str, os.PathLike, None],
+        overwrite: bool,
     ):
+        self.overwrite = overwrite
         if output is None and recipe is None:
             raise ValueError(
                 "name what to write: output=, a folder for the quantized checkpoint, or "
@@ -284,13 +295,20 @@ class _Outputs:
         assert main is not None
         self.partial = main.with_name(f"{main.name}.partial")
 
-    def check(self) -> None:
+    def check(self, original: Path) -> None:
         """Raise where a result could not be written in the end.
+
+        Args:
+            original: folder of the model, or its name on the hub.
 
         Raises:
             FileNotFoundError: the folder around it does not exist.
             ValueError: something else is there.
         """
+        if self.checkpoint is not None:
+            check_folder(self.checkpoint, sources=[original])
+        if self.recipe is not None:
+            check_file(self.recipe, "recipe", sources=[original])
         for path in (self.checkpoint, self.recipe):
             if path is None:
                 continue
@@ -299,14 +317,14 @@ class _Outputs:
                     f"cannot write {str(path)!r}: there is no folder "
                     f"{str(path.parent)!r}."
                 )
-            if path.exists() and self._origin(path) is None:
+            if path.exists() and self._origin(path) is None and not self.overwrite:
                 raise self._occupied(path)
 
     @staticmethod
     def _occupied(path: Path) -> ValueError:
         return ValueError(
             f"{str(path)!r} is there already, and not a result of this calibration: "
-            "remove it, or give another name."
+            "let it be overwritten, or give another name."
         )
 
     @staticmethod
@@ -328,10 +346,16 @@ class _Outputs:
         """
         paths = [p for p in (self.checkpoint, self.recipe) if p is not None]
         there = [path for path in paths if path.exists()]
+        ours = [path for path in there if self._origin(path) == digest]
         for path in there:
-            if self._origin(path) != digest:
+            if path not in ours and not self.overwrite:
                 raise self._occupied(path)
-        return len(there) == len(paths)
+        return len(ours) == len(paths)
+
+    def is_written(self, digest: str) -> bool:
+        """Whether the checkpoint of a calibration is there, or none is asked for."""
+        path = self.checkpoint
+        return path is None or (path.exists() and self._origin(path) == digest)
 
 
 class _Run:
@@ -348,8 +372,10 @@ class _Run:
         team: Team,
         summary: SampleSummary,
         max_statistics_bytes: int,
+        description: Mapping[str, Any],
         progress: bool,
     ):
+        self.description = dict(description)
         self.disk, self.layers, self.router = disk, layers, router
         self.options, self.outputs, self.team = options, outputs, team
         self.summary, self.progress = summary, progress
@@ -494,10 +520,10 @@ class _Run:
             learner = BlockLearner(
                 self.walk, activations, self.mine, self.options, self.team
             )
-        bar = tqdm(
+        bar = progress_bar(
             range(last + 1),
             desc="Blocks",
-            disable=None if self.progress and self.team.rank == 0 else True,
+            show=self.progress and self.team.rank == 0,
         )
         for index in bar:
             start = time.perf_counter()
@@ -576,11 +602,11 @@ class _Run:
         front = self._front()
         counts = [0] * len(self.router.modalities)
         with disk.loaded(front):
-            bar = tqdm(
+            bar = progress_bar(
                 self._own(samples),
                 desc="Embedding",
                 total=len(self.mine),
-                disable=None if self.progress and self.team.rank == 0 else True,
+                show=self.progress and self.team.rank == 0,
             )
             for index, sample in bar:
                 call = walk.capture(sample)
@@ -600,8 +626,11 @@ class _Run:
             proof = {"modules": modules}
             self.team.on_first(lambda: self.store.finish("proof", note=proof))
         disk.load(n for n in own if self._is_used(n, set(proof["modules"])))
-        gathered = self.team.gather(counts)[: self.team.rank]
-        return [sum(column) for column in zip(*gathered)] or [0] * len(counts)
+        gathered = self.team.gather(counts)
+        tokens = dict(zip(self.router.modalities, map(sum, zip(*gathered))))
+        self.team.on_first(lambda: self.store.finish("tokens", note={"tokens": tokens}))
+        before = gathered[: self.team.rank]
+        return [sum(column) for column in zip(*before)] or [0] * len(counts)
 
     def _own(
         self, samples: Iterable[Mapping[str, Any]]
@@ -726,6 +755,9 @@ class _Run:
 
     def _finish(self, digest: str) -> None:
         """Write what is no block's, and give the results their names."""
+        seen = self.store.finished("tokens") or {}
+        if "tokens" in seen:
+            self.description["tokens"] = seen["tokens"]
         store, parts = (
             self.store,
             [self.store.part_of(index) for index in range(len(self.walk.blocks))],
@@ -733,8 +765,11 @@ class _Run:
         if self.outputs.recipe is not None:
             files = [store.recipe_of(index) for index in range(len(parts))]
             with durable(self.outputs.recipe) as temporary:
-                join_recipes(files, temporary, {"calibration": digest})
-        if self.outputs.checkpoint is not None and not self.outputs.checkpoint.exists():
+                join_recipes(
+                    files, temporary, {"calibration": digest}, self.description
+                )
+        target = self.outputs.checkpoint
+        if target is not None and not self.outputs.is_written(digest):
             in_blocks = [name for names in self.names for name in names]
             others = other_parts(self.disk, in_blocks)
             for part, names in others.items():
@@ -747,8 +782,13 @@ class _Run:
                 store,
                 [*others, *parts, *unloaded],
                 self.options,
+                self.description,
+                target.name,
                 {_ORIGIN: json.dumps({"digest": digest})},
             )
-            os.rename(folder, self.outputs.checkpoint)
-            sync_folder(self.outputs.checkpoint.parent)
+            if target.exists():
+                exchange(folder, target, store.folder / "replaced")
+            else:
+                os.rename(folder, target)
+            sync_folder(target.parent)
         store.remove()

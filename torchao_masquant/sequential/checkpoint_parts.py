@@ -9,11 +9,12 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import safetensors
 import torch
 
+from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     flatten_state_dict,
@@ -21,6 +22,7 @@ from torchao_masquant.integrations.checkpoint_format import (
 )
 from torchao_masquant.integrations.hf_config import MASQuantHfConfig
 from torchao_masquant.integrations.layer_format import LayerFormat
+from torchao_masquant.integrations.model_card import write_model_card
 from torchao_masquant.integrations.other_files import copy_other_files
 from torchao_masquant.integrations.unloaded import (
     PART_BYTES,
@@ -125,6 +127,8 @@ def assemble(
     store: BlockStore,
     parts: Sequence[str],
     options: SolverOptions,
+    description: Mapping[str, Any],
+    called: str,
     extra: Mapping[str, str],
 ) -> Path:
     """A folder that ``from_pretrained`` loads, from finished parts.
@@ -134,6 +138,8 @@ def assemble(
     Args:
         parts: names of all of them.
         options: that all linears were solved with.
+        description: of the calibration, see :class:`~torchao_masquant.Recipe`.
+        called: what the folder will be.
         extra: name to text of other files to write.
 
     Returns:
@@ -157,6 +163,7 @@ def assemble(
     formats = store.formats(parts)
     known = {name: options for name in formats}
     checkpoint = CheckpointFormat.described(model.dtype, formats, known)
+    checkpoint.description = {"versions": library_versions(), **description}
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.quantization_config = MASQuantHfConfig.of_checkpoint(checkpoint)
@@ -164,6 +171,7 @@ def assemble(
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     copy_other_files(disk.folder, folder)
+    write_model_card(folder, disk.folder, called)
     for name, text in extra.items():
         (folder / name).write_text(text)
     for path in folder.rglob("*"):

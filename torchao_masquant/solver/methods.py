@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence, Union
 
 from torchao_masquant.schemes import Scheme, get_scheme
-from torchao_masquant.solver.compensation import resolve_rank
 
 __all__ = [
     "ALPHAS",
@@ -165,6 +164,9 @@ class SolverOptions:
         for name in ("alpha", "separation"):
             self._check_share(name, getattr(self, name))
         if self.rank != AUTO:
+            # The command line names methods without importing torch.
+            from torchao_masquant.solver.compensation import resolve_rank
+
             resolve_rank(self.rank, 1, 1)  # type: ignore[arg-type]
         if self.group_size is not None:
             if type(self.group_size) is not int:
@@ -284,6 +286,8 @@ class SolverOptions:
             share: a rank, or a share of ``min(N, K)``, of which the method's least rank
                 is made at least.
         """
+        from torchao_masquant.solver.compensation import resolve_rank
+
         rank = resolve_rank(share, n, k)
         if rank and isinstance(share, float):
             rank = max(rank, METHODS[self.method].rank_floor)

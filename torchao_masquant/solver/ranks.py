@@ -11,9 +11,9 @@ import math
 from typing import Optional, Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.solver.compensation import error_spectrum, resolve_rank
 from torchao_masquant.solver.layers import solve_group
@@ -60,7 +60,7 @@ def spend_ranks(
     budget = 0
     spectra: dict[tuple[str, int], tuple[list[float], float, int]] = {}
     names: dict[str, int] = {}
-    bar = tqdm(groups, desc="Ranking", disable=None if progress else True)
+    bar = progress_bar(groups, desc="Ranking", show=progress)
     for weights, statistics in bar:
         layers = solve_group(weights, statistics, bare)
         for name, weight in weights.items():

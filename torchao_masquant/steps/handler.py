@@ -108,7 +108,9 @@ def _transform_experts(model: nn.Module, plan: _Plan) -> None:
 def _attach(model: nn.Module, plan: _Plan) -> None:
     """Let a transformers model that is being quantized save itself."""
     if plan.config.step == QuantizationStep.CONVERT:
-        attach_to_transformers(model, plan.targets, plan.config.options)
+        attach_to_transformers(
+            model, plan.targets, plan.config.options, plan.config.description
+        )
     elif plan.config.step == QuantizationStep.PREPARE_FOR_LOADING:
         attach_to_transformers(model)
 

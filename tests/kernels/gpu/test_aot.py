@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from torchao_masquant.__main__ import main
+from torchao_masquant.cli.kernels import table
 from torchao_masquant.kernels import aot
 from torchao_masquant.kernels.aot import (
     TARGETS,
@@ -24,7 +25,6 @@ from torchao_masquant.kernels.aot import (
     compile_all,
     extremes,
 )
-from torchao_masquant.kernels.aot_command import table
 
 pytest.importorskip("triton")
 
@@ -157,8 +157,6 @@ def test_a_kernel_that_does_not_compile_is_reported(
 def test_command_prints_what_it_found_and_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from torchao_masquant.kernels import aot_command
-
     def found(names: list[CaseName], jobs: int) -> list[Compiled]:
         assert jobs == 3
         # They come in any order, and are shown in that of the names.
@@ -169,7 +167,7 @@ def test_command_prints_what_it_found_and_what_is_wrong(
             for i, n in reversed(list(enumerate(names)))
         ]
 
-    monkeypatch.setattr(aot_command, "compile_all", found)
+    monkeypatch.setattr("torchao_masquant.kernels.aot.compile_all", found)
     options = ["kernels", "--target", "sm_90", "--kernel", "low_rank_down reduce fp32"]
     assert main([*options, "--jobs", "3", "--json"]) == 1
     out, err = capsys.readouterr()

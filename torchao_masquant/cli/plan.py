@@ -9,23 +9,17 @@ import argparse
 import dataclasses
 import json
 import re
-from typing import Any, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from torchao_masquant.planning.estimate import (
-    CalibrationPlan,
-    InferencePlan,
-    plan_calibration,
-    plan_inference,
-)
-from torchao_masquant.planning.machine import Machine, load_machine, machine_names
-from torchao_masquant.planning.skeleton import Skeleton, read_skeleton
-from torchao_masquant.planning.weight_bytes import Compensation
+from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.schemes import SCHEMES
 from torchao_masquant.solver.methods import SolverOptions
+
+if TYPE_CHECKING:
+    from torchao_masquant.planning.estimate import CalibrationPlan, InferencePlan
+    from torchao_masquant.planning.machine import Machine
+    from torchao_masquant.planning.skeleton import Skeleton
 
 __all__ = ["add_arguments", "main"]
 
@@ -74,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine",
         default="cpu",
         metavar="NAME|JSON",
-        help=f"{', '.join(machine_names())}, or a file of benchmarks/plan_constants.py "
+        help="cpu, a100, h100, h200, or a file of benchmarks/plan_constants.py "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -110,8 +104,18 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: the model or the machine can't be read.
     """
+    from torchao_masquant.planning.estimate import plan_calibration, plan_inference
+    from torchao_masquant.planning.machine import load_machine
+    from torchao_masquant.planning.skeleton import read_skeleton
+    from torchao_masquant.planning.weight_bytes import Compensation
+
+    try:
+        machine = load_machine(arguments.machine)
+    except ValueError as error:
+        if Path(arguments.machine).exists():
+            raise
+        raise UsageError(f"--machine: {error}") from error
     skeleton = read_skeleton(arguments.model)
-    machine = load_machine(arguments.machine)
     compensation = Compensation(
         len(skeleton.modalities), arguments.rank, arguments.low_rank_bits
     )
@@ -150,7 +154,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _why_not(row: InferencePlan, memory: Optional[int]) -> Optional[str]:
+def _why_not(row: "InferencePlan", memory: Optional[int]) -> Optional[str]:
     if row.reason is not None:
         return row.reason
     if memory is not None and row.device_bytes > memory:
@@ -159,10 +163,10 @@ def _why_not(row: InferencePlan, memory: Optional[int]) -> Optional[str]:
 
 
 def _as_json(
-    skeleton: Skeleton,
-    machine: Machine,
-    calibration: CalibrationPlan,
-    rows: list[InferencePlan],
+    skeleton: "Skeleton",
+    machine: "Machine",
+    calibration: "CalibrationPlan",
+    rows: "list[InferencePlan]",
 ) -> dict[str, Any]:
     return {
         "model": skeleton.source,
@@ -180,19 +184,22 @@ def _as_json(
 
 def _print(
     arguments: argparse.Namespace,
-    skeleton: Skeleton,
-    machine: Machine,
-    calibration: CalibrationPlan,
-    rows: list[InferencePlan],
+    skeleton: "Skeleton",
+    machine: "Machine",
+    calibration: "CalibrationPlan",
+    rows: "list[InferencePlan]",
 ) -> None:
-    console = Console()
+    from rich import box
+    from rich.table import Table
+
+    from torchao_masquant.evaluation.tables import to_text
+
     devices, memory = arguments.devices, arguments.memory
-    console.print(
+    print(
         f"{skeleton.model_class}: {skeleton.values / 1e6:,.0f} million weights, "
         f"{len(skeleton.linears)} linears to quantize, for "
         f"{', '.join(skeleton.modalities)}; {devices} x {machine.name} "
-        f"({'; '.join((machine.source, *machine.notes))}).\n",
-        highlight=False,
+        f"({'; '.join((machine.source, *machine.notes))}).\n"
     )
     c = calibration
     verdict = ""
@@ -221,7 +228,7 @@ def _print(
         table.add_row(
             left, _size(size), right, "" if seconds is None else _time(seconds)
         )
-    console.print(table)
+    print(to_text(table))
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache "
@@ -250,7 +257,7 @@ def _print(
             _size(row.sent_bytes),
             _why_not(row, memory) or ("" if memory is None else "fits"),
         )
-    console.print(table)
+    print(to_text(table))
 
 
 def _size(size: float) -> str:

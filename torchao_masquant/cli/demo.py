@@ -14,24 +14,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
-
-from torchao_masquant.demo.checkpoint import save
-from torchao_masquant.demo.compare import (
-    METHODS,
-    SCHEMES,
-    Row,
-    compare_methods,
-    dense_row,
-)
-from torchao_masquant.demo.table import WIDTH, render
+from torchao_masquant.cli.models import DIGITS
+from torchao_masquant.outputs import check_file, check_folder
 from torchao_masquant.replacing import replacing
 from torchao_masquant.solver.methods import SolverOptions
-from torchao_masquant.testing import digits
+
+if TYPE_CHECKING:
+    from torchao_masquant.demo.compare import Row
 
 __all__ = ["add_arguments", "main"]
 
@@ -53,21 +44,11 @@ def _rank(text: str) -> "int | float":
     return rank
 
 
-def _output(text: str) -> Path:
-    """A file to write to; asked for before minutes are spent, not after."""
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(
-            f"cannot write {text!r}: there is no folder {str(path.parent)!r}."
-        )
-    return path
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the demonstration."""
     parser.add_argument(
         "--variant",
-        choices=digits.VARIANTS,
+        choices=sorted(DIGITS.values()),
         default="outliers",
         help="the model with trained-in outliers of image and sound tokens, as large "
         "multimodal LLMs have them, or the plain one (default: %(default)s)",
@@ -81,12 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--json",
-        type=_output,
+        type=Path,
         metavar="PATH",
         help="also write the results to this file",
     )
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="keep the saved w4a8 model here"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write over an earlier demonstration's"
     )
 
 
@@ -96,9 +80,25 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code: 0, or 1 where the reloaded model is not the saved one.
     """
+    if arguments.json is not None:
+        check_file(arguments.json, "record", overwrite=arguments.overwrite)
+    if arguments.save is not None:
+        check_folder(arguments.save, "demo", overwrite=arguments.overwrite)
+    from transformers.utils import logging as transformers_logging
+
+    from torchao_masquant.demo.checkpoint import save
+    from torchao_masquant.demo.compare import (
+        METHODS,
+        SCHEMES,
+        compare_methods,
+        dense_row,
+    )
+    from torchao_masquant.demo.table import render
+    from torchao_masquant.evaluation.tables import to_text
+    from torchao_masquant.progress import progress_bar
+    from torchao_masquant.testing import digits
+
     transformers_logging.disable_progress_bar()
-    console = Console()
-    console.width = max(console.width, WIDTH)
     start = time.perf_counter()
     model = digits.load_model(arguments.variant)
     trained_in = (
@@ -106,21 +106,18 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.variant == "outliers"
         else ", without trained-in outliers"
     )
-    console.print(
+    print(
         "A Qwen2.5-Omni thinker of four million parameters, trained on handwritten "
         f"digits, spoken digits and sums{trained_in}."
     )
     rows = [dense_row(model)]
     accuracy = ", ".join(f"{t} {100 * a:.1f} %" for t, a in rows[0].accuracy.items())
-    console.print(f"Dense accuracy: {accuracy}.")
+    print(f"Dense accuracy: {accuracy}.")
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.save or Path(temporary)
         saved_bytes = 0
-        # disable=None: quiet where standard error is no terminal.
-        with tqdm(
-            total=len(SCHEMES) * len(METHODS), desc="Quantizing", disable=None
-        ) as bar:
+        with progress_bar(total=len(SCHEMES) * len(METHODS), desc="Quantizing") as bar:
             for row, quantized, _ in compare_methods(
                 model, arguments.rank, progress=True
             ):
@@ -128,16 +125,12 @@ def main(arguments: argparse.Namespace) -> int:
                 bar.update()
                 if (row.scheme, row.method) == _SAVED:
                     saved_bytes = save(quantized, row.scheme, folder)
-        console.print(
-            render(
-                rows,
-                f"Held-out digits, model variant {arguments.variant!r}{trained_in}",
-            )
-        )
-        console.print("Loading the saved w4a8 model in a new process, compiling it ...")
+        title = f"Held-out digits, model variant {arguments.variant!r}{trained_in}"
+        print(to_text(render(rows, title)))
+        print("Loading the saved w4a8 model in a new process, compiling it ...")
         reloaded = _reload(folder)
     same = bool(reloaded["bit_identical"]) and reloaded["compiled_same_answers"] == 1
-    console.print(
+    print(
         f"Saved {saved_bytes} bytes. Reloaded logits bit-identical: "
         f"{reloaded['bit_identical']}. Compiled answers equal to the eager ones: "
         f"{100 * reloaded['compiled_same_answers']:.0f} % "
@@ -145,9 +138,7 @@ def main(arguments: argparse.Namespace) -> int:
         f"{reloaded['compile_seconds']} s)."
     )
     seconds = time.perf_counter() - start
-    console.print(
-        f"{seconds:.0f} seconds in all, peak memory {_peak_bytes() / 2**20:.0f} MiB."
-    )
+    print(f"{seconds:.0f} seconds in all, peak memory {_peak_bytes() / 2**20:.0f} MiB.")
     if arguments.json is not None:
         _write_json(arguments, rows, reloaded, saved_bytes, seconds)
     return 0 if same else 1
@@ -174,12 +165,13 @@ def _peak_bytes() -> int:
 
 def _write_json(
     arguments: argparse.Namespace,
-    rows: list[Row],
+    rows: "list[Row]",
     reloaded: dict[str, Any],
     saved_bytes: int,
     seconds: float,
 ) -> None:
     report = {
+        "format": "torchao_masquant.demo.1",
         "variant": arguments.variant,
         "outliers_trained_in": arguments.variant == "outliers",
         "rank": arguments.rank,

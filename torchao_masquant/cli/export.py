@@ -8,17 +8,14 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from torchao_masquant.cli.models import read_paths
+from torchao_masquant.outputs import check_folder
 
-from torchao_masquant.deploy.decoder import export_decoder
-from torchao_masquant.deploy.lowering import KERNELS
-from torchao_masquant.routing import router_of
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 __all__ = ["add_arguments", "main"]
 
@@ -41,16 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kernels",
-        choices=("auto", *KERNELS),
+        choices=("auto", "cpu", "triton", "aten"),
         default="auto",
         help="cpu: our C++ kernels, which go into the package; triton: those for GPUs; "
         "aten: operators of torch alone, slower; auto: ours where they run here "
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print what was written as JSON, for scripts",
+        "--json", action="store_true", help="print what was written as JSON"
     )
 
 
@@ -64,6 +59,15 @@ def main(arguments: argparse.Namespace) -> int:
         ValueError, TypeError, OSError: something is missing, damaged or cannot be
             exported.
     """
+    check_folder(
+        arguments.folder,
+        "package",
+        sources=read_paths(arguments.model, arguments.inputs),
+    )
+    if arguments.inputs is not None and not arguments.inputs.is_file():
+        raise FileNotFoundError(f"there is no file {str(arguments.inputs)!r}.")
+    from torchao_masquant.deploy import export_decoder
+
     model = _load(arguments.model)
     folder = export_decoder(
         model,
@@ -80,7 +84,9 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(folder: Path) -> nn.Module:
+def _load(folder: Path) -> "nn.Module":
+    import transformers
+
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} has no config.json: give the folder of a saved model."
@@ -96,7 +102,13 @@ def _load(folder: Path) -> nn.Module:
     return classes[0].from_pretrained(folder).eval()
 
 
-def _sample(model: Any, path: Optional[Path]) -> dict[str, torch.Tensor]:
+def _sample(model: Any, path: Optional[Path]) -> "dict[str, torch.Tensor]":
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from torchao_masquant.routing import router_of
+
     if path is not None:
         try:
             return load_file(path)

@@ -8,16 +8,14 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torchao_masquant.report.page import Report, write_page
-from torchao_masquant.report.sources import (
-    ANALYSIS,
-    EVALUATIONS,
-    RECIPE,
-    RESULTS,
-    read_sources,
-)
-from torchao_masquant.report.wording import byte_size, joined
+from torchao_masquant.cli.models import read_paths
+from torchao_masquant.cli.parser import add_output_options
+from torchao_masquant.outputs import check_file, kind_of
+
+if TYPE_CHECKING:
+    from torchao_masquant.report.page import Report
 
 __all__ = ["add_arguments", "main"]
 
@@ -30,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RECIPE|FOLDER|JSON",
         help="a recipe, a JSON file of analyze, evaluate or a benchmark, or a folder "
-        f"with any of {RECIPE}, {ANALYSIS}, {EVALUATIONS}, {', '.join(RESULTS)}; where "
-        "an evaluation does not know its method, its file's name tells it, as in "
-        "evaluation-w4a8-smoothquant.json",
+        "with any of recipe.safetensors, analysis.json, evaluation*.json, "
+        "results*.json, quality*.json, demo*.json; where an evaluation does not know "
+        "its method, its file's name tells it, as in evaluation-w4a8-smoothquant.json",
     )
     parser.add_argument(
         "-o",
@@ -48,11 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--png", type=Path, metavar="FOLDER", help="also write the figures as PNG here"
     )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print what was written as JSON, for scripts",
-    )
+    add_output_options(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -66,7 +60,21 @@ def main(arguments: argparse.Namespace) -> int:
         OSError: something is missing or cannot be written.
         ValueError: something is damaged.
     """
+    from torchao_masquant.report.page import write_page
+    from torchao_masquant.report.sources import read_sources
+    from torchao_masquant.report.wording import byte_size, joined
+
     sources = read_sources(arguments.sources)
+    check_file(
+        arguments.output,
+        "page",
+        overwrite=arguments.overwrite,
+        sources=read_paths(*arguments.sources),
+    )
+    if arguments.png is not None and arguments.png.is_dir():
+        for path in arguments.png.glob("*.png"):
+            if kind_of(path) == "figure":
+                check_file(path, "figure", overwrite=arguments.overwrite)
     report = write_page(arguments.output, sources, arguments.title, arguments.png)
     if arguments.json:
         print(json.dumps(_as_json(report), indent=2))
@@ -79,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _as_json(report: Report) -> dict:
+def _as_json(report: "Report") -> dict[str, Any]:
     return {
         "report": str(report.path),
         "bytes": report.nbytes,

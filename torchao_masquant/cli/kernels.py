@@ -10,19 +10,14 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from tqdm.auto import tqdm
+from torchao_masquant.cli.calibration_options import whole
 
-from torchao_masquant.kernels.aot import (
-    TARGETS,
-    Compiled,
-    case_names,
-    compile_all,
-    extremes,
-)
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from torchao_masquant.kernels.aot import Compiled
 
 __all__ = ["add_arguments", "as_json", "main", "table"]
 
@@ -32,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         action="append",
-        choices=list(TARGETS),
+        choices=("sm_80", "sm_89", "sm_90", "sm_100", "gfx942"),
         help="compile for this architecture; give it again for another (default: all)",
     )
     parser.add_argument(
@@ -50,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="processes that compile (default: one a core)",
@@ -71,10 +66,20 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: there is nothing to compile.
     """
+
+    from torchao_masquant.evaluation.tables import to_text
+    from torchao_masquant.kernels.aot import (
+        TARGETS,
+        case_names,
+        compile_all,
+        extremes,
+    )
+    from torchao_masquant.progress import progress_bar
+
     names = case_names(arguments.target or tuple(TARGETS), arguments.kernel)
     if arguments.quick:
         names = extremes(names)
-    ready = tqdm(
+    ready = progress_bar(
         compile_all(names, arguments.jobs), "compiling", len(names), unit="kernel"
     )
     found = {(compiled.target, compiled.kernel): compiled for compiled in ready}
@@ -82,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(as_json(rows))
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
+        print(to_text(table(rows)))
     unsound = 0
     for row in rows:
         for problem in row.problems():
@@ -91,8 +96,11 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if unsound else 0
 
 
-def table(rows: list[Compiled]) -> Table:
+def table(rows: "list[Compiled]") -> "Table":
     """One line a target and kernel."""
+    from rich import box
+    from rich.table import Table
+
     shown = Table(box=box.SIMPLE_HEAD)
     for column in ("target", "kernel"):
         shown.add_column(column, no_wrap=column == "target")
@@ -116,7 +124,7 @@ def _brief(instruction: str) -> str:
     return instruction
 
 
-def as_json(rows: list[Compiled]) -> str:
+def as_json(rows: "list[Compiled]") -> str:
     """The table, a line each, with the version of Triton that compiled it."""
     lines = ",\n".join(
         json.dumps({**dataclasses.asdict(row), "matrix": dict(row.matrix)})

@@ -1,0 +1,169 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What can be told from a model's config and headers, before its weights are loaded."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping
+
+from torchao_masquant.cli.calibration_options import MEASURE
+from torchao_masquant.cli.models import auto_class, model_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from torchao_masquant.config import MASQuantConfig
+
+__all__ = [
+    "check_analysis",
+    "check_calibration",
+    "check_dense",
+    "check_quantization",
+]
+
+
+def _skeleton(config: Any, arguments: argparse.Namespace) -> Any:
+    """The model of a config, on the meta device."""
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(config).from_config(
+            config, trust_remote_code=arguments.trust_remote_code
+        )
+
+
+def check_calibration(
+    config: Any, arguments: argparse.Namespace, options: Mapping[str, Any]
+) -> None:
+    """Raise where a calibration would end with an error that needs no data.
+
+    Args:
+        config: of the model.
+        arguments: with ``model`` and ``trust_remote_code``.
+        options: of :func:`torchao_masquant.calibrate`.
+
+    Raises:
+        ValueError: the model is quantized; a pattern matches nothing; a modality is
+            not the model's; a group size does not divide the width of a linear.
+    """
+    from torchao_masquant.calibration.request import check_config
+
+    check_dense(arguments.model, config)
+    if options["modality_weights"] == MEASURE:
+        options = {**options, "modality_weights": None}
+    check_config(
+        config,
+        auto_class(config),
+        options,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def check_analysis(config: Any, arguments: argparse.Namespace) -> None:
+    """The same of an analysis.
+
+    Args:
+        config: of the model.
+        arguments: with ``model``, ``include``, ``exclude``, ``modalities`` and
+            ``trust_remote_code``.
+
+    Raises:
+        ValueError: as above.
+    """
+    from torchao_masquant.routing import Router
+    from torchao_masquant.selection import select_linears
+
+    check_dense(arguments.model, config)
+    model = _skeleton(config, arguments)
+    select_linears(model, arguments.include, arguments.exclude)
+    Router.for_model(model, arguments.modalities)
+
+
+def check_dense(name: str, config: Any) -> None:
+    """Raise where a model is quantized.
+
+    Raises:
+        ValueError: names the model.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{name!r} is quantized already: give the original model.")
+
+
+def check_quantization(
+    config: Any, arguments: argparse.Namespace, quantization: "MASQuantConfig"
+) -> None:
+    """Raise where a recipe, or patterns, are of another model.
+
+    Names and shapes of all linears are compared, and the values of the smallest that a
+    recipe has, where the model is in a folder.
+
+    Args:
+        config: of the model.
+        arguments: with ``model``, ``dtype`` and ``trust_remote_code``.
+        quantization: with a recipe, or one that needs none.
+
+    Raises:
+        ValueError: what does not fit.
+    """
+    from torchao_masquant.integrations.hf_loading import QuantizingLoading
+
+    model = _skeleton(config, arguments)
+    QuantizingLoading(model, quantization)
+    folder = Path(model_folder(arguments.model))
+    if quantization.loaded_recipe is not None and folder.is_dir():
+        _check_fingerprint(model, folder, quantization.loaded_recipe, arguments.dtype)
+
+
+def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> None:
+    """Compare one weight, the smallest that lies in a file as it is in the model."""
+    import safetensors
+
+    from torchao_masquant.integrations.stored_names import stored_to_model_names
+    from torchao_masquant.integrations.stored_tensors import stored_tensors
+    from torchao_masquant.recipe import weight_fingerprint
+
+    files = {
+        name: file
+        for file in sorted(folder.glob("*.safetensors"))
+        if file.name.startswith("model")
+        for name in stored_tensors([str(file)])
+    }
+    names = stored_to_model_names(model, list(files))
+    parts: dict[str, list[str]] = {}
+    for stored, to in names.items():
+        for name in to:
+            parts.setdefault(name, []).append(stored)
+    alone = {
+        name: stored[0]
+        for name, stored in parts.items()
+        if len(stored) == 1 and len(names[stored[0]]) == 1
+    }
+    linears = sorted(
+        (math.prod(layer.shape), name)
+        for name, layer in recipe.layers.items()
+        if f"{name}.weight" in alone
+    )
+    for _, name in linears[:1]:
+        stored = alone[f"{name}.weight"]
+        with safetensors.safe_open(files[stored], framework="pt") as file:
+            weight = file.get_tensor(stored)
+        weight = weight.to(_loaded_type(model, weight, dtype))
+        found, expected = weight_fingerprint(weight), recipe.layers[name].fingerprint
+        if tuple(weight.shape) == recipe.layers[name].shape and found != expected:
+            raise ValueError(
+                f"{name}: the recipe was made for a weight with fingerprint {expected}, "
+                f"the model's is {found}; use the model that it was made for, in the "
+                "same dtype, or calibrate again."
+            )
+
+
+def _loaded_type(model: Any, weight: "torch.Tensor", dtype: str) -> "torch.dtype":
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return getattr(model.config, "dtype", None) or weight.dtype
