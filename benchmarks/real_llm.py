@@ -67,6 +67,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if arguments.page and not arguments.page.is_file():
         parser.error(f"there is no page {arguments.page} to put the table into.")
     results = Results(arguments.json)
+    try:
+        results.check(size)
+    except ValueError as error:
+        parser.error(str(error))
     schemes, methods = arguments.schemes or SCHEMES, arguments.methods or MAIN
     for line in run(results, arguments.seeds, schemes, methods, size):
         print(line, file=sys.stderr, flush=True)

