@@ -21,7 +21,11 @@ from torchao.quantization.quant_api import _is_linear
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from torchao_masquant.calibration.calibrate import base_first, solve
+from torchao_masquant.calibration.calibrate import (
+    base_first,
+    solve,
+    warn_of_left_out,
+)
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.session import (
     CalibrationSession,
@@ -407,6 +411,7 @@ def _plan_observed(
     for name, observed in session.weights.items():
         check_in_memory(name, observed, model)
     layers = solve(session, config.options, progress=True)
+    warn_of_left_out(session.not_matched)
     router = session.router
     router.detach(model)
     experts = _by_module(session.experts)
@@ -417,9 +422,14 @@ def _plan_observed(
         router.attach(model)
     actions: dict[nn.Module, Callable[[], object]] = {
         linear: partial(_convert_observed, session, name, layers[name], config, router)
+        if name in layers
+        else partial(session.detach_linear, linear)
         for name, linear in session.linears.items()
     }
     for module, weights in experts.items():
+        if not layers.keys() >= weights.keys():
+            actions[module] = partial(session.detach_experts, module)
+            continue
         convert = _conversion_of_experts(
             module, {n: layers[n] for n in weights}, weights, config, router
         )

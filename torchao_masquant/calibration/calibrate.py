@@ -7,6 +7,8 @@
 
 import itertools
 import logging
+import re
+from collections import Counter
 from importlib.metadata import version
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
@@ -36,6 +38,7 @@ __all__ = [
     "library_versions",
     "solve",
     "warn_of_few_tokens",
+    "warn_of_left_out",
 ]
 
 _LOGGER = logging.getLogger(__name__)
@@ -71,7 +74,9 @@ def calibrate(
 ) -> Recipe:
     """Find how to quantize a multimodal model, from its activations on some data.
 
-    The model is left as it was, also where this raises. The maxima that decide the
+    The model is left as it was, also where this raises. Linears and experts that are
+    called with a part of a call's tokens, of which nobody says which those are (experts
+    of one modality, pruned tokens), are left out, and named in one warning. The maxima that decide the
     smoothing factors and the covariances that whiten the compensation come from one
     run over the data: a covariance of unsmoothed activations gives that of smoothed
     ones (see :class:`~torchao_masquant.calibration.statistics.InputStatistics`). Where
@@ -183,6 +188,7 @@ def calibrate(
     elif len(passes) > 1 or epochs:
         data = list(data)
     layers: dict[str, LayerRecipe] = {}
+    left_out = set(probe.not_matched)
     for index, names in enumerate(passes, start=1):
         session = CalibrationSession(
             {name: linears[name] for name in names if name in linears},
@@ -196,12 +202,15 @@ def calibrate(
                 model, data, router, progress=progress, description=f"Calibrating{of}"
             )
         layers |= solve(session, options, progress=progress, spend_statistics=True)
+        left_out.update(session.not_matched)
+    names = [*linears, *experts]
+    warn_of_left_out([name for name in names if name in left_out])
     if epochs:
         layers = learn(model, data, layers, router, options, progress=progress)
     return Recipe(
         options=options,
         modalities=router.modalities,
-        layers={name: layers[name] for name in (*linears, *experts)},
+        layers={name: layers[name] for name in names if name in layers},
         versions=library_versions(),
     )
 
@@ -222,7 +231,8 @@ def solve(
         spend_statistics: use and free the memory of the session's second moments.
 
     Returns:
-        Name of each linear, and of each weight of experts, to its part of a recipe.
+        Name of each linear, and of each weight of experts, to its part of a recipe, but
+        for those that were called with other tokens than the model's.
 
     Raises:
         ValueError: a linear or a modality was left out by the data; a group size does
@@ -254,10 +264,11 @@ def solve(
             ranks,
             spend_statistics=spend_statistics,
         )
+    chosen = {n: e for n, e in session.experts.items() if n in session.layers}
     for name, experts in tqdm(
-        session.experts.items(),
+        chosen.items(),
         desc="Solving experts",
-        disable=None if progress and session.experts else True,
+        disable=None if progress and chosen else True,
     ):
         layers[name] = solve_experts(
             name,
@@ -309,10 +320,30 @@ def check_session(session: CalibrationSession, options: SolverOptions) -> None:
             raise ValueError(f"{name}: {error}") from error
 
 
+def warn_of_left_out(names: Sequence[str]) -> None:
+    """Once, of the linears that are called with tokens of unknown modality.
+
+    Args:
+        names: of them; those of all layers become one pattern.
+    """
+    if not names:
+        return
+    patterns = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    _LOGGER.warning(
+        "%d linears or expert weights are called with other tokens than the model is (a "
+        "part of them, or what they were pooled to), of modalities that are not known, "
+        "and stay in high precision: %s.",
+        len(names),
+        ", ".join(f"{pattern} ({count})" for pattern, count in patterns.items()),
+    )
+
+
 def warn_of_few_tokens(session: CalibrationSession) -> None:
     """Once for each modality that is too small a sample of what is to come."""
     fewest: dict[str, int] = {}
-    for statistics in session.statistics.values():
+    for name, statistics in session.statistics.items():
+        if name in session.left_out:
+            continue
         for modality, moments in zip(statistics.modalities, statistics.moments):
             known = fewest.get(modality, moments.count)
             fewest[modality] = min(known, moments.count)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from torchao_masquant.calibration.calibrate import base_first
+from torchao_masquant.calibration.calibrate import base_first, warn_of_left_out
 from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, plan_passes
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
@@ -107,6 +107,7 @@ def analyze(
     if len(passes) > 1:
         data = list(data)
     studies: dict[str, InputStudy] = {}
+    left_out = set(probe.not_matched)
     for index, names in enumerate(passes, start=1):
         session = TokenSession({n: linears[n] for n in names}, router, _TOKENS)
         of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
@@ -115,6 +116,7 @@ def analyze(
                 model, data, router, progress=progress, description=f"Observing{of}"
             )
         session.check_complete()
+        left_out.update(session.not_matched)
         # disable=None: quiet where standard error is no terminal.
         bar = tqdm(
             session.groups().items(),
@@ -124,6 +126,7 @@ def analyze(
         for leader, members in bar:
             studies[leader] = study_input(session, leader, members, bits, alpha, shares)
 
+    warn_of_left_out([name for name in linears if name in left_out])
     others = router.modalities[1:]
     curves = {
         name: {m: study.curves[m][name] for m in others}

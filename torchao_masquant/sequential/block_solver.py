@@ -11,7 +11,11 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import check_session, warn_of_few_tokens
+from torchao_masquant.calibration.calibrate import (
+    check_session,
+    warn_of_few_tokens,
+    warn_of_left_out,
+)
 from torchao_masquant.calibration.passes import plan_passes
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.experts import ExpertWeight
@@ -112,7 +116,8 @@ class BlockSolver:
             runs: runs the block on a sample each time that it is advanced.
 
         Returns:
-            On process 0 name to part of a recipe; empty elsewhere.
+            On process 0 name to part of a recipe, as :func:`solve` gives it; empty
+            elsewhere.
 
         Raises:
             ValueError: as ``calibrate`` does.
@@ -129,6 +134,8 @@ class BlockSolver:
                 pass
         self.team.reduce(session)
         check_session(session, self.options)
+        if self.team.rank == 0:
+            warn_of_left_out(session.not_matched)
         if self.team.rank == 0 and not self._warned:
             self._warned = True
             warn_of_few_tokens(session)
@@ -140,7 +147,7 @@ class BlockSolver:
             for leader, names in session.groups().items()
             if leader in chosen.linears
         ]
-        experts = list(chosen.experts.items())
+        experts = [(n, e) for n, e in chosen.experts.items() if n in session.layers]
         ranks: Optional[dict[str, list[int]]] = None
         if self.options.parts.per_modality and self.options.rank == AUTO:
             ranks = self.team.on_first(lambda: spend_ranks(groups, self.options))
