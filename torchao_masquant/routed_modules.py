@@ -186,7 +186,11 @@ def _to_decoder(model: nn.Module) -> list[nn.Module]:
     # It chooses among quantized and observed modules, which read a router.
     from torchao_masquant.selection import decoder_of
 
-    decoder = decoder_of(model)
+    try:
+        decoder = decoder_of(model)
+    except ValueError:
+        # It cannot be told which part that is: whoever knows chose linears by name.
+        return [model]
     path = next((name for name, m in model.named_modules() if m is decoder), "")
     modules = [model]
     for name in path.split(".") if path else ():

@@ -197,9 +197,7 @@ def test_rows_that_generate_repeats(model, options, declared):
         if declared:
             embeds = model.language_model.get_input_embeddings()(inputs["input_ids"])
             with token_modalities(model, ids):
-                model.language_model.generate(
-                    inputs_embeds=embeds, **greedy(**options)
-                )
+                model.language_model.generate(inputs_embeds=embeds, **greedy(**options))
         else:
             model.generate(**inputs, **greedy(**options))
     assert_prefill_and_steps(calls, ids.repeat_interleave(2, 0))

@@ -196,6 +196,7 @@ def calibrate(
             second_moments,
             {name: experts[name] for name in names if name in experts},
         )
+        session.has_first = index == 1
         of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
         with session.observing(model):
             run_samples(

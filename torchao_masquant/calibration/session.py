@@ -71,6 +71,9 @@ class CalibrationSession:
         self.statistics: dict[str, InputStatistics] = {}
         #: those called with other tokens than their model's, of unknown modality
         self.left_out: set[str] = set()
+        #: whether the model's first linears are among these, which see all tokens of a
+        #: call unless its ids are wrong; others may all be given a part of them
+        self.has_first = True
         # Of the call that runs: its ids, whether a linear was called with its tokens,
         # and what was wrong with the first one that was not.
         self._call_ids: Optional[torch.Tensor] = None
@@ -196,8 +199,8 @@ class CalibrationSession:
 
         A module may be given a part of the tokens: experts of one modality, what is
         left of pruned ones, what they were pooled to. Nobody says which those are. But
-        where no module at all is called with the call's tokens, it is the ids that are
-        wrong.
+        where not even the first linears are called with the call's tokens, it is the
+        ids that are wrong.
 
         Args:
             name: for the messages.
@@ -223,7 +226,7 @@ class CalibrationSession:
         """Raise where no linear was called with the tokens of the last call."""
         unmatched, matched = self._unmatched, self._matched
         self._call_ids, self._unmatched, self._matched = None, None, False
-        if unmatched is not None and not matched:
+        if self.has_first and unmatched is not None and not matched:
             raise ValueError(str(unmatched))
 
     @torch.compiler.disable

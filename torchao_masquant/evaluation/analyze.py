@@ -110,6 +110,7 @@ def analyze(
     left_out = set(probe.not_matched)
     for index, names in enumerate(passes, start=1):
         session = TokenSession({n: linears[n] for n in names}, router, _TOKENS)
+        session.has_first = index == 1
         of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
         with session.observing(model):
             run_samples(
@@ -140,13 +141,13 @@ def analyze(
         modalities=router.modalities,
         inputs={name: studies[name].input for name in linears if name in studies},
         effective_ranks={
-            name: {m: curves[name][m].rank for m in others} for name in linears
+            name: {m: curves[name][m].rank for m in others} for name in curves
         },
         ranks=shares,
         sqnr_by_rank={
             method: {
                 m: tuple(
-                    statistics.mean(curves[name][m].sqnr[method][i] for name in linears)
+                    statistics.mean(curves[name][m].sqnr[method][i] for name in curves)
                     for i in range(len(shares))
                 )
                 for m in others

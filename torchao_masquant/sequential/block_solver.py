@@ -90,6 +90,7 @@ class BlockSolver:
         self.max_statistics_bytes = max_statistics_bytes
         self.before = before
         self._warned = False
+        self._at_first = True
 
     def passes(self, layers: BlockLayers, run: Callable[[], None]) -> list[list[str]]:
         """Names of what is to be observed at a time.
@@ -101,6 +102,7 @@ class BlockSolver:
         probe = CalibrationSession(
             dict(layers.linears), self.router, False, layers.experts
         )
+        probe.has_first = self._at_first
         with probe.watching():
             run()
         second = self.options.parts.per_modality
@@ -129,6 +131,7 @@ class BlockSolver:
             chosen.experts,
             self.before,
         )
+        session.has_first, self._at_first = self._at_first, False
         with session.watching():
             for _ in runs:
                 pass
