@@ -49,6 +49,7 @@ from torchao_masquant.routing import Router, router_of
 from torchao_masquant.selection import Patterns, check_whole, match_names, select
 from torchao_masquant.sharing import share_smoothing
 from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["MASQuantConfig", "masquant_config"]
 
@@ -315,7 +316,7 @@ def _model_in_quantize() -> nn.Module:
     nothing may change before everything is checked. So it looks at its caller.
     """
     model = _quantize_locals()["model"]
-    return getattr(model, "_orig_mod", model)
+    return unwrapped(model)
 
 
 def _hands_over_linears_alone() -> bool:

@@ -203,6 +203,38 @@ def test_rows_that_generate_repeats(model, options, declared):
     assert_prefill_and_steps(calls, ids.repeat_interleave(2, 0))
 
 
+def test_rows_that_are_no_repeats_are_not_known():
+    """As many as for two beams, but the second row is another one."""
+    model = RemoteModel()
+    data = [prompt(seed) for seed in range(6)]
+    recipe = calibrate(model, data, progress=False, **OPTIONS)
+    quantize_(model, masquant_config(recipe))
+    inputs = prompt(1)
+    embeds = model.embeds(**{k: inputs[k] for k in ("input_ids", "pixel_values")})
+    del inputs["attention_mask"]
+    model.embeds = lambda *_: torch.cat([embeds, embeds.flip(1)])
+    with pytest.raises(RuntimeError, match="the modality of its tokens is not known"):
+        model.generate(**inputs, **greedy())
+    model.embeds = lambda *_: torch.cat([embeds, embeds])
+    with recorded(model) as calls:
+        model.generate(**inputs, **greedy())
+    assert_prefill_and_steps(calls, ids_of(inputs).repeat(2, 1))
+
+
+def test_a_generate_of_the_instance(model):
+    """Put on before the model was routed, and after."""
+    inputs = prompt(7)
+    for _ in range(2):
+        old = model.generate
+        model.generate = lambda *args, _old=old, **options: _old(*args, **options)
+        with recorded(model) as calls:
+            model.generate(**inputs, **greedy())
+        assert_prefill_and_steps(calls, ids_of(inputs))
+        its = router(model)
+        its.detach(model)
+        its.attach(model)
+
+
 def test_padding_on_the_left_is_of_the_base(model):
     inputs = prompt(4, rows=2)
     inputs["attention_mask"][1, :2] = 0

@@ -29,6 +29,7 @@ from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
 from torchao_masquant.tensor_subclasses import check_group_size
+from torchao_masquant.wrappers import unwrapped
 
 __all__ = [
     "base_first",
@@ -158,7 +159,7 @@ def calibrate(
         lr=lr,
         batch_size=batch_size,
     )
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     selected = select(model, include, exclude)
     linears, experts = selected.linears, selected.experts
     check_learnable(experts, epochs)

@@ -14,6 +14,7 @@ from torchao_masquant.calibration.calibrate import warn_of_left_out
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.routing import Router, UnmatchedTokens
 from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["modality_sensitivity"]
 
@@ -48,7 +49,7 @@ def modality_sensitivity(
     Raises:
         ValueError: there is no sample, or the base has no token or no gradient.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     linears = select_linears(model, include, exclude)
     router = Router.for_model(model)
     router.skip_padding = True

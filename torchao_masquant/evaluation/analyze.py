@@ -25,6 +25,7 @@ from torchao_masquant.modality import TEXT
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import get_scheme
 from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["analyze"]
 
@@ -78,7 +79,7 @@ def analyze(
     bits = get_scheme(scheme)
     _check_alpha(alpha)
     shares = _checked_shares(ranks)
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     linears = select_linears(model, include, exclude)
     for name, linear in linears.items():
         if linear.weight.is_meta or not torch.isfinite(linear.weight).all():
