@@ -81,17 +81,22 @@ def become_original(module: nn.Module) -> None:
 def change_class(module: nn.Module, cls: type) -> None:
     """Give a module another class in place, and a forward of its instance, too.
 
-    Methods ``forward`` of the module's old class that are bound to it and held by its
-    instance become those of the new class: in attributes (accelerate's
-    ``_old_forward``), in what a function or a callable closes over, wraps or has as
-    arguments. What calls them stays, and whoever takes it off puts the right one back.
+    Methods of the module's old class that are bound to it and held by its instance
+    become those of the new class: in attributes (accelerate's ``_old_forward``), in what
+    a function or a callable closes over, wraps or has as arguments. What calls them
+    stays, and whoever takes it off puts the right one back.
     """
-    old = {c.__dict__.get("forward") for c in type(module).__mro__} - {None}
+    successors = {
+        c.__dict__[name]: getattr(cls, name)
+        for c in type(module).__mro__
+        for name in ("forward", "generate")
+        if name in c.__dict__ and hasattr(cls, name)
+    }
     module.__class__ = cls
-    forward: Any = cls.forward  # type: ignore[attr-defined]
     for held, replace in _held_by(module):
-        if held.__self__ is module and held.__func__ in old:
-            replace(MethodType(forward, module))
+        successor = successors.get(held.__func__)
+        if held.__self__ is module and successor is not None:
+            replace(MethodType(successor, module))
 
 
 Place = tuple[Any, Callable[[Any], None]]

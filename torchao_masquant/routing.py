@@ -57,14 +57,16 @@ class _Prompt(NamedTuple):
 
     def fits(self, embeds: torch.Tensor) -> bool:
         """Whether (rows, sequence, K) embeddings may be its, each row once or, as for
-        beams, several times."""
+        beams, several times on end."""
         batch, length = self.shape
-        return (
-            embeds.dim() == 3
-            and embeds.shape[1] == length
-            and batch > 0
-            and embeds.shape[0] % batch == 0
-        )
+        if embeds.dim() != 3 or embeds.shape[1] != length or batch == 0:
+            return False
+        if embeds.shape[0] == batch:
+            return True
+        if embeds.shape[0] % batch:
+            return False
+        rows = embeds.unflatten(0, (batch, -1))
+        return _is_traced(embeds) or bool((rows == rows[:, :1]).all())
 
     def ids_for(self, embeds: torch.Tensor) -> Optional[torch.Tensor]:
         if self.ids is None:

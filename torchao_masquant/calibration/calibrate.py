@@ -7,6 +7,8 @@
 
 import itertools
 import logging
+import re
+from collections import Counter
 from importlib.metadata import version
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
@@ -35,6 +37,7 @@ from torchao_masquant.solver.layers import factors_alone, solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
 from torchao_masquant.threads import threads_for
+from torchao_masquant.wrappers import unwrapped
 
 __all__ = [
     "NEEDED",
@@ -44,6 +47,7 @@ __all__ = [
     "library_versions",
     "solve",
     "warn_of_few_tokens",
+    "warn_of_left_out",
 ]
 
 _LOGGER = logging.getLogger(__name__)
@@ -82,7 +86,9 @@ def calibrate(
 ) -> Recipe:
     """Find how to quantize a multimodal model, from its activations on some data.
 
-    The model is left as it was, also where this raises. The maxima that decide the
+    The model is left as it was, also where this raises. Linears and experts that are
+    called with a part of a call's tokens, of which nobody says which those are (experts
+    of one modality, pruned tokens), are left out, and named in one warning. The maxima that decide the
     smoothing factors and the covariances that whiten the compensation come from one
     run over the data: a covariance of unsmoothed activations gives that of smoothed
     ones (see :class:`~torchao_masquant.calibration.statistics.InputStatistics`). Where
@@ -169,7 +175,7 @@ def calibrate(
         lr=lr,
         batch_size=batch_size,
     )
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     selected = select(model, include, exclude)
     linears, experts = selected.linears, selected.experts
     for name, weight in selected.weights.items():
@@ -209,14 +215,16 @@ def calibrate(
             check_session(session, options)
             factors = learned_factors(model, data, session, options, progress=progress)
         layers: dict[str, LayerRecipe] = {}
+        left_out = set(probe.not_matched)
         count, tokens = 0, dict.fromkeys(router.modalities, 0)
-        for index, names in enumerate(passes, start=1):
+        for index, chosen in enumerate(passes, start=1):
             session = CalibrationSession(
-                {name: linears[name] for name in names if name in linears},
+                {name: linears[name] for name in chosen if name in linears},
                 router,
                 second_moments,
-                {name: experts[name] for name in names if name in experts},
+                {name: experts[name] for name in chosen if name in experts},
             )
+            session.has_first = index == 1
             of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
             with session.observing(model):
                 count = run_samples(
@@ -234,12 +242,15 @@ def calibrate(
                 progress=progress,
                 spend_statistics=True,
             )
+            left_out.update(session.not_matched)
+        names = [*linears, *experts]
+        warn_of_left_out([name for name in names if name in left_out])
         if epochs and factors is None:
             layers = learn(model, data, layers, router, options, progress=progress)
         return Recipe(
             options=options,
             modalities=router.modalities,
-            layers={name: layers[name] for name in (*linears, *experts)},
+            layers={name: layers[name] for name in names if name in layers},
             versions=library_versions(),
             description={"samples": count, "tokens": tokens},
         )
@@ -274,7 +285,8 @@ def solve(
         spend_statistics: use and free the memory of the session's second moments.
 
     Returns:
-        Name of each linear, and of each weight of experts, to its part of a recipe.
+        Name of each linear, and of each weight of experts, to its part of a recipe, but
+        for those that were called with other tokens than the model's.
 
     Raises:
         ValueError: a linear or a modality was left out by the data; a group size does
@@ -304,10 +316,11 @@ def solve(
             factors=factors,
             spend_statistics=spend_statistics,
         )
+    chosen = {n: e for n, e in session.experts.items() if n in session.layers}
     for name, experts in progress_bar(
-        session.experts.items(),
+        chosen.items(),
         desc="Solving experts",
-        show=progress and bool(session.experts),
+        show=progress and bool(chosen),
     ):
         layers[name] = solve_experts(
             name,
@@ -372,10 +385,30 @@ def check_session(session: CalibrationSession, options: SolverOptions) -> None:
     )
 
 
+def warn_of_left_out(names: Sequence[str]) -> None:
+    """Once, of the linears that are called with tokens of unknown modality.
+
+    Args:
+        names: of them; those of all layers become one pattern.
+    """
+    if not names:
+        return
+    patterns = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    _LOGGER.warning(
+        "%d linears or expert weights are called with other tokens than the model is (a "
+        "part of them, or what they were pooled to), of modalities that are not known, "
+        "and stay in high precision: %s.",
+        len(names),
+        ", ".join(f"{pattern} ({count})" for pattern, count in patterns.items()),
+    )
+
+
 def warn_of_few_tokens(session: CalibrationSession) -> None:
     """Once for each modality that is too small a sample of what is to come."""
     fewest: dict[str, int] = {}
-    for statistics in session.statistics.values():
+    for name, statistics in session.statistics.items():
+        if name in session.left_out:
+            continue
         for modality, moments in zip(statistics.modalities, statistics.moments):
             known = fewest.get(modality, moments.count)
             fewest[modality] = min(known, moments.count)

@@ -15,7 +15,7 @@ from torchao_masquant.expert_modules import RoutedExperts
 from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.kernels.expert_operators import expert_of_rows
 from torchao_masquant.reclassing import become, become_original
-from torchao_masquant.routing import Router
+from torchao_masquant.routing import Router, UnmatchedTokens
 
 if TYPE_CHECKING:
     from torchao_masquant.calibration.session import CalibrationSession
@@ -68,6 +68,16 @@ class MASQuantObservedExperts(RoutedExperts):
             become_original(experts)
             for name in ("fqn", "router", "session", "observed", "times"):
                 experts.__dict__.pop(name, None)
+
+    @torch.compiler.disable
+    def modality_ids(self, hidden_states: torch.Tensor) -> Optional[torch.Tensor]:
+        if not self.observed:
+            return None
+        try:
+            return self.session.ids_of(self.fqn, hidden_states)
+        except UnmatchedTokens:
+            self.session.left_out.update(self.observed.values())
+            return None
 
     def forward(
         self,

@@ -10,11 +10,13 @@ from typing import Any, Iterable, Mapping
 import torch
 from torch import nn
 
+from torchao_masquant.calibration.calibrate import warn_of_left_out
 from torchao_masquant.calibration.sample_checks import no_samples
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.model_parts import token_reader
-from torchao_masquant.routing import Router
+from torchao_masquant.routing import Router, UnmatchedTokens
 from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["modality_sensitivity"]
 
@@ -49,16 +51,23 @@ def modality_sensitivity(
     Raises:
         ValueError: there is no sample, or the base has no token or no gradient.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     linears = select_linears(model, include, exclude)
     router = Router.for_model(model)
     router.skip_padding = True
     totals = torch.zeros(len(router.modalities), dtype=torch.float64)
     counts = torch.zeros_like(totals)
 
+    left_out: set[str] = set()
+
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            ids = router.ids_for(name, args[0])
+            try:
+                ids = router.ids_for(name, args[0])
+            except UnmatchedTokens:
+                # A part of the tokens: calibration leaves it out, too.
+                left_out.add(name)
+                return
             if ids is None:
                 ids = torch.zeros(output.shape[:-1], dtype=torch.int64)
 
@@ -101,6 +110,7 @@ def modality_sensitivity(
             parameter.requires_grad_(True)
     if count == 0:
         raise no_samples(samples, "samples", "sensitivities need some of each modality")
+    warn_of_left_out([name for name in linears if name in left_out])
     if not (counts[0] > 0 and totals[0] > 0):
         raise ValueError(
             f"the samples have no {router.modalities[0]} token that the loss depends on: "

@@ -19,7 +19,7 @@ from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.reclassing import change_class
-from torchao_masquant.routing import Router
+from torchao_masquant.routing import Router, UnmatchedTokens
 from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["CalibrationSession", "MASQuantObservedLinear"]
@@ -73,6 +73,16 @@ class CalibrationSession:
         self.statistics: dict[str, InputStatistics] = {}
         #: options to what was solved for with them, from all that was observed so far
         self.solutions: list[tuple[SolverOptions, dict[str, LayerRecipe]]] = []
+        #: those called with other tokens than their model's, of unknown modality
+        self.left_out: set[str] = set()
+        #: whether the model's first linears are among these, which see all tokens of a
+        #: call unless its ids are wrong; others may all be given a part of them
+        self.has_first = True
+        # Of the call that runs: its ids, whether a linear was called with its tokens,
+        # and what was wrong with the first one that was not.
+        self._call_ids: Optional[torch.Tensor] = None
+        self._matched = False
+        self._unmatched: Optional[UnmatchedTokens] = None
         self._inputs = SharedInputs()
         # leader to the first reader of what it read last
         self._reading: dict[str, str] = {}
@@ -96,6 +106,7 @@ class CalibrationSession:
             for name, weight in self.experts.items():
                 self.attach_experts(name, weight)
             yield
+            self._end_call()
         finally:
             for linear in self.linears.values():
                 self.detach_linear(linear)
@@ -131,8 +142,18 @@ class CalibrationSession:
 
     @property
     def layers(self) -> dict[str, Union[nn.Linear, ExpertWeight]]:
-        """Linears and experts, by name."""
-        return {**self.linears, **self.experts}
+        """Linears and experts, by name, but for those that are left out."""
+        layers = {**self.linears, **self.experts}
+        return {n: layer for n, layer in layers.items() if n not in self.not_matched}
+
+    @property
+    def not_matched(self) -> list[str]:
+        """Names of those that are left out, and of what reads the same input."""
+        return [
+            name
+            for name in (*self.linears, *self.experts)
+            if self.leaders.get(name, name) in self.left_out
+        ]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -148,9 +169,9 @@ class CalibrationSession:
         """Add one call's input to the statistics.
 
         Raises:
-            ValueError: the input holds nan or inf, is of the wrong width, or its
-                tokens do not match the modality ids of the call; or the linear shared
-                its input with another one before, and does not any more.
+            ValueError: the input holds nan or inf, or is of the wrong width; no linear
+                matched the modality ids of the call before; or the linear shared its
+                input with another one before, and does not any more.
             RuntimeError: the tokens are of unknown modality.
         """
         name = linear.fqn
@@ -170,7 +191,47 @@ class CalibrationSession:
                 )
             return
         self._reading[name] = reader
-        self._update(name, x, self.router.ids_for(name, x))
+        try:
+            ids = self.ids_of(name, x)
+        except UnmatchedTokens:
+            self.left_out.add(name)
+        else:
+            self._update(name, x, ids)
+
+    def ids_of(self, name: str, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """Modality ids of what a linear, or experts, are called with.
+
+        A module may be given a part of the tokens: experts of one modality, what is
+        left of pruned ones, what they were pooled to. Nobody says which those are. But
+        where not even the first linears are called with the call's tokens, it is the
+        ids that are wrong.
+
+        Args:
+            name: for the messages.
+            x: see :meth:`Router.ids_for`.
+
+        Raises:
+            UnmatchedTokens: they are other tokens than the call's; or, of an earlier
+                call, where no linear was called with its tokens.
+        """
+        ids = self.router.call.ids
+        if ids is not self._call_ids:
+            self._end_call()
+            self._call_ids = ids
+        try:
+            found = self.router.ids_for(name, x)
+        except UnmatchedTokens as error:
+            self._unmatched = self._unmatched or error
+            raise
+        self._matched = self._matched or ids is not None
+        return found
+
+    def _end_call(self) -> None:
+        """Raise where no linear was called with the tokens of the last call."""
+        unmatched, matched = self._unmatched, self._matched
+        self._call_ids, self._unmatched, self._matched = None, None, False
+        if self.has_first and unmatched is not None and not matched:
+            raise ValueError(str(unmatched))
 
     @torch.compiler.disable
     @torch.inference_mode(False)
@@ -196,6 +257,8 @@ class CalibrationSession:
             ValueError: the input holds nan or inf.
         """
         self.leaders[name] = name
+        if name in self.left_out:
+            return
         if experts is None:
             self._update(name, x, ids)
             return
@@ -242,6 +305,7 @@ class CalibrationSession:
         Raises:
             ValueError: names the linear or the modality that the data left out.
         """
+        self._end_call()
         if not self.leaders:
             raise ValueError("no calibration data ran through the model.")
         unseen = [name for name in self.layers if name not in self.leaders]
@@ -258,6 +322,8 @@ class CalibrationSession:
                 "or add samples that use it."
             )
         for name, statistics in self.statistics.items():
+            if name in self.left_out:
+                continue
             for modality, moments in zip(statistics.modalities, statistics.moments):
                 if moments.count == 0:
                     raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
+from torchao_masquant.calibration.calibrate import warn_of_left_out
 from torchao_masquant.calibration.passes import (
     MAX_STATISTICS_BYTES,
     check_bound,
@@ -30,6 +31,7 @@ from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import get_scheme
 from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["analyze"]
 
@@ -85,7 +87,7 @@ def analyze(
     bits = get_scheme(scheme)
     _check_alpha(alpha)
     shares = _checked_shares(ranks)
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     linears = select_linears(model, include, exclude)
     for name, linear in linears.items():
         if linear.weight.is_meta or not torch.isfinite(linear.weight).all():
@@ -115,14 +117,17 @@ def analyze(
     if len(passes) > 1:
         data = list(data)
     studies: dict[str, InputStudy] = {}
+    left_out = set(probe.not_matched)
     for index, names in enumerate(passes, start=1):
         session = TokenSession({n: linears[n] for n in names}, router, _TOKENS)
+        session.has_first = index == 1
         of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
         with session.observing(model):
             run_samples(
                 model, data, router, progress=progress, description=f"Observing{of}"
             )
         session.check_complete()
+        left_out.update(session.not_matched)
         bar = progress_bar(
             session.groups().items(),
             desc=f"Analyzing{of}",
@@ -131,6 +136,7 @@ def analyze(
         for leader, members in bar:
             studies[leader] = study_input(session, leader, members, bits, alpha, shares)
 
+    warn_of_left_out([name for name in linears if name in left_out])
     others = router.modalities[1:]
     curves = {
         name: {m: study.curves[m][name] for m in others}
@@ -144,13 +150,13 @@ def analyze(
         modalities=router.modalities,
         inputs={name: studies[name].input for name in linears if name in studies},
         effective_ranks={
-            name: {m: curves[name][m].rank for m in others} for name in linears
+            name: {m: curves[name][m].rank for m in others} for name in curves
         },
         ranks=shares,
         sqnr_by_rank={
             method: {
                 m: tuple(
-                    statistics.mean(curves[name][m].sqnr[method][i] for name in linears)
+                    statistics.mean(curves[name][m].sqnr[method][i] for name in curves)
                     for i in range(len(shares))
                 )
                 for m in others

@@ -15,6 +15,7 @@ from torch import nn
 from torchao_masquant.calibration.samples import MODALITY_IDS
 from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router
+from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["evaluation_mode", "logits_of", "modality_ids_of"]
 
@@ -78,7 +79,7 @@ def logits_of(
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    forward = getattr(model, "_orig_mod", model).forward
+    forward = unwrapped(model).forward
     return name in inspect.signature(forward).parameters
 
 

@@ -33,6 +33,7 @@ from torchao_masquant.evaluation.weights import (
 )
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router, router_of
+from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["evaluate"]
 
@@ -77,12 +78,12 @@ def evaluate(
         TypeError: a sample or its labels are of the wrong type.
     """
     # A compiled model is called as it is, and looked at as it was.
-    called, model = model, getattr(model, "_orig_mod", model)
+    called, model = model, unwrapped(model)
     comparison = None
     quantized = quantized_linears(model)
     if reference is not None:
         # Its linears are watched, which a compiled one would not let happen.
-        reference = getattr(reference, "_orig_mod", reference)
+        reference = unwrapped(reference)
         _check_reference(model, reference)
         if quantized:
             comparison = LinearComparison(reference, model)

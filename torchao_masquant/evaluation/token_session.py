@@ -57,7 +57,7 @@ class TokenSession(CalibrationSession):
     def observe(self, linear: MASQuantObservedLinear, x: torch.Tensor) -> None:
         super().observe(linear, x)
         name = linear.fqn
-        if self.leaders[name] != name:
+        if self.leaders[name] != name or name in self.left_out:
             return
         ids = self.router.ids_for(name, x)
         x = x.reshape(-1, x.shape[-1])

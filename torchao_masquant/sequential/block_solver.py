@@ -11,7 +11,11 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import check_session, warn_of_few_tokens
+from torchao_masquant.calibration.calibrate import (
+    check_session,
+    warn_of_few_tokens,
+    warn_of_left_out,
+)
 from torchao_masquant.calibration.passes import plan_passes
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.experts import ExpertWeight
@@ -86,6 +90,7 @@ class BlockSolver:
         self.max_statistics_bytes = max_statistics_bytes
         self.before = before
         self._warned = False
+        self._at_first = True
 
     def passes(self, layers: BlockLayers, run: Callable[[], None]) -> list[list[str]]:
         """Names of what is to be observed at a time.
@@ -97,6 +102,7 @@ class BlockSolver:
         probe = CalibrationSession(
             dict(layers.linears), self.router, False, layers.experts
         )
+        probe.has_first = self._at_first
         with probe.watching():
             run()
         second = self.options.parts.per_modality
@@ -112,7 +118,8 @@ class BlockSolver:
             runs: runs the block on a sample each time that it is advanced.
 
         Returns:
-            On process 0 name to part of a recipe; empty elsewhere.
+            On process 0 name to part of a recipe, as :func:`solve` gives it; empty
+            elsewhere.
 
         Raises:
             ValueError: as ``calibrate`` does.
@@ -124,11 +131,14 @@ class BlockSolver:
             chosen.experts,
             self.before,
         )
+        session.has_first, self._at_first = self._at_first, False
         with session.watching():
             for _ in runs:
                 pass
         self.team.reduce(session)
         check_session(session, self.options)
+        if self.team.rank == 0:
+            warn_of_left_out(session.not_matched)
         if self.team.rank == 0 and not self._warned:
             self._warned = True
             warn_of_few_tokens(session)
@@ -140,7 +150,7 @@ class BlockSolver:
             for leader, names in session.groups().items()
             if leader in chosen.linears
         ]
-        experts = list(chosen.experts.items())
+        experts = [(n, e) for n, e in chosen.experts.items() if n in session.layers]
         ranks: Optional[dict[str, list[int]]] = None
         if self.options.parts.per_modality and self.options.rank == AUTO:
             ranks = self.team.on_first(lambda: spend_ranks(groups, self.options))

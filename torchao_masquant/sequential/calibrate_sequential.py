@@ -731,7 +731,7 @@ class _Run:
             found = Recipe(
                 self.options,
                 self.router.modalities,
-                {name: layers[name] for name in chosen.names},
+                {name: layers[name] for name in chosen.names if name in layers},
                 library_versions(),
             )
             self.store.save_recipe(index, found)
@@ -748,6 +748,7 @@ class _Run:
                 self.options.low_rank_bits,
             )
             for name in sorted(parameters, key=lambda n: places[parameters[n][0]])
+            if name in layers
         }
         write_part(self.disk, self.store, part, self.names[index], quantized)
 

@@ -17,6 +17,8 @@ from torch import nn
 from torchao.quantization import quantize_
 from torchao.quantization.quant_api import _is_linear
 
+from torchao_masquant.wrappers import unwrapped
+
 __all__ = ["QuantizeCall", "running_call"]
 
 # Where a call's frame keeps what is known of it. It lives as long as the call, whichever
@@ -36,7 +38,7 @@ class QuantizeCall:
     """
 
     def __init__(self, model: nn.Module, config: Any, filter_fn: Any):
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.model: nn.Module = unwrapped(model)
         self.config = config
         self.chooses_linears = filter_fn is _is_linear
         self.plans: dict[int, Any] = {}

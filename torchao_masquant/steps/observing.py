@@ -11,7 +11,7 @@ from typing import Callable, Mapping
 
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import solve
+from torchao_masquant.calibration.calibrate import solve, warn_of_left_out
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.calibration.session import (
@@ -107,6 +107,7 @@ def plan_observed(
     for name, observed in session.weights.items():
         check_in_memory(name, observed, model)
     layers = _solution(session, config.options)
+    warn_of_left_out(session.not_matched)
     linears = {n: m for n, m in session.linears.items() if isinstance(m, OBSERVED)}
     experts = {
         module: weights
@@ -122,9 +123,14 @@ def plan_observed(
         router.attach(model)
     actions: Actions = {
         linear: partial(_convert_observed, session, name, layers[name], config, router)
+        if name in layers
+        else partial(session.detach_linear, linear)
         for name, linear in linears.items()
     }
     for module, weights in experts.items():
+        if not layers.keys() >= weights.keys():
+            actions[module] = partial(session.detach_experts, module)
+            continue
         convert = conversion_of_experts(
             module, {n: layers[n] for n in weights}, weights, config, router
         )

@@ -1,0 +1,25 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What stands around a model and is none of its parts."""
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ["unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where it was given compiled or distributed over processes.
+
+    Its names are those that it has by itself, and it has a config.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
