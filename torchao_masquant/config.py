@@ -356,8 +356,10 @@ def _plan(
 def _plan_prepare(
     model: nn.Module, config: MASQuantConfig
 ) -> dict[nn.Module, Callable[[], object]]:
-    selected = select(model, config.include, config.exclude)
     modalities = base_first(model, config.base_modality, config.modalities)
+    selected = select(
+        model, config.include, config.exclude, config.options, len(modalities)
+    )
     # Another part of the model may be observed already, by another config.
     router = next((m.router for m in model.modules() if isinstance(m, _OBSERVED)), None)
     if router is None or router.modalities != modalities:
@@ -598,8 +600,10 @@ def _router_for(
 def _plan_loading(
     model: nn.Module, config: MASQuantConfig
 ) -> dict[nn.Module, Callable[[], object]]:
-    selected = select(model, config.include, config.exclude)
     modalities = base_first(model, config.base_modality, config.modalities)
+    selected = select(
+        model, config.include, config.exclude, config.options, len(modalities)
+    )
     # Another part of the model may be made ready already, by another config.
     router = router_of(model)
     if router is None or router.modalities != modalities:

@@ -106,7 +106,9 @@ def find_decoder(model: nn.Module) -> Optional[Decoder]:
     if not _is_of_model(getattr(model, "config", None)):
         if named is not None:
             return Decoder(named)
-        models = [m for m in _outermost_models(model) if _token_embedding(m) is not None]
+        models = [
+            m for m in _outermost_models(model) if _token_embedding(m) is not None
+        ]
         if not models:
             return Decoder(model)
         return find_decoder(models[0]) if len(models) == 1 else None

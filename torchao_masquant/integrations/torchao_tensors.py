@@ -25,9 +25,7 @@ def is_torchao(tensor: Any) -> bool:
     return type(tensor).__name__ in _classes()
 
 
-def taken_apart(
-    name: str, tensor: torch.Tensor
-) -> tuple[dict[str, torch.Tensor], str]:
+def taken_apart(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], str]:
     """Plain tensors, and what they are.
 
     Args:
@@ -45,9 +43,7 @@ def taken_apart(
     return parts, entries[name]
 
 
-def assembled(
-    name: str, parts: Mapping[str, torch.Tensor], entry: str
-) -> torch.Tensor:
+def assembled(name: str, parts: Mapping[str, torch.Tensor], entry: str) -> torch.Tensor:
     """The tensor of its parts; the reverse of :func:`taken_apart`."""
     from torchao.prototype.safetensors.safetensors_support import (
         unflatten_tensor_state_dict,

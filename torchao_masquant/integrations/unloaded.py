@@ -47,9 +47,7 @@ def unloaded_tensors(model: Any, folder: Path) -> dict[str, Path]:
     Returns:
         Name of each tensor to the file that holds it.
     """
-    stored = {
-        name: file for file in _weight_files(folder) for name in _names_in(file)
-    }
+    stored = {name: file for file in _weight_files(folder) for name in _names_in(file)}
     loaded = loaded_names(model, list(stored))
     return {name: file for name, file in stored.items() if name not in loaded}
 
