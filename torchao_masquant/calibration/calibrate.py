@@ -153,8 +153,8 @@ def calibrate(
         batch_size=batch_size,
     )
     model = getattr(model, "_orig_mod", model)
-    names = base_first(model, base_modality, modalities)
-    selected = select(model, include, exclude, options, len(names))
+    chosen = base_first(model, base_modality, modalities)
+    selected = select(model, include, exclude, options, len(chosen))
     linears, experts = selected.linears, selected.experts
     check_learnable(experts, epochs)
     for name, weight in selected.weights.items():
@@ -163,7 +163,7 @@ def calibrate(
                 f"{name} is on the meta device, without values to calibrate for: load "
                 "the model's weights first."
             )
-    router = Router.for_model(model, names)
+    router = Router.for_model(model, chosen)
     router.skip_padding = True
 
     iterator = iter(samples)

@@ -229,12 +229,12 @@ def calibrate_sequential(
             "processes as there are samples, or fewer."
         )
     disk = DiskModel(model, dtype, device, model_class)
-    names = base_first(disk.model, base_modality, modalities)
-    selected = select(disk.model, include, exclude, options, len(names))
+    chosen = base_first(disk.model, base_modality, modalities)
+    selected = select(disk.model, include, exclude, options, len(chosen))
     check_learnable(selected.experts, epochs)
     layers = BlockLayers(selected.linears, selected.experts)
     blocks = decoder_blocks(disk.model, layers.names)
-    router = Router.for_model(disk.model, names)
+    router = Router.for_model(disk.model, chosen)
     router.skip_padding = True
     run = _Run(
         disk,
