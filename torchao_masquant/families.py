@@ -64,7 +64,13 @@ def family_of(config: Any) -> ModelFamily:
     Args:
         config: a transformers config, any object with the same attributes, or None.
     """
-    towers = [getattr(config, name, None) for name in ("vision_config", "audio_config")]
-    if getattr(config, "is_encoder_decoder", False) and any(towers):
+    if getattr(config, "is_encoder_decoder", False) and _has_tower(config):
         return _ENCODER_DECODER
     return FAMILIES.get(getattr(config, "model_type", ""), _ORDINARY)
+
+
+def _has_tower(config: Any) -> bool:
+    """Whether a config, or a part of it, is of a tower for images or sounds."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    towers = [getattr(config, name, None) for name in ("vision_config", "audio_config")]
+    return any(towers) or any(_has_tower(part) for part in parts)

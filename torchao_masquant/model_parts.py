@@ -63,15 +63,14 @@ def token_reader(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is no forward, and no telling which part reads.
     """
-    config = getattr(model, "config", None)
+    config = _config_of(model)
     if type(model).forward is not nn.Module.forward or not _is_of_model(config):
         return model
     text = config.get_text_config()
     parts = {
         name: part
         for name, part in model.named_children()
-        if _is_of_model(own := getattr(part, "config", None))
-        and own.get_text_config() is text
+        if _is_of_model(own := _config_of(part)) and own.get_text_config() is text
     }
     if len(parts) != 1:
         raise ValueError(
@@ -103,7 +102,7 @@ def find_decoder(model: nn.Module) -> Optional[Decoder]:
     """
     model = token_reader(model)
     named = _given(model, "get_decoder")
-    if not _is_of_model(getattr(model, "config", None)):
+    if not _is_of_model(_config_of(model)):
         if named is not None:
             return Decoder(named)
         models = [
@@ -153,13 +152,13 @@ def _stack_in(module: nn.Module) -> Optional[nn.ModuleList]:
 
 def _other_models(module: nn.Module) -> Iterator[nn.Module]:
     """Parts of a module that are models of another kind, as their configs say."""
-    own = type(getattr(module, "config", None))
+    own = type(_config_of(module))
 
     def under(parent: nn.Module) -> Iterator[nn.Module]:
         if own is type(None):
             return
         for child in parent.children():
-            config = getattr(child, "config", None)
+            config = _config_of(child)
             if _is_of_model(config) and type(config) is not own:
                 yield child
             else:
@@ -170,7 +169,7 @@ def _other_models(module: nn.Module) -> Iterator[nn.Module]:
 
 def _outermost_models(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if _is_of_model(getattr(child, "config", None)):
+        if _is_of_model(_config_of(child)):
             yield child
         else:
             yield from _outermost_models(child)
@@ -188,6 +187,10 @@ def _largest_embedding(model: nn.Module) -> Optional[nn.Module]:
     most = max((m.num_embeddings for m in tables), default=0)
     found = [m for m in tables if m.num_embeddings == most]
     return found[0] if len(found) == 1 else None
+
+
+def _config_of(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
 
 
 def _is_of_model(config: Any) -> bool:

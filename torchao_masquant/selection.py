@@ -6,8 +6,9 @@
 """Which linears and experts of a model are quantized."""
 
 import fnmatch
+import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Collection, Iterable, Mapping, Optional, Sequence, Union
 
 import torch
@@ -22,6 +23,9 @@ from torchao_masquant.experts import (
 )
 from torchao_masquant.families import family_of
 from torchao_masquant.model_parts import Decoder, find_decoder, heads_of
+from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
+from torchao_masquant.solver.compensation import resolve_rank
+from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = [
     "Patterns",
@@ -32,6 +36,8 @@ __all__ = [
     "select",
     "select_linears",
 ]
+
+_LOGGER = logging.getLogger(__name__)
 
 Patterns = Optional[Union[str, Sequence[str]]]
 
@@ -153,6 +159,8 @@ def select(
     model: nn.Module,
     include: Patterns = None,
     exclude: Patterns = None,
+    options: Optional[SolverOptions] = None,
+    modalities: int = 1,
     done: Collection[nn.Module] = (),
 ) -> Selected:
     """What to quantize: by default, all of the language model's decoder.
@@ -165,6 +173,10 @@ def select(
             too.
         include: patterns of full names, in place of the default choice.
         exclude: patterns of full names to leave out.
+        options: of the solution: linears that it would not make smaller (gates of a few
+            rows) are left out of the default choice, and named in a warning. None: all
+            stay.
+        modalities: that the solution is for.
         done: modules that an unfinished call has been through: they are chosen as all
             others are, and then left out, whatever has become of them.
 
@@ -195,6 +207,11 @@ def select(
         if id(m) in inside & usual
         and not any(fnmatch.fnmatchcase(n, p) for p in family.high_precision)
     ]
+    if include is None and options is not None:
+        candidates = {n: linears[n] for n in default if n in linears}
+        small = _growing(candidates, options, modalities)
+        default = [n for n in default if n not in small]
+        _tell_of_small(small, bool(default))
     names = match_names(list(modules), include, exclude, default)
     for name in names:
         module = modules[name]
@@ -226,6 +243,47 @@ def select(
         {name: linears[name] for name in names if name in linears},
         {name: experts[name] for name in names if name in experts},
     )
+
+
+def _growing(
+    linears: Mapping[str, nn.Linear], options: SolverOptions, modalities: int
+) -> dict[str, nn.Linear]:
+    """Those whose quantized weight would take no fewer bytes than they do.
+
+    A rank that is given and large is meant so: it counts as the default one.
+    """
+    found = Compensation.of(options, modalities)
+    usual = Compensation().rank
+    return {
+        name: linear
+        for name, linear in linears.items()
+        if type(linear.weight.data) is torch.Tensor
+        and weight_bytes(
+            n := linear.out_features,
+            k := linear.in_features,
+            options.bits,
+            replace(found, rank=min(found.rank, resolve_rank(usual, n, k)))
+            if isinstance(found.rank, int)
+            else replace(found, rank=min(found.rank, usual)),
+        )
+        >= linear.weight.nbytes
+    }
+
+
+def _tell_of_small(small: Mapping[str, nn.Linear], others: bool) -> None:
+    if not small:
+        return
+    name, linear = next(iter(small.items()))
+    what = (
+        f"{len(small)} linear{'s' if len(small) > 1 else ''} that quantizing would not "
+        f"make smaller, {name} ({linear.out_features} x {linear.in_features}) the first"
+    )
+    if not others:
+        raise ValueError(
+            f"the decoder has nothing but {what}: name with include what is to be "
+            "quantized all the same."
+        )
+    _LOGGER.warning("left out %s: include takes them all the same.", what)
 
 
 def _check_plain_experts(name: str, weight: ExpertWeight) -> None:

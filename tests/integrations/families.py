@@ -64,6 +64,8 @@ class Family:
         decoder: name of the module that holds the decoder's ``layers``.
         layers: names of the linears of each decoder layer, in the layer.
         more_linears: full names of the decoder's other linears to quantize.
+        small: last parts of the names of linears that, at the size of these models,
+            would take more bytes quantized than they do.
         types: name of the input in which the model wants each token's type (0 text, 1
             image, 2 video, 3 audio).
         compiles: the largest part that transformers lets compile with
@@ -81,9 +83,15 @@ class Family:
     decoder: str = "model.language_model"
     layers: Sequence[Sequence[str]] = (ATTENTION + MLP,) * LAYERS
     more_linears: Sequence[str] = ()
+    small: Sequence[str] = ()
     types: Optional[str] = None
     compiles: str = "language model"
     has_experts: bool = False
+
+    @property
+    def quantized(self) -> set[str]:
+        """Full names of the linears that are quantized at this size."""
+        return {n for n in self.linears if n.rpartition(".")[2] not in self.small}
 
     @property
     def linears(self) -> set[str]:
@@ -915,6 +923,7 @@ FAMILIES = (
         layers=(ATTENTION + _GEMMA3N,) * 2
         + (("self_attn.q_proj", "self_attn.o_proj") + _GEMMA3N,) * 2,
         more_linears=[f"model.language_model.{n}" for n in _GEMMA3N_WHOLE],
+        small=("linear_left", "per_layer_input_gate"),
     ),
     Family(
         "MiniCPM-V 4.6",
@@ -923,6 +932,7 @@ FAMILIES = (
         ((START, IMAGE, 2, END), (START, VIDEO, 2, END)),
         VISION_VIDEO,
         layers=(_DELTA + MLP, ATTENTION + MLP),
+        small=("in_proj_a", "in_proj_b"),
     ),
     Family("Llama", _llama, decoder="model"),
     Family("Qwen3", _qwen3, decoder="model"),

@@ -29,13 +29,17 @@ makes this page of what is held there. Each model is calibrated, quantized to w4
 w8a8, called with a mixed, a text and a padded prompt, and compiled.
 
 Other families work without an entry here where the config names the placeholder tokens
-and `get_decoder()` gives the decoder; what differs otherwise is in
+and the decoder can be found: `get_decoder()` gives it, or it is the list of blocks beside
+the token embeddings, as in remote code (`torchao_masquant/model_parts.py`); where it cannot
+be told, `include=` names its linears. A whole Qwen2.5-Omni or Qwen3-Omni-MoE is calibrated
+through its thinker; talker and vocoder stay as they are. What differs otherwise is in
 `torchao_masquant/families.py`.
 
 - **routed from**: the fields of the config whose tokens tell the modality. Everything
   else is text; a model without such a field has one modality and no pairs.
 - **linears**: of a decoder layer, quantized unless `include=` and `exclude=` say
-  otherwise. The towers and `lm_head` are left alone. "Experts" are the 3-D parameters of
+  otherwise. The towers and `lm_head` are left alone, and so, with a warning, are linears
+  that would be no smaller quantized (gates of a few rows). "Experts" are the 3-D parameters of
   a mixture's experts, of any layout that transformers' `use_experts_implementation`
   marks; those of other layouts stay in high precision, with a warning.
 - **compiled**: the largest part that compiles with `fullgraph=True`: Dynamo makes one

@@ -98,7 +98,7 @@ def test_all_linears_of_the_decoder_and_no_other(family):
 
 def test_what_is_quantized(w4a8):
     quantized = linears_of(w4a8.model)
-    assert quantized.keys() == w4a8.family.linears
+    assert quantized.keys() == w4a8.family.quantized
     modalities = tuple(w4a8.family.modalities)
     for linear in quantized.values():
         weight = linear.weight.data
@@ -147,7 +147,7 @@ def test_ids_of_every_linear_are_those_of_the_placeholders(w4a8):
     mixed, text = family.mixed(seed=3), family.text(seed=3)
     placeholders = {t for tokens in family.modalities.values() for t in tokens}
     wanted = [[t in placeholders for t in row] for row in mixed["input_ids"].tolist()]
-    readers = len(family.linears) + len(family.experts)
+    readers = len(family.quantized) + len(family.experts)
     asked = readers if family_is_multimodal(family) else 0
     assert torch.tensor(wanted).any() == bool(asked)
     with ids_given(w4a8.router) as given:
@@ -181,7 +181,7 @@ def test_every_linear_computes_what_its_tokens_modalities_ask_for(w4a8, prompt):
     for call in mixtures:
         check_experts(call, ids)
     assert (ids != 0).any() == (family_is_multimodal(w4a8.family) and prompt != "text")
-    assert_routed(calls, ids, linears=len(w4a8.family.linears))
+    assert_routed(calls, ids, linears=len(w4a8.family.quantized))
     assert logits.isfinite().all()
 
 
@@ -201,7 +201,7 @@ def test_generate(w4a8):
         )
     assert tokens.shape == (1, shape[1] + 4)
     # One prefill, and three steps of one token of text.
-    count = len(family.linears)
+    count = len(family.quantized)
     assert_routed(calls[:count], family.ids(inputs))
     assert_routed(calls[count:], torch.zeros(1, 1, dtype=torch.int64), 3 * count)
     count = len(family.experts)

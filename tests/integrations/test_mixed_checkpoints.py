@@ -23,6 +23,7 @@ from torchao.utils import TorchAOBaseTensor
 from transformers import AutoModelForImageTextToText
 
 from torchao_masquant import masquant_config, save_quantized
+from torchao_masquant.cli.description import describe
 
 SAVES = {
     "save_pretrained": lambda model, folder: model.save_pretrained(folder),
@@ -62,6 +63,7 @@ def test_a_tower_of_torchao_and_our_decoder(config, save, tmp_path):
     save(model, tmp_path / "x")
     told = json.loads((tmp_path / "x" / "config.json").read_text())
     assert told["quantization_config"]["format_version"] == 3
+    assert len(describe(tmp_path / "x").linears) == 7
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
     assert_same(model, loaded)
     # And once more.
@@ -79,7 +81,7 @@ def test_a_missing_part_of_torchaos_is_told(tmp_path):
     config = json.loads(path.read_text())
     entries = config["quantization_config"]["torchao"]
     name = min(entries)
-    entries[name] = entries[name].replace('["qdata"', '["pre_scale", "qdata"')
+    entries[name] = entries[name].replace('"qdata"', '"pre_scale", "qdata"')
     assert "pre_scale" in entries[name]
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="_weight_pre_scale, which its config.json"):

@@ -176,13 +176,14 @@ def calibrate(
         batch_size=batch_size,
     )
     model = unwrapped(model)
-    selected = select(model, include, exclude)
+    met = base_first(model, base_modality, modalities)
+    selected = select(model, include, exclude, options, len(met))
     linears, experts = selected.linears, selected.experts
     for name, weight in selected.weights.items():
         check_in_memory(name, weight, model)
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}: its weight holds nan or inf.")
-    router = Router.for_model(model, base_first(model, base_modality, modalities))
+    router = Router.for_model(model, met)
     router.skip_padding = True
     check_request(model, selected, router.modalities, options)
     widest = max(max(weight.shape[-2:]) for weight in selected.weights.values())

@@ -75,9 +75,11 @@ def check_config(
     solver = SolverOptions(**{n: v for n, v in options.items() if n in names})
     with torch.device("meta"):
         model = model_class.from_config(config, **given)
-    selected = select(model, options.get("include"), options.get("exclude"))
     base = options.get("base_modality", TEXT)
     modalities = base_first(model, base, options.get("modalities"))
+    selected = select(
+        model, options.get("include"), options.get("exclude"), solver, len(modalities)
+    )
     check_request(
         model, selected, Router.for_model(model, modalities).modalities, solver
     )

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from torchao_masquant.evaluation.weights import quantized_linears
+from torchao_masquant.model_parts import token_reader
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import token_modalities
+from torchao_masquant.selection import decoder_of
 
 __all__ = ["TimedCall", "compare_decoders"]
 
@@ -64,11 +66,12 @@ def compare_decoders(
     Raises:
         ValueError: a model has no decoder.
     """
-    decoders = [_decoder(model) for model in (dense, quantized)]
+    decoders: list[Any] = [decoder_of(model) for model in (dense, quantized)]
     if compiled:
         for decoder in decoders:
             decoder.compile(fullgraph=True, dynamic=True)
-    embedding = dense.get_input_embeddings().weight  # type: ignore[operator]
+    reader = token_reader(dense)
+    embedding = reader.get_input_embeddings().weight  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(1, tokens, embedding.shape[1], generator=generator)
     embeds = embeds.to(embedding.device, embedding.dtype)
@@ -101,14 +104,6 @@ def compare_decoders(
                 ]
                 rows.append(_timed(name, length, steps, rounds, bar))
     return rows
-
-
-def _decoder(model: nn.Module) -> Any:
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    if not isinstance(decoder, nn.Module):
-        raise ValueError(f"{type(model).__name__} has no decoder to time by itself.")
-    return decoder
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from torchao_masquant.deploy.decoder_program import (
 from torchao_masquant.deploy.lowering import choose_kernels
 from torchao_masquant.deploy.package import new_folder, write_package
 from torchao_masquant.modality import TEXT
+from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router, router_of
 
 __all__ = ["export_decoder"]
@@ -92,6 +93,8 @@ def export_decoder(
             mask, keeps more than keys and values, or the sample has padding.
         FileExistsError: the folder is not empty.
     """
+    # Of a composite, the part that writes.
+    model = token_reader(model)
     if not callable(getattr(model, "get_decoder", None)) or not hasattr(
         model, "config"
     ):

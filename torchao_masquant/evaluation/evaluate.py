@@ -31,6 +31,7 @@ from torchao_masquant.evaluation.weights import (
     scheme_of,
     weight_bytes,
 )
+from torchao_masquant.model_parts import token_reader
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router, router_of
 from torchao_masquant.wrappers import unwrapped
@@ -209,6 +210,6 @@ def _check_reference(model: nn.Module, reference: nn.Module) -> None:
 
 
 def _vocabulary(model: nn.Module) -> Optional[int]:
-    get_head = getattr(model, "get_output_embeddings", None)
+    get_head = getattr(token_reader(model), "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     return None if head is None else head.weight.shape[0]

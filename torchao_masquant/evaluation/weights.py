@@ -12,6 +12,7 @@ from torch import nn
 
 from torchao_masquant.experts import expert_weights
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.model_parts import find_decoder, heads_of
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["method_of", "quantized_linears", "scheme_of", "weight_bytes"]
@@ -28,15 +29,13 @@ def weight_bytes(model: nn.Module) -> int:
     Biases, ``lm_head`` and the towers in front of the decoder are not counted. A weight
     that several linears share counts once.
     """
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    part = decoder if isinstance(decoder, nn.Module) else model
+    decoder = find_decoder(model)
+    part = model if decoder is None else decoder.module
+    heads = {id(head) for head in heads_of(model)}
     weights = {
         id(m.weight): m.weight
         for m in part.modules()
-        if isinstance(m, nn.Linear) and m is not head
+        if isinstance(m, nn.Linear) and id(m) not in heads
     }
     weights |= {id(p): p for p in expert_weights(part).values()}
     return sum(_bytes_held(weight.data) for weight in weights.values())

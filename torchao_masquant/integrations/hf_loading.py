@@ -300,9 +300,11 @@ class QuantizingLoading:
             self._check_names(dict(model.named_modules()))
             check_whole(names, self._experts)
         else:
-            selected = select(model, config.include, config.exclude)
-            self._layers = dict.fromkeys([*selected.linears, *selected.experts])
             modalities = base_first(model, config.base_modality, config.modalities)
+            selected = select(
+                model, config.include, config.exclude, config.options, len(modalities)
+            )
+            self._layers = dict.fromkeys([*selected.linears, *selected.experts])
         self.router = Router.for_model(model, modalities)
 
     def _check_names(self, modules: Mapping[str, nn.Module]) -> None:

@@ -50,6 +50,8 @@ _OTHER_WEIGHTS = (
 # Weights of transformers, which new ones take the place of.
 _WEIGHTS = ("*.safetensors", "*.index.json")
 
+_OLD_WEIGHTS = ("pytorch_model*.bin", "*.index.json")
+
 # A part of a model that is loaded on top of it, under its own name.
 _ADAPTERS = ("adapter_model*.safetensors", "adapter_model*.bin")
 
@@ -95,6 +97,8 @@ def copy_other_files(original: Path, new: Path) -> None:
 
 def _others(original: Path, new: Path, left: list[str]) -> Iterator[Path]:
     """Relative paths of what to copy; what is not is added to ``left``."""
+    # Those that the model was loaded from need no mention.
+    loaded = _WEIGHTS if any(original.glob("*.safetensors")) else _OLD_WEIGHTS
     for path in sorted(original.iterdir()):
         name = path.name
         if name.startswith(".") or name in (_CARD, "__pycache__"):
@@ -108,7 +112,7 @@ def _others(original: Path, new: Path, left: list[str]) -> Iterator[Path]:
                 continue
             yield from (file.relative_to(original) for file in files if file.is_file())
         elif _holds_weights(name):
-            if not _matches(name, _WEIGHTS) or name.startswith("consolidated"):
+            if not _matches(name, loaded) or name.startswith("consolidated"):
                 left.append(name)
         elif path.is_file():
             yield path.relative_to(original)

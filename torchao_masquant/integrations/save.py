@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import torch
 from torch import nn
 
 from torchao_masquant.integrations.attachment import (
@@ -88,6 +89,7 @@ def save_quantized(
             write_model_card(new, None if beside is None else Path(beside), target.name)
         if beside is not None:
             _take_along(model, Path(beside), new)
+        _write_speakers(model, new)
         if target.exists():
             _keep_others(target, new)
             exchange(new, target, temporary / "old")
@@ -133,6 +135,14 @@ def _take_along(model: nn.Module, original: Path, new: Path) -> None:
     tell_of_unloaded(list(tensors), model, kept)
     if kept:
         add_unloaded(new, tensors)
+
+
+def _write_speakers(model: nn.Module, new: Path) -> None:
+    """Write the voices that Qwen2.5-Omni's class wants to load, and does not save."""
+    speakers = getattr(model, "speaker_map", None)
+    file = new / "spk_dict.pt"
+    if isinstance(speakers, dict) and speakers and not file.exists():
+        torch.save(speakers, file)
 
 
 def _is_weight(name: str) -> bool:

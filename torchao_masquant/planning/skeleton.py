@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.modality import modality_token_ids
+from torchao_masquant.model_parts import token_reader
 from torchao_masquant.selection import select_linears
 
 __all__ = ["InputGroup", "LinearShape", "Skeleton", "read_skeleton"]
@@ -219,7 +220,8 @@ def _input(shape: LinearShape) -> tuple[str, int]:
 
 
 def _head(model: Any, plan: dict[str, str]) -> Optional[LinearShape]:
-    head = model.get_output_embeddings()
+    reader: Any = token_reader(model)
+    head = reader.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return None
     name = next(name for name, module in model.named_modules() if module is head)

@@ -10,6 +10,8 @@ from typing import Optional
 
 from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.compensation import resolve_rank
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.ranks import average_rank
 
 __all__ = ["Compensation", "weight_bytes"]
 
@@ -34,6 +36,23 @@ class Compensation:
     low_rank_bits: int = 16
     shift: bool = True
     bias: bool = True
+
+    @classmethod
+    def of(cls, options: SolverOptions, modalities: int) -> "Compensation":
+        """What a solution's options ask for, a rank of "auto" taken for its mean.
+
+        Args:
+            options: of the solution.
+            modalities: that it is for, base among them.
+        """
+        parts = options.parts
+        return cls(
+            modalities=modalities if parts.per_modality else 1,
+            rank=average_rank(options),
+            low_rank_bits=options.low_rank_bits,
+            shift=parts.shift,
+            bias=parts.centered,
+        )
 
 
 def weight_bytes(

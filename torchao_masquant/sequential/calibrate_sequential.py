@@ -232,12 +232,11 @@ def calibrate_sequential(
         )
     team.on_first(lambda: outputs.check(Path(model)))
     disk = DiskModel(model, dtype, device, model_class)
-    selected = select(disk.model, include, exclude)
+    met = base_first(disk.model, base_modality, modalities)
+    selected = select(disk.model, include, exclude, options, len(met))
     layers = BlockLayers(selected.linears, selected.experts)
     blocks = decoder_blocks(disk.model, layers.names)
-    router = Router.for_model(
-        disk.model, base_first(disk.model, base_modality, modalities)
-    )
+    router = Router.for_model(disk.model, met)
     router.skip_padding = True
     check_request(disk.model, selected, router.modalities, options)
     summary = summarize_samples(samples)

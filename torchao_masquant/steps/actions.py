@@ -6,7 +6,7 @@
 """What a step does to each module of a model, one function for each."""
 
 from functools import partial
-from typing import Callable, Collection, Mapping
+from typing import Callable, Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -38,16 +38,20 @@ Actions = dict[nn.Module, Callable[[], object]]
 
 
 def select_rest(
-    model: nn.Module, config: MASQuantConfig, done: Collection[nn.Module]
+    model: nn.Module,
+    config: MASQuantConfig,
+    modalities: Sequence[str],
+    done: Collection[nn.Module],
 ) -> Selected:
     """What is chosen and not done yet, by a call that did not finish.
 
     Raises:
         ValueError: as :func:`select`, which names a module where all are done.
     """
-    selected = select(model, config.include, config.exclude, done)
+    given = config.include, config.exclude, config.options, len(modalities)
+    selected = select(model, *given, done)
     if done and not selected.weights:
-        return select(model, config.include, config.exclude)
+        return select(model, *given)
     return selected
 
 

@@ -91,7 +91,7 @@ def plan_rounding(model: nn.Module, config: MASQuantConfig) -> Actions:
         return LayerRecipe.rounded(weight.shape).made(weight, bits, modalities)
 
     done = quantized_with(model, is_made)
-    selected = select_rest(model, config, done)
+    selected = select_rest(model, config, modalities, done)
     check_request(model, selected, modalities, config.options)
     layers = {}
     for name, weight in selected.weights.items():

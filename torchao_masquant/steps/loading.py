@@ -43,7 +43,7 @@ def plan_loading(model: nn.Module, config: MASQuantConfig) -> Actions:
 
     # By a call that did not finish.
     done = quantized_with(model, is_made)
-    selected = select_rest(model, config, done)
+    selected = select_rest(model, config, modalities, done)
     # Another part of the model may be made ready already, by another config.
     router = router_of(model)
     if router is None or router.modalities != modalities:

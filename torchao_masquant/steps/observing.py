@@ -60,7 +60,7 @@ def plan_prepare(model: nn.Module, config: MASQuantConfig) -> Actions:
     )
     # A session that has seen nothing yet may be that of a call that did not finish.
     done = {m for m in observed if m.session is session}
-    selected = select_rest(model, config, done)
+    selected = select_rest(model, config, modalities, done)
     check_request(model, selected, modalities, config.options)
     if is_hooked(model):
         # Elsewhere values may still be loaded; these never are, but during calls.
