@@ -59,7 +59,10 @@ IMAGES = {
         ["Ho<end>\n"],
     ),
     "ShareGPT4V, the image at the end": (
-        {"image": "a.png", "conversations": [human("Which half?\n<image>"), gpt("left")]},
+        {
+            "image": "a.png",
+            "conversations": [human("Which half?\n<image>"), gpt("left")],
+        },
         chat("Which half?[image]", "left"),
         ["left<end>\n"],
     ),
@@ -168,7 +171,9 @@ IMAGES = {
         {
             "images": ["a.png", "b.png"],
             "messages": [
-                user([{"type": "image", "index": 0}, {"type": "text", "text": "Which?"}]),
+                user(
+                    [{"type": "image", "index": 0}, {"type": "text", "text": "Which?"}]
+                ),
                 assistant([{"type": "text", "text": "left", "index": None}]),
                 user([{"type": "image", "index": 1}]),
             ],
