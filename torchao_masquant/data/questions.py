@@ -22,9 +22,9 @@ from torchao_masquant.data.columns import (
     TRANSCRIPTS,
     Columns,
 )
+from torchao_masquant.data.message_keys import role_of
 from torchao_masquant.data.notices import Notices
 from torchao_masquant.data.parts import ASSISTANT, AUDIO, IMAGE, VIDEO, short
-from torchao_masquant.data.turns import role_of
 
 __all__ = ["question_of"]
 

@@ -12,6 +12,16 @@ from typing import Any, Optional
 
 from torchao_masquant.data.columns import MEDIA_COLUMNS, Columns, kind_of_file
 from torchao_masquant.data.media import located
+from torchao_masquant.data.message_keys import (
+    CONTENTS,
+    PLACES,
+    SETTINGS,
+    SPEAKERS,
+    TYPES,
+    WEIGHTS,
+    pair_of,
+    role_of,
+)
 from torchao_masquant.data.notices import Notices
 from torchao_masquant.data.parts import (
     ASSISTANT,
@@ -25,48 +35,7 @@ from torchao_masquant.data.parts import (
     short,
 )
 
-__all__ = ["Turns", "media_in", "role_of"]
-
-_ROLES: Mapping[str, str] = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(
-        (
-            "gpt",
-            "assistant",
-            "model",
-            "bot",
-            "chatgpt",
-            "bing",
-            "bard",
-            "function_call",
-        ),
-        ASSISTANT,
-    ),
-    "system": "system",
-    "observation": "tool",
-}
-
-# A message that is a question with its answer, in one dict.
-_PAIRS = (
-    *(("user", "assistant"), ("human", "gpt"), ("human", "assistant")),
-    *(("question", "answer"), ("q", "a"), ("prompt", "response")),
-    *(("query", "response"), ("instruction", "output")),
-)
-
-_SPEAKERS = ("role", "from")
-_CONTENTS = ("content", "value", "text")
-_NOT_SCORED = ("weight", "loss", "train")
-
-# Types of parts as OpenAI, transformers and vLLM write them.
-_TYPES: Mapping[str, str] = {
-    **dict.fromkeys(("text", "input_text", "output_text"), TEXT),
-    **dict.fromkeys(("image", "image_url", "input_image"), IMAGE),
-    **dict.fromkeys(("audio", "audio_url", "input_audio"), AUDIO),
-    **dict.fromkeys(("video", "video_url", "input_video"), VIDEO),
-}
-_PLACES = ("path", "url", "base64", "source")
-# Of a part, what does not change what the model sees.
-_SETTINGS = ("type", "index", "detail", "format", "cache_control", "annotations")
+__all__ = ["Turns", "media_in"]
 
 # Where a medium stands in a text; the first form holds its path.
 _PLACEHOLDER = re.compile(
@@ -100,22 +69,6 @@ def _is_frames(values: Any, kind: str) -> bool:
         else hasattr(value, "size")
         for value in values
     )
-
-
-def role_of(entry: Any) -> Optional[str]:
-    """Who speaks in a message, in the names of chat templates; None where none does."""
-    role = Columns(entry).get(_SPEAKERS) if isinstance(entry, Mapping) else None
-    if not isinstance(role, str):
-        return None
-    return _ROLES.get(role.strip("<|>").lower(), role)
-
-
-def _pair_of(entry: Mapping[str, Any]) -> Optional[tuple[Any, Any]]:
-    """A question and its answer, of a dict that is both."""
-    for question, answer in _PAIRS:
-        if entry.get(question) is not None and answer in entry:
-            return entry[question], entry[answer]
-    return None
 
 
 class Turns:
@@ -182,7 +135,7 @@ class Turns:
         return tuple(messages)
 
     def _messages(self, entry: Any) -> Iterator[Message]:
-        pair = _pair_of(entry) if isinstance(entry, Mapping) else None
+        pair = pair_of(entry) if isinstance(entry, Mapping) else None
         if pair is not None and "role" not in entry and "from" not in entry:
             yield self._message({"role": "user", "content": pair[0]})
             yield self._message({"role": ASSISTANT, "content": pair[1]})
@@ -197,8 +150,8 @@ class Turns:
                 f"{self._where}: a message is a dict with 'role' and 'content', or with "
                 f"'from' and 'value', got {short(entry)}."
             )
-        columns.get(_SPEAKERS)
-        content = columns.get(_CONTENTS, keep_empty=True)
+        columns.get(SPEAKERS)
+        content = columns.get(CONTENTS, keep_empty=True)
         if isinstance(content, str):
             content = [{"type": TEXT, "text": content}]
         elif isinstance(content, Mapping):
@@ -218,7 +171,7 @@ class Turns:
             # A message's own media stand before its text, unless this points at them.
             extra = max(len(self._left[kind]) - count, 0) if own[kind] else 0
             parts[:0] = [self._next(kind) for _ in range(extra)]
-        weights = [columns.take(n) for n in _NOT_SCORED if entry.get(n) is not None]
+        weights = [columns.take(n) for n in WEIGHTS if entry.get(n) is not None]
         for name in columns.unread():
             self._notices.unread(self._where, f"{name!r} of a message")
         return Message(role, tuple(parts), all(weights))
@@ -230,12 +183,12 @@ class Turns:
                 f'"text", "text": "..."}}, got {short(entry)}.'
             )
         entry = {key: value for key, value in entry.items() if value is not None}
-        written = entry.get("type") or next((k for k in _TYPES if k in entry), None)
-        kind = _TYPES.get(written) if isinstance(written, str) else None
+        written = entry.get("type") or next((k for k in TYPES if k in entry), None)
+        kind = TYPES.get(written) if isinstance(written, str) else None
         if kind is None:
             raise ValueError(
                 f"{self._where}: unknown content type {written!r}: choose one of "
-                f"{', '.join(map(repr, _TYPES))}."
+                f"{', '.join(map(repr, TYPES))}."
             )
         if kind == TEXT:
             text = entry.get("text")
@@ -245,15 +198,15 @@ class Turns:
             used = "text"
         else:
             # A `datasets` dataset gives each part the keys of all.
-            names = [n for n, k in _TYPES.items() if k == kind]
-            used = next((n for n in (*names, *_PLACES) if n in entry), "")
+            names = [n for n, k in TYPES.items() if k == kind]
+            used = next((n for n in (*names, *PLACES) if n in entry), "")
             yield (
                 self._part_of(kind, entry[used])
                 if used
                 else self._next(kind, entry.get("index"))
             )
         for key, value in entry.items():
-            if key not in (*_SETTINGS, used) and (
+            if key not in (*SETTINGS, used) and (
                 value or not hasattr(value, "__len__")
             ):
                 self._notices.unread(
