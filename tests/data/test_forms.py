@@ -74,6 +74,19 @@ IMAGES = {
         chat("Is [image] like [image]?", "no"),
         ["no<end>\n"],
     ),
+    "a space after the placeholder": (
+        {
+            "image": "a.png",
+            "conversations": [human("<image> Which half? "), gpt("left")],
+        },
+        WHICH,
+        ["left<end>\n"],
+    ),
+    "a message of two images": (
+        {"images": ["a.png", "b.png"], "messages": [user("<image><image>\n")]},
+        chat("[image]") + "<start>assistant: ",
+        [chat("")[:-6], "<end>\n<start>assistant: "],
+    ),
     "no placeholder": (
         {"image": "a.png", "conversations": [human("Which half?"), gpt("left")]},
         WHICH,
@@ -351,6 +364,10 @@ TEXTS = {
             "answerKey": "B",
         },
         chat("Which?\nA. wool\nB. steel", "B. steel"),
+    ),
+    "inputs and targets": (
+        {"inputs": "Add 1 and 2.", "targets": "3"},
+        chat("Add 1 and 2.", "3"),
     ),
     "an implicit prompt": (
         {"chosen": [user("Hi"), assistant("Ho")]},

@@ -200,6 +200,19 @@ def test_a_text_may_speak_of_files(models, folder, caplog):
     assert "'title'" in said(caplog) and "'url'" in said(caplog)
 
 
+def test_the_class_of_a_text_is_not_its_answer(models, folder, caplog):
+    row = {"text": "A great film.", "label": "positive"}
+    (sample,) = seen(models["text"], lines(folder, row))
+    assert sample.text == "A great film."
+    assert "'label'" in said(caplog)
+
+
+def test_keys_beside_a_question_and_its_answer_are_named(folder, caplog):
+    turn = {"user": "Hi", "assistant": "Ho", "source": "vqa"}
+    read_conversations(lines(folder, {"texts": [turn]}))
+    assert "'source' of a message (data.jsonl, line 1)" in said(caplog)
+
+
 def test_a_row_whose_image_is_none_is_text(models, folder):
     row = {**ASKED, "image": None, "image_id": "7"}
     (sample,) = seen(models["vision"], lines(folder, row))

@@ -63,9 +63,12 @@ def role_of(entry: Any) -> Optional[str]:
     return ROLES.get(role.strip("<|>").lower(), role)
 
 
-def pair_of(entry: Mapping[str, Any]) -> Optional[tuple[Any, Any]]:
-    """A question and its answer, of a dict that is both."""
+def pair_of(columns: Columns) -> Optional[tuple[str, str]]:
+    """The keys of a question and its answer, of a dict that is both and no message."""
+    if columns.find(SPEAKERS) is not None:
+        return None
     for question, answer in PAIRS:
-        if entry.get(question) is not None and answer in entry:
-            return entry[question], entry[answer]
+        found = columns.find((question,)), columns.find((answer,), keep_empty=True)
+        if found[0] is not None and found[1] is not None:
+            return found[0], found[1]
     return None

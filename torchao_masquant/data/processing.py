@@ -122,7 +122,7 @@ class ProcessedConversations(LazySamples):
                 if isinstance(token, str) and token and token in text:
                     raise ValueError(
                         f"{conversation.where} has {token!r} in its text, which the model "
-                        f"takes for an {kind}'s place: give the {kind} as a part of a "
+                        f"takes for the place of one {kind}: give the {kind} as a part of a "
                         f"message, or in a column and write <{kind}> where it stands."
                     )
 

@@ -8,7 +8,7 @@
 import ast
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from torchao_masquant.data.columns import (
@@ -43,6 +43,8 @@ _SAID = ("answer", "raw", "text", "value", "content", "caption", "sentence")
 # A caption answers no question of these: it was not asked for.
 _NO_CAPTION_ANSWERS = ("question", "q", "problem")
 
+_NO_CLASSES = tuple(name for name in ANSWERS if name != "label")
+
 _CHOICES_IN_COLUMNS = ("a", "b", "c", "d", "e", "f")
 
 
@@ -64,7 +66,9 @@ def question_of(
     """
     choices = _choices(columns, where)
     question = _question(columns, where, choices)
-    answer = _answer(columns, where, notices, choices)
+    # The class of a text by itself is no answer to it.
+    names = ANSWERS if kinds or question is not None else _NO_CLASSES
+    answer = _answer(columns, names, where, notices, choices)
     if isinstance(answer, list) and role_of(answer[0]) != ASSISTANT:
         # The whole of a conversation, its question again included.
         return answer
@@ -140,12 +144,16 @@ def _default(kinds: set[str], said: Optional[str]) -> str:
 
 
 def _answer(
-    columns: Columns, where: str, notices: Notices, choices: Optional[list[str]]
+    columns: Columns,
+    names: Sequence[str],
+    where: str,
+    notices: Notices,
+    choices: Optional[list[str]],
 ) -> Any:
     """A text, or messages; None where there is none."""
-    name = columns.find(ANSWERS)
+    name = columns.find(names)
     if name is None:
-        empty = columns.find(ANSWERS, keep_empty=True)
+        empty = columns.find(names, keep_empty=True)
         if empty is not None:
             raise ValueError(f"{where}: its {empty} is empty.")
         return None

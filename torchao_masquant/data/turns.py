@@ -135,15 +135,17 @@ class Turns:
         return tuple(messages)
 
     def _messages(self, entry: Any) -> Iterator[Message]:
-        pair = pair_of(entry) if isinstance(entry, Mapping) else None
-        if pair is not None and "role" not in entry and "from" not in entry:
-            yield self._message({"role": "user", "content": pair[0]})
-            yield self._message({"role": ASSISTANT, "content": pair[1]})
-        else:
-            yield self._message(entry)
-
-    def _message(self, entry: Any) -> Message:
         columns = Columns(entry) if isinstance(entry, Mapping) else None
+        pair = None if columns is None else pair_of(columns)
+        if columns is None or pair is None:
+            yield self._message(entry, columns)
+            return
+        for role, name in zip(("user", ASSISTANT), pair):
+            message = {"role": role, "content": columns.take(name)}
+            yield self._message(message, Columns(message))
+        self._name_unread(columns)
+
+    def _message(self, entry: Any, columns: Optional[Columns]) -> Message:
         role = role_of(entry)
         if columns is None or role is None:
             raise ValueError(
@@ -172,9 +174,12 @@ class Turns:
             extra = max(len(self._left[kind]) - count, 0) if own[kind] else 0
             parts[:0] = [self._next(kind) for _ in range(extra)]
         weights = [columns.take(n) for n in WEIGHTS if entry.get(n) is not None]
+        self._name_unread(columns)
+        return Message(role, tuple(parts), all(weights))
+
+    def _name_unread(self, columns: Columns) -> None:
         for name in columns.unread():
             self._notices.unread(self._where, f"{name!r} of a message")
-        return Message(role, tuple(parts), all(weights))
 
     def _parts(self, entry: Any) -> Iterator[Part]:
         if not isinstance(entry, Mapping):
@@ -215,19 +220,27 @@ class Turns:
 
     def _split(self, text: str) -> Iterator[Part]:
         """A text, and the media that it points at, in order."""
-        position, found = 0, False
-        for match in _PLACEHOLDER.finditer(text):
-            if before := text[position : match.start()].strip("\r\n"):
-                yield Part(TEXT, before if found else before.lstrip())
+        matches = list(_PLACEHOLDER.finditer(text))
+        if not matches:
+            yield Part(TEXT, text)
+            return
+        position, is_first = 0, True
+        for match in (*matches, None):
+            end = len(text) if match is None else match.start()
+            # The model's own template parts a medium from the words around it.
+            words = text[position:end].strip("\r\n")
+            words = words.lstrip() if is_first else words
+            words = words.rstrip() if match is None else words
+            if words:
+                is_first = False
+                yield Part(TEXT, words)
+            if match is None:
+                return
             if match["path"] is not None:
                 yield self._part_of(_TAGS[match["tag"]], match["path"].strip())
             else:
                 yield self._next(match["kind"], match["number"], text=True)
-            position, found = match.end(), True
-        if not found:
-            yield Part(TEXT, text)
-        elif rest := text[position:].strip("\r\n").rstrip():
-            yield Part(TEXT, rest)
+            position = match.end()
 
     def _next(self, kind: str, index: Any = None, text: bool = False) -> Part:
         """The next medium of a kind; or the one with an index, from 1 in a text."""
