@@ -222,6 +222,27 @@ IMAGES = {
         chat("[image]Which?\nA. x\nB. y", "A. x"),
         ["A. x<end>\n"],
     ),
+    "SEED-Bench": (
+        {
+            "image": "a.png",
+            "question": "?",
+            "choice_a": "x",
+            "choice_b": "y",
+            "answer": "B",
+        },
+        chat("[image]?\nA. x\nB. y", "B. y"),
+        ["B. y<end>\n"],
+    ),
+    "AI2D": (
+        {"image": "a.png", "question": "?", "options": ["x", "y"], "answer": "1"},
+        chat("[image]?\nA. x\nB. y", "B. y"),
+        ["B. y<end>\n"],
+    ),
+    "ChartQA": (
+        {"image": "a.png", "query": "How many?", "label": ["7"]},
+        chat("[image]How many?", "7"),
+        ["7<end>\n"],
+    ),
     "captions of COCO": (
         {"image": "a.png", "captions": ["One.", "Two.", "Two."]},
         chat("[image]Describe the image.", "Two."),
@@ -364,6 +385,11 @@ TEXTS = {
             "answerKey": "B",
         },
         chat("Which?\nA. wool\nB. steel", "B. steel"),
+    ),
+    "LIMA": ({"conversations": ["Hi", "Ho"]}, chat("Hi", "Ho")),
+    "OpenOrca": (
+        {"system_prompt": "Be kind.", "question": "Hi", "response": "Ho"},
+        "<start>system: Be kind.<end>\n" + chat("Hi", "Ho"),
     ),
     "inputs and targets": (
         {"inputs": "Add 1 and 2.", "targets": "3"},

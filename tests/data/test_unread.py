@@ -22,7 +22,7 @@ def test_columns_that_are_not_read_are_named_once(folder, caplog):
     ]
     read_conversations(lines(folder, *rows))
     assert said(caplog) == (
-        "the data has what is not read: 'rationale' (data.jsonl, line 1 and 1 more); "
+        "columns and keys that are not read: 'rationale' (data.jsonl, line 1 and 1 more); "
         "'regions' (data.jsonl, line 2); 'image_url' (data.jsonl, line 3)."
     )
 
@@ -32,7 +32,7 @@ def test_keys_of_messages_and_of_parts_are_named(folder, caplog):
     message = {"role": "user", "content": [part], "name": "Kim", "reasoning": ""}
     read_conversations(lines(folder, [message], [message]))
     assert said(caplog) == (
-        "the data has what is not read: 'max_pixels' of a part of type 'image' "
+        "columns and keys that are not read: 'max_pixels' of a part of type 'image' "
         "(data.jsonl, line 1 and 1 more); 'name' of a message (data.jsonl, line 1 and 1 "
         "more)."
     )
@@ -54,7 +54,7 @@ def test_what_is_asked_in_place_of_a_question_is_told_once(models, folder, caplo
 
 def test_a_row_by_itself_is_told_of_at_once(folder, caplog):
     conversation_of({**ASKED, "rationale": "It is."}, "line 3", folder)
-    assert said(caplog) == "the data has what is not read: 'rationale' (line 3)."
+    assert said(caplog) == "columns and keys that are not read: 'rationale' (line 3)."
 
 
 def test_which_of_several_answers_is_scored_is_told(folder, caplog):
@@ -122,6 +122,10 @@ REFUSED = {
     "a choice that is not there": (
         {"question": "Which?", "choices": ["wool", "steel"], "answer": 2},
         "answer is the number, from 0, the letter or the text of one of 2 choices, got 2",
+    ),
+    "two choices at once": (
+        {"question": "Which?", "choices": ["wool", "steel"], "answer": "AB"},
+        "answer is the number, from 0, the letter or the text of one of 2 choices",
     ),
     "tool calls": (
         [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],

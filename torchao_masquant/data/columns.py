@@ -38,7 +38,16 @@ __all__ = [
 #: Media. Whoever lists several of a kind uses the plural, or numbers: image_1, image_2.
 MEDIA_COLUMNS: Mapping[str, tuple[str, ...]] = {
     IMAGE: (
-        *("images", "image", "img", "imgs", "image_path", "image_paths", "image_file"),
+        *(
+            "decoded_image",
+            "images",
+            "image",
+            "img",
+            "imgs",
+            "image_path",
+            "image_paths",
+            "image_file",
+        ),
         *("image_url", "image_urls", "picture", "photo", "jpg", "jpeg", "png"),
         *("image_base64", "image_base64_str"),
     ),
@@ -63,7 +72,7 @@ INSTRUCTIONS = ("instruction",)
 QUESTIONS = ("prompt", "question", "query", "problem", "q")
 INPUTS = ("input", "inputs")
 CONTEXTS = ("context", "passage", "hint")
-CHOICES = ("choices", "options")
+CHOICES = ("choices", "options", "candidates")
 
 #: What is answered.
 ANSWERS = (

@@ -45,7 +45,7 @@ _NO_CAPTION_ANSWERS = ("question", "q", "problem")
 
 _NO_CLASSES = tuple(name for name in ANSWERS if name != "label")
 
-_CHOICES_IN_COLUMNS = ("a", "b", "c", "d", "e", "f")
+_CHOICES_IN_COLUMNS = ("{}", "choice_{}", "option_{}")
 
 
 def question_of(
@@ -158,7 +158,7 @@ def _answer(
             raise ValueError(f"{where}: its {empty} is empty.")
         return None
     value = columns.row[name]
-    if choices is None and name.lower() == "label" and not isinstance(value, str):
+    if choices is None and name.lower() == "label" and isinstance(value, (int, float)):
         # The number of a class says nothing to a model.
         return None
     columns.take(name)
@@ -213,10 +213,11 @@ def _choices(columns: Columns, where: str) -> Optional[list[str]]:
     """What there is to choose from: a list, a text of one, or the columns A to F."""
     name = columns.find(CHOICES)
     if name is None:
-        named = [columns.find((letter,)) for letter in _CHOICES_IN_COLUMNS]
-        if columns.find(("answer",)) is None or not all(named[:2]):
-            return None
-        return [str(columns.take(letter)) for letter in named if letter is not None]
+        for form in _CHOICES_IN_COLUMNS:
+            found = [columns.find((form.format(letter),)) for letter in "abcdef"]
+            if columns.find(("answer",)) is not None and all(found[:2]):
+                return [str(columns.take(name)) for name in found if name is not None]
+        return None
     value = columns.take(name)
     if isinstance(value, Mapping):
         value = value.get("text")
@@ -235,14 +236,19 @@ def _choices(columns: Columns, where: str) -> Optional[list[str]]:
 def _chosen(value: Any, name: str, where: str, choices: list[str]) -> str:
     """A letter and the choice, of the number, the letter or the text of one."""
     index: Optional[int] = None
-    if isinstance(value, list) and len(value) == 1:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value
     if isinstance(value, int) and not isinstance(value, bool):
         index = value
-    elif isinstance(value, str) and value.strip() in choices:
-        index = choices.index(value.strip())
-    elif isinstance(value, str) and value.strip(" ().") in string.ascii_uppercase:
-        index = string.ascii_uppercase.index(value.strip(" ()."))
+    elif isinstance(value, str):
+        said = value.strip()
+        letter = said.strip(" ().").upper()
+        if said in choices:
+            index = choices.index(said)
+        elif len(letter) == 1 and letter in string.ascii_uppercase:
+            index = string.ascii_uppercase.index(letter)
+        elif said.isdecimal():
+            index = int(said)
     if index is None or not 0 <= index < len(choices):
         raise ValueError(
             f"{where}: {name} is the number, from 0, the letter or the text of one of "

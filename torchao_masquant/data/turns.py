@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Messages in the forms that data sets write them in, and media at their places."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -103,6 +104,9 @@ class Turns:
             raise ValueError(
                 f"{self._where}: {name} is a list of at least one message."
             )
+        if all(isinstance(entry, str) for entry in entries):
+            speakers = itertools.cycle(("user", ASSISTANT))
+            entries = [{"role": r, "content": e} for r, e in zip(speakers, entries)]
         messages = [message for entry in entries for message in self._messages(entry)]
         return self._with_rest(messages)
 
@@ -260,12 +264,12 @@ class Turns:
         if text:
             raise ValueError(
                 f"{self._where}: its text says <{kind}> where no {kind} is left: it has "
-                f"{count} in columns such as {MEDIA_COLUMNS[kind][1]!r}; give one for "
+                f"{count} in columns such as {kind!r}; give one for "
                 "each."
             )
         raise ValueError(
             f"{self._where}: a part of type {kind!r} has no source: give it a 'path' or "
-            f"a 'url', or the line a list {MEDIA_COLUMNS[kind][0]!r}"
+            f"a 'url', or the line a list '{kind}s'"
             + (f" of more than {count}." if count else ".")
         )
 
