@@ -29,19 +29,19 @@ _DIGITS = "digits"
 #: What DATA may be, for the end of a command's help.
 DATA_FORMS = """\
 DATA is one of
-  a file         of rows: lines of JSON, a JSON array, CSV, parquet, each perhaps .gz; paths
-                 start from the file. A row has one of these forms, and those of LLaVA,
-                 ShareGPT, OpenAI, Alpaca, LLaMA-Factory, VQA, captions, ... (docs/cli.md):
+  a file         of rows: lines of JSON, a JSON array, CSV, parquet; paths start from the
+                 file. A row has one of these forms, or that of LLaVA, ShareGPT, OpenAI,
+                 Alpaca, LLaMA-Factory, VQA, captions, ... (docs/cli.md):
                    {"messages": [{"role": "user", "content": [
                       {"type": "image", "path": "cat.png"},
                       {"type": "audio", "path": "meow.wav"},
                       {"type": "text", "text": "Who is it?"}]}]}
                    {"image": "cat.png", "prompt": "Who is it?", "answer": "A cat."}
                    {"text": "Plain text, without a chat around it."}
-                 What of a row is not read is named in a warning.
+                 What is not read of a row is named in a warning.
   a folder       images, sounds, videos and texts; files of one name make one sample
-                 (cat.png, cat.wav, cat.txt), a text beside them is the prompt; or with a
-                 metadata.jsonl or .csv that names its files
+                 (cat.png, cat.wav, cat.txt), a text beside them is the prompt; or with
+                 a metadata.jsonl or .csv that names its files
   a dataset      what save_to_disk() of the library datasets wrote, with such columns
   samples.pt     the model's own keyword inputs: a list of dicts that torch.save wrote, or
                  a folder of .pt files with one dict each; to calibrate with

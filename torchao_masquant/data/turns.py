@@ -43,6 +43,11 @@ _PLACEHOLDER = re.compile(
     r"<(?P<tag>img|audio|video)>(?P<path>[^<>\n]+)</(?P=tag)>"
     r"|<(?P<kind>image|video|audio)(?:[ _-]?(?P<number>\d+))?>"
 )
+# What numbers follow: image_1, image_path_1.
+_STEMS: Mapping[str, tuple[str, ...]] = {
+    kind: (kind, *(name.rstrip("s") for name in names))
+    for kind, names in MEDIA_COLUMNS.items()
+}
 _TAGS: Mapping[str, str] = {"img": IMAGE, "audio": AUDIO, "video": VIDEO}
 
 
@@ -50,10 +55,7 @@ def media_in(columns: Columns, kind: str) -> list[Any]:
     """Media of one kind that a row, or a message, has in columns of their own."""
     names = MEDIA_COLUMNS[kind]
     first = columns.find(names)
-    stems = (name for stem in (kind, *names) if (name := stem.rstrip("s")))
-    chosen = [first] if first is not None else []
-    if first is None:
-        chosen = next((found for s in stems if (found := columns.numbered(s))), [])
+    chosen = columns.numbered(*_STEMS[kind]) if first is None else [first]
     media: list[Any] = []
     for name in chosen:
         found = columns.take(name)
