@@ -74,6 +74,19 @@ IMAGES = {
         chat("Is [image] like [image]?", "no"),
         ["no<end>\n"],
     ),
+    "a space after the placeholder": (
+        {
+            "image": "a.png",
+            "conversations": [human("<image> Which half? "), gpt("left")],
+        },
+        WHICH,
+        ["left<end>\n"],
+    ),
+    "a message of two images": (
+        {"images": ["a.png", "b.png"], "messages": [user("<image><image>\n")]},
+        chat("[image]") + "<start>assistant: ",
+        [chat("")[:-6], "<end>\n<start>assistant: "],
+    ),
     "no placeholder": (
         {"image": "a.png", "conversations": [human("Which half?"), gpt("left")]},
         WHICH,
@@ -208,6 +221,27 @@ IMAGES = {
         {"image": "a.png", "question": "Which?", "A": "x", "B": "y", "answer": "A"},
         chat("[image]Which?\nA. x\nB. y", "A. x"),
         ["A. x<end>\n"],
+    ),
+    "SEED-Bench": (
+        {
+            "image": "a.png",
+            "question": "?",
+            "choice_a": "x",
+            "choice_b": "y",
+            "answer": "B",
+        },
+        chat("[image]?\nA. x\nB. y", "B. y"),
+        ["B. y<end>\n"],
+    ),
+    "AI2D": (
+        {"image": "a.png", "question": "?", "options": ["x", "y"], "answer": "1"},
+        chat("[image]?\nA. x\nB. y", "B. y"),
+        ["B. y<end>\n"],
+    ),
+    "ChartQA": (
+        {"image": "a.png", "query": "How many?", "label": ["7"]},
+        chat("[image]How many?", "7"),
+        ["7<end>\n"],
     ),
     "captions of COCO": (
         {"image": "a.png", "captions": ["One.", "Two.", "Two."]},
@@ -351,6 +385,15 @@ TEXTS = {
             "answerKey": "B",
         },
         chat("Which?\nA. wool\nB. steel", "B. steel"),
+    ),
+    "LIMA": ({"conversations": ["Hi", "Ho"]}, chat("Hi", "Ho")),
+    "OpenOrca": (
+        {"system_prompt": "Be kind.", "question": "Hi", "response": "Ho"},
+        "<start>system: Be kind.<end>\n" + chat("Hi", "Ho"),
+    ),
+    "inputs and targets": (
+        {"inputs": "Add 1 and 2.", "targets": "3"},
+        chat("Add 1 and 2.", "3"),
     ),
     "an implicit prompt": (
         {"chosen": [user("Hi"), assistant("Ho")]},

@@ -31,8 +31,8 @@ from torchao_masquant.outputs import check_file, kind_of
 __all__ = ["add_arguments", "main"]
 
 _EXAMPLES = """\
-What is scored is the assistant's last answer; where a conversation ends without one,
-all of its text. A line's "task" names the task that it counts for.
+What is scored is all that the assistant says; where it says nothing, all of the text. A
+line's "task" names the task that it counts for.
 
 examples:
   masquant eval ./Qwen2.5-VL-3B-w4a8 held-out.jsonl --reference ./Qwen2.5-VL-3B

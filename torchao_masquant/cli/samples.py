@@ -22,17 +22,20 @@ _DIGITS = "digits"
 #: What DATA may be, for the end of a command's help.
 DATA_FORMS = """\
 DATA is one of
-  samples.jsonl  a JSON object a line, in one of these forms; paths start from the file:
+  a file         of rows: lines of JSON, a JSON array, CSV, parquet; paths start from the
+                 file. A row has one of these forms, or that of LLaVA, ShareGPT, OpenAI,
+                 Alpaca, LLaMA-Factory, VQA, captions, ... (docs/cli.md):
                    {"messages": [{"role": "user", "content": [
                       {"type": "image", "path": "cat.png"},
                       {"type": "audio", "path": "meow.wav"},
                       {"type": "text", "text": "Who is it?"}]}]}
                    {"image": "cat.png", "prompt": "Who is it?", "answer": "A cat."}
                    {"text": "Plain text, without a chat around it."}
-  a folder       images, sounds and texts; files of one name make one sample (cat.png,
-                 cat.wav, cat.txt), a text beside them is the prompt
-  a dataset      what save_to_disk() of the library datasets wrote, with the columns
-                 messages, or image, audio, prompt and answer, or text
+                 What is not read of a row is named in a warning.
+  a folder       images, sounds, videos and texts; files of one name make one sample
+                 (cat.png, cat.wav, cat.txt), a text beside them is the prompt; or with
+                 a metadata.jsonl or .csv that names its files
+  a dataset      what save_to_disk() of the library datasets wrote, with such columns
   samples.pt     the model's own keyword inputs: a list of dicts that torch.save wrote, or
                  a folder of .pt files with one dict each; to calibrate with
   synthetic      made-up shapes, tones and words: to try the commands, not to judge by
@@ -48,8 +51,8 @@ def add_data_argument(
         "data",
         nargs="?" if optional else None,
         metavar="DATA",
-        help="a .jsonl file, a folder, a saved dataset, a .pt file, 'synthetic' or "
-        "'digits': see below",
+        help="a file of rows (JSON, CSV, parquet), a folder, a saved dataset, a .pt "
+        "file, 'synthetic' or 'digits': see below",
     )
     parser.add_argument(
         "--max-samples",

@@ -38,7 +38,16 @@ __all__ = [
 #: Media. Whoever lists several of a kind uses the plural, or numbers: image_1, image_2.
 MEDIA_COLUMNS: Mapping[str, tuple[str, ...]] = {
     IMAGE: (
-        *("images", "image", "img", "imgs", "image_path", "image_paths", "image_file"),
+        *(
+            "decoded_image",
+            "images",
+            "image",
+            "img",
+            "imgs",
+            "image_path",
+            "image_paths",
+            "image_file",
+        ),
         *("image_url", "image_urls", "picture", "photo", "jpg", "jpeg", "png"),
         *("image_base64", "image_base64_str"),
     ),
@@ -60,16 +69,19 @@ TURNS = (
 
 #: What is asked; an instruction stands before the question that it is about.
 INSTRUCTIONS = ("instruction",)
-QUESTIONS = ("prompt", "question", "query", "problem", "q")
+QUESTIONS = (
+    *("prompt", "question", "query", "problem", "q", "user", "human", "text_input"),
+)
 INPUTS = ("input", "inputs")
 CONTEXTS = ("context", "passage", "hint")
-CHOICES = ("choices", "options")
+CHOICES = ("choices", "options", "candidates")
 
 #: What is answered.
 ANSWERS = (
     *("answer", "multiple_choice_answer", "answers", "response", "output", "outputs"),
     *("completion", "chosen", "target", "targets", "a", "answerkey"),
-    *("correct_choice_idx", "label"),
+    *("correct_choice_idx", "assistant", "text_output", "solution", "ground_truth"),
+    "label",
 )
 
 #: What is said of an image, a sound or a video; numbered ones are several.
@@ -134,15 +146,20 @@ class Columns:
         self._read.add(name)
         return self.row[name]
 
-    def numbered(self, stem: str) -> list[str]:
-        """The columns ``stem_1``, ``stem_2``, ... that hold something, in order."""
-        pattern = re.compile(rf"{stem}_?(\d+)$")
-        found = [
-            (int(match[1]), name)
-            for lower, name in self._names.items()
-            if (match := pattern.match(lower)) and not _is_nothing(self.row[name])
-        ]
-        return [name for _, name in sorted(found)]
+    def numbered(self, *stems: str) -> list[str]:
+        """The columns ``stem_1``, ``stem_2``, ... that hold something, in order.
+
+        Of several stems those of the first that the row has any of.
+        """
+        counted = [name for name in self._names if name[-1:].isdigit()]
+        for stem in stems if counted else ():
+            pattern = re.compile(rf"{stem}_?(\d+)$")
+            found = [(int(m[1]), n) for n in counted if (m := pattern.match(n))]
+            names = [self._names[name] for _, name in sorted(found)]
+            held = [name for name in names if not _is_nothing(self.row[name])]
+            if held:
+                return held
+        return []
 
     def has_name(self, names: Iterable[str]) -> bool:
         """Whether the row has one of these columns, be there something in it or not."""

@@ -26,6 +26,7 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", *_DELIMITERS, *TABLES)
 # Where a file that is one object keeps its rows.
 _ROWS = ("data", "rows", "examples", "samples", "instances")
 
+_LONGEST = 2**31 - 1
 _GZIP = b"\x1f\x8b"
 _SPACE = " \t\r\n"
 
@@ -70,6 +71,8 @@ def _text(path: Path) -> str:
 
 
 def _of_csv(text: str, name: str, delimiter: str) -> Iterator[tuple[Any, str]]:
+    # An image in base64 is longer than csv expects a value to be.
+    limit = csv.field_size_limit(_LONGEST)
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
         for row in reader:
@@ -82,8 +85,10 @@ def _of_csv(text: str, name: str, delimiter: str) -> Iterator[tuple[Any, str]]:
             yield dict(row), where
     except csv.Error as error:
         raise ValueError(
-            f"{name}, line {reader.line_num} cannot be read: {error}."
+            f"{name} cannot be read after line {reader.line_num}: {error}."
         ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _of_json(text: str, name: str, is_document: bool) -> Iterator[tuple[Any, str]]:

@@ -7,6 +7,7 @@
 
 import base64
 import binascii
+import os
 import re
 import urllib.error
 import urllib.request
@@ -69,11 +70,12 @@ def located(value: Any, kind: str, where: str, folder: Optional[Path]) -> Any:
     if text.startswith("data:"):
         return _of_data_address(text, kind, where)
     path = _path(text, folder)
-    if not path.is_file():
+    # Path.is_file raises where base64 is too long for a name.
+    if not os.path.isfile(path):
         if _BASE64.fullmatch(text):
             return _decoded(text, kind, where)
         raise FileNotFoundError(
-            f"{where}: there is no {kind} {str(path)!r}"
+            f"{where}: there is no {kind} {str(path)[:500]!r}"
             f"{'' if Path(text).is_absolute() else ' (paths start from the data)'}."
         )
     return path

@@ -40,7 +40,7 @@ class Notices:
             named = [
                 f"{what} ({_rows_of(rows)})" for what, rows in self._unread.items()
             ]
-            _LOGGER.warning("the data has what is not read: %s.", "; ".join(named))
+            _LOGGER.warning("columns and keys that are not read: %s.", "; ".join(named))
         self._rows.clear()
         self._unread.clear()
 

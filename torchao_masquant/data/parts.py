@@ -89,6 +89,11 @@ class Conversation:
         """Indices of the assistant's messages."""
         return [i for i, m in enumerate(self.messages) if m.role == ASSISTANT]
 
+    @property
+    def scored_turns(self) -> list[int]:
+        """Indices of those of them that count."""
+        return [turn for turn in self.turns if self.messages[turn].scored]
+
 
 def short(value: Any) -> str:
     """The beginning of a value's representation: a row may hold megabytes."""

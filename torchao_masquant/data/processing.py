@@ -25,6 +25,7 @@ from torchao_masquant.data.parts import (
     Message,
     Part,
 )
+from torchao_masquant.data.rewording import equal_tokens, reworded
 from torchao_masquant.data.sounds import read_audio
 from torchao_masquant.data.videos import read_video
 from torchao_masquant.modality import modality_token_ids
@@ -105,7 +106,7 @@ class ProcessedConversations(LazySamples):
                     'folder, or give plain text, {"text": "..."}.'
                 )
             self._check_tokens(conversation)
-            if self.labelled and conversation.turns and not _scored(conversation):
+            if self.labelled and conversation.turns and not conversation.scored_turns:
                 raise ValueError(
                     f"{where} has no turn that is to be scored: each of the assistant's "
                     "has a weight of 0; leave it out."
@@ -121,7 +122,7 @@ class ProcessedConversations(LazySamples):
                 if isinstance(token, str) and token and token in text:
                     raise ValueError(
                         f"{conversation.where} has {token!r} in its text, which the model "
-                        f"takes for an {kind}'s place: give the {kind} as a part of a "
+                        f"takes for the place of one {kind}: give the {kind} as a part of a "
                         f"message, or in a column and write <{kind}> where it stands."
                     )
 
@@ -224,7 +225,7 @@ class ProcessedConversations(LazySamples):
     ) -> torch.Tensor:
         ids = inputs["input_ids"]
         scored = torch.zeros_like(ids, dtype=torch.bool)
-        for turn in _scored(conversation):
+        for turn in conversation.scored_turns:
             start, end = self._span(conversation, messages, turn, ids[0])
             scored[:, start:end] = True
         if not conversation.turns:
@@ -245,9 +246,9 @@ class ProcessedConversations(LazySamples):
         Few templates mark the turns, and many write one differently where others follow.
         So the same conversation with other words in this turn tells where it stands.
         """
-        reworded = [*messages[:turn], _reworded(messages[turn]), *messages[turn + 1 :]]
-        other = self._inputs(conversation, reworded)["input_ids"][0]
-        start = _equal_tokens(ids, other)
+        others = [*messages[:turn], reworded(messages[turn]), *messages[turn + 1 :]]
+        other = self._inputs(conversation, others)["input_ids"][0]
+        start = equal_tokens(ids, other)
         if start == len(ids) == len(other):
             raise ValueError(
                 f"{conversation.where}: an answer cannot be scored, since the chat "
@@ -255,40 +256,6 @@ class ProcessedConversations(LazySamples):
             )
         if turn == len(messages) - 1:
             return start, len(ids)
-        end = len(ids) - _equal_tokens(ids[start:].flip(0), other[start:].flip(0))
+        end = len(ids) - equal_tokens(ids[start:].flip(0), other[start:].flip(0))
         # The token that ends a turn is the assistant's, too.
         return start, end + int(int(ids[end]) in self._special)
-
-
-def _scored(conversation: Conversation) -> list[int]:
-    """Indices of the messages that are scored."""
-    return [turn for turn in conversation.turns if conversation.messages[turn].scored]
-
-
-def _reworded(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose texts begin and end with other characters."""
-    content = message["content"]
-    if isinstance(content, str):
-        return {**message, "content": _other_words(content)}
-    parts = [
-        {**part, "text": _other_words(part["text"])} if part["type"] == TEXT else part
-        for part in content
-    ]
-    return {**message, "content": parts}
-
-
-def _other_words(text: str) -> str:
-    # Of the same class, since a tokenizer joins letters to the space before them, but
-    # not digits; and of one byte, so that no token of bytes is a part of both.
-    words = ""
-    for character in (text[:1], text[-1:]):
-        pair = "45" if character.isdigit() else "QX" if character.isalnum() else "#~"
-        words += pair[character == pair[0]]
-    return words
-
-
-def _equal_tokens(first: torch.Tensor, second: torch.Tensor) -> int:
-    """With how many equal tokens two sequences begin."""
-    length = min(len(first), len(second))
-    differs = (first[:length] != second[:length]).nonzero()
-    return int(differs[0]) if len(differs) else length

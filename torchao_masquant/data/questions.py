@@ -8,7 +8,7 @@
 import ast
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from torchao_masquant.data.columns import (
@@ -22,9 +22,9 @@ from torchao_masquant.data.columns import (
     TRANSCRIPTS,
     Columns,
 )
+from torchao_masquant.data.message_keys import role_of
 from torchao_masquant.data.notices import Notices
 from torchao_masquant.data.parts import ASSISTANT, AUDIO, IMAGE, VIDEO, short
-from torchao_masquant.data.turns import role_of
 
 __all__ = ["question_of"]
 
@@ -43,7 +43,9 @@ _SAID = ("answer", "raw", "text", "value", "content", "caption", "sentence")
 # A caption answers no question of these: it was not asked for.
 _NO_CAPTION_ANSWERS = ("question", "q", "problem")
 
-_CHOICES_IN_COLUMNS = ("a", "b", "c", "d", "e", "f")
+_NO_CLASSES = tuple(name for name in ANSWERS if name != "label")
+
+_CHOICES_IN_COLUMNS = ("{}", "choice_{}", "option_{}")
 
 
 def question_of(
@@ -64,7 +66,9 @@ def question_of(
     """
     choices = _choices(columns, where)
     question = _question(columns, where, choices)
-    answer = _answer(columns, where, notices, choices)
+    # The class of a text by itself is no answer to it.
+    names = ANSWERS if kinds or question is not None else _NO_CLASSES
+    answer = _answer(columns, names, where, notices, choices)
     if isinstance(answer, list) and role_of(answer[0]) != ASSISTANT:
         # The whole of a conversation, its question again included.
         return answer
@@ -140,17 +144,21 @@ def _default(kinds: set[str], said: Optional[str]) -> str:
 
 
 def _answer(
-    columns: Columns, where: str, notices: Notices, choices: Optional[list[str]]
+    columns: Columns,
+    names: Sequence[str],
+    where: str,
+    notices: Notices,
+    choices: Optional[list[str]],
 ) -> Any:
     """A text, or messages; None where there is none."""
-    name = columns.find(ANSWERS)
+    name = columns.find(names)
     if name is None:
-        empty = columns.find(ANSWERS, keep_empty=True)
+        empty = columns.find(names, keep_empty=True)
         if empty is not None:
             raise ValueError(f"{where}: its {empty} is empty.")
         return None
     value = columns.row[name]
-    if choices is None and name.lower() == "label" and not isinstance(value, str):
+    if choices is None and name.lower() == "label" and isinstance(value, (int, float)):
         # The number of a class says nothing to a model.
         return None
     columns.take(name)
@@ -205,10 +213,11 @@ def _choices(columns: Columns, where: str) -> Optional[list[str]]:
     """What there is to choose from: a list, a text of one, or the columns A to F."""
     name = columns.find(CHOICES)
     if name is None:
-        named = [columns.find((letter,)) for letter in _CHOICES_IN_COLUMNS]
-        if columns.find(("answer",)) is None or not all(named[:2]):
-            return None
-        return [str(columns.take(letter)) for letter in named if letter is not None]
+        for form in _CHOICES_IN_COLUMNS:
+            found = [columns.find((form.format(letter),)) for letter in "abcdef"]
+            if columns.find(("answer",)) is not None and all(found[:2]):
+                return [str(columns.take(name)) for name in found if name is not None]
+        return None
     value = columns.take(name)
     if isinstance(value, Mapping):
         value = value.get("text")
@@ -227,14 +236,19 @@ def _choices(columns: Columns, where: str) -> Optional[list[str]]:
 def _chosen(value: Any, name: str, where: str, choices: list[str]) -> str:
     """A letter and the choice, of the number, the letter or the text of one."""
     index: Optional[int] = None
-    if isinstance(value, list) and len(value) == 1:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value
     if isinstance(value, int) and not isinstance(value, bool):
         index = value
-    elif isinstance(value, str) and value.strip() in choices:
-        index = choices.index(value.strip())
-    elif isinstance(value, str) and value.strip(" ().") in string.ascii_uppercase:
-        index = string.ascii_uppercase.index(value.strip(" ()."))
+    elif isinstance(value, str):
+        said = value.strip()
+        letter = said.strip(" ().").upper()
+        if said in choices:
+            index = choices.index(said)
+        elif len(letter) == 1 and letter in string.ascii_uppercase:
+            index = string.ascii_uppercase.index(letter)
+        elif said.isdecimal():
+            index = int(said)
     if index is None or not 0 <= index < len(choices):
         raise ValueError(
             f"{where}: {name} is the number, from 0, the letter or the text of one of "

@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Messages in the forms that data sets write them in, and media at their places."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,16 @@ from typing import Any, Optional
 
 from torchao_masquant.data.columns import MEDIA_COLUMNS, Columns, kind_of_file
 from torchao_masquant.data.media import located
+from torchao_masquant.data.message_keys import (
+    CONTENTS,
+    PLACES,
+    SETTINGS,
+    SPEAKERS,
+    TYPES,
+    WEIGHTS,
+    pair_of,
+    role_of,
+)
 from torchao_masquant.data.notices import Notices
 from torchao_masquant.data.parts import (
     ASSISTANT,
@@ -25,54 +36,18 @@ from torchao_masquant.data.parts import (
     short,
 )
 
-__all__ = ["Turns", "media_in", "role_of"]
-
-_ROLES: Mapping[str, str] = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(
-        (
-            "gpt",
-            "assistant",
-            "model",
-            "bot",
-            "chatgpt",
-            "bing",
-            "bard",
-            "function_call",
-        ),
-        ASSISTANT,
-    ),
-    "system": "system",
-    "observation": "tool",
-}
-
-# A message that is a question with its answer, in one dict.
-_PAIRS = (
-    *(("user", "assistant"), ("human", "gpt"), ("human", "assistant")),
-    *(("question", "answer"), ("q", "a"), ("prompt", "response")),
-    *(("query", "response"), ("instruction", "output")),
-)
-
-_SPEAKERS = ("role", "from")
-_CONTENTS = ("content", "value", "text")
-_NOT_SCORED = ("weight", "loss", "train")
-
-# Types of parts as OpenAI, transformers and vLLM write them.
-_TYPES: Mapping[str, str] = {
-    **dict.fromkeys(("text", "input_text", "output_text"), TEXT),
-    **dict.fromkeys(("image", "image_url", "input_image"), IMAGE),
-    **dict.fromkeys(("audio", "audio_url", "input_audio"), AUDIO),
-    **dict.fromkeys(("video", "video_url", "input_video"), VIDEO),
-}
-_PLACES = ("path", "url", "base64", "source")
-# Of a part, what does not change what the model sees.
-_SETTINGS = ("type", "index", "detail", "format", "cache_control", "annotations")
+__all__ = ["Turns", "media_in"]
 
 # Where a medium stands in a text; the first form holds its path.
 _PLACEHOLDER = re.compile(
     r"<(?P<tag>img|audio|video)>(?P<path>[^<>\n]+)</(?P=tag)>"
     r"|<(?P<kind>image|video|audio)(?:[ _-]?(?P<number>\d+))?>"
 )
+# What numbers follow: image_1, image_path_1.
+_STEMS: Mapping[str, tuple[str, ...]] = {
+    kind: (kind, *(name.rstrip("s") for name in names))
+    for kind, names in MEDIA_COLUMNS.items()
+}
 _TAGS: Mapping[str, str] = {"img": IMAGE, "audio": AUDIO, "video": VIDEO}
 
 
@@ -80,10 +55,7 @@ def media_in(columns: Columns, kind: str) -> list[Any]:
     """Media of one kind that a row, or a message, has in columns of their own."""
     names = MEDIA_COLUMNS[kind]
     first = columns.find(names)
-    stems = (name for stem in (kind, *names) if (name := stem.rstrip("s")))
-    chosen = [first] if first is not None else []
-    if first is None:
-        chosen = next((found for s in stems if (found := columns.numbered(s))), [])
+    chosen = columns.numbered(*_STEMS[kind]) if first is None else [first]
     media: list[Any] = []
     for name in chosen:
         found = columns.take(name)
@@ -100,22 +72,6 @@ def _is_frames(values: Any, kind: str) -> bool:
         else hasattr(value, "size")
         for value in values
     )
-
-
-def role_of(entry: Any) -> Optional[str]:
-    """Who speaks in a message, in the names of chat templates; None where none does."""
-    role = Columns(entry).get(_SPEAKERS) if isinstance(entry, Mapping) else None
-    if not isinstance(role, str):
-        return None
-    return _ROLES.get(role.strip("<|>").lower(), role)
-
-
-def _pair_of(entry: Mapping[str, Any]) -> Optional[tuple[Any, Any]]:
-    """A question and its answer, of a dict that is both."""
-    for question, answer in _PAIRS:
-        if entry.get(question) is not None and answer in entry:
-            return entry[question], entry[answer]
-    return None
 
 
 class Turns:
@@ -150,6 +106,9 @@ class Turns:
             raise ValueError(
                 f"{self._where}: {name} is a list of at least one message."
             )
+        if all(isinstance(entry, str) for entry in entries):
+            speakers = itertools.cycle(("user", ASSISTANT))
+            entries = [{"role": r, "content": e} for r, e in zip(speakers, entries)]
         messages = [message for entry in entries for message in self._messages(entry)]
         return self._with_rest(messages)
 
@@ -182,23 +141,25 @@ class Turns:
         return tuple(messages)
 
     def _messages(self, entry: Any) -> Iterator[Message]:
-        pair = _pair_of(entry) if isinstance(entry, Mapping) else None
-        if pair is not None and "role" not in entry and "from" not in entry:
-            yield self._message({"role": "user", "content": pair[0]})
-            yield self._message({"role": ASSISTANT, "content": pair[1]})
-        else:
-            yield self._message(entry)
-
-    def _message(self, entry: Any) -> Message:
         columns = Columns(entry) if isinstance(entry, Mapping) else None
+        pair = None if columns is None else pair_of(columns)
+        if columns is None or pair is None:
+            yield self._message(entry, columns)
+            return
+        for role, name in zip(("user", ASSISTANT), pair):
+            message = {"role": role, "content": columns.take(name)}
+            yield self._message(message, Columns(message))
+        self._name_unread(columns)
+
+    def _message(self, entry: Any, columns: Optional[Columns]) -> Message:
         role = role_of(entry)
         if columns is None or role is None:
             raise ValueError(
                 f"{self._where}: a message is a dict with 'role' and 'content', or with "
                 f"'from' and 'value', got {short(entry)}."
             )
-        columns.get(_SPEAKERS)
-        content = columns.get(_CONTENTS, keep_empty=True)
+        columns.get(SPEAKERS)
+        content = columns.get(CONTENTS, keep_empty=True)
         if isinstance(content, str):
             content = [{"type": TEXT, "text": content}]
         elif isinstance(content, Mapping):
@@ -218,10 +179,13 @@ class Turns:
             # A message's own media stand before its text, unless this points at them.
             extra = max(len(self._left[kind]) - count, 0) if own[kind] else 0
             parts[:0] = [self._next(kind) for _ in range(extra)]
-        weights = [columns.take(n) for n in _NOT_SCORED if entry.get(n) is not None]
+        weights = [columns.take(n) for n in WEIGHTS if entry.get(n) is not None]
+        self._name_unread(columns)
+        return Message(role, tuple(parts), all(weights))
+
+    def _name_unread(self, columns: Columns) -> None:
         for name in columns.unread():
             self._notices.unread(self._where, f"{name!r} of a message")
-        return Message(role, tuple(parts), all(weights))
 
     def _parts(self, entry: Any) -> Iterator[Part]:
         if not isinstance(entry, Mapping):
@@ -230,12 +194,12 @@ class Turns:
                 f'"text", "text": "..."}}, got {short(entry)}.'
             )
         entry = {key: value for key, value in entry.items() if value is not None}
-        written = entry.get("type") or next((k for k in _TYPES if k in entry), None)
-        kind = _TYPES.get(written) if isinstance(written, str) else None
+        written = entry.get("type") or next((k for k in TYPES if k in entry), None)
+        kind = TYPES.get(written) if isinstance(written, str) else None
         if kind is None:
             raise ValueError(
                 f"{self._where}: unknown content type {written!r}: choose one of "
-                f"{', '.join(map(repr, _TYPES))}."
+                f"{', '.join(map(repr, TYPES))}."
             )
         if kind == TEXT:
             text = entry.get("text")
@@ -245,15 +209,15 @@ class Turns:
             used = "text"
         else:
             # A `datasets` dataset gives each part the keys of all.
-            names = [n for n, k in _TYPES.items() if k == kind]
-            used = next((n for n in (*names, *_PLACES) if n in entry), "")
+            names = [n for n, k in TYPES.items() if k == kind]
+            used = next((n for n in (*names, *PLACES) if n in entry), "")
             yield (
                 self._part_of(kind, entry[used])
                 if used
                 else self._next(kind, entry.get("index"))
             )
         for key, value in entry.items():
-            if key not in (*_SETTINGS, used) and (
+            if key not in (*SETTINGS, used) and (
                 value or not hasattr(value, "__len__")
             ):
                 self._notices.unread(
@@ -262,19 +226,27 @@ class Turns:
 
     def _split(self, text: str) -> Iterator[Part]:
         """A text, and the media that it points at, in order."""
-        position, found = 0, False
-        for match in _PLACEHOLDER.finditer(text):
-            if before := text[position : match.start()].strip("\r\n"):
-                yield Part(TEXT, before if found else before.lstrip())
+        matches = list(_PLACEHOLDER.finditer(text))
+        if not matches:
+            yield Part(TEXT, text)
+            return
+        position, is_first = 0, True
+        for match in (*matches, None):
+            end = len(text) if match is None else match.start()
+            # The model's own template parts a medium from the words around it.
+            words = text[position:end].strip("\r\n")
+            words = words.lstrip() if is_first else words
+            words = words.rstrip() if match is None else words
+            if words:
+                is_first = False
+                yield Part(TEXT, words)
+            if match is None:
+                return
             if match["path"] is not None:
                 yield self._part_of(_TAGS[match["tag"]], match["path"].strip())
             else:
                 yield self._next(match["kind"], match["number"], text=True)
-            position, found = match.end(), True
-        if not found:
-            yield Part(TEXT, text)
-        elif rest := text[position:].strip("\r\n").rstrip():
-            yield Part(TEXT, rest)
+            position = match.end()
 
     def _next(self, kind: str, index: Any = None, text: bool = False) -> Part:
         """The next medium of a kind; or the one with an index, from 1 in a text."""
@@ -294,12 +266,12 @@ class Turns:
         if text:
             raise ValueError(
                 f"{self._where}: its text says <{kind}> where no {kind} is left: it has "
-                f"{count} in columns such as {MEDIA_COLUMNS[kind][1]!r}; give one for "
+                f"{count} in columns such as {kind!r}; give one for "
                 "each."
             )
         raise ValueError(
             f"{self._where}: a part of type {kind!r} has no source: give it a 'path' or "
-            f"a 'url', or the line a list {MEDIA_COLUMNS[kind][0]!r}"
+            f"a 'url', or the line a list '{kind}s'"
             + (f" of more than {count}." if count else ".")
         )
 
