@@ -11,6 +11,7 @@ model's memory up from its parameters counts packed integers.
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -48,7 +49,23 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
 )
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Of the integers, which no other weight has."""
+    # torch makes a fake wrapper as it makes a fake plain tensor, after a storage of its
+    # own, and does the same with each part.
+    if _is_asked_by("torch._subclasses.meta_utils"):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
     return func(args[0].qdata)
+
+
+def _is_asked_by(module: str) -> bool:
+    """Whether the first caller outside of this module and of torchao is a module."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name not in (__name__, "torchao.utils"):
+            return name == module
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 @implements_torch_function(torch.Tensor.__dlpack__)
