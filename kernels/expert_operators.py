@@ -23,11 +23,12 @@ and with them to whatever kernels these have on the device. ``ends`` is read by 
 host, once for each call.
 """
 
-from typing import Any, Callable, Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import torch
 
-from torchao_masquant.kernels.library import _LIB, _linear_backward
+from torchao_masquant.kernels.library import _LIB
+from torchao_masquant.kernels.no_gradient import without_gradient
 
 _LIB.define(
     "expert_linear(Tensor x, Tensor weight, Tensor ends, Tensor? rows=None,"
@@ -62,17 +63,8 @@ def _expert_linear(
     )
 
 
-def _expert_linear_setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.described = [None if t is None else (t.shape, t.dtype) for t in inputs]
-
-
 _LIB.impl("expert_linear", _expert_linear, "CompositeExplicitAutograd")
-torch.library.register_autograd(
-    "masquant::expert_linear",
-    _linear_backward,
-    setup_context=_expert_linear_setup_context,
-    lib=_LIB,
-)
+without_gradient("expert_linear", _LIB)
 
 
 def expert_of_rows(ends: torch.Tensor, rows: int) -> torch.Tensor:

@@ -25,9 +25,11 @@ linears that share an input are then equal, and a compiled graph keeps one of th
 that smooth for ``weight_only_linear``; on a CPU that is a part of the operator.
 """
 
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
+
+from torchao_masquant.kernels.no_gradient import without_gradient
 
 _LIB = torch.library.Library("masquant", "DEF")
 
@@ -58,10 +60,6 @@ _LIB.define(
     " Tensor? modality_ids, Tensor? bias, int[] ranks, int weight_bits,"
     " ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor"
 )
-# Stands in a backward pass for a gradient that there is not. An operator and not an
-# exception raised at once: torch.compile traces the backward pass of any model with a
-# bias that requires grad, though most never run it.
-_LIB.define("no_gradient(Tensor grad, SymInt[] size, ScalarType dtype) -> Tensor")
 
 
 def _linear(
@@ -81,42 +79,7 @@ def _linear(
 _LIB.impl("linear", _linear, "CompositeExplicitAutograd")
 
 
-def _no_gradient(
-    grad: torch.Tensor, size: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
-    raise RuntimeError(
-        "masquant::linear has no gradient: its rounding has none. Run quantized "
-        "linears under torch.no_grad(), or detach() their outputs."
-    )
-
-
-_LIB.impl("no_gradient", _no_gradient, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("masquant::no_gradient")
-def _(grad: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return grad.new_empty(size, dtype=dtype)
-
-
-def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.described = [None if t is None else (t.shape, t.dtype) for t in inputs]
-
-
-def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    # zip: the dispatcher leaves off arguments that have their default value.
-    return tuple(
-        torch.ops.masquant.no_gradient(grad, *described) if needed else None
-        for described, needed in zip(ctx.described, ctx.needs_input_grad)
-    )
-
-
-# Without it autograd leaves the linear's part out of all gradients, with a warning.
-torch.library.register_autograd(
-    "masquant::linear",
-    _linear_backward,
-    setup_context=_linear_setup_context,
-    lib=_LIB,
-)
+without_gradient("linear", _LIB)
 
 
 @torch.library.register_fake("masquant::smooth_quantize")

@@ -5,7 +5,15 @@
 # LICENSE file in the root directory of this source tree.
 """Tensor subclasses of MASQuant."""
 
-from torchao_masquant.tensor_subclasses import distributing, expert_linear  # noqa: F401
+from torchao_masquant.tensor_subclasses import (  # noqa: F401
+    copying,
+    creating,
+    distributing,
+    expert_linear,
+    indexing,
+    joining,
+    memory,
+)
 from torchao_masquant.tensor_subclasses.dtensor_cache_key import extend_cache_key
 from torchao_masquant.tensor_subclasses.low_rank_pair import (
     low_rank_dtype,

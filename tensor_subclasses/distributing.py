@@ -38,13 +38,6 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     ]
 
 
-@implements(aten.empty_like.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    return args[0]._apply_fn_to_data(
-        lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
-    )
-
-
 @implements(aten.new_zeros.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """For FSDP2: where a rank's rows are put."""
@@ -55,8 +48,12 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             f"some of them, not {tuple(size)} of shape {tuple(self.shape)}: leave "
             "shard_placement_fn out, or let it return Shard(0)."
         )
-    return aten.slice.Tensor(self, 0, 0, size[0])._apply_fn_to_data(
-        lambda t: torch.zeros_like(t, memory_format=torch.contiguous_format)
+    dtype, device = kwargs.get("dtype") or self.dtype, kwargs.get("device")
+    rows = aten.slice.Tensor(self, 0, 0, size[0]).with_dtype(dtype)
+    return rows._apply_fn_to_data(
+        lambda t: torch.zeros_like(
+            t, device=device, memory_format=torch.contiguous_format
+        )
     )
 
 
@@ -68,9 +65,9 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         raise ValueError(
             f"a MASQuantTensor of shape {tuple(self.shape)} can't be seen as {tuple(size)}."
         )
-    return return_and_correct_aliasing(
-        func, args, kwargs, self._apply_fn_to_data(lambda t: t)
-    )
+    seen = self._apply_fn_to_data(lambda t: t)
+    seen.is_flat = tuple(size) == (-1,)
+    return return_and_correct_aliasing(func, args, kwargs, seen)
 
 
 def _parts(tensor: MASQuantTensor) -> list[torch.Tensor]:
@@ -98,5 +95,6 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 @implements(c10d.broadcast_.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     (tensor,), *rest = args
+    tensor.refuse_if_flat()
     calls = [partial(func, [part], *rest) for part in _parts(tensor)]
     return [tensor], _in_turn(calls)[1]

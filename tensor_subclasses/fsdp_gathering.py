@@ -12,10 +12,10 @@ import torch
 if TYPE_CHECKING:
     from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
 
-__all__ = ["FSDPGathering"]
+__all__ = ["ROWS", "FSDPGathering"]
 
-# Parts with a value for each output channel, and the dimension that these lie along.
-_ROWS = {"qdata": 0, "scale": 0, "zero_point": 0, "l2": 1, "modality_bias": 1}
+#: Parts with a value for each output channel, and the dimension that these lie along.
+ROWS = {"qdata": 0, "scale": 0, "zero_point": 0, "l2": 1, "modality_bias": 1}
 
 
 class FSDPGathering:
@@ -34,8 +34,8 @@ class FSDPGathering:
         mp_policy: Any,
     ) -> tuple[tuple[torch.Tensor, ...], tuple[str, ...]]:
         """What a rank sends, rows first, and the names of these parts."""
-        names = tuple(n for n in self.__tensor_flatten__()[0] if n in _ROWS)
-        sent = (getattr(self, n).transpose(0, _ROWS[n]).contiguous() for n in names)
+        names = tuple(n for n in self.__tensor_flatten__()[0] if n in ROWS)
+        sent = (getattr(self, n).transpose(0, ROWS[n]).contiguous() for n in names)
         return tuple(sent), names
 
     def fsdp_post_all_gather(
@@ -53,6 +53,6 @@ class FSDPGathering:
         names, attributes = self.__tensor_flatten__()
         parts = {name: getattr(self, name) for name in names}
         for name, gathered in zip(metadata, all_gather_outputs):
-            parts[name] = gathered.transpose(0, _ROWS[name])
+            parts[name] = gathered.transpose(0, ROWS[name])
         whole = type(self).__tensor_unflatten__(parts, attributes, None, None)
         return whole, ()

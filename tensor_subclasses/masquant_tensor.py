@@ -15,7 +15,7 @@ from torchao.utils import TorchAOBaseTensor, fill_defaults
 
 from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
 from torchao_masquant.tensor_subclasses.checks import check_integers, check_parts
-from torchao_masquant.tensor_subclasses.fsdp_gathering import FSDPGathering
+from torchao_masquant.tensor_subclasses.fsdp_gathering import ROWS, FSDPGathering
 from torchao_masquant.tensor_subclasses.low_rank_pair import (
     low_rank_dtype,
     quantize_low_rank_pair,
@@ -47,7 +47,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     The weights of E experts of a mixture, (E, N, K), are one such tensor too
     (:meth:`stack`), and ``weight[e]`` is the weight of an expert. All tensor attributes
     then have a leading dimension E, but for ``act_pre_scale``, and for ``act_shift``
-    where the experts have the same one.
+    where the experts have the same one. A row of a weight, ``weight[n]``, is one without
+    the dimension N, to be looked at (:meth:`dequantize`).
 
     Tensor Attributes:
         qdata: the integers of ``Q(W / p_0)``, signed: (N, K) int8, or
@@ -425,10 +426,41 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
 
     @property
     def nbytes_stored(self) -> int:
-        """Bytes of all inner tensors (``nbytes`` is that of the original weight)."""
+        """Bytes of all inner tensors, as ``nbytes`` is."""
         inner = (getattr(self, n) for n in self.__tensor_flatten__()[0])
         # Not nbytes, which torch.compile's tensors of symbolic shape do not have.
         return sum(t.numel() * t.element_size() for t in inner)
+
+    def refuse_if_flat(self) -> None:
+        """Raise for what ``view(-1)`` has made, where values would be looked for in it.
+
+        Raises:
+            ValueError: it is such.
+        """
+        if getattr(self, "is_flat", False):
+            raise ValueError(
+                "packed integers of several parts can't be flattened to be broadcast in "
+                "one buffer, as DistributedDataParallel does at its start: let every "
+                "process load the same weights, and give it init_sync=False."
+            )
+
+    def as_rows(self) -> "MASQuantTensor":
+        """(1, K) of one row (K,), as views."""
+        names, attributes = self.__tensor_flatten__()
+        parts = {name: getattr(self, name) for name in names}
+        for name in parts.keys() & ROWS.keys():
+            parts[name] = parts[name].unsqueeze(ROWS[name])
+        return type(self)(**parts, **attributes)
+
+    def with_dtype(self, dtype: torch.dtype) -> "MASQuantTensor":
+        """The same weight, standing for one of another type; parts are not copied.
+
+        Args:
+            dtype: floating point.
+        """
+        names, attributes = self.__tensor_flatten__()
+        parts = {name: getattr(self, name) for name in names}
+        return type(self)(**parts, **{**attributes, "dtype": dtype})
 
     def same_layout(self, other: object) -> bool:
         """Whether something is such a weight, too, that differs in values alone.
@@ -463,13 +495,15 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             modality: one of ``modalities``; None for the base.
 
         Returns:
-            (N, K), for experts (E, N, K): ``Q(W / p_0) * p_0`` for the base, and
+            (N, K), for experts (E, N, K), for one row (K,): ``Q(W / p_0) * p_0`` for the base, and
             ``(Q(W / p_0) + (L1_m L2_m)^T) * p_m`` for another modality. The
             modality bias and the shift are no part of it.
 
         Raises:
             ValueError: the tensor knows no such modality.
         """
+        if self.dim() == 1:
+            return self.as_rows().dequantize(output_dtype, modality)[0]
         if self.dim() == 3:
             experts = (self[e] for e in range(self.shape[0]))
             return torch.stack([w.dequantize(output_dtype, modality) for w in experts])
@@ -766,50 +800,6 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             act_shift=act_shift,
         ),
     )
-
-
-@implements(aten.select.int)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """The weight of one expert, as a view."""
-    self, dim, index = args
-    if self.dim() != 3 or dim not in (0, -3):
-        raise ValueError(
-            f"of a MASQuantTensor only experts are taken one by one, as weight[e]: got "
-            f"index {index} in dimension {dim} of {self!r}."
-        )
-    names, attributes = self.__tensor_flatten__()
-    inner: dict[str, Any] = {}
-    for name in names:
-        part = getattr(self, name)
-        shared = name == "act_pre_scale" or (name == "act_shift" and part.dim() == 2)
-        inner[name] = part if shared else aten.select.int(part, 0, index)
-    return return_and_correct_aliasing(
-        func, args, kwargs, MASQuantTensor(**inner, **attributes)
-    )
-
-
-@implements(aten.copy_.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    target, source = args[:2]
-    if not all(isinstance(t, MASQuantTensor) for t in (target, source)):
-        raise ValueError(
-            "copy_ needs two MASQuantTensors of one layout: got a "
-            f"{type(source).__name__} for a {type(target).__name__}."
-        )
-    names, attributes = target.__tensor_flatten__()
-    source_names, source_attributes = source.__tensor_flatten__()
-    if (
-        names != source_names
-        or attributes != source_attributes
-        or any(getattr(target, n).shape != getattr(source, n).shape for n in names)
-    ):
-        raise ValueError(
-            f"copy_ needs two MASQuantTensors of one layout: got {source!r} for "
-            f"{target!r}."
-        )
-    for name in names:
-        getattr(target, name).copy_(getattr(source, name))
-    return target
 
 
 @implements(aten.is_pinned.default)

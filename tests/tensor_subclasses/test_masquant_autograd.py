@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from tensor_oracle import assert_linear, ids_for, make, unrouted
 from torch import nn
+from torch.autograd import forward_ad
 
 from torchao_masquant import MASQuantLinear
 
@@ -67,6 +68,63 @@ def test_backward_to_the_weight_raises() -> None:
         with pytest.raises(RuntimeError, match=NO_GRADIENT):
             linear(torch.randn(5, 16), weight, None, bias).sum().backward()
     assert weight.grad is None
+
+
+def _dual(call: Any, x: torch.Tensor) -> Any:
+    with forward_ad.dual_level():
+        return call(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda call, x: torch.func.jvp(call, (x,), (torch.ones_like(x),)),
+        lambda call, x: torch.func.jacfwd(call)(x),
+        lambda call, x: torch.func.linearize(call, x)[1](x),
+        _dual,
+    ],
+    ids=["jvp", "jacfwd", "linearize", "dual"],
+)
+def test_forward_mode_raises(derive: Any, scheme: str) -> None:
+    """Tangents of zero would say that the linear does not depend on its input."""
+    tensor = unrouted(scheme)
+    bias = torch.zeros(6)
+    x = torch.randn(5, 16)
+    for grad in (torch.enable_grad(), torch.no_grad()):
+        with grad, pytest.raises(RuntimeError, match=NO_GRADIENT):
+            derive(lambda x: F.linear(x, tensor), x)
+        with grad, pytest.raises(RuntimeError, match=NO_GRADIENT):
+            derive(lambda b: linear(x, tensor, None, b), bias)
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        torch.func.grad,
+        torch.func.jacrev,
+        torch.func.hessian,
+        lambda call: lambda x: torch.func.vjp(call, x)[1](torch.ones(())),
+    ],
+    ids=["grad", "jacrev", "hessian", "vjp"],
+)
+def test_other_derivatives_raise(derive: Any) -> None:
+    tensor = unrouted()
+    with pytest.raises(RuntimeError):
+        derive(lambda x: F.linear(x, tensor).sum())(torch.randn(5, 16))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_a_loop() -> None:
+    tensor, x = unrouted(), torch.randn(5, 3, 16)
+    found = torch.func.vmap(lambda x: F.linear(x, tensor))(x)
+    assert torch.equal(found, F.linear(x, tensor))
+
+
+def test_values_inside_of_a_dual_level() -> None:
+    tensor, x = unrouted(), torch.randn(5, 16)
+    with forward_ad.dual_level():
+        assert torch.equal(F.linear(x, tensor), linear(x, tensor))
 
 
 def test_backward_through_f_linear_raises() -> None:

@@ -159,33 +159,85 @@ def test_copy_(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "problem"),
     [
-        make("w4a8"),
-        make(shape=(5, 16)),
-        make(shape=(6, 12)),
-        make(ranks=(3, 2)),
-        make(ranks=()),
-        make(with_bias=False),
-        make(group_size=4),
-        make(modalities=2, ranks=(5,)),
-        make(dtype=torch.bfloat16),
-        make(low_rank_bits=8),
-        make("w4a16"),
-        make("w4a16", symmetric=True),
+        (make("w4a8"), "the source's weight_bits is 4, the target's 8"),
+        (
+            make(shape=(5, 16)),
+            "the source's shape is torch.Size([5, 16]), the target's",
+        ),
+        (
+            make(shape=(6, 12)),
+            "the source's shape is torch.Size([6, 12]), the target's",
+        ),
+        (make(ranks=(3, 2)), "the source's ranks are (3, 2), the target's (2, 3)"),
+        (make(group_size=4), "the source's scale is of shape (6, 4), the target's"),
+        (
+            make(modalities=2, ranks=(5,)),
+            "the source's modalities is ('text', 'vision')",
+        ),
+        (make(low_rank_bits=8), "the source's low_rank_bits is 8, the target's 16"),
+        (make("w4a16"), "the source's weight_bits is 4, the target's 8"),
     ],
-    ids=lambda case: repr(case.tensor)[15:60],
+    ids=lambda case: repr(case.tensor)[15:60] if hasattr(case, "tensor") else "",
 )
-def test_copy_of_another_layout_raises(source: Case) -> None:
+def test_copy_of_another_layout_raises(source: Case, problem: str) -> None:
     """Ranks (3, 2) and (2, 3) have tensors of one shape, and another meaning."""
     target = make().tensor
     with pytest.raises(ValueError) as raised:
         target.copy_(source.tensor)
-    assert str(raised.value) == (
-        "copy_ needs two MASQuantTensors of one layout: got "
-        f"{source.tensor!r} for {target!r}."
+    message = str(raised.value)
+    assert message.startswith(
+        f"copy_ needs two MASQuantTensors of one layout, and {problem}"
     )
+    assert message.endswith(f": got {source.tensor!r} for {target!r}.")
     assert_same(target, make().tensor)
+
+
+def test_copy_needs_room_for_every_part() -> None:
+    for lacking, name in (
+        (make(with_bias=False), "modality_bias"),
+        (make(with_bias=True, with_shift=False), "act_shift"),
+    ):
+        with pytest.raises(ValueError, match=f"the target has no {name}"):
+            lacking.tensor.copy_(make().tensor)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        make(ranks=()),
+        make(ranks=(1, 3)),
+        make(with_bias=False),
+        make(dtype=torch.bfloat16),
+        make(ranks=(), modalities=3, with_bias=False),
+    ],
+    ids=lambda case: repr(case.tensor)[15:100],
+)
+@pytest.mark.parametrize("low_rank_bits", [16, 8])
+def test_copy_into_a_target_with_more_parts(source: Case, low_rank_bits: int) -> None:
+    """They are filled with what changes nothing; types of the source are converted."""
+    if low_rank_bits == 8 and source.ranks:
+        return
+    target = make(low_rank_bits=low_rank_bits, seed=1).tensor
+    before = storages(target)
+    target.copy_(source.tensor)
+    assert storages(target) == before and target.dtype == torch.float32
+    x, ids = torch.randn(9, 16), ids_for(9)
+    linear = torch.ops.masquant.linear
+    assert torch.equal(linear(x, target, ids), linear(x, source.tensor, ids))
+    assert torch.equal(linear(x, target), linear(x, source.tensor))
+
+
+def test_copy_of_one_smoothing_factor_for_all() -> None:
+    source = MASQuantTensor.from_hp(torch.randn(6, 16), modalities=("text", "vision"))
+    target = make(modalities=2, ranks=()).tensor
+    target.copy_(source)
+    x = torch.randn(9, 16)
+    assert torch.equal(
+        torch.ops.masquant.linear(x, target, ids_for(9, modalities=2)),
+        torch.ops.masquant.linear(x, source),
+    )
 
 
 def test_copy_between_dense_and_quantized_raises() -> None:
