@@ -61,6 +61,8 @@ def check_config(
 ) -> None:
     """Raise where a model's config tells that it cannot be calibrated so.
 
+    Silent where no model can be made of the config without its weights.
+
     Args:
         config: of a transformers model.
         model_class: auto class that makes the model; on the meta device, here.
@@ -73,8 +75,11 @@ def check_config(
     """
     names = {field.name for field in dataclasses.fields(SolverOptions)}
     solver = SolverOptions(**{n: v for n, v in options.items() if n in names})
-    with torch.device("meta"):
-        model = model_class.from_config(config, **given)
+    try:
+        with torch.device("meta"):
+            model = model_class.from_config(config, **given)
+    except Exception:  # noqa: BLE001 -- of any code; loading the weights tells it better
+        return
     selected = select(model, options.get("include"), options.get("exclude"))
     base = options.get("base_modality", TEXT)
     modalities = base_first(model, base, options.get("modalities"))

@@ -14,6 +14,7 @@ from torchao_masquant.calibration.sample_checks import no_samples
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.threads import threads_for, widest
 
 __all__ = ["modality_sensitivity"]
 
@@ -84,13 +85,14 @@ def modality_sensitivity(
         for parameter in frozen:
             parameter.requires_grad_(False)
         router.attach(model)
-        count = run_samples(
-            _WithLoss(model),
-            samples,
-            router,
-            progress=progress,
-            description="Sensitivity",
-        )
+        with threads_for(widest(m.weight for m in linears.values())):
+            count = run_samples(
+                _WithLoss(model),
+                samples,
+                router,
+                progress=progress,
+                description="Sensitivity",
+            )
     finally:
         router.detach(model)
         for handle in handles:
