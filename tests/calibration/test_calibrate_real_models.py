@@ -259,8 +259,7 @@ def test_another_base(model, samples, base):
         (
             {"modalities": ("text", "vision", "vision")},
             ValueError,
-            "a Router needs distinct names of modalities, base first, got ('text', "
-            "'vision', 'vision').",
+            "modalities must be distinct names, got ('text', 'vision', 'vision').",
         ),
         (
             {"include": "model.layers.9.*"},

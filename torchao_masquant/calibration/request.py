@@ -119,7 +119,7 @@ def base_first(
         modalities: a choice among them; None for all.
 
     Raises:
-        ValueError: the base is not among them.
+        ValueError: the base is not among them, or one is named twice.
         TypeError: they are no sequence of names.
     """
     if isinstance(modalities, str):
@@ -137,6 +137,8 @@ def base_first(
             f"{modalities!r}."
         )
     names = tuple(modalities)
+    if len(set(names)) < len(names):
+        raise ValueError(f"modalities must be distinct names, got {names}.")
     if base_modality not in names:
         raise ValueError(
             f"base_modality {base_modality!r} is not one of the modalities {names}."
