@@ -97,7 +97,7 @@ class MASQuantConfig(AOBaseConfig):
     low_rank_bits: int = 16
     modality_weights: Optional[Mapping[str, float]] = None
     epochs: int = 0
-    lr: Optional[float] = None
+    lr: float = 3e-4
     batch_size: int = 1
     base_modality: str = TEXT
     modalities: Optional[Sequence[str]] = None

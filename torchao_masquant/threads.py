@@ -18,11 +18,11 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterable, Iterator, Optional
 
 import torch
 
-__all__ = ["SMALL", "available_cores", "threads_for"]
+__all__ = ["SMALL", "available_cores", "threads_for", "widest"]
 
 #: Channels of a matrix that one thread has to itself.
 SMALL = 1024
@@ -63,6 +63,11 @@ def threads_for(size: int) -> Iterator[None]:
         set_openmp(before)
         if set_mkl is not None:
             set_mkl(of_mkl)
+
+
+def widest(weights: Iterable[torch.Tensor]) -> int:
+    """Largest dimension of weights (N, K), or (E, N, K) of experts; 0 without any."""
+    return max((max(weight.shape[-2:]) for weight in weights), default=0)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
+from torchao_masquant.calibration.token_sample import TokenSample
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.compensation import resolve_rank
@@ -41,7 +42,7 @@ def pooled_statistics(statistics: InputStatistics) -> InputStatistics:
         amax=torch.stack([m.amax for m in seen]).amax(0),
         sum=torch.stack([m.sum for m in seen]).sum(0),
         outer=torch.stack(outers).sum(0),
-        sample=_sample(seen),
+        sampled=_sample(seen),
     )
     width = together.sum.shape[0]
     found = InputStatistics(width, _NAMES, together.sum.device, second_moments=False)
@@ -49,7 +50,7 @@ def pooled_statistics(statistics: InputStatistics) -> InputStatistics:
     return found
 
 
-def _sample(seen: list[Moments]) -> torch.Tensor:
+def _sample(seen: list[Moments]) -> TokenSample:
     """Sampled tokens in the proportion of all of them, which differs from the samples'."""
     share = min(m.sample.shape[0] / m.count for m in seen if m.count)
     kept = []
@@ -57,7 +58,8 @@ def _sample(seen: list[Moments]) -> torch.Tensor:
         have = moments.sample.shape[0]
         want = round(share * moments.count)
         kept.append(moments.sample[torch.linspace(0, have - 1, want).round().long()])
-    return torch.cat(kept)
+    rows = torch.cat(kept)
+    return TokenSample(rows, torch.arange(len(rows)))
 
 
 def pooled(

@@ -181,9 +181,9 @@ def test_pooled_samples_are_in_proportion():
         x = torch.full((count, 2), float(index))
         statistics.update("q", x, torch.full((count,), index))
     moments = pooled_statistics(statistics).moments[1]
-    # 250 of 1000 are sampled: 10 of 40.
+    # 256 of 1000 are sampled: 10 of 40.
     counts = [(moments.sample[:, 0] == index).sum().item() for index in range(2)]
-    assert counts == [250, 10]
+    assert counts == [256, 10]
 
 
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
@@ -302,6 +302,35 @@ def test_each_modality_has_a_weight_of_its_own():
 
 
 @torch.no_grad()
+def test_the_authors_pair_reads_what_is_not_rounded():
+    """Where what is deployed reads the rounded activations, one modality at a time."""
+    from baselines.published import PublishedLinear
+
+    data, linear, statistics = _problem()
+    options = SolverOptions("w4a4", "masquant-paper", rank=4)
+    (layer,) = solve_group({"q": linear.weight.data}, statistics, options).values()
+    router = Router(NAMES)
+    module = PublishedLinear("q", linear, layer, options.bits, NAMES, router)
+    bare = dataclasses.replace(layer, ranks=(), l1=None, l2=None)
+    weight = bare.quantize(linear.weight.data, options.bits, NAMES)
+    for index, x in enumerate(data):
+        ids = torch.full((len(x),), index)
+        expected = torch.ops.masquant.linear(x, weight, ids, None)
+        if index:
+            own = slice(4 * (index - 1), 4 * index)
+            smoothed = x / layer.smoothing_factor[index]
+            pair = layer.l1[:, own].float() @ layer.l2[own].float()
+            expected = expected + smoothed @ pair
+        found = module.routed(x, ids)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    pairs = layer.l1.nbytes + layer.l2.nbytes
+    assert module.nbytes_stored == weight.nbytes_stored + pairs
+    mixed = torch.cat([x[:5] for x in data])
+    ids = torch.arange(3).repeat_interleave(5)
+    rows = [module.routed(x[:5], torch.full((5,), i)) for i, x in enumerate(data)]
+    torch.testing.assert_close(module.routed(mixed, ids), torch.cat(rows))
+
+
 def test_search_finds_the_exponent():
     from baselines.search import searched_factor
 

@@ -225,6 +225,9 @@ def test_another_base(model, samples, base):
     assert recipe.modalities == (base, *rest)
     plain = calibrate(model, samples, method="masquant-paper", **SMALL)
     for name, layer in recipe.layers.items():
+        if name.endswith("down_proj"):
+            assert layer.smoothing_factor.shape[0] == 1
+            continue
         order = [plain.modalities.index(m) for m in recipe.modalities]
         assert torch.equal(
             layer.smoothing_factor, plain.layers[name].smoothing_factor[order]
@@ -258,8 +261,7 @@ def test_another_base(model, samples, base):
         (
             {"modalities": ("text", "vision", "vision")},
             ValueError,
-            "a Router needs distinct names of modalities, base first, got ('text', "
-            "'vision', 'vision').",
+            "modalities must be distinct names, got ('text', 'vision', 'vision').",
         ),
         (
             {"include": "model.layers.9.*"},
@@ -275,12 +277,14 @@ def test_another_base(model, samples, base):
         (
             {"samples": iter(())},
             ValueError,
-            "samples is empty: calibration needs at least one sample of every modality.",
+            "samples is empty: calibration needs at least one sample of every modality; "
+            "an iterator ends",
         ),
         (
             {"samples": {"input_ids": torch.zeros(1, 2, dtype=torch.long)}},
             TypeError,
-            "sample 0 is a str, not a dict of the model's keyword inputs.",
+            "samples is one dict (of input_ids), not a list of samples: put it in a "
+            "list, [sample].",
         ),
     ],
 )

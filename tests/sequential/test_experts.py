@@ -264,7 +264,7 @@ def numbers(session):
             sums += [moments.sum.tolist(), moments.outer.tolist()]
         if isinstance(statistics, ExpertStatistics):
             for moments in statistics.of_experts:
-                exact += [moments.count.tolist(), moments.sample_experts.tolist()]
+                exact += [moments.count.tolist(), moments.sampled.rows.tolist()]
                 exact += [moments.amin.tolist(), moments.amax.tolist(), moments.before]
                 sums.append(moments.sum.tolist())
     return exact, sums

@@ -20,6 +20,7 @@ from teams import SIZE, stopped, together
 from torchao_masquant import Recipe, Router
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.calibration.statistics import Moments
+from torchao_masquant.calibration.token_sample import TokenSample
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.sequential.block_solver import BlockSolver
 from torchao_masquant.sequential.team import Team
@@ -52,8 +53,9 @@ def test_sampled_tokens_do_not_depend_on_the_processes(calls):
             part.update(x)
         before += part.count
         parts.append(part)
-    kept = torch.cat([part.sample_of(whole.count) for part in parts])
-    assert torch.equal(kept, whole.sample)
+    kept = TokenSample.together([part.sampled for part in parts])
+    assert torch.equal(kept.rows, whole.sample)
+    assert torch.equal(kept.numbers, whole.sampled.numbers)
 
 
 def session_of(rank, size):

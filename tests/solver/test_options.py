@@ -55,6 +55,7 @@ from torchao_masquant.solver.methods import ALPHAS, METHODS, SEPARATIONS, Solver
                 {"rank": "auto"},
                 {"separation": "auto"},
             )
+            if (method, *extra) != ("masquant-paper", "epochs")
         ),
     ],
 )

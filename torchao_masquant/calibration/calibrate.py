@@ -36,7 +36,7 @@ from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import factors_alone, solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
-from torchao_masquant.threads import threads_for
+from torchao_masquant.threads import threads_for, widest
 from torchao_masquant.wrappers import unwrapped
 
 __all__ = [
@@ -186,8 +186,7 @@ def calibrate(
     router = Router.for_model(model, met)
     router.skip_padding = True
     check_request(model, selected, router.modalities, options)
-    widest = max(max(weight.shape[-2:]) for weight in selected.weights.values())
-    with threads_for(widest):
+    with threads_for(widest(selected.weights.values())):
         iterator = iter(samples)
         first = next(iterator, None)
         if first is None:

@@ -9,11 +9,8 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import (
-    InputStatistics,
-    still_kept,
-    thinned,
-)
+from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.calibration.token_sample import TokenSample
 
 __all__ = ["ExpertMoments", "ExpertStatistics"]
 
@@ -26,7 +23,7 @@ class ExpertMoments:
         amin: (E, K) float64, inf without a token.
         amax: (E, K) float64, -inf without a token.
         sum: (E, K) float64.
-        sample_experts: (S,) int64, whose each row of the sample of all experts is.
+        sampled: (S,) int64, whose each row of the sample of all experts is.
         before: number of tokens of all experts that come before these and are counted
             elsewhere.
     """
@@ -37,7 +34,7 @@ class ExpertMoments:
         self.amin = torch.full((experts, width), float("inf"), **zeros)
         self.amax = torch.full((experts, width), float("-inf"), **zeros)
         self.sum = torch.zeros(experts, width, **zeros)
-        self.sample_experts = torch.zeros(0, dtype=torch.int64, device=device)
+        self.sampled = TokenSample.empty(dtype=torch.int64, device=device)
         self.before = before
 
     def update(self, x: torch.Tensor, experts: torch.Tensor) -> None:
@@ -54,17 +51,12 @@ class ExpertMoments:
         self.amin.scatter_reduce_(0, places, x, "amin")
         self.amax.scatter_reduce_(0, places, x, "amax")
         self.sum.index_add_(0, experts, x)
-        self.sample_experts = thinned(self.sample_experts, experts, seen, self.before)
+        self.sampled.add(experts, self.before + seen)
 
     @property
     def total(self) -> int:
         """Number of tokens of all experts."""
         return int(self.count.sum())
-
-    def sample_of(self, total: int) -> torch.Tensor:
-        """(S,), as :meth:`Moments.sample_of`, of ``sample_experts``."""
-        seen = self.before + self.total
-        return still_kept(self.sample_experts, seen, total, self.before)
 
 
 class ExpertStatistics(InputStatistics):

@@ -57,13 +57,10 @@ def no_samples(samples: Any, what: str, needs: str) -> ValueError:
         what: it is called.
         needs: who needs them, and which.
     """
-    once = (
-        ", or was run through before: an iterator ends after the first time, a list "
-        "does not"
-        if isinstance(samples, Iterator)
-        else ""
+    once = "; an iterator ends after its first run, a list does not"
+    return ValueError(
+        f"{what} is empty: {needs}{once if isinstance(samples, Iterator) else ''}."
     )
-    return ValueError(f"{what} is empty{once}: {needs}.")
 
 
 def check_sample(sample: Any, where: str, model: "nn.Module | None" = None) -> None:

@@ -16,6 +16,7 @@ from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router, UnmatchedTokens
 from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.threads import threads_for, widest
 from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["modality_sensitivity"]
@@ -95,13 +96,14 @@ def modality_sensitivity(
         for parameter in frozen:
             parameter.requires_grad_(False)
         router.attach(model)
-        count = run_samples(
-            _WithLoss(reader),
-            samples,
-            router,
-            progress=progress,
-            description="Sensitivity",
-        )
+        with threads_for(widest(m.weight for m in linears.values())):
+            count = run_samples(
+                _WithLoss(reader),
+                samples,
+                router,
+                progress=progress,
+                description="Sensitivity",
+            )
     finally:
         router.detach(model)
         for handle in handles:

@@ -10,6 +10,7 @@ from typing import Any, Optional, Sequence
 
 import torch
 
+from torchao_masquant.calibration.token_sample import SAMPLE_TOKENS, TokenSample
 from torchao_masquant.threads import threads_for
 
 __all__ = [
@@ -17,12 +18,7 @@ __all__ = [
     "Moments",
     "SAMPLE_TOKENS",
     "statistics_bytes",
-    "still_kept",
-    "thinned",
 ]
-
-#: Tokens of a modality that are kept to judge solutions by, at most.
-SAMPLE_TOKENS = 256
 
 # Of a sum of float64 squares over a million tokens, with room to spare.
 ROUNDING = 1e-11
@@ -38,10 +34,9 @@ class Moments:
         amax: (K,) float64, ``max_t x``; -inf without a token.
         sum: (K,) float64, ``sum_t x``.
         outer: (K, K) float64, ``sum_t x x^T``; None where it is not needed.
-        sample: (S, K) float32, some of the tokens, S at most ``SAMPLE_TOKENS``; none
-            where ``outer`` is None.
         before: number of tokens that come before these and are counted elsewhere (by
-            another process): ``sample`` holds what a sample of all would hold of these.
+            another process).
+        sampled: some of the tokens, in float32; none where ``outer`` is None.
     """
 
     count: int
@@ -49,8 +44,13 @@ class Moments:
     amax: torch.Tensor
     sum: torch.Tensor
     outer: Optional[torch.Tensor]
-    sample: torch.Tensor
+    sampled: TokenSample
     before: int = 0
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """(S, K) float32."""
+        return self.sampled.rows
 
     @classmethod
     def zeros(
@@ -63,7 +63,7 @@ class Moments:
             torch.full((width,), float("-inf"), **zeros),
             torch.zeros(width, **zeros),
             torch.zeros(width, width, **zeros) if second else None,
-            torch.zeros(0, width, dtype=torch.float32, device=device),
+            TokenSample.empty(width, dtype=torch.float32, device=device),
             before,
         )
 
@@ -71,7 +71,8 @@ class Moments:
         """Add tokens (T, K) of any floating point type."""
         if x.shape[0] == 0:
             return
-        self._take_sample(x)
+        if self.outer is not None:
+            self.sampled.add(x, self.before + self.count)
         x = x.double()
         self.count += x.shape[0]
         self.amin = torch.minimum(self.amin, x.amin(0))
@@ -79,16 +80,6 @@ class Moments:
         self.sum += x.sum(0)
         if self.outer is not None:
             self.outer.addmm_(x.t(), x)
-
-    def _take_sample(self, x: torch.Tensor) -> None:
-        """Keep every ``2 ** j``-th token of all, j as small as their number allows."""
-        if self.outer is None:
-            return
-        self.sample = thinned(self.sample, x.float(), self.count, self.before)
-
-    def sample_of(self, total: int) -> torch.Tensor:
-        """(S, K), what stays of the sample where there are ``total`` tokens in all."""
-        return still_kept(self.sample, self.before + self.count, total, self.before)
 
     def absmax(self, center: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(K,) float64, ``max_t |x - center|``; zeros without a token.
@@ -128,41 +119,6 @@ class Moments:
         covariance[still] = 0
         covariance[:, still] = 0
         return covariance
-
-
-def thinned(
-    sample: torch.Tensor, x: torch.Tensor, count: int, before: int = 0
-) -> torch.Tensor:
-    """Every ``2 ** j``-th of some rows, of which ``sample`` is that of the first.
-
-    Args:
-        sample: (S, ...) kept of the first rows.
-        x: (T, ...) the rows behind them.
-        count: how many the first rows were.
-        before: rows before all of these, which others sample.
-    """
-    seen = before + count
-    total = seen + x.shape[0]
-    stride = _stride(total)
-    more = x[-seen % stride :: stride]
-    return torch.cat((still_kept(sample, seen, total, before), more))
-
-
-def still_kept(
-    sample: torch.Tensor, seen: int, total: int, before: int
-) -> torch.Tensor:
-    """Of a sample of ``seen`` rows what is one of ``total``; see :func:`thinned`."""
-    old, new = _stride(seen), _stride(total)
-    # Rows are kept where their number among all is a multiple of the stride.
-    first = [-(-before // stride) * stride for stride in (old, new)]
-    return sample[(first[1] - first[0]) // old :: new // old]
-
-
-def _stride(count: int) -> int:
-    stride = 1
-    while count > stride * SAMPLE_TOKENS:
-        stride *= 2
-    return stride
 
 
 def statistics_bytes(

@@ -31,6 +31,7 @@ from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import get_scheme
 from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.threads import threads_for, widest
 from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["analyze"]
@@ -107,34 +108,37 @@ def analyze(
             "samples",
             "the analysis needs at least one sample of every modality",
         )
-    # One sample, without covariances, shows which linears share their input.
-    probe = CalibrationSession(linears, router, second_moments=False)
-    with probe.observing(model):
-        run_samples(model, [first], router, progress=False, description="")
-    passes = plan_passes(probe, True, max_statistics_bytes)
+    with threads_for(widest(linear.weight for linear in linears.values())):
+        # One sample, without covariances, shows which linears share their input.
+        probe = CalibrationSession(linears, router, second_moments=False)
+        with probe.observing(model):
+            run_samples(model, [first], router, progress=False, description="")
+        passes = plan_passes(probe, True, max_statistics_bytes)
 
-    data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
-    if len(passes) > 1:
-        data = list(data)
-    studies: dict[str, InputStudy] = {}
-    left_out = set(probe.not_matched)
-    for index, names in enumerate(passes, start=1):
-        session = TokenSession({n: linears[n] for n in names}, router, _TOKENS)
-        session.has_first = index == 1
-        of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
-        with session.observing(model):
-            run_samples(
-                model, data, router, progress=progress, description=f"Observing{of}"
+        data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
+        if len(passes) > 1:
+            data = list(data)
+        studies: dict[str, InputStudy] = {}
+        left_out = set(probe.not_matched)
+        for index, names in enumerate(passes, start=1):
+            session = TokenSession({n: linears[n] for n in names}, router, _TOKENS)
+            session.has_first = index == 1
+            of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
+            with session.observing(model):
+                run_samples(
+                    model, data, router, progress=progress, description=f"Observing{of}"
+                )
+            session.check_complete()
+            left_out.update(session.not_matched)
+            bar = progress_bar(
+                session.groups().items(),
+                desc=f"Analyzing{of}",
+                show=progress,
             )
-        session.check_complete()
-        left_out.update(session.not_matched)
-        bar = progress_bar(
-            session.groups().items(),
-            desc=f"Analyzing{of}",
-            show=progress,
-        )
-        for leader, members in bar:
-            studies[leader] = study_input(session, leader, members, bits, alpha, shares)
+            for leader, members in bar:
+                studies[leader] = study_input(
+                    session, leader, members, bits, alpha, shares
+                )
 
     warn_of_left_out([name for name in linears if name in left_out])
     others = router.modalities[1:]

@@ -133,7 +133,8 @@ def effective_rank(singular_values: torch.Tensor) -> float:
     """``exp(-sum p_i log p_i)`` with ``p_i = sigma_i^2 / sum_j sigma_j^2``.
 
     The entropy of Roy and Vetterli's effective rank (EUSIPCO 2007), taken of the
-    squared singular values: of the share of the energy in each direction.
+    squared singular values: of the share of the energy in each direction. MASQuant's
+    authors take it of the singular values themselves, which gives larger numbers.
 
     Args:
         singular_values: (J,) non-negative.

@@ -218,7 +218,7 @@ class BlockTask:
             batches(taught, count, self.options.batch_size, generator)
             for _ in range(self.options.epochs)
         ]
-        optimizer = torch.optim.Adam(parameters, lr=self.options.lr)
+        optimizer = torch.optim.Adam(parameters, lr=self.options.learning_rate)
         gradient = BatchGradient(parameters, self.together)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, sum(map(len, epochs))
@@ -254,7 +254,7 @@ class BlockTask:
                 self.name,
                 start,
                 now,
-                self.options.lr,
+                self.options.learning_rate,
             )
 
     @torch.no_grad()

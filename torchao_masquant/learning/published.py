@@ -50,7 +50,9 @@ class PublishedTask(BlockTask):
             for name, linear in self.linears.items()
         }
         parameters = [factor for factor in factors.values() if factor.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.options.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.options.learning_rate, weight_decay=0.0
+        )
         for _ in range(self.options.epochs):
             for call, x, target in zip(self.calls, inputs, targets):
                 with torch.no_grad():
@@ -62,7 +64,7 @@ class PublishedTask(BlockTask):
                     if not math.isfinite(loss.item()):
                         raise ValueError(
                             f"learning of {self.name} diverged with a learning rate of "
-                            f"{self.options.lr:g}: give a smaller lr, or epochs=0."
+                            f"{self.options.learning_rate:g}: give a smaller lr, or epochs=0."
                         )
                     loss.backward()
                 optimizer.step()
@@ -86,24 +88,36 @@ class PublishedTask(BlockTask):
             name: layers[name].smoothing_factor.to(linear.weight.device)
             for name, linear in self.linears.items()
         }
+        forward = self._forward(factors)
         for call, x in zip(self.calls, inputs):
-            yield self._run(self._forward(factors), call, x)
+            yield self._run(forward, call, x)
 
     def _forward(self, factors: Mapping[str, torch.Tensor]) -> Any:
+        rounded: dict[tuple[str, int], torch.Tensor] = {}
+
+        def weight_of(name: str, row: int) -> torch.Tensor:
+            if (name, row) not in rounded:
+                weight = self.linears[name].weight.detach().float()
+                rounded[name, row] = _rounded_weight(
+                    weight * factors[name][row], self.options.bits
+                )
+            return rounded[name, row]
+
         def forward(name: str, ids: Any, x: torch.Tensor) -> torch.Tensor:
             linear, bits = self.linears[name], self.options.bits
             flat = x.reshape(-1, x.shape[-1]).float()
+            met = torch.zeros_like(flat[:, 0], dtype=torch.int64)
+            if ids is not None:
+                met = ids.reshape(-1)
             y = flat.new_zeros(flat.shape[0], linear.out_features)
-            for index in range(len(self.modalities)):
-                factor = factors[name][min(index, len(factors[name]) - 1)]
-                mine = slice(None) if ids is None else ids.reshape(-1) == index
-                if index and ids is None:
-                    break
-                own = flat[mine] / factor
+            for index in met.unique().tolist():
+                if index < 0:
+                    continue
+                row = min(index, len(factors[name]) - 1)
+                own = flat[met == index] / factors[name][row]
                 if not bits.weight_only:
                     own = rounded_activations(own, bits.act_bits)
-                weight = _rounded_weight(linear.weight.detach().float() * factor, bits)
-                y[mine] = own @ weight.t()
+                y[met == index] = own @ weight_of(name, row).t()
             if linear.bias is not None:
                 y = y + linear.bias.float()
             return y.reshape(*x.shape[:-1], -1).to(x.dtype)
@@ -128,9 +142,9 @@ def _rounded_weight(weight: torch.Tensor, bits: Scheme) -> torch.Tensor:
     least, most = -(2 ** (bits.weight_bits - 1)), 2 ** (bits.weight_bits - 1) - 1
     tiny = torch.finfo(torch.float32).tiny
     if bits.symmetric:
-        step = (2 * blocks.abs().amax(-1, keepdim=True) / (most - least)).clamp_min(
-            tiny
-        )
+        # As quantize_smoothed_weight has it: the largest weight is at a tie.
+        step = blocks.abs().amax(-1, keepdim=True) / (most - least) * 2
+        step = step.clamp_min(tiny)
         zero: Any = 0.0
     else:
         low = blocks.amin(-1, keepdim=True).clamp_max(0)

@@ -61,7 +61,7 @@ from torchao_masquant.sequential.preflight import (
 )
 from torchao_masquant.sequential.team import Team
 from torchao_masquant.solver.methods import AUTO, SolverOptions
-from torchao_masquant.threads import threads_for
+from torchao_masquant.threads import threads_for, widest
 
 __all__ = ["SequentialResult", "calibrate_sequential"]
 
@@ -160,7 +160,7 @@ def calibrate_sequential(
         scheme, method, alpha, separation, rank, group_size, shift, rounding, clip,
             low_rank_bits, modality_weights, epochs, lr, base_modality, modalities,
             include, exclude: as for ``calibrate``. ``rank="auto"`` spends its bytes in
-            each block by itself.
+            each block by itself. Of "masquant-paper" only the closed form, ``epochs=0``.
         batch_size: as for ``calibrate``; several processes share the samples of a
             batch, best where it is a multiple of their number.
         max_statistics_bytes: bound of the statistics' memory, in bytes: a block runs
@@ -264,9 +264,8 @@ def calibrate_sequential(
         progress,
     )
     run.check_room(max_memory_bytes, activations == "disk")
-    widest = max(max(weight.shape[-2:]) for weight in selected.weights.values())
     # As ``calibrate`` does: sums depend on the number of threads.
-    with threads_for(widest):
+    with threads_for(widest(selected.weights.values())):
         return run(samples, activations, max_seconds)
 
 

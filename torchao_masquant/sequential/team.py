@@ -30,6 +30,7 @@ from torchao_masquant.calibration.expert_statistics import (
 )
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
+from torchao_masquant.calibration.token_sample import TokenSample
 from torchao_masquant.recipe import LayerRecipe
 
 __all__ = ["Team", "TeamError"]
@@ -246,21 +247,24 @@ class Team:
             raise self._uncounted(name)
 
     def _reduce_experts(self, moments: ExpertMoments) -> None:
-        total = sum(self.gather(moments.total))
-        samples = self.gather(moments.sample_of(total).cpu())
+        sampled = self._sampled(moments)
         self._all_reduce(moments)
         self.add(moments.count)
-        moments.sample_experts = torch.cat(samples).to(moments.sum.device)
+        moments.sampled = sampled
         moments.before = 0
 
     def _reduce(self, moments: Moments) -> None:
         total = sum(self.gather(moments.count))
-        samples = self.gather(moments.sample_of(total).cpu())
+        sampled = self._sampled(moments)
         self._all_reduce(moments)
         if moments.outer is not None:
             self.add(moments.outer)
-        moments.sample = torch.cat(samples).to(moments.sum.device)
+        moments.sampled = sampled
         moments.count, moments.before = total, 0
+
+    def _sampled(self, moments: Union[Moments, ExpertMoments]) -> TokenSample:
+        parts = self.gather(moments.sampled.to("cpu"))
+        return TokenSample.together(parts).to(moments.sum.device)
 
     def _all_reduce(self, moments: Union[Moments, ExpertMoments]) -> None:
         group = self._group_of(moments.sum)

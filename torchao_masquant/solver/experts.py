@@ -15,6 +15,7 @@ from torchao_masquant.calibration.statistics import (
     InputStatistics,
     Moments,
 )
+from torchao_masquant.calibration.token_sample import TokenSample
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.layers import RESOLUTION, solve_group
@@ -108,9 +109,12 @@ def recentered(
                 torch.maximum((own.amax - means)[seen].amax(0), least),
                 moments.sum - (means * count).sum(0),
                 outer,
-                moments.sample - means[own.sample_experts].float()
+                TokenSample(
+                    moments.sample - means[own.sampled.rows].float(),
+                    moments.sampled.numbers,
+                )
                 if outer is not None
-                else moments.sample,
+                else moments.sampled,
             )
         )
         all_means.append(means)

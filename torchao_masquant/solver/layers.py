@@ -29,7 +29,7 @@ from torchao_masquant.solver.shared_weight import (
 )
 from torchao_masquant.solver.smoothing import smoothing_factor
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
-from torchao_masquant.threads import threads_for
+from torchao_masquant.threads import threads_for, widest
 
 __all__ = ["factors_alone", "solve_group"]
 
@@ -75,7 +75,7 @@ def solve_group(
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}: its weight holds nan or inf.")
-    with threads_for(max(max(weight.shape) for weight in weights.values())):
+    with threads_for(widest(weights.values())):
         spared = {n: w for n, w in weights.items() if options.spares(n)}
         others = {n: w for n, w in weights.items() if n not in spared}
         layers = {name: _with_factor(w) for name, w in spared.items()}

@@ -149,7 +149,7 @@ class SolverOptions:
     low_rank_bits: int = 16
     modality_weights: Optional[Mapping[str, float]] = None
     epochs: int = 0
-    lr: float = None  # type: ignore[assignment]
+    lr: Optional[float] = None
     batch_size: int = 1
 
     def __post_init__(self) -> None:
@@ -206,7 +206,7 @@ class SolverOptions:
             raise TypeError(f"epochs must be an int, got {self.epochs!r}.")
         if self.epochs < 0:
             raise ValueError(f"epochs must not be negative, got {self.epochs}.")
-        if not _is_number(self.lr):
+        if not isinstance(self.lr, (int, float)) or isinstance(self.lr, bool):
             raise TypeError(f"lr must be a number, got {self.lr!r}.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be positive and finite, got {self.lr}.")
@@ -236,7 +236,7 @@ class SolverOptions:
     def _check_share(name: str, value: Union[float, str, None]) -> None:
         if value is None or value == AUTO:
             return
-        if not _is_number(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number or 'auto', got {value!r}.")
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in 0..1, got {value}.")
@@ -268,6 +268,12 @@ class SolverOptions:
         if given is None:
             given = AUTO if METHODS[self.method].centered else published
         return auto if isinstance(given, str) else (float(given),)
+
+    @property
+    def learning_rate(self) -> float:
+        """What ``lr`` is where None was given, too."""
+        assert self.lr is not None
+        return self.lr
 
     @property
     def learns_factors(self) -> bool:
