@@ -108,12 +108,14 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     """Scheme, method, and what tunes the method."""
     parser.add_argument(
         "--scheme",
+        type=str.lower,
         choices=list(SCHEMES),
         default="w4a8",
         help="bits of weights and activations (default: %(default)s)",
     )
     parser.add_argument(
         "--method",
+        type=str.lower,
         choices=list(METHODS),
         default="masquant",
         help="masquant; masquant-paper, as published; smoothquant, one factor for all "

@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rtn",
+        type=str.lower,
         choices=list(SCHEMES),
         metavar="SCHEME",
         help="round to nearest in this scheme, the only method without data: one of "
