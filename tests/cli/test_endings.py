@@ -93,7 +93,6 @@ def test_a_typo_gets_advice(capsys, arguments, advice):
         ["bench", "m", "q", "--tokens", "0"],
         ["bench", "m", "q", "--rounds", "many"],
         ["tune", "q", "--tokens", "0", "16"],
-        ["plan", "m", "--machine", "abacus"],
         ["completion", "perl"],
     ],
     ids=" ".join,
