@@ -6,13 +6,12 @@
 """``python -m torchao_masquant``, and the command ``masquant``."""
 
 import contextlib
-import logging
 import sys
 from typing import Optional, Sequence
 
 from torchao_masquant.cli.commands import main_parser
 from torchao_masquant.cli.ending import WRONG_USAGE, is_debugging, run
-from torchao_masquant.cli.noise import quiet_libraries
+from torchao_masquant.cli.noise import plain_messages, quiet_libraries
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -33,9 +32,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         parser.print_help(sys.stderr)
         sys.exit(WRONG_USAGE)
     parsed = parser.parse_args(given)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     loud = is_debugging(parsed)
-    with contextlib.nullcontext() if loud else quiet_libraries():
+    with plain_messages(), contextlib.nullcontext() if loud else quiet_libraries():
         return run(parsed.run, parsed)
 
 

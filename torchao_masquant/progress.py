@@ -28,7 +28,7 @@ class LogLines(plain_tqdm):
     def __init__(self, *args: Any, **options: Any):
         self._told = _clock()
         options.update(
-            disable=False,
+            disable=bool(options.get("disable")),
             # Every step asks whether it is time for a line.
             miniters=1,
             mininterval=0,
@@ -40,7 +40,10 @@ class LogLines(plain_tqdm):
         now = _clock()
         if now - self._told >= _INTERVAL:
             self._told = now
-            self.fp.write(f"{self}\n")
+            meter = self.format_dict
+            description = meter["prefix"].removesuffix(": ")
+            meter["prefix"] = f"{description}: " if description else ""
+            self.fp.write(f"{self.format_meter(**meter)}\n")
             self.fp.flush()
 
     def close(self) -> None:

@@ -5,19 +5,18 @@
 # LICENSE file in the root directory of this source tree.
 """The demonstration: its table, its report, its options."""
 
-import io
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from rich.console import Console
 from torchao.quantization import quantize_
 
 from torchao_masquant import calibrate, masquant_config
 from torchao_masquant.demo import checkpoint, compare, reload, table
 from torchao_masquant.demo.compare import METHODS, SCHEMES, Row
+from torchao_masquant.evaluation.tables import to_text
 from torchao_masquant.testing import digits
 
 
@@ -84,9 +83,7 @@ def test_table_shows_every_number_of_a_row():
         Row("dense", "", {"image": 1.0}, {"image": 0.25}, 4096),
         Row("w8a8", "rtn", {"image": 0.5}, {"image": 1.5}, 2048, 3.25, {"text": 40.04}),
     ]
-    console = Console(width=table.WIDTH, record=True, file=io.StringIO())
-    console.print(table.render(rows, "title"))
-    lines = console.export_text().splitlines()
+    lines = to_text(table.render(rows, "title")).splitlines()
     dense = next(line for line in lines if "dense" in line)
     assert dense.split() == ["dense", "100.0", "0.250", "4"]
     rtn = next(line for line in lines if "w8a8" in line)

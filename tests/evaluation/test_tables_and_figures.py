@@ -12,10 +12,10 @@ import warnings
 
 import pytest
 import records
-from rich.console import Console
+from rich.console import Console, Group
 
 from torchao_masquant.evaluation.plotting import by_place, style_of
-from torchao_masquant.evaluation.tables import WIDTH, short_names
+from torchao_masquant.evaluation.tables import WIDTH, new_table, short_names, to_text
 
 
 def test_an_evaluation_shows_its_numbers():
@@ -160,3 +160,15 @@ def test_linears_are_sorted_by_kind_and_layer():
         "up": [(0, "m.layers.0.up")],
         "": [(0, "head"), (1, "other")],
     }
+
+
+@pytest.mark.parametrize("columns", ["20", "40"])
+def test_a_table_keeps_its_numbers_however_narrow_or_wide_it_is(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    name = "a_rather_long_name_of_a_linear." * 5
+    table = new_table("title", ["linear"], [str(i) for i in range(12)])
+    table.add_row(name, *(f"12.5 / {100_000 + i}" for i in range(12)))
+    for shown in (table, Group("some text", table)):
+        text = to_text(shown)
+        assert name in text and "…" not in text
+        assert all(f"12.5 / {100_000 + i}" in text for i in range(12))

@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_options(parser)
     parser.add_argument(
         "--scheme",
+        type=str.lower,
         choices=list(SCHEMES),
         default="w4a8",
         help="whose bits to analyze for (default: %(default)s)",

@@ -115,6 +115,7 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
+        type=str.lower,
         choices=list(METHODS),
         default="masquant",
         help="masquant; masquant-paper, as published; smoothquant, one factor for all "

@@ -44,6 +44,15 @@ def _rank(text: str) -> "int | float":
     return rank
 
 
+def _output(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"cannot write {text!r}: there is no folder {str(path.parent)!r}."
+        )
+    return path
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the demonstration."""
     parser.add_argument(
@@ -62,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--json",
-        type=Path,
+        type=_output,
         metavar="PATH",
         help="also write the results to this file",
     )

@@ -59,6 +59,11 @@ def main(arguments: argparse.Namespace) -> int:
         ValueError, TypeError, OSError: something is missing, damaged or cannot be
             exported.
     """
+    if not (arguments.model / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{str(arguments.model)!r} has no config.json: give the folder of a saved "
+            "model."
+        )
     check_folder(
         arguments.folder,
         "package",
@@ -87,10 +92,6 @@ def main(arguments: argparse.Namespace) -> int:
 def _load(folder: Path) -> "nn.Module":
     import transformers
 
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{str(folder)!r} has no config.json: give the folder of a saved model."
-        )
     config = transformers.AutoConfig.from_pretrained(folder)
     names = config.architectures or ()
     classes = [c for c in (getattr(transformers, n, None) for n in names) if c]

@@ -166,7 +166,7 @@ def brief_transformers() -> None:
     from torchao_masquant.progress import LogLines
 
     def bar(factory: Any, args: Any, options: dict[str, Any]) -> Any:
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() and logging.is_progress_bar_enabled():
             return LogLines(*args, **options)
         return factory(*args, **{**options, "delay": _BRIEF, "leave": False})
 

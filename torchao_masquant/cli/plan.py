@@ -9,10 +9,8 @@ import argparse
 import dataclasses
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.schemes import SCHEMES
 from torchao_masquant.solver.methods import SolverOptions
 
@@ -109,12 +107,7 @@ def main(arguments: argparse.Namespace) -> int:
     from torchao_masquant.planning.skeleton import read_skeleton
     from torchao_masquant.planning.weight_bytes import Compensation
 
-    try:
-        machine = load_machine(arguments.machine)
-    except ValueError as error:
-        if Path(arguments.machine).exists():
-            raise
-        raise UsageError(f"--machine: {error}") from error
+    machine = load_machine(arguments.machine)
     skeleton = read_skeleton(arguments.model)
     compensation = Compensation(
         len(skeleton.modalities), arguments.rank, arguments.low_rank_bits

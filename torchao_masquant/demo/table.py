@@ -12,10 +12,7 @@ from rich.table import Table
 
 from torchao_masquant.demo.compare import Row
 
-__all__ = ["WIDTH", "render"]
-
-#: columns of a terminal that the table needs
-WIDTH = 120
+__all__ = ["render"]
 
 _LABELS = {
     "rtn": "round-to-nearest",
