@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint typecheck pytest venv clean
+.PHONY: help demo test lint typecheck pytest ends venv clean
 
 help:
 	@echo "make demo       quantize a small model that sees, hears and reads"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make typecheck  mypy"
 	@echo "make pytest     the tests alone"
+	@echo "make ends       the tests with the oldest and the newest declared releases"
 	@echo "make venv       only make .venv ready"
 	@echo "make clean      remove .venv and all that was built"
 	@echo ""
@@ -45,6 +46,10 @@ typecheck: venv
 # Not more than four workers: each loads torch. Work stealing: a few tests are long.
 pytest: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# Environments of their own, in build/ends.
+ends:
+	PYTHON=$(PYTHON) .ci/ends.sh $(ARGS)
 
 venv:
 	@command -v $(PYTHON) >/dev/null || { \

@@ -327,11 +327,14 @@ def test_a_cut_off_sound_is_read_as_far_as_it_goes_or_refused(tmp_path, no_libra
         read_audio(path, 16000, "a")
 
 
-def test_what_the_processor_refuses_names_the_line(folders, tmp_path):
+def test_what_the_processor_refuses_names_the_line(folders, tmp_path, monkeypatch):
     model_folders.write_image(tmp_path / "a.png")
     data = model_folders.write_lines(tmp_path / "a.jsonl", {"image": "a.png"})
     samples = processed(folders["vision"], data)
-    # A template that leaves the image out: the processor counts.
-    samples.processor.chat_template = "no image"
+
+    def refuse(*args, **kwargs):
+        raise ValueError("1 image and no placeholder.")
+
+    monkeypatch.setattr(samples.processor, "apply_chat_template", refuse)
     with pytest.raises(ValueError, match="line 1: the model's processor does not take"):
         samples[0]

@@ -319,7 +319,7 @@ def test_a_recipe_for_another_model_is_refused(vision, tmp_path, capsys):
         "--max-samples", "1",
     ) == 0  # fmt: skip
     said = refused(capsys, "quantize", vision, "--recipe", recipe, "-o", out)
-    assert "made for another model" in said
+    assert "use the model that it was made for" in said
     assert not out.exists()
     said = refused(capsys, "quantize", vision, "--recipe", tmp_path / "gone", "-o", out)
     assert "there is no recipe file" in said

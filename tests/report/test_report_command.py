@@ -20,8 +20,6 @@ from page_reader import read_page
 
 from torchao_masquant.__main__ import main
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -84,6 +82,26 @@ def test_files_tell_what_they_are(folder, tmp_path, capsys):
     assert told["missing"] == [] and "recipe" in told["sections"]
     assert _report(paths[0], folder, "-o", tmp_path / "report.html") == 1
     assert "a second recipe" in _sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("evaluation-w4a8-smoothquant.json", "SmoothQuant"),
+        ("evaluation_masquant-paper.json", "MASQuant, as published"),
+        ("evaluation.json", "method not named"),
+        # No methods.
+        ("evaluation-run3.json", "method not named"),
+        ("evaluation-w4a8-of-monday.json", "method not named"),
+        ("evaluation-cartn.json", "method not named"),
+    ],
+)
+def test_a_file_gives_its_name_to_no_method(tmp_path, name, method):
+    made.evaluation(method=None).save(tmp_path / name)
+    assert _report(tmp_path, "-o", tmp_path / "report.html") == 0
+    section = read_page(tmp_path / "report.html").one("section", id="evaluations")
+    rows = [row.text for row in section.one("tbody").all("th")]
+    assert rows == ["dense", f"w4a8 {method}"]
 
 
 def test_seeds_are_averaged_and_variants_kept_apart(tmp_path, capsys):
@@ -156,27 +174,6 @@ def test_scripts_are_told_in_json(folder, tmp_path, capsys):
     assert told["report"] == str(output) and told["bytes"] == output.stat().st_size
     assert told["missing"] == [] and "ranges" in told["figures"]
     assert sorted(told["png"]) == sorted(str(p) for p in png.iterdir())
-
-
-@pytest.mark.parametrize(
-    "file", sorted(RESULTS.glob("demo_*.json")), ids=lambda p: p.stem
-)
-def test_measured_results_can_be_shown(file, tmp_path):
-    results = json.loads(file.read_text())
-    (tmp_path / "results.json").write_text(file.read_text())
-    output = tmp_path / "report.html"
-    assert _report(tmp_path, "-o", output) == 0
-    page = read_page(output)
-    rows = page.one("section", id="results").one("tbody").all("tr")
-    assert len(rows) == len(results["rows"])
-    for shown, row in zip(rows, results["rows"]):
-        cells = [c.text for c in shown.all("td")]
-        accuracy = [f"{100 * value:.1f}" for value in row["accuracy"].values()]
-        assert cells[: len(accuracy)] == accuracy
-        size = shown.all("td")[len(accuracy)]
-        assert size.attributes["title"] == f"{row['weight_bytes']} bytes"
-    asides = [a.text for a in page.all("p", class_="aside")]
-    assert results["outliers_trained_in"] == any("on purpose" in a for a in asides)
 
 
 def _write(name, content, folder):

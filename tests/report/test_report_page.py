@@ -5,6 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """The page: what is in it, that it stands alone, and that nothing in it is wrong."""
 
+import dataclasses
+import datetime
 import math
 import os
 import re
@@ -327,6 +329,77 @@ def test_a_layer_has_the_mean_of_its_linears(page):
     )
     told = float(title.split()[-2])
     assert told == pytest.approx(np.mean(values), abs=0.051)
+
+
+def test_the_page_says_what_was_measured_on_what_and_when(tmp_path):
+    recipe = made.recipe()
+    recipe.description = {
+        "model": "some-3B",
+        "data": "samples.jsonl",
+        "samples": 128,
+        "tokens": {"text": 4096, "vision": 51200},
+    }
+    evaluations = [
+        dataclasses.replace(made.evaluation(method=m), name="some-3B-w4a8", date=day)
+        for m, day in (("rtn", "2026-03-01"), ("masquant", "2026-03-04"))
+    ]
+    _, page = _write(tmp_path, recipe=recipe, evaluations=evaluations)
+    told = page.one("dl", class_="facts")
+    facts = dict(
+        zip([d.text for d in told.all("dt")], [d.text for d in told.all("dd")])
+    )
+    tasks = made.TASKS
+    assert facts == {
+        "Model": "some-3B and some-3B-w4a8",
+        "Calibrated on": "samples.jsonl, 128 samples, 4,096 text and 51,200 vision tokens",
+        "Evaluated on": f"20 examples each of {', '.join(tasks[:-1])} and {tasks[-1]}, "
+        "2026-03-01 to 2026-03-04",
+    }
+    labels = [d.text for d in page.one("dl", class_="numbers").all("dt")]
+    assert labels[1:] == [f"{task}, right answers of 20" for task in tasks]
+    assert f"Made on {datetime.date.today().isoformat()}" in page.one("footer").text
+
+
+def test_what_is_not_known_is_not_made_up(tmp_path):
+    old = made.evaluation()
+    assert old.name is None and old.date is None
+    _, page = _write(tmp_path, recipe=made.recipe(), evaluations=[old])
+    assert [d.text for d in page.one("dl", class_="facts").all("dt")] == [
+        "Evaluated on"
+    ]
+
+
+def test_no_change_looks_like_no_error_bar(tmp_path):
+    _, page = _write(tmp_path, evaluations=[made.evaluation(accuracy=0.95)])
+    notes = page.one("dl", class_="numbers").all("dd", class_="note")
+    assert notes[-1].text == "dense 95.0 %, unchanged"
+    assert "±" not in page.one("main").text
+
+
+def test_a_legend_has_the_colours_of_the_charts(tmp_path):
+    evaluations = [made.evaluation(method=m) for m in ("rtn", "masquant")]
+    recipe, analysis = made.recipe(), made.analysis()
+    report = write_report(
+        tmp_path / "x.html", recipe=recipe, analysis=analysis, evaluations=evaluations
+    )
+    page = read_page(report.path)
+    seen = 0
+    for figure in page.all("figure"):
+        legends = [e for e in figure.all("ul", class_="legend")]
+        if not legends:
+            continue
+        swatches = {
+            next(c for c in s.attributes["class"].split() if c.startswith("c-"))
+            for s in legends[0].all("svg")
+        }
+        drawn = {
+            e.attributes["class"]
+            for e in [*figure.all("g"), *figure.all("span")]
+            if e.attributes.get("class", "").startswith("c-")
+        }
+        assert drawn == swatches, figure.one("h3").text
+        seen += 1
+    assert seen >= 5
 
 
 def test_the_headline_is_about_the_recipe(tmp_path):

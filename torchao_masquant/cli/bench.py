@@ -65,19 +65,28 @@ def main(arguments: argparse.Namespace) -> int:
     import torch
 
     from torchao_masquant.cli.timing import compare_decoders
+    from torchao_masquant.evaluation.evaluate import check_reference
     from torchao_masquant.evaluation.weights import quantized_linears
 
     device = resolve_device(arguments.device)
+    names = arguments.dense, arguments.quantized
+    configs = [load_config(name, arguments.trust_remote_code) for name in names]
+    kinds = [config.model_type for config in configs]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{names[0]!r} is a {kinds[0]!r} model and {names[1]!r} a {kinds[1]!r} one: "
+            "give a model, and the same model quantized."
+        )
     models = []
-    for name in (arguments.dense, arguments.quantized):
-        config = load_config(name, arguments.trust_remote_code)
+    for name, config, wanted in zip(names, configs, (False, True)):
         model = load_model(name, config, arguments)
-        if bool(quantized_linears(model)) != (name == arguments.quantized):
+        if bool(quantized_linears(model)) != wanted:
             raise ValueError(
-                f"{name!r} is {'not ' if name == arguments.quantized else ''}quantized: "
+                f"{name!r} is {'not ' if wanted else ''}quantized: "
                 "give the original model first, then the quantized one."
             )
         models.append(model)
+    check_reference(models[1], models[0])
     rows = compare_decoders(
         *models,
         tokens=arguments.tokens,
@@ -92,10 +101,16 @@ def main(arguments: argparse.Namespace) -> int:
         "rounds": arguments.rounds,
     }
     if arguments.json:
-        print(json.dumps({**setting, "rows": [vars(row) for row in rows]}, indent=2))
+        print(
+            json.dumps({**setting, "rows": [_as_json(row) for row in rows]}, indent=2)
+        )
     else:
         print(_text(rows, setting))
     return 0
+
+
+def _as_json(row: Any) -> dict[str, Any]:
+    return {**vars(row), "ratio": row.ratio}
 
 
 def _text(rows: Any, setting: dict[str, Any]) -> str:
@@ -110,8 +125,13 @@ def _text(rows: Any, setting: dict[str, Any]) -> str:
         table.add_row(
             row.call,
             str(row.tokens),
-            f"{row.dense_ms:.2f}",
-            f"{row.quantized_ms:.2f}",
+            _milliseconds(row.dense_ms),
+            _milliseconds(row.quantized_ms),
             f"{row.ratio:.2f}",
         )
     return to_text(table)
+
+
+def _milliseconds(value: float) -> str:
+    """So many digits that their ratio is the one beside them."""
+    return f"{value:.1f}" if value >= 100 else f"{value:.4g}"

@@ -6,7 +6,6 @@
 """Which kernels run on this machine, found by asking those who choose them."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from torchao_masquant.cli.imports import NOT_INSTALLED, try_imports
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.kernels.cpu_build import (
     BuildError,
@@ -73,8 +73,9 @@ class Diagnosis:
         devices: name to what it is.
         cpu: engine, reason, compiler and cache.
         kernels: by device and scheme.
-        libraries: optional ones, and what each is for.
-        problems: what stands in the way of the fastest kernels; one sentence each.
+        libraries: optional ones: "yes", "no" or "fails", and what each is for.
+        problems: what stands in the way of the fastest kernels, and libraries that
+            cannot be imported; one sentence each.
     """
 
     versions: dict[str, str] = field(default_factory=dict)
@@ -97,10 +98,21 @@ def diagnose() -> Diagnosis:
     }
     _look_at_cpu(found)
     _look_at_gpus(found)
-    for module, purpose in _OPTIONAL.items():
-        there = importlib.util.find_spec(module) is not None
-        found.libraries[module] = f"{'yes' if there else 'no'} ({purpose})"
+    _look_at_libraries(found)
     return found
+
+
+def _look_at_libraries(found: Diagnosis) -> None:
+    for module, reason in try_imports(list(_OPTIONAL)).items():
+        purpose = _OPTIONAL[module]
+        answer = {"": "yes", NOT_INSTALLED: "no"}.get(reason, "fails")
+        found.libraries[module] = f"{answer} ({purpose})"
+        if answer == "fails":
+            found.problems.append(
+                f"{module}, for {purpose}, is installed but cannot be imported "
+                f"({reason}): install a release of it that fits torch "
+                f"{torch.__version__}, or uninstall it."
+            )
 
 
 def _look_at_cpu(found: Diagnosis) -> None:

@@ -16,7 +16,8 @@ __all__ = ["add_arguments", "main"]
 
 _EXAMPLES = """\
 The exit code is 1 where something stands in the way of the fast kernels of this
-machine, such as a missing compiler.
+machine, such as a missing compiler, or where a library is installed that cannot be
+imported.
 
 examples:
   masquant doctor

@@ -16,6 +16,8 @@ from torchao_masquant.cli.ending import UsageError
 if TYPE_CHECKING:
     import torch
 
+from torchao_masquant.cli.imports import failed_import
+
 __all__ = [
     "DIGITS",
     "MODEL_HELP",
@@ -152,6 +154,14 @@ def _explained(name: str) -> Iterator[None]:
             "folder of a model that is downloaded."
         ) from error
     except ImportError as error:
+        failed = failed_import(error)
+        if failed is not None:
+            library, reason = failed
+            raise ImportError(
+                f"{name!r} needs {library}, which is installed but cannot be imported "
+                f"({reason}): install a release of it that fits torch "
+                f"{torch.__version__}, or uninstall it."
+            ) from error
         # transformers' first sentence names what is missing; a page of advice follows.
         reason = " ".join(str(error).split()).split(". ")[0]
         raise ImportError(

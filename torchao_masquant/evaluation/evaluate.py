@@ -6,6 +6,8 @@
 """``evaluate``: how good a model is, and how far from its reference."""
 
 import contextlib
+import datetime
+from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Union
 
 import torch
@@ -36,7 +38,7 @@ from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router, router_of
 from torchao_masquant.wrappers import unwrapped
 
-__all__ = ["evaluate"]
+__all__ = ["check_reference", "evaluate"]
 
 _LABELS = "labels"
 _ALL = "all"
@@ -85,7 +87,7 @@ def evaluate(
     if reference is not None:
         # Its linears are watched, which a compiled one would not let happen.
         reference = unwrapped(reference)
-        _check_reference(model, reference)
+        check_reference(model, reference)
         if quantized:
             comparison = LinearComparison(reference, model)
     tasks = dataset if isinstance(dataset, Mapping) else {_ALL: dataset}
@@ -156,6 +158,8 @@ def evaluate(
         scheme=scheme_of(model),
         method=method_of(model),
         reference_weight_bytes=None if reference is None else weight_bytes(reference),
+        name=_name(model),
+        date=datetime.date.today().isoformat(),
         sqnr={}
         if comparison is None
         else {
@@ -163,6 +167,14 @@ def evaluate(
             for name, ratios in comparison.results.items()
         },
     )
+
+
+def _name(model: nn.Module) -> Optional[str]:
+    """The last part of the path of a folder; the whole of a name on the hub."""
+    path = getattr(model, "name_or_path", None)
+    if not isinstance(path, str) or not path:
+        return None
+    return Path(path).resolve().name if Path(path).is_dir() else path
 
 
 def _split(
@@ -184,8 +196,16 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return (sizes[0], *sorted(sizes[1:])) if len(sizes) == 3 else sizes
 
 
-def _check_reference(model: nn.Module, reference: nn.Module) -> None:
-    """Raise unless one is the other before quantization."""
+def check_reference(model: nn.Module, reference: nn.Module) -> None:
+    """Raise unless one can be the other before quantization.
+
+    Args:
+        model: quantized or not.
+        reference: of the same architecture, names and shapes.
+
+    Raises:
+        ValueError: says what differs.
+    """
     if quantized_linears(reference):
         raise ValueError(
             "the reference is quantized: give the model as it was before quantization."

@@ -125,11 +125,15 @@ class Evaluation(JSONRecord):
             "mixed" where they differ.
         method: "masquant" and so on, where the weights tell; None where they do not.
         reference_weight_bytes: as ``weight_bytes``, of the reference; None without.
+        name: of the model's folder, or on the hub; None where it came from neither.
+        date: of the evaluation, such as "2026-11-28"; None in files of before it was
+            kept.
         sqnr: quantized linear to modality to ratio; empty without a reference, or
             without quantized linears. A modality without tokens is left out.
     """
 
     FORMAT: ClassVar[str] = "torchao_masquant.evaluation.1"
+    ADDED: ClassVar[tuple[str, ...]] = ("name", "date")
 
     model: str
     modalities: tuple[str, ...]
@@ -141,6 +145,8 @@ class Evaluation(JSONRecord):
     scheme: Optional[str] = None
     method: Optional[str] = None
     reference_weight_bytes: Optional[int] = None
+    name: Optional[str] = None
+    date: Optional[str] = None
     sqnr: dict[str, dict[str, LinearSQNR]] = field(default_factory=dict)
 
     @property

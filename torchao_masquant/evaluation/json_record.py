@@ -32,6 +32,8 @@ class JSONRecord:
 
     #: names what the file holds, and its version
     FORMAT: ClassVar[str]
+    #: fields with a default that files of before they were there do not have
+    ADDED: ClassVar[tuple[str, ...]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as dicts, lists, strings, finite numbers, booleans and None."""
@@ -108,7 +110,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         make: Any = kind
         hints = get_type_hints(kind)
         names = {field.name for field in dataclasses.fields(kind)}
-        if not isinstance(data, dict) or set(data) != names:
+        added = set(getattr(kind, "ADDED", ()))
+        if not isinstance(data, dict) or not names - added <= set(data) <= names:
             raise ValueError(
                 f"{where} holds the fields {sorted(names)}, got "
                 f"{sorted(data) if isinstance(data, dict) else data!r}."

@@ -69,11 +69,14 @@ def scheme_of(model: nn.Module) -> Optional[str]:
 
 
 def method_of(model: nn.Module) -> Optional[str]:
-    """Method that a model's own config says it was quantized by, where it does.
+    """Method that a model was quantized by, where that is known and the same for all.
 
-    transformers keeps the torchao config of a quantized model there; quantize_() by
-    itself leaves no trace, and the weights of two methods can look alike.
+    transformers keeps what quantized a model on the model; the weights of two methods
+    can look alike.
     """
+    known = getattr(getattr(model, "hf_quantizer", None), "methods", None)
+    if known:
+        return known.pop() if len(known) == 1 else None
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
     method = getattr(getattr(quantization, "quant_type", None), "method", None)

@@ -93,6 +93,12 @@ class MASQuantHfQuantizer(HfQuantizer):
         checkpoint = self.quantization_config.checkpoint
         return {} if checkpoint is None else checkpoint.description
 
+    @property
+    def methods(self) -> set[str]:
+        """Methods that linears of the model were quantized by, as far as is known."""
+        now = {options.method for options in self.options.values()}
+        return now | {o["method"] for o in self._saved_options().values()}
+
     # Loading
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:

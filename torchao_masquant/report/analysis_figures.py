@@ -255,12 +255,11 @@ def effective_rank_figure(analysis: Analysis, modalities: Sequence[str]) -> Figu
     )
 
 
-def rank_figure(analysis: Analysis, modalities: Sequence[str]) -> Figure:
+def rank_figure(analysis: Analysis) -> Figure:
     """Output SQNR against the rank of the pair."""
     methods = list(analysis.sqnr_by_rank)
     panels = []
     for modality in analysis.modalities[1:]:
-        color = modality_look(modality, modalities).color
         series = []
         for method, curves in analysis.sqnr_by_rank.items():
             points = tuple(
@@ -272,7 +271,7 @@ def rank_figure(analysis: Analysis, modalities: Sequence[str]) -> Figure:
                 )
                 for rank, value in zip(analysis.ranks, curves.get(modality, ()))
             )
-            look = method_look(method, methods, color)
+            look = method_look(method, methods)
             series.append(Line(method_name(method), look, points))
         panels.append(
             Panel(

@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """What a figure shows, whether it is drawn as SVG for the page or as PNG."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Union
 
 __all__ = [
@@ -176,15 +176,12 @@ class Figure:
     def legend(self) -> "dict[str, tuple[str, Look]]":
         """Name to ("line", "band" or "columns", look), each once.
 
-        Where a name's colour differs between panels, the legend's is black.
+        A name looks the same in all panels.
         """
         found: dict[str, tuple[str, Look]] = {}
         for panel in self.panels:
             for name, kind, look in _entries(panel):
-                if name in found and found[name][1].color != look.color:
-                    look = replace(look, color="ink")
-                    found[name] = kind, look
-                elif name:
+                if name:
                     found.setdefault(name, (kind, look))
         return found
 

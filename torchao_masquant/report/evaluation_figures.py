@@ -10,7 +10,7 @@ from typing import Optional, Sequence
 from torchao_masquant.evaluation import Evaluation
 from torchao_masquant.evaluation.plotting import by_place
 from torchao_masquant.report.chart import Figure, Line, Panel, Point
-from torchao_masquant.report.palette import method_look, modality_look
+from torchao_masquant.report.palette import method_look
 from torchao_masquant.report.scale import share_y_range
 from torchao_masquant.report.wording import amount, method_name
 
@@ -18,13 +18,12 @@ __all__ = ["sqnr_figure"]
 
 
 def sqnr_figure(
-    evaluations: Sequence[tuple[str, Evaluation]], modalities: Sequence[str]
+    evaluations: Sequence[tuple[str, Evaluation]],
 ) -> Optional[Figure]:
     """Centred SQNR by layer, a panel for each scheme and modality.
 
     Args:
         evaluations: method and evaluation.
-        modalities: all of the page, which give the colours.
 
     Returns:
         None where no evaluation was made against a reference.
@@ -39,12 +38,11 @@ def sqnr_figure(
         row = []
         same = [(m, e) for m, e in found if e.scheme == scheme]
         for modality in dict.fromkeys(m for _, e in same for m in e.modalities):
-            color = modality_look(modality, modalities).color
             names = _columns(same)
             lines = tuple(
                 Line(
                     method_name(method),
-                    method_look(method, methods, color),
+                    method_look(method, methods),
                     _points(method, evaluation, modality, names),
                 )
                 # Ours last, so that it lies on top.

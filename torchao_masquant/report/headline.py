@@ -8,6 +8,7 @@
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
+from torchao_masquant.report.facts import facts
 from torchao_masquant.report.recipe_bytes import LayerBytes, recipe_bytes
 from torchao_masquant.report.rows import Row, Rows
 from torchao_masquant.report.sources import Sources
@@ -48,11 +49,13 @@ class Headline:
         title: heading of the page.
         subtitle: model, scheme and method in words.
         scheme, method: of the model that the numbers are for; "" where none is.
+        facts: what the page is about: what was measured, on what and when.
         numbers: memory, and accuracy on each task.
     """
 
     title: str
     subtitle: str
+    facts: tuple[tuple[str, str], ...]
     scheme: str
     method: str
     numbers: tuple[Number, ...]
@@ -106,6 +109,7 @@ def headline(
     return Headline(
         title=title or model or "Quantization report",
         subtitle=" · ".join(([model] if title and model else []) + named),
+        facts=facts(sources),
         scheme=scheme,
         method=method,
         numbers=tuple(numbers),
@@ -157,12 +161,14 @@ def _memory(row: Row, dense: Optional[Row]) -> Number:
 
 def _accuracy(row: Row, dense: Optional[Row], task: str) -> Number:
     value = row.accuracy[task]
+    count = row.examples.get(task)
+    label = f"{task}, right answers" + (f" of {count}" if count else "")
     if dense is None or task not in dense.accuracy:
-        return Number(f"{task}, right answers", percent(value))
+        return Number(label, percent(value))
     before = dense.accuracy[task]
     return Number(
-        f"{task}, right answers",
+        label,
         percent(value),
-        f"dense {percent(before)}, {points(value - before)} points",
+        f"dense {percent(before)}, {points(value - before)}",
         tone="bad" if fell(value, before) else "",
     )

@@ -64,7 +64,7 @@ def compensation_section(analysis: Analysis, modalities: Sequence[str]) -> Secti
         "difference.",
         (
             effective_rank_figure(analysis, modalities),
-            rank_figure(analysis, modalities),
+            rank_figure(analysis),
         ),
     )
 
@@ -89,7 +89,7 @@ def layer_section(
         "layers",
         "Layer by layer",
         "The quantized model's linears on the dense model's inputs.",
-        (sqnr_figure(evaluations, modalities),),
+        (sqnr_figure(evaluations),),
         tuple(_weakest(m, e) for m, e in chosen[:1]),
     )
 

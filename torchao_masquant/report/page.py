@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """The page: what it shows, and its file."""
 
+import datetime
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from torchao_masquant.report.recipe_section import recipe_section
 from torchao_masquant.report.result_rows import rows_of_results
 from torchao_masquant.report.rows import Rows, rows_of_evaluations
 from torchao_masquant.report.section import Section
-from torchao_masquant.report.sources import Sources
+from torchao_masquant.report.sources import UNNAMED, Sources
 from torchao_masquant.report.svg import MARKERS, place
 from torchao_masquant.schemes import SCHEMES
 
@@ -108,7 +109,7 @@ def write_report(
 def _named(evaluations: Evaluations) -> tuple[tuple[str, Evaluation], ...]:
     if isinstance(evaluations, Mapping):
         return tuple((e.method or name, e) for name, e in evaluations.items())
-    return tuple((e.method or "method not named", e) for e in evaluations)
+    return tuple((e.method or UNNAMED, e) for e in evaluations)
 
 
 def write_page(
@@ -140,6 +141,7 @@ def write_page(
         sections=sections,
         missing=missing,
         made_from=_made_from(sources),
+        made_on=datetime.date.today().isoformat(),
         modalities=[(m, modality_look(m, modalities)) for m in modalities],
         colors=palette,
         markers=MARKERS,

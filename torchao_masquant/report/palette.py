@@ -77,19 +77,15 @@ def modality_look(
     return Look(f"m{list(_ON_DARK).index(style.color)}", style.marker, dash)
 
 
-def method_look(method: str, methods: Sequence[str], color: str = INK) -> Look:
-    """The look of a method: ours in colour, what it is compared with in grey.
+def method_look(method: str, methods: Sequence[str]) -> Look:
+    """The look of a method: ours in ink, what it is compared with in grey.
 
     Args:
         method: whose.
         methods: all that occur, for the markers of those unknown here.
-        color: of ours.
     """
     if method in _METHODS:
-        look = _METHODS[method]
-        return Look(
-            color if look.color == INK else MUTED, look.marker, look.dash, look.width
-        )
+        return _METHODS[method]
     unknown = [m for m in methods if m not in _METHODS]
     place = unknown.index(method) if method in unknown else 0
     return Look(MUTED, _OTHER_MARKERS[place % len(_OTHER_MARKERS)], "dashed")

@@ -77,7 +77,7 @@ def _accuracy(row: Row, dense: Optional[Row], task: str) -> Cell:
         return Cell(text)
     before = dense.accuracy[task]
     tone = "bad" if fell(value, before) else ""
-    return Cell(text, tone, f"{points(value - before)} points")
+    return Cell(text, tone, points(value - before))
 
 
 def _memory(row: Row) -> Cell:

@@ -34,6 +34,7 @@ class Row:
         kl: task or modality to mean KL(dense || quantized), in nats.
         deviation: task to the standard deviation of the accuracy over the seeds; empty
             for one seed.
+        examples: task to how many were asked; empty where not known.
         rank: of the pairs, in words; "" where it is the same for all rows.
         drawn: whether figures show it; tables show all.
     """
@@ -46,6 +47,7 @@ class Row:
     sqnr: dict[str, float] = field(default_factory=dict)
     kl: dict[str, float] = field(default_factory=dict)
     deviation: dict[str, float] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
     rank: str = ""
     drawn: bool = True
 
@@ -130,6 +132,7 @@ def _row(method: str, evaluation: Evaluation) -> Row:
         weight_bytes=evaluation.weight_bytes,
         sqnr={m: value for m, value in sqnr.items() if not math.isnan(value)},
         kl={task: s.kl for task, s in tasks.items() if s.kl is not None},
+        examples={task: score.examples for task, score in tasks.items()},
     )
 
 

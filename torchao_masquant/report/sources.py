@@ -14,9 +14,20 @@ from typing import Any, Optional, Sequence, TypeVar, Union
 from torchao_masquant.evaluation import Analysis, Evaluation
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.report.result_rows import rows_of_results
-from torchao_masquant.schemes import SCHEMES
+from torchao_masquant.solver.methods import METHODS
 
-__all__ = ["ANALYSIS", "EVALUATIONS", "RECIPE", "RESULTS", "Sources", "read_sources"]
+__all__ = [
+    "ANALYSIS",
+    "EVALUATIONS",
+    "RECIPE",
+    "RESULTS",
+    "UNNAMED",
+    "Sources",
+    "read_sources",
+]
+
+#: what an evaluation is called whose method nobody knows
+UNNAMED = "method not named"
 
 _Found = TypeVar("_Found")
 
@@ -127,16 +138,16 @@ def _sentence(error: Exception) -> str:
 
 
 def _method(path: Path, evaluation: Evaluation) -> str:
-    """The method as the evaluation tells it, else as its file is named.
-
-    quantize_() leaves no trace of the method, so that an evaluation often cannot tell:
-    evaluation-w4a8-smoothquant.json does.
+    """The method as the evaluation tells it, else one of ours that its file's name ends
+    with, as in evaluation-w4a8-smoothquant.json.
     """
     if evaluation.method is not None:
         return evaluation.method
-    rest = path.stem.removeprefix("evaluation").strip("-_. ")
-    for scheme in sorted({evaluation.scheme or "", *SCHEMES}, key=len, reverse=True):
-        if scheme and rest.startswith(scheme):
-            rest = rest.removeprefix(scheme).strip("-_. ")
-            break
-    return rest or "method not named"
+    # The longest first: "masquant-paper" ends with no other, and others may.
+    known = sorted(METHODS, key=len, reverse=True)
+    return next((m for m in known if _ends_with(path.stem, m)), UNNAMED)
+
+
+def _ends_with(stem: str, method: str) -> bool:
+    before = stem.removesuffix(method)
+    return before != stem and not before[-1:].isalnum()

@@ -51,11 +51,11 @@ def percent(share: Optional[float], pattern: str = ".1f") -> str:
 
 
 def points(share: Optional[float]) -> str:
-    """A difference of shares in points of a hundred, signed: 0.01 as "+1.0"."""
+    """A difference of shares in points of a hundred: 0.01 as "+1.0 points"."""
     if share is None or math.isnan(share):
         return MISSING
     text = amount(100 * share, "+.1f")
-    return "±0.0" if text[1:] == "0.0" else text
+    return "unchanged" if text[1:] == "0.0" else f"{text} points"
 
 
 def byte_size(count: Optional[float]) -> str:
