@@ -14,6 +14,7 @@ behind the last one, and rows that other code has made are made again.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Optional, Sequence
@@ -23,6 +24,9 @@ from real.llm import gguf_file
 from real.methods import MAIN, METHODS, SCHEMES
 from real.page import table, with_table
 from real.rows import Results, Size, run
+
+#: Of SmolLM2.
+LAYERS = 30
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -64,11 +68,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             parser.error(f"--{name} must be 2 to {most}, got {value}.")
     if arguments.json and not arguments.json.parent.is_dir():
         parser.error(f"there is no folder {arguments.json.parent} to write to.")
+    if arguments.layers is not None and not 1 <= arguments.layers <= LAYERS:
+        parser.error(f"--layers must be 1 to {LAYERS}, got {arguments.layers}.")
     if arguments.page and not arguments.page.is_file():
         parser.error(f"there is no page {arguments.page} to put the table into.")
-    results = Results(arguments.json)
     try:
+        results = Results(arguments.json)
         results.check(size)
+        if arguments.page:
+            # Refused now, and not behind the last row.
+            with_table(arguments.page.read_text(), [])
+    except json.JSONDecodeError as error:
+        parser.error(f"{arguments.json} is no JSON file with rows: {error}.")
     except ValueError as error:
         parser.error(str(error))
     schemes, methods = arguments.schemes or SCHEMES, arguments.methods or MAIN

