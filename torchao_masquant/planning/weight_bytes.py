@@ -11,7 +11,7 @@ from typing import Optional
 from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.methods import SolverOptions
-from torchao_masquant.solver.ranks import average_rank
+from torchao_masquant.solver.ranks import average_share
 
 __all__ = ["Compensation", "weight_bytes"]
 
@@ -48,7 +48,7 @@ class Compensation:
         parts = options.parts
         return cls(
             modalities=modalities if parts.per_modality else 1,
-            rank=average_rank(options),
+            rank=average_share(options),
             low_rank_bits=options.low_rank_bits,
             shift=parts.shift,
             bias=parts.centered,

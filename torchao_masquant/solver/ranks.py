@@ -20,16 +20,20 @@ from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.threads import threads_for
 
-__all__ = ["AUTO_SHARE", "allocate", "average_rank", "spend_ranks"]
+__all__ = ["AUTO_SHARE", "allocate", "average_rank", "average_share", "spend_ranks"]
 
 #: Of ``min(N, K)``: the rank everywhere whose bytes ``rank="auto"`` spends.
 AUTO_SHARE = 0.05
 
 
+def average_share(options: SolverOptions) -> "int | float":
+    """The uniform rank, or share of ``min(N, K)``, that takes as many bytes."""
+    return AUTO_SHARE if options.rank == AUTO else options.uniform_rank
+
+
 def average_rank(options: SolverOptions, n: int, k: int) -> int:
     """Of the pair of an (N, K) weight, where a uniform rank takes as many bytes."""
-    share = AUTO_SHARE if options.rank == AUTO else options.uniform_rank
-    return options.rank_of(share, n, k)
+    return options.rank_of(average_share(options), n, k)
 
 
 def spend_ranks(
