@@ -258,6 +258,11 @@ IMAGES = {
         WHICH,
         ["left<end>\n"],
     ),
+    "a text that points at its image": (
+        {"image": "a.png", "text": "<image>\nWhich half?"},
+        chat("[image]Which half?") + "<start>assistant: ",
+        ["<start>user: ", "Which half?<end>\n<start>assistant: "],
+    ),
     "Anthropic's source": (
         [
             user(

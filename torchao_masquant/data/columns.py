@@ -127,13 +127,19 @@ class Columns:
         self._names = {_plain(name): name for name in reversed(list(row))}
         self._read: set[str] = set()
 
-    def find(self, names: Iterable[str], keep_empty: bool = False) -> Optional[str]:
-        """The first of these names that the row has something under, as it writes it."""
+    def find(
+        self, names: Iterable[str], keep_empty: bool = False, unread: bool = False
+    ) -> Optional[str]:
+        """The first of these names that the row has something under, as it writes it.
+
+        With ``unread``, something that was not read yet.
+        """
         for name in names:
-            if name in self._names and not _is_nothing(
-                self.row[self._names[name]], keep_empty
-            ):
-                return self._names[name]
+            written = self._names.get(name)
+            if written is None or (unread and written in self._read):
+                continue
+            if not _is_nothing(self.row[written], keep_empty):
+                return written
         return None
 
     def get(self, names: Iterable[str], keep_empty: bool = False) -> Any:

@@ -73,8 +73,11 @@ def question_of(
         # The whole of a conversation, its question again included.
         return answer
     text = columns.find(("text",))
-    if question is None and answer is not None and text is not None:
-        question = _text(columns.take(text), text, where)
+    if question is None and text is not None:
+        # What points at a medium is asked about it; what is answered, too.
+        points = any(f"<{kind}>" in str(columns.row[text]) for kind in kinds)
+        if answer is not None or points:
+            question = _text(columns.take(text), text, where)
     said = None
     if kinds and answer is None and columns.find(_NO_CAPTION_ANSWERS) is None:
         said, answer = _caption(columns, where, notices)
@@ -106,7 +109,7 @@ def _caption(
     columns: Columns, where: str, notices: Notices
 ) -> tuple[Optional[str], Optional[str]]:
     """The column of what is said of a medium, and what it says."""
-    name = columns.find(CAPTIONS)
+    name = columns.find(CAPTIONS, unread=True)
     names = columns.numbered("caption") if name is None else [name]
     if not names:
         return None, None
