@@ -88,7 +88,9 @@ def test_each_step_follows_the_one_before(
     told = printed(capsys, "bench", model, out, "--eager", "--rounds", 1, "--tokens", 8)
     calls = [row["call"] for row in told["rows"]]
     assert calls == ["prefill, base", "prefill, mixed", "decode"]
-    assert all(row["dense_ms"] > 0 and row["quantized_ms"] > 0 for row in told["rows"])
+    for row in told["rows"]:
+        assert row["dense_ms"] > 0 and row["quantized_ms"] > 0
+        assert row["ratio"] == row["dense_ms"] / row["quantized_ms"]
 
 
 def test_a_model_that_reads_needs_no_data_of_its_own(tmp_path, capsys):

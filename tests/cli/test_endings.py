@@ -7,6 +7,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,20 @@ def test_what_is_quantized_is_not_quantized_again(vision, tmp_path, capsys):
     assert "is quantized already" in said
     said = refused(capsys, "bench", out, vision)
     assert "give the original model first" in said
+
+
+def test_bench_refuses_a_model_that_is_not_the_original(vision, tmp_path, capsys):
+    out = tmp_path / "q"
+    assert run("quantize", vision, "--rtn", "w8a8", "-o", out) == 0
+    other = model_folders.text_model(tmp_path / "text")
+    said = refused(capsys, "bench", other, out)
+    assert "a 'qwen2' model" in said and "the same model quantized" in said
+    # Of the same kind, with a layer less.
+    less = shutil.copytree(vision, tmp_path / "less")
+    config = json.loads((less / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1
+    (less / "config.json").write_text(json.dumps(config))
+    assert "of another architecture" in refused(capsys, "bench", less, out)
 
 
 # Broken checkpoints and recipes

@@ -40,7 +40,11 @@ def recipe(samples):
 def test_round_trip_is_exact(method, samples, tmp_path):
     model = digits.load_model("outliers")
     recipe = calibrate(
-        model, samples, method=method, include="*language*.3.mlp.*", progress=False
+        model,
+        samples,
+        method=method,
+        include=r"re:model\.(language_model\.)?layers\.3\.mlp\..*",
+        progress=False,
     )
     path = tmp_path / "recipe.safetensors"
     recipe.save(path)

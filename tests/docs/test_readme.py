@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
+from packaging.version import Version
 
 from torchao_masquant.__main__ import main
 
@@ -42,6 +44,11 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     # Where tests before this one compiled a class more often than Dynamo's limit allows,
     # Dynamo compiles it no more in this process.
     torch._dynamo.reset()
+    if Version(torch.__version__) < Version("2.13"):
+        if page.name == "deploy_with_aotinductor.md":
+            pytest.skip("torch.export finds no bounds for the cache before 2.13")
+        # As the README says.
+        monkeypatch.setattr(torch._inductor.config, "assert_indirect_indexing", False)
     scope: dict[str, object] = {"__name__": "readme"}
     for block in blocks:
         language, source = block.groups()

@@ -6,6 +6,8 @@
 """``evaluate`` against sums written out here."""
 
 import copy
+import dataclasses
+import datetime
 import math
 from types import SimpleNamespace
 
@@ -14,9 +16,11 @@ import pytest
 import tiny_models
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from torchao_masquant import Evaluation, evaluate, token_modalities
 from torchao_masquant.evaluation import linear_sqnr
+from torchao_masquant.evaluation.weights import method_of
 from torchao_masquant.testing import digits
 
 VOCABULARY, IMAGE, SOUND = 11, 3, 4
@@ -411,6 +415,24 @@ def test_the_method_is_read_from_the_config():
         quant_type=SimpleNamespace(method="masquant")
     )
     assert evaluate(model, [_sample([[1, 2]])], progress=False).method == "masquant"
+
+
+def test_the_method_is_known_before_and_after_a_folder(tmp_path):
+    model = tiny_models.quantized(tiny_models.qwen25_vl(), method="smoothquant")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert method_of(model) == method_of(again) == "smoothquant"
+
+
+def test_a_file_of_before_name_and_date_is_read(tmp_path):
+    found = evaluate(Table(0), [_sample([[1, 2]])], progress=False)
+    assert found.date == datetime.date.today().isoformat()
+    data = found.to_json()
+    old = {k: v for k, v in data.items() if k not in ("name", "date")}
+    assert Evaluation.from_json(old) == dataclasses.replace(found, name=None, date=None)
+    del old["tasks"]
+    with pytest.raises(ValueError, match="Evaluation holds the fields"):
+        Evaluation.from_json(old)
 
 
 def test_the_digits_model_scores_as_its_own_evaluation_says():
