@@ -42,7 +42,8 @@ class Reclassed(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Its class is made at run time, so that pickle would not find it.
-        make, arguments, *state = super().__reduce_ex__(max(2, int(protocol)))
+        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
+        make, arguments, *state = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             kind = type(self).__mro__[1]
             make, arguments = _remade, (kind, self.original_class)
@@ -55,21 +56,22 @@ def _remade(kind: type, original: type) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=None)
-def _class_of(kind: type[Reclassed], original: type) -> type:
+def _class_of(kind: Any, original: Any) -> type:
     """A class that is both."""
     members = {**kind.members(original), "original_class": original}
     return type(members.pop("__name__"), (kind, original), members)
 
 
-def become(module: nn.Module, kind: type[Reclassed]) -> None:
+def become(module: nn.Module, kind: type) -> None:
     """Turn a module into one that is of a kind, too, in place.
 
     Args:
         module: of any class; a kind that it was turned into before is left behind.
-        kind: what to turn it into.
+        kind: what to turn it into, a subclass of :class:`Reclassed`.
     """
     become_original(module)
-    change_class(module, _class_of(kind, type(module)))
+    original: type = type(module)
+    change_class(module, _class_of(kind, original))
 
 
 def become_original(module: nn.Module) -> None:
