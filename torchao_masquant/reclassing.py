@@ -42,7 +42,8 @@ class Reclassed(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Its class is made at run time, so that pickle would not find it.
-        make, arguments, *state = super().__reduce_ex__(max(2, int(protocol)))
+        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
+        make, arguments, *state = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             kind = type(self).__mro__[1]
             make, arguments = _remade, (kind, self.original_class)
@@ -55,21 +56,22 @@ def _remade(kind: type, original: type) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=None)
-def _class_of(kind: type[Reclassed], original: type) -> type:
+def _class_of(kind: Any, original: Any) -> type:
     """A class that is both."""
     members = {**kind.members(original), "original_class": original}
     return type(members.pop("__name__"), (kind, original), members)
 
 
-def become(module: nn.Module, kind: type[Reclassed]) -> None:
+def become(module: nn.Module, kind: type) -> None:
     """Turn a module into one that is of a kind, too, in place.
 
     Args:
         module: of any class; a kind that it was turned into before is left behind.
-        kind: what to turn it into.
+        kind: what to turn it into, a subclass of :class:`Reclassed`.
     """
     become_original(module)
-    change_class(module, _class_of(kind, type(module)))
+    original: type = type(module)
+    change_class(module, _class_of(kind, original))
 
 
 def become_original(module: nn.Module) -> None:
@@ -84,47 +86,76 @@ def change_class(module: nn.Module, cls: type) -> None:
     Methods of the module's old class that are bound to it and held by its instance
     become those of the new class: in attributes (accelerate's ``_old_forward``), in what
     a function or a callable closes over, wraps or has as arguments. What calls them
-    stays, and whoever takes it off puts the right one back.
+    stays, and whoever takes it off puts the right one back. The function of the old
+    class, which others may hold as well, becomes one that asks its module's class.
     """
-    successors = {
-        c.__dict__[name]: getattr(cls, name)
+    old = {
+        c.__dict__[name]: name
         for c in type(module).__mro__
-        for name in ("forward", "generate")
+        for name in _OF_INSTANCES
         if name in c.__dict__ and hasattr(cls, name)
     }
+    before = type(module)
     module.__class__ = cls
-    for held, replace in _held_by(module):
-        successor = successors.get(held.__func__)
-        if held.__self__ is module and successor is not None:
-            replace(MethodType(successor, module))
+    of_classes = {
+        id(value)
+        for c in (*type(module).__mro__, *before.__mro__)
+        for value in vars(c).values()
+    }
+    for held, replace in _held_by(module, of_classes):
+        if not isinstance(held, MethodType):
+            if held in old:
+                replace(_OF_INSTANCES[old[held]])
+        elif held.__self__ is module and held.__func__ in old:
+            replace(MethodType(getattr(cls, old[held.__func__]), module))
 
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(self).generate(self, *args, **kwargs)
+
+
+# What is put on instances, and what calls that of a module's class, whichever it has.
+_OF_INSTANCES = {"forward": _forward, "generate": _generate}
 
 Place = tuple[Any, Callable[[Any], None]]
 
 
-def _held_by(module: nn.Module) -> Iterator[tuple[MethodType, Callable[[Any], None]]]:
-    """Bound methods that a module's instance holds, however deep, and their places."""
+def _held_by(module: nn.Module, of_classes: set[int]) -> Iterator[Place]:
+    """Methods and functions that a module's instance holds, however deep.
+
+    Args:
+        module: whose ``__dict__`` is searched.
+        of_classes: ``id`` of what is in its classes, which is no instance's.
+    """
     seen: set[int] = set()
     waiting = [place for place in _items(module.__dict__) if callable(place[0])]
     while waiting:
         value, replace = waiting.pop()
-        if id(value) in seen and not isinstance(value, MethodType):
-            continue
+        known = id(value) in seen or id(value) in of_classes
         seen.add(id(value))
+        if known and not isinstance(value, (MethodType, FunctionType)):
+            continue
+        if isinstance(value, FunctionType):
+            yield value, replace
         if isinstance(value, MethodType):
             yield value, replace
-            waiting.append((value.__func__, _nowhere))
-            if value.__self__ is not module:
+            waiting.append((value.__func__, _kept))
+            if value.__self__ is not module and id(value.__self__) not in seen:
+                seen.add(id(value.__self__))
                 waiting += _items(getattr(value.__self__, "__dict__", {}))
         elif isinstance(value, dict):
             waiting += _items(value)
         # Modules look after what is theirs; a class is not one instance's.
-        elif callable(value) and not isinstance(value, (type, nn.Module)):
+        elif callable(value) and not isinstance(value, (type, nn.Module)) and not known:
             waiting += _places_in(value)
 
 
-def _nowhere(value: Any) -> None:
-    raise AssertionError("a method's own function is no bound method")
+def _kept(value: Any) -> None:
+    """Leave a method its function: it is bound anew as a whole."""
 
 
 def _items(values: dict[Any, Any]) -> Iterator[Place]:

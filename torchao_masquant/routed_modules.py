@@ -162,8 +162,8 @@ def add_router(model: nn.Module, router: "Router") -> None:
             continue
         if not isinstance(module, RoutedModule):
             become(module, RoutedModule)
+            assert isinstance(module, RoutedModule)
             module.modality_routers = []
-        assert isinstance(module, RoutedModule)
         if router not in [known for known, _ in module.modality_routers]:
             module.modality_routers.append((router, depth))
         depth += 1

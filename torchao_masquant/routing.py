@@ -231,7 +231,7 @@ class Router:
             call.known, call.declared = True, False
         else:
             prompt = self._prompt_of(embeds) if call.depth is None else None
-            if prompt is not None:
+            if embeds is not None and prompt is not None:
                 call.block = (call.ids,) if call.declared else None
                 call.ids = prompt.ids_for(embeds)
                 call.known, call.declared = True, False

@@ -5,6 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """What stands around a model and is none of its parts."""
 
+from typing import Any
+
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -16,10 +18,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Its names are those that it has by itself, and it has a config.
     """
+    inner: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, (DataParallel, DistributedDataParallel)):
+            inner = inner.module
         else:
-            return model
+            return inner

@@ -112,6 +112,16 @@ class Patches:
 
         return forward
 
+    def function(self, module, old):
+        """As Accelerator.prepare: the function of the class, called with the module."""
+        function = old.__func__
+
+        def forward(itself, *args, **kwargs):
+            self.called.add(itself)
+            return function(itself, *args, **kwargs)
+
+        return types.MethodType(forward, module)
+
     def by_its_class(self, module, old):
         def forward(*args, **kwargs):
             self.called.add(module)
@@ -132,6 +142,7 @@ class _Noting(ModelHook):
 class _Around:
     def __init__(self, called, module, old):
         self.called, self.module, self.old = called, module, old
+        self.itself = self.call
 
     def call(self, *args, **kwargs):
         self.called.add(self.module)
@@ -146,6 +157,7 @@ KINDS = [
     "method",
     "of_an_object",
     "table",
+    "function",
     "by_its_class",
 ]
 
@@ -311,6 +323,36 @@ def test_accelerate_unwraps_a_routed_model(vl, keep):
         assert extract_model_from_parallel(vl, keep_fp32_wrapper=keep) is vl
         vl(**DATA[0])
         assert not router(vl).call.known
+
+
+def test_accelerate_unwraps_what_it_prepared_before(vl_recipe):
+    wanted = quantized(qwen25_vl(), vl_recipe)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare_model(qwen25_vl(), evaluation_mode=True)
+    quantized(model, vl_recipe)
+    with torch.no_grad():
+        assert model(**DATA[0]).logits.dtype == torch.float32
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        assert torch.equal(model(**DATA[0])[0], wanted(**DATA[0])[0])
+
+
+def test_a_function_that_many_share():
+    """Only one of two linears is quantized; both call the one function they had."""
+    shared = nn.Linear.forward
+
+    def forward(self, x):
+        return shared(self, x)
+
+    model = qwen25_vl()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = types.MethodType(forward, module)
+    with torch.no_grad():
+        dense = model(**DATA[0]).logits
+        recipe = recipe_of(model, include="*.layers.0.mlp.up_proj", **OPTIONS)
+        assert torch.equal(model(**DATA[0]).logits, dense)
+        quantize_(model, masquant_config(recipe))
+        assert not torch.equal(model(**DATA[0]).logits, dense)
 
 
 def test_a_forward_of_a_bare_function(vl_recipe):

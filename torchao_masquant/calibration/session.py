@@ -143,7 +143,10 @@ class CalibrationSession:
     @property
     def layers(self) -> dict[str, Union[nn.Linear, ExpertWeight]]:
         """Linears and experts, by name, but for those that are left out."""
-        layers = {**self.linears, **self.experts}
+        layers: dict[str, Union[nn.Linear, ExpertWeight]] = {
+            **self.linears,
+            **self.experts,
+        }
         return {n: layer for n, layer in layers.items() if n not in self.not_matched}
 
     @property
