@@ -59,7 +59,8 @@ def attach_to_transformers(
 
 
 def _method_of(quantizer: Any) -> str:
-    method = quantizer.quantization_config.quant_method
+    config = getattr(quantizer, "quantization_config", None)
+    method = getattr(config, "quant_method", type(quantizer).__name__)
     return str(getattr(method, "value", method))
 
 
