@@ -70,8 +70,7 @@ def token_reader(model: nn.Module) -> nn.Module:
     parts = {
         name: part
         for name, part in model.named_children()
-        if _is_of_model(own := _config_of(part))
-        and own.get_text_config() is text
+        if _is_of_model(own := _config_of(part)) and own.get_text_config() is text
     }
     if len(parts) != 1:
         raise ValueError(

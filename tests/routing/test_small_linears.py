@@ -99,10 +99,13 @@ def test_a_large_rank_that_was_asked_for_leaves_nothing_out():
     assert len(select(model, options=options, modalities=2).linears) == 7
 
 
-def test_a_decoder_of_nothing_else_is_told():
-    model = nn.Sequential(nn.Linear(64, 1))
-    with pytest.raises(ValueError, match=r"nothing but 1 linear .* 0 \(1 x 64\).*incl"):
-        select(model, options=SolverOptions(), modalities=2)
+def test_a_toy_is_taken_whole(caplog):
+    """Where the small ones are much of the model, it is a trial and not to be shrunk."""
+    for others in ((), (nn.Linear(64, 2),)):
+        model = nn.Sequential(nn.Linear(64, 1), *others)
+        found = select(model, options=SolverOptions(), modalities=2).linears
+        assert len(found) == len(model)
+    assert not caplog.records
 
 
 def test_torchaos_steps_leave_them_out_too():
