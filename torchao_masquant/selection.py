@@ -204,6 +204,17 @@ def select(
         if id(m) in inside & usual
         and not any(fnmatch.fnmatchcase(n, p) for p in family.high_precision)
     ]
+    if include is None:
+        special = [n for n in default if n in linears and _is_special(linears[n])]
+        default = [n for n in default if n not in special]
+        if special:
+            _LOGGER.warning(
+                "left out %d linears of a class of their own, %s (%s) the first, which "
+                "computes more than a product.",
+                len(special),
+                special[0],
+                type(linears[special[0]]).__name__,
+            )
     if include is None and options is not None:
         candidates = {n: linears[n] for n in default if n in linears}
         small = _growing(candidates, options, modalities)
@@ -239,6 +250,11 @@ def select(
         {name: linears[name] for name in names if name in linears},
         {name: experts[name] for name in names if name in experts},
     )
+
+
+def _is_special(linear: nn.Linear) -> bool:
+    """Whether a model of transformers has a class of its own for it, as for routers."""
+    return type(linear).__module__.startswith("transformers.models.")
 
 
 def _values(linears: Mapping[str, nn.Linear]) -> int:
