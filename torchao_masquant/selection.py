@@ -39,6 +39,9 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
+# Of a decoder's weights that are left out for being small.
+_LARGEST_SHARE = 0.25
+
 Patterns = Optional[Union[str, Sequence[str]]]
 
 
@@ -174,8 +177,8 @@ def select(
         include: patterns of full names, in place of the default choice.
         exclude: patterns of full names to leave out.
         options: of the solution: linears that it would not make smaller (gates of a few
-            rows) are left out of the default choice, and named in a warning. None: all
-            stay.
+            rows) are left out of the default choice, with a warning, unless they are a
+            quarter of the weights or more. None: all stay.
         modalities: that the solution is for.
         done: modules that an unfinished call has been through: they are chosen as all
             others are, and then left out, whatever has become of them.
@@ -207,11 +210,24 @@ def select(
         if id(m) in inside & usual
         and not any(fnmatch.fnmatchcase(n, p) for p in family.high_precision)
     ]
+    if include is None:
+        special = [n for n in default if n in linears and _is_special(linears[n])]
+        default = [n for n in default if n not in special]
+        if special:
+            _LOGGER.warning(
+                "left out %d linears of a class of their own, %s (%s) the first, which "
+                "computes more than a product.",
+                len(special),
+                special[0],
+                type(linears[special[0]]).__name__,
+            )
     if include is None and options is not None:
         candidates = {n: linears[n] for n in default if n in linears}
         small = _growing(candidates, options, modalities)
-        default = [n for n in default if n not in small]
-        _tell_of_small(small, bool(default))
+        # Where they are much of a model it is a toy, whose bytes nobody counts.
+        if _values(small) < _LARGEST_SHARE * _values(candidates):
+            default = [n for n in default if n not in small]
+            _tell_of_small(small)
     names = match_names(list(modules), include, exclude, default)
     for name in names:
         module = modules[name]
@@ -245,6 +261,15 @@ def select(
     )
 
 
+def _is_special(linear: nn.Linear) -> bool:
+    """Whether a model of transformers has a class of its own for it, as for routers."""
+    return type(linear).__module__.startswith("transformers.models.")
+
+
+def _values(linears: Mapping[str, nn.Linear]) -> int:
+    return sum(linear.weight.numel() for linear in linears.values())
+
+
 def _growing(
     linears: Mapping[str, nn.Linear], options: SolverOptions, modalities: int
 ) -> dict[str, nn.Linear]:
@@ -270,20 +295,18 @@ def _growing(
     }
 
 
-def _tell_of_small(small: Mapping[str, nn.Linear], others: bool) -> None:
-    if not small:
-        return
-    name, linear = next(iter(small.items()))
-    what = (
-        f"{len(small)} linear{'s' if len(small) > 1 else ''} that quantizing would not "
-        f"make smaller, {name} ({linear.out_features} x {linear.in_features}) the first"
-    )
-    if not others:
-        raise ValueError(
-            f"the decoder has nothing but {what}: name with include what is to be "
-            "quantized all the same."
+def _tell_of_small(small: Mapping[str, nn.Linear]) -> None:
+    if small:
+        name, linear = next(iter(small.items()))
+        _LOGGER.warning(
+            "left out %d linear%s that quantizing would not make smaller, %s (%d x %d) "
+            "the first: include takes them all the same.",
+            len(small),
+            "s" if len(small) > 1 else "",
+            name,
+            linear.out_features,
+            linear.in_features,
         )
-    _LOGGER.warning("left out %s: include takes them all the same.", what)
 
 
 def _check_plain_experts(name: str, weight: ExpertWeight) -> None:

@@ -577,7 +577,7 @@ def test_what_cannot_be_saved(tmp_path, model):
     dense.hf_quantizer = model.hf_quantizer
     with pytest.raises(ValueError, match="has no quantized linear to save"):
         dense.save_pretrained(tmp_path / "x")
-    assert not (tmp_path / "x" / MODEL).exists()
+    assert not (tmp_path / "x").exists()
 
 
 def test_errors_of_a_header_name_the_file_and_the_cause(tmp_path):

@@ -10,6 +10,7 @@ import logging
 import pytest
 import tiny_models
 import torch
+import transformers
 from torch import nn
 from torchao.quantization import quantize_
 
@@ -99,10 +100,13 @@ def test_a_large_rank_that_was_asked_for_leaves_nothing_out():
     assert len(select(model, options=options, modalities=2).linears) == 7
 
 
-def test_a_decoder_of_nothing_else_is_told():
-    model = nn.Sequential(nn.Linear(64, 1))
-    with pytest.raises(ValueError, match=r"nothing but 1 linear .* 0 \(1 x 64\).*incl"):
-        select(model, options=SolverOptions(), modalities=2)
+def test_a_toy_is_taken_whole(caplog):
+    """Where the small ones are much of the model, it is a trial and not to be shrunk."""
+    for others in ((), (nn.Linear(64, 2),)):
+        model = nn.Sequential(nn.Linear(64, 1), *others)
+        found = select(model, options=SolverOptions(), modalities=2).linears
+        assert len(found) == len(model)
+    assert not caplog.records
 
 
 def test_torchaos_steps_leave_them_out_too():
@@ -120,3 +124,20 @@ def test_torchaos_steps_leave_them_out_too():
     empty.load_state_dict(model.state_dict(), assign=True)
     x = torch.randn(1, 8, 64)
     assert torch.equal(empty(x), model(x))
+
+
+def test_a_router_of_a_class_of_its_own_is_left_out(caplog):
+    """Llama 4's is a linear by class, and gives scores."""
+    config = transformers.Llama4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+        num_local_experts=2, interleave_moe_layer_step=1,
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config)
+    with caplog.at_level(logging.WARNING):
+        names = list(select(model).linears)
+    assert names and not any(name.endswith("router") for name in names)
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("left out 2 linears of a class" in m and "Router" in m for m in messages)
+    with pytest.raises(ValueError, match="router is a Llama4Router, not a plain"):
+        select(model, include="*.router")

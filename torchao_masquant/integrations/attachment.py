@@ -63,7 +63,8 @@ def attach_to_transformers(
 
 
 def _method_of(quantizer: Any) -> str:
-    method = quantizer.quantization_config.quant_method
+    config = getattr(quantizer, "quantization_config", None)
+    method = getattr(config, "quant_method", type(quantizer).__name__)
     return str(getattr(method, "value", method))
 
 
@@ -90,10 +91,16 @@ def saving_whole(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save_pretrained)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         from torchao_masquant.integrations.checkpoint_format import quantized_modules
+        from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
 
         if quantized_modules(self):
             attach_to_transformers(self)
             check_savable(self)
+        elif isinstance(getattr(self, "hf_quantizer", None), MASQuantHfQuantizer):
+            raise ValueError(
+                f"{type(self).__name__} has no quantized linear to save: quantize it "
+                "with masquant_config(recipe) first."
+            )
         return save_pretrained(self, *args, **kwargs)
 
     return save

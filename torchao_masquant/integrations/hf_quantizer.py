@@ -64,17 +64,8 @@ class MASQuantHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: nn.Module
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What is written to safetensors files; ``config.json`` is made to tell of it.
-
-        Raises:
-            ValueError: no linear of the model is quantized any more.
-        """
+        """What is written to safetensors files; ``config.json`` is made to tell of it."""
         checkpoint = CheckpointFormat.of(model, self.options)
-        if not checkpoint.layers:
-            raise ValueError(
-                f"{type(model).__name__} has no quantized linear to save: quantize it "
-                "with masquant_config(recipe) first."
-            )
         for name, option in named_here(model, self._saved_options()).items():
             if name in checkpoint.layers:
                 checkpoint.options.setdefault(name, option)

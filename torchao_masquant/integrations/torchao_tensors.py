@@ -71,7 +71,7 @@ def check_entry(name: str, entry: Any) -> str:
         parts = found["_tensor_data_names"]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{name} is said to be {entry!r}") from error
-    if kind not in _classes():
+    if not isinstance(kind, str) or kind not in _classes():
         raise ValueError(f"{name} is a {kind}, which is no tensor of this torchao")
     if not isinstance(attributes, dict) or not (
         isinstance(parts, list)

@@ -28,7 +28,7 @@ def facts(sources: Sources) -> tuple[tuple[str, str], ...]:
 
 
 def _description(sources: Sources) -> Mapping[str, Any]:
-    return getattr(sources.recipe, "description", None) or {}
+    return {} if sources.recipe is None else sources.recipe.description
 
 
 def _model(sources: Sources) -> str:
