@@ -198,7 +198,7 @@ def test_a_header_byte_that_renames_a_tensor(folder):
 @pytest.mark.parametrize(
     "version, advice",
     [
-        (3, "upgrade it"),
+        (4, "upgrade it"),
         (0, "quantize the model again"),
         ("1", "quantize"),
         (None, "q"),

@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Format versions 1 and 2 of a quantized checkpoint.
+"""Format versions 1 to 3 of a quantized checkpoint.
 
 Each quantized weight ``X.weight`` is stored as plain tensors ``X._weight_qdata``,
 ``X._weight_scale``, ..., named as torchao names them; all other tensors are stored as
@@ -18,19 +18,23 @@ where ``formats`` are :class:`LayerFormat`, and ``options`` say how they were ma
 
 Version 2 has weights of experts, too: the parameter ``X.gate_up_proj`` is stored as
 ``X._gate_up_proj_qdata``, ..., goes by its own name in ``layers``, and is of the shape
-[E, N, K] however the model holds it. A checkpoint without any is written as version 1.
+[E, N, K] however the model holds it.
+
+Version 3, which is written, has tensors of one byte under the own names of linears'
+weights (:mod:`~torchao_masquant.integrations.guard`), with experts or without.
 """
 
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
 
 from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import PROJECTIONS, projections
+from torchao_masquant.integrations.guard import guard
 from torchao_masquant.integrations.layer_format import PARTS, LayerFormat
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.solver.methods import SolverOptions
@@ -49,9 +53,9 @@ __all__ = [
 ]
 
 QUANT_METHOD = "masquant"
-#: Of linears alone.
-FORMAT_VERSION = 1
-_WITH_EXPERTS = 2
+#: That is written.
+FORMAT_VERSION = 3
+_KNOWN_VERSIONS = (1, 2, FORMAT_VERSION)
 
 _OF_EXPERTS = tuple(f".{name}" for name in PROJECTIONS)
 
@@ -167,12 +171,6 @@ class CheckpointFormat:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    @property
-    def version(self) -> int:
-        """The least format version that has all of its layers."""
-        experts = any(len(layer.shape) == 3 for layer in self.layers.values())
-        return _WITH_EXPERTS if experts else FORMAT_VERSION
-
     def to_json(self) -> dict[str, Any]:
         """As :meth:`from_json` reads it."""
         formats: list[LayerFormat] = []
@@ -186,7 +184,7 @@ class CheckpointFormat:
             }
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": self.version,
+            "format_version": FORMAT_VERSION,
             "dtype": self.dtype,
             "formats": [entry.to_json() for entry in formats],
             "options": options,
@@ -201,12 +199,11 @@ class CheckpointFormat:
             ValueError: it is of another format version, or damaged.
         """
         version = entry.get("format_version")
-        known_versions = (FORMAT_VERSION, _WITH_EXPERTS)
-        if version not in known_versions or type(version) is not int:
-            newer = type(version) is int and version > max(known_versions)
+        if version not in _KNOWN_VERSIONS or type(version) is not int:
+            newer = type(version) is int and version > FORMAT_VERSION
             raise ValueError(
                 f"the checkpoint is of MASQuant format {version!r}, this version of "
-                f"torchao_masquant reads {FORMAT_VERSION} and {_WITH_EXPERTS}: "
+                f"torchao_masquant reads 1 to {FORMAT_VERSION}: "
                 f"{'upgrade it' if newer else 'quantize the model again'}."
             )
         try:
@@ -237,7 +234,9 @@ class CheckpointFormat:
         return cls(str(dtype), layers, known)
 
 
-def flatten_state_dict(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def flatten_state_dict(
+    state: Mapping[str, Any], is_guarded: Callable[[str], bool] = lambda name: False
+) -> dict[str, torch.Tensor]:
     """Plain tensors for the quantized weights of a state_dict, under their stored names.
 
     Other entries stay. Parts are views of the weights; those that share their memory
@@ -246,6 +245,7 @@ def flatten_state_dict(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
     Args:
         state: of a quantized model.
+        is_guarded: whether a linear's weight has a guard under its own name.
     """
     flat: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
@@ -267,6 +267,8 @@ def flatten_state_dict(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
                 value = value.clone()
             storages.add(value.untyped_storage().data_ptr())
             flat[stored_name(name, part)] = value
+        if tensor.dim() == 2 and is_guarded(name):
+            flat[name] = guard()
     return flat
 
 

@@ -23,6 +23,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_name,
     stored_part,
 )
+from torchao_masquant.integrations.guard import is_guard
 from torchao_masquant.integrations.layer_format import LayerFormat, TensorKind
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
@@ -177,6 +178,8 @@ class CheckpointLoading:
         if ours is None:
             return
         if name.removesuffix(".weight") in self.formats:
+            if is_guard(kind):
+                return
             raise ValueError(
                 f"the checkpoint has {name} in full precision, its config.json says "
                 "that it is quantized: download or save it again."

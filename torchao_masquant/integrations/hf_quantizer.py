@@ -15,6 +15,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     flatten_state_dict,
 )
+from torchao_masquant.integrations.guard import guardable
 from torchao_masquant.integrations.hf_config import MASQuantHfConfig
 from torchao_masquant.integrations.hf_loading import (
     CheckpointLoading,
@@ -78,7 +79,7 @@ class MASQuantHfQuantizer(HfQuantizer):
                 checkpoint.options.setdefault(name, option)
         self.quantization_config = MASQuantHfConfig.of_checkpoint(checkpoint)
         model.config.quantization_config = self.quantization_config  # type: ignore
-        return flatten_state_dict(model.state_dict()), {}
+        return flatten_state_dict(model.state_dict(), guardable(model)), {}
 
     def _saved_options(self) -> dict[str, dict[str, Any]]:
         """Options that an earlier checkpoint of the model knew."""

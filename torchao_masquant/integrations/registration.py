@@ -22,10 +22,10 @@ def _register_with_transformers(registry: ModuleType) -> None:
     from torchao_masquant.integrations.hf_config import MASQuantHfConfig
     from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
 
-    if QUANT_METHOD not in registry.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        registry.register_quantization_config(QUANT_METHOD)(MASQuantHfConfig)
-    if QUANT_METHOD not in registry.AUTO_QUANTIZER_MAPPING:
-        registry.register_quantizer(QUANT_METHOD)(MASQuantHfQuantizer)
+    # In place of the stand-ins of torchao_masquant_autoload, too, which transformers'
+    # own functions would take for a second registration.
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = MASQuantHfConfig
+    registry.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = MASQuantHfQuantizer
 
 
 def _register_with_torchao(registry: ModuleType) -> None:
