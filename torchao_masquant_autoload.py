@@ -47,10 +47,13 @@ def _tell(registry: Any) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the registry as other finders do, and is told when it has run."""
+    """Finds one module as other finders do; when it has run, transformers is told."""
+
+    def __init__(self, name: str):
+        self.name = name
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != _REGISTRY:
+        if name != self.name:
             return None
         # Whoever imports it next, finds it without us.
         sys.meta_path.remove(self)
@@ -61,7 +64,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
                 def exec_module(module: Any) -> None:
                     run(module)
-                    _tell(module)
+                    _tell(sys.modules[_REGISTRY])
 
                 spec.loader.exec_module = exec_module
                 return spec
@@ -70,7 +73,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def register() -> None:
     """Let transformers know the method "masquant", once it is imported."""
-    if _REGISTRY in sys.modules:
-        _tell(sys.modules[_REGISTRY])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    registry = sys.modules.get(_REGISTRY)
+    if registry is None:
+        sys.meta_path.insert(0, _Finder(_REGISTRY))
+    elif hasattr(registry, "AUTO_QUANTIZER_MAPPING"):
+        _tell(registry)
+    else:
+        # It is what imports torch. No model is loaded before this has run:
+        sys.meta_path.insert(0, _Finder("transformers.modeling_utils"))

@@ -24,7 +24,6 @@ from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router, token_modalities
 from torchao_masquant.schemes import SCHEMES, Scheme
-from torchao_masquant.steps import handler as _handler  # noqa: F401
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 if TYPE_CHECKING:

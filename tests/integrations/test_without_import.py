@@ -25,10 +25,11 @@ from torchao_masquant import MASQuantConfig, MASQuantHfConfig
 from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
 
 LOAD = """
+import importlib
 import sys
+importlib.import_module(sys.argv[2])
 import torch
 assert "torchao_masquant" not in sys.modules
-assert "transformers" not in sys.modules
 from transformers import AutoModelForImageTextToText
 assert "torchao_masquant" not in sys.modules
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
@@ -37,10 +38,12 @@ print(type(linear).__name__, linear.weight.qdata.sum(dtype=torch.int64).item())
 """
 
 
-def load(folder: Path, *, installed: bool) -> "subprocess.CompletedProcess[str]":
+def load(
+    folder: Path, *, installed: bool, first: str = "torch"
+) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(installed))}
     return subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder)],
+        [sys.executable, "-c", LOAD, str(folder), first],
         capture_output=True,
         text=True,
         env=environment,
@@ -51,16 +54,18 @@ def load(folder: Path, *, installed: bool) -> "subprocess.CompletedProcess[str]"
 def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_models.qwen25_vl(layers=1)
-    quantize_(
-        model, MASQuantConfig(step="convert", method="rtn", scheme=request.param)
-    )
+    quantize_(model, MASQuantConfig(step="convert", method="rtn", scheme=request.param))
     model.save_pretrained(folder)
     return model, folder
 
 
-def test_installed_it_loads(saved):
+@pytest.mark.parametrize(
+    "first", ["torch", "transformers.quantizers.auto", "transformers.modeling_utils"]
+)
+def test_installed_it_loads(saved, first):
+    """Whichever module imports torch."""
     model, folder = saved
-    done = load(folder, installed=True)
+    done = load(folder, installed=True, first=first)
     assert done.returncode == 0, done.stderr[-2000:]
     weight = model.model.language_model.layers[0].mlp.up_proj.weight
     total = weight.qdata.sum(dtype=torch.int64).item()

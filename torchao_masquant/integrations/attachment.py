@@ -44,7 +44,12 @@ def attach_to_transformers(
             MASQuantHfConfig.of_checkpoint(CheckpointFormat.of(model))
         )
         model.hf_quantizer = quantizer
-    if not isinstance(quantizer, MASQuantHfQuantizer) or options is None:
+    if not isinstance(quantizer, MASQuantHfQuantizer):
+        return
+    # As from_pretrained leaves it, so that transformers refuses what it refuses then.
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    if options is None:
         return
     changed = set(linears)
     for name, module in model.named_modules():

@@ -227,12 +227,15 @@ class QuantizingLoading:
     Args:
         model: on the meta device, not quantized.
         config: with a recipe, or one that needs none.
+        left_out: names of modules as transformers' ``modules_to_not_convert`` has them.
 
     Raises:
-        ValueError: the recipe was made for another model.
+        ValueError: the recipe was made for another model, or nothing is left.
     """
 
-    def __init__(self, model: Any, config: MASQuantConfig):
+    def __init__(
+        self, model: Any, config: MASQuantConfig, left_out: Sequence[str] = ()
+    ):
         self.config = config
         self.done: set[str] = set()
         #: the first weight that could not be quantized
@@ -251,7 +254,23 @@ class QuantizingLoading:
             selected = select(model, config.include, config.exclude)
             self._layers = dict.fromkeys([*selected.linears, *selected.experts])
             modalities = base_first(model, config.base_modality, config.modalities)
+        if left_out:
+            self._leave_out(left_out)
         self.router = Router.for_model(model, modalities)
+
+    def _leave_out(self, names: Sequence[str]) -> None:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        self._layers = {
+            name: layer
+            for name, layer in self._layers.items()
+            if should_convert_module(name, list(names))
+        }
+        if not self._layers:
+            raise ValueError(
+                f"modules_to_not_convert ({list(names)}) leaves no linear to quantize."
+            )
+        check_whole(list(self._layers), self._experts)
 
     def _check_names(self, modules: Mapping[str, nn.Module]) -> None:
         again = "use the model that it was made for, or calibrate again"
