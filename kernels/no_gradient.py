@@ -94,5 +94,5 @@ def without_gradient(name: str, lib: torch.library.Library) -> None:
         f"masquant::{name}",
         _backward,
         setup_context=_setup_context,
-        lib=_Refusing(lib),  # type: ignore[arg-type]
+        lib=_Refusing(lib),
     )

@@ -86,13 +86,11 @@ class _BytesOfValue(float):
     __rmul__ = __mul__
 
 
-@implements_torch_function(torch.Tensor.nbytes.__get__)
+@implements_torch_function(torch.Tensor.nbytes.__get__)  # type: ignore[attr-defined]
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> int:
     return args[0].nbytes_stored
 
 
-@implements_torch_function(
-    [torch.Tensor.element_size, torch.Tensor.itemsize.__get__]  # type: ignore[attr-defined]
-)
+@implements_torch_function(torch.Tensor.element_size)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> float:
     return _BytesOfValue(args[0].nbytes_stored / max(1, math.prod(args[0].shape)))

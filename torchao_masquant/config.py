@@ -7,13 +7,15 @@
 
 import copy
 import dataclasses
+import functools
 import os
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Mapping, Optional, Sequence, Union
 
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
+from torchao_masquant.base_configs import scheme_of_base_config
 from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.modality import TEXT
 from torchao_masquant.recipe import Recipe
@@ -78,6 +80,9 @@ class MASQuantConfig(AOBaseConfig):
         recipe: what ``calibrate`` found, or the path of one; its options take the
             place of those above. Only a path can be written to JSON
             (``torchao.core.config.config_to_dict``).
+        base_config: a config of torchao's, in place of ``scheme`` and ``group_size``; also
+            as the first argument, as AWQConfig and SmoothQuantConfig take it. See
+            :func:`~torchao_masquant.base_configs.scheme_of_base_config`.
 
     Raises:
         ValueError: an option is out of range, or a recipe meets another step.
@@ -104,8 +109,11 @@ class MASQuantConfig(AOBaseConfig):
     include: Patterns = None
     exclude: Patterns = None
     recipe: Optional[Union[Recipe, str, os.PathLike]] = None
+    base_config: InitVar[Optional[AOBaseConfig]] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, base_config: Optional[AOBaseConfig] = None) -> None:
+        if base_config is not None:
+            self._follow(base_config)
         names = [step.value for step in _STEPS]
         step = self.step.value if isinstance(self.step, QuantizationStep) else self.step
         if str(step).lower() not in names:
@@ -132,6 +140,24 @@ class MASQuantConfig(AOBaseConfig):
                 "learning needs the samples: call calibrate(model, samples, epochs=...) "
                 "and quantize with its recipe."
             )
+
+    def _follow(self, base_config: AOBaseConfig) -> None:
+        """Take the scheme and the group size of a config of torchao's."""
+        if self.recipe is not None:
+            raise ValueError("a recipe has a scheme: give it without base_config.")
+        scheme, group_size = scheme_of_base_config(base_config)
+        default = type(self).scheme
+        if str(self.scheme).lower() not in (default, scheme):
+            raise ValueError(
+                f"base_config asks for {scheme!r}, and scheme for {self.scheme!r}: give "
+                "one of them."
+            )
+        if self.group_size is not None and self.group_size != group_size:
+            raise ValueError(
+                f"base_config asks for a group_size of {group_size}, and group_size is "
+                f"{self.group_size}: give one of them."
+            )
+        self.scheme, self.group_size = scheme, group_size
 
     def _load(self) -> Optional[Recipe]:
         if self.recipe is None or isinstance(self.recipe, Recipe):
@@ -181,6 +207,20 @@ class MASQuantConfig(AOBaseConfig):
         return SolverOptions(**{name: getattr(self, name) for name in names})
 
 
+_init = MASQuantConfig.__init__
+
+
+@functools.wraps(_init)
+def _init_with_base_config(self: MASQuantConfig, *args: Any, **kwargs: Any) -> None:
+    # The place of the first argument is the step's.
+    if args and isinstance(args[0], AOBaseConfig):
+        kwargs["base_config"], args = args[0], args[1:]
+    _init(self, *args, **kwargs)
+
+
+MASQuantConfig.__init__ = _init_with_base_config  # type: ignore[method-assign]
+
+
 def _fixed_by(recipe: Recipe) -> dict[str, Any]:
     """Fields of a config that go with a recipe."""
     return {
@@ -225,3 +265,7 @@ def masquant_config(
             f"a {type(recipe).__name__}."
         )
     return MASQuantConfig(step="convert", recipe=recipe, **overrides)
+
+
+# quantize_ looks the handler up as soon as there is a config.
+from torchao_masquant.steps import handler as _handler  # noqa: E402,F401

@@ -123,7 +123,7 @@ def test_a_saved_model_comes_back_to_the_bit(saved, tmp_path):
 def test_files_hold_packed_integers(saved):
     _, _, model, folder, _ = saved
     entry = entry_of(folder / "quantized")
-    assert entry["format_version"] == 2
+    assert entry["format_version"] == 3
     stored = load_file(folder / "quantized" / "model.safetensors")
     for name, module in model.named_modules():
         if not isinstance(module, MASQuantExperts):

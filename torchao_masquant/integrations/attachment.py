@@ -52,7 +52,12 @@ def attach_to_transformers(
         )
         quantizer.options = _options_of_parts(model)
         model.hf_quantizer = quantizer
-    if not isinstance(quantizer, MASQuantHfQuantizer) or options is None:
+    if not isinstance(quantizer, MASQuantHfQuantizer):
+        return
+    # As from_pretrained leaves it, so that transformers refuses what it refuses then.
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    if options is None:
         return
     if description is not None:
         quantizer.description = dict(description)

@@ -18,21 +18,25 @@ where ``formats`` are :class:`LayerFormat`, and ``options`` say how they were ma
 
 Version 2 has weights of experts, too: the parameter ``X.gate_up_proj`` is stored as
 ``X._gate_up_proj_qdata``, ..., goes by its own name in ``layers``, and is of the shape
-[E, N, K] however the model holds it. Version 3 has weights that torchao's own configs have
-quantized, under ``torchao``: name of a parameter to what torchao says of its tensor. A
-checkpoint is written as the least version that has all of it.
+[E, N, K] however the model holds it.
+
+Version 3, which is written, has tensors of one byte under the own names of linears'
+weights (:mod:`~torchao_masquant.integrations.guard`), with experts or without. It may have
+weights that torchao's own configs have quantized, under ``torchao``: name of a parameter to
+what torchao says of its tensor.
 """
 
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
 
 from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import PROJECTIONS, projections
+from torchao_masquant.integrations.guard import guard
 from torchao_masquant.integrations.layer_format import PARTS, LayerFormat
 from torchao_masquant.integrations.torchao_tensors import (
     check_entry,
@@ -56,10 +60,9 @@ __all__ = [
     "stored_part",
 ]
 
-#: Of linears alone.
-FORMAT_VERSION = 1
-_WITH_EXPERTS = 2
-_WITH_TORCHAO = 3
+#: That is written.
+FORMAT_VERSION = 3
+_KNOWN_VERSIONS = (1, 2, FORMAT_VERSION)
 
 _OF_EXPERTS = tuple(f".{name}" for name in PROJECTIONS)
 
@@ -181,14 +184,6 @@ class CheckpointFormat:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    @property
-    def version(self) -> int:
-        """The least format version that has all of its layers."""
-        if self.torchao:
-            return _WITH_TORCHAO
-        experts = any(len(layer.shape) == 3 for layer in self.layers.values())
-        return _WITH_EXPERTS if experts else FORMAT_VERSION
-
     def to_json(self) -> dict[str, Any]:
         """As :meth:`from_json` reads it."""
         formats: list[LayerFormat] = []
@@ -203,7 +198,7 @@ class CheckpointFormat:
         about = {"description": self.description} if self.description else {}
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": self.version,
+            "format_version": FORMAT_VERSION,
             "dtype": self.dtype,
             **about,
             "formats": [entry.to_json() for entry in formats],
@@ -220,12 +215,11 @@ class CheckpointFormat:
             ValueError: it is of another format version, or damaged.
         """
         version = entry.get("format_version")
-        known_versions = (FORMAT_VERSION, _WITH_EXPERTS, _WITH_TORCHAO)
-        if version not in known_versions or type(version) is not int:
-            newer = type(version) is int and version > max(known_versions)
+        if version not in _KNOWN_VERSIONS or type(version) is not int:
+            newer = type(version) is int and version > FORMAT_VERSION
             raise ValueError(
                 f"the checkpoint is of MASQuant format {version!r}, this version of "
-                f"torchao_masquant reads {FORMAT_VERSION} to {_WITH_TORCHAO}: "
+                f"torchao_masquant reads 1 to {FORMAT_VERSION}: "
                 f"{'upgrade it' if newer else 'quantize the model again'}."
             )
         try:
@@ -264,7 +258,9 @@ class CheckpointFormat:
 
 
 def flatten_state_dict(
-    state: Mapping[str, Any], torchao: Optional[dict[str, str]] = None
+    state: Mapping[str, Any],
+    torchao: Optional[dict[str, str]] = None,
+    is_guarded: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, torch.Tensor]:
     """Plain tensors for the quantized weights of a state_dict, under their stored names.
 
@@ -276,6 +272,7 @@ def flatten_state_dict(
         state: of a quantized model.
         torchao: where given, weights that torchao's own configs have quantized are taken
             apart too, and what torchao says of them is added here by their names.
+        is_guarded: whether a linear's weight has a guard under its own name.
     """
     flat: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
@@ -301,6 +298,8 @@ def flatten_state_dict(
                 value = value.clone()
             storages.add(value.untyped_storage().data_ptr())
             flat[stored_name(name, part)] = value
+        if tensor.dim() == 2 and is_guarded(name):
+            flat[name] = guard()
     return flat
 
 

@@ -23,6 +23,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_name,
     stored_part,
 )
+from torchao_masquant.integrations.guard import is_guard
 from torchao_masquant.integrations.layer_format import (
     PARTS,
     LayerFormat,
@@ -217,6 +218,8 @@ class CheckpointLoading:
         if ours is None:
             return
         if name.removesuffix(".weight") in self.formats:
+            if is_guard(kind):
+                return
             raise ValueError(
                 f"the checkpoint has {name} in full precision, its config.json says "
                 "that it is quantized: download or save it again."
@@ -278,12 +281,15 @@ class QuantizingLoading:
     Args:
         model: on the meta device, not quantized.
         config: with a recipe, or one that needs none.
+        left_out: names of modules as transformers' ``modules_to_not_convert`` has them.
 
     Raises:
-        ValueError: the recipe was made for another model.
+        ValueError: the recipe was made for another model, or nothing is left.
     """
 
-    def __init__(self, model: Any, config: MASQuantConfig):
+    def __init__(
+        self, model: Any, config: MASQuantConfig, left_out: Sequence[str] = ()
+    ):
         self.config = config
         self.done: set[str] = set()
         #: the first weight that could not be quantized
@@ -305,7 +311,23 @@ class QuantizingLoading:
                 model, config.include, config.exclude, config.options, len(modalities)
             )
             self._layers = dict.fromkeys([*selected.linears, *selected.experts])
+        if left_out:
+            self._leave_out(left_out)
         self.router = Router.for_model(model, modalities)
+
+    def _leave_out(self, names: Sequence[str]) -> None:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        self._layers = {
+            name: layer
+            for name, layer in self._layers.items()
+            if should_convert_module(name, list(names))
+        }
+        if not self._layers:
+            raise ValueError(
+                f"modules_to_not_convert ({list(names)}) leaves no linear to quantize."
+            )
+        check_whole(list(self._layers), self._experts)
 
     def _check_names(self, modules: Mapping[str, nn.Module]) -> None:
         again = "use the model that it was made for, or calibrate again"

@@ -50,6 +50,8 @@ class AssembleWeight(ConversionOps):
         parts = {
             pattern.removeprefix(prefix): tensors[0]
             for pattern, tensors in input_dict.items()
+            # Under the weight's own name is its guard.
+            if pattern.startswith(prefix)
         }
         if name is None:
             parameter = loading.load_torchao(model, full_layer_name, parts)

@@ -15,6 +15,8 @@ from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     flatten_state_dict,
 )
+from torchao_masquant.integrations.dequantizing import dequantize_model
+from torchao_masquant.integrations.guard import guardable
 from torchao_masquant.integrations.hf_config import MASQuantHfConfig
 from torchao_masquant.integrations.hf_loading import (
     CheckpointLoading,
@@ -69,7 +71,9 @@ class MASQuantHfQuantizer(HfQuantizer):
         for name, option in named_here(model, self._saved_options()).items():
             if name in checkpoint.layers:
                 checkpoint.options.setdefault(name, option)
-        flat = flatten_state_dict(model.state_dict(), checkpoint.torchao)
+        flat = flatten_state_dict(
+            model.state_dict(), checkpoint.torchao, guardable(model)
+        )
         checkpoint.description = self.description or self._saved_description()
         self.quantization_config = MASQuantHfConfig.of_checkpoint(checkpoint)
         model.config.quantization_config = self.quantization_config  # type: ignore
@@ -110,7 +114,9 @@ class MASQuantHfQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         if config.config is not None:
-            self.loading = QuantizingLoading(model, config.config)
+            self.loading = QuantizingLoading(
+                model, config.config, config.modules_to_not_convert
+            )
             return
         assert config.checkpoint is not None
         stored = None if checkpoint_files is None else stored_tensors(checkpoint_files)
@@ -184,6 +190,19 @@ class MASQuantHfQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+        return model
+
+    def _dequantize(self, model: Any, dtype: Optional[torch.dtype] = None) -> Any:
+        # A config has it as text, where the model was not loaded.
+        dequantize_model(
+            model, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        )
+        for part in model.modules():
+            if part is not model and "hf_quantizer" in part.__dict__:
+                self.remove_quantization_config(part)
+            config: Any = getattr(part, "config", None)
+            if getattr(config, "_is_quantized", False):
+                config._is_quantized = False
         return model
 
     # Use

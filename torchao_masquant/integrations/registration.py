@@ -21,10 +21,36 @@ def _register_with_transformers(registry: ModuleType) -> None:
     from torchao_masquant.integrations.hf_config import MASQuantHfConfig
     from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
 
-    if QUANT_METHOD not in registry.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        registry.register_quantization_config(QUANT_METHOD)(MASQuantHfConfig)
-    if QUANT_METHOD not in registry.AUTO_QUANTIZER_MAPPING:
-        registry.register_quantizer(QUANT_METHOD)(MASQuantHfQuantizer)
+    # In place of the stand-ins of torchao_masquant_autoload, too, which transformers'
+    # own functions would take for a second registration.
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = MASQuantHfConfig
+    registry.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = MASQuantHfQuantizer
+    torchao = registry.AUTO_QUANTIZER_MAPPING["torchao"]
+    if not isinstance(torchao, _OfTorchAoConfig):
+        registry.AUTO_QUANTIZER_MAPPING["torchao"] = _OfTorchAoConfig(torchao)
+
+
+class _OfTorchAoConfig:
+    """The quantizer of a ``TorchAoConfig``; ours where it holds a MASQuantConfig.
+
+    transformers' own hands each linear over by itself, without its name or model.
+    """
+
+    def __init__(self, others: Any):
+        self.others = others
+
+    def __call__(self, config: Any, **kwargs: Any) -> Any:
+        from torchao_masquant.config import MASQuantConfig
+        from torchao_masquant.integrations.hf_config import MASQuantHfConfig
+        from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
+
+        if not isinstance(config.quant_type, MASQuantConfig):
+            return self.others(config, **kwargs)
+        ours = MASQuantHfConfig(
+            config=config.quant_type,
+            modules_to_not_convert=config.modules_to_not_convert,
+        )
+        return MASQuantHfQuantizer(ours, **kwargs)
 
 
 def _watch_saving(modeling: ModuleType) -> None:

@@ -20,6 +20,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     flatten_state_dict,
     parameter_of,
 )
+from torchao_masquant.integrations.guard import guardable
 from torchao_masquant.integrations.hf_config import MASQuantHfConfig
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.model_card import write_model_card
@@ -89,7 +90,9 @@ def write_part(
     }
     store.finish(
         part,
-        _apart(disk.in_files(flatten_state_dict(tensors))),
+        _apart(
+            disk.in_files(flatten_state_dict(tensors, is_guarded=guardable(disk.model)))
+        ),
         {name: LayerFormat.of(weight) for name, weight in quantized.items()},
     )
 

@@ -4,7 +4,3 @@
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
 """torchao's steps: what ``quantize_`` does with a MASQuantConfig."""
-
-from torchao_masquant.steps import handler  # noqa: F401
-
-__all__: list[str] = []
