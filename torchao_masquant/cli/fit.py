@@ -54,7 +54,6 @@ def check_calibration(
     from torchao_masquant.routing import Router
     from torchao_masquant.selection import select
     from torchao_masquant.solver.methods import SolverOptions
-    from torchao_masquant.tensor_subclasses import check_group_size
 
     check_dense(arguments.model, config)
     model = _skeleton(config, arguments)
@@ -72,11 +71,19 @@ def check_calibration(
     bits = SolverOptions(
         scheme=options["scheme"], group_size=options["group_size"]
     ).bits
+    _check_groups(bits.group_size, selected.weights)
+
+
+def _check_groups(
+    group_size: Optional[int], weights: "Mapping[str, torch.Tensor]"
+) -> None:
+    from torchao_masquant.tensor_subclasses import check_group_size
+
     refused = {}
-    for name, weight in selected.weights.items():
+    for name, weight in weights.items():
         try:
             n, k = weight.shape[-2:]
-            check_group_size(bits.group_size, (n, k))
+            check_group_size(group_size, (n, k))
         except ValueError as error:
             refused[name] = str(error)
     if refused:
@@ -132,9 +139,13 @@ def check_quantization(
         ValueError: what does not fit.
     """
     from torchao_masquant.integrations.hf_loading import QuantizingLoading
+    from torchao_masquant.selection import select
 
     model = _skeleton(config, arguments)
     QuantizingLoading(model, quantization)
+    if quantization.loaded_recipe is None:
+        selected = select(model, quantization.include, quantization.exclude)
+        _check_groups(quantization.options.bits.group_size, selected.weights)
     folder = Path(model_folder(arguments.model))
     if quantization.loaded_recipe is not None and folder.is_dir():
         _check_fingerprint(model, folder, quantization.loaded_recipe, arguments.dtype)
