@@ -226,6 +226,8 @@ def test_a_recipe_is_compared_with_the_model_first(
         "*.no",
     )
     assert "'*.no'" in said
+    said = refused(capsys, "quantize", vision[0], "--rtn", "w4a16", "-o", out)
+    assert "13 more linears" in said and "group_size" in said
     text = model_folders.text_model(tmp_path / "text")
     said = refused(capsys, "quantize", text, "--recipe", recipe, "-o", out)
     assert "made for another model" in said

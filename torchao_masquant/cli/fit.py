@@ -8,7 +8,7 @@
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
 from torchao_masquant.cli.calibration_options import MEASURE
 from torchao_masquant.cli.models import auto_class, model_folder
@@ -109,10 +109,17 @@ def check_quantization(
     Raises:
         ValueError: what does not fit.
     """
+    from torchao_masquant.calibration.request import check_request
     from torchao_masquant.integrations.hf_loading import QuantizingLoading
+    from torchao_masquant.selection import select
 
     model = _skeleton(config, arguments)
-    QuantizingLoading(model, quantization)
+    modalities = QuantizingLoading(model, quantization).router.modalities
+    if quantization.loaded_recipe is None:
+        options = quantization.options
+        patterns = quantization.include, quantization.exclude
+        selected = select(model, *patterns, options, len(modalities))
+        check_request(model, selected, modalities, options)
     folder = Path(model_folder(arguments.model))
     if quantization.loaded_recipe is not None and folder.is_dir():
         _check_fingerprint(model, folder, quantization.loaded_recipe, arguments.dtype)
@@ -122,38 +129,27 @@ def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> Non
     """Compare one weight, the smallest that lies in a file as it is in the model."""
     import safetensors
 
-    from torchao_masquant.integrations.stored_names import stored_to_model_names
-    from torchao_masquant.integrations.stored_tensors import stored_tensors
     from torchao_masquant.recipe import weight_fingerprint
 
-    files = {
-        name: file
-        for file in sorted(folder.glob("*.safetensors"))
-        if file.name.startswith("model")
-        for name in stored_tensors([str(file)])
-    }
-    names = stored_to_model_names(model, list(files))
-    parts: dict[str, list[str]] = {}
-    for stored, to in names.items():
-        for name in to:
-            parts.setdefault(name, []).append(stored)
-    alone = {
-        name: stored[0]
-        for name, stored in parts.items()
-        if len(stored) == 1 and len(names[stored[0]]) == 1
-    }
+    target = _loaded_type(model, dtype)
+    if target is None:
+        return
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safetensors.safe_open(path, framework="pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    stored = _stored_as_they_are(model, list(files))
     linears = sorted(
         (math.prod(layer.shape), name)
         for name, layer in recipe.layers.items()
-        if f"{name}.weight" in alone
+        if f"{name}.weight" in stored
     )
     for _, name in linears[:1]:
-        stored = alone[f"{name}.weight"]
-        with safetensors.safe_open(files[stored], framework="pt") as file:
-            weight = file.get_tensor(stored)
-        weight = weight.to(_loaded_type(model, weight, dtype))
+        in_file = stored[f"{name}.weight"]
+        with safetensors.safe_open(files[in_file], framework="pt") as file:
+            weight = file.get_tensor(in_file).to(target)
         found, expected = weight_fingerprint(weight), recipe.layers[name].fingerprint
-        if tuple(weight.shape) == recipe.layers[name].shape and found != expected:
+        if found != expected:
             raise ValueError(
                 f"{name}: the recipe was made for a weight with fingerprint {expected}, "
                 f"the model's is {found}; use the model that it was made for, in the "
@@ -161,9 +157,34 @@ def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> Non
             )
 
 
-def _loaded_type(model: Any, weight: "torch.Tensor", dtype: str) -> "torch.dtype":
+def _stored_as_they_are(model: Any, names: Sequence[str]) -> dict[str, str]:
+    """Name in the model to that in a file, where transformers changes nothing."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    from torchao_masquant.integrations.stored_names import model_names
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    known = model.state_dict()
+    found = {}
+    for name in names:
+        targets, as_it_is = model_names(
+            name, renamings, converters, model.base_model_prefix, known
+        )
+        if as_it_is:
+            found[targets[0]] = name
+    return found
+
+
+def _loaded_type(model: Any, dtype: str) -> "Optional[torch.dtype]":
+    """The type that weights will be loaded in; None where they are not all of one."""
     import torch
 
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        if getattr(model, name, None):
+            return None
     if dtype != "auto":
         return getattr(torch, dtype)
-    return getattr(model.config, "dtype", None) or weight.dtype
+    return getattr(model.config, "dtype", None)
