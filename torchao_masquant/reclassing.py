@@ -40,6 +40,10 @@ class Reclassed(nn.Module):
             "__doc__": cls.__doc__,
         }
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # type(model).from_pretrained() and the like make a module that is not changed.
+        return cls.original_class(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Its class is made at run time, so that pickle would not find it.
         reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
@@ -52,7 +56,7 @@ class Reclassed(nn.Module):
 
 def _remade(kind: type, original: type) -> nn.Module:
     cls: Any = _class_of(kind, original)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 @functools.lru_cache(maxsize=None)

@@ -108,6 +108,12 @@ def test_the_signature_is_unchanged(make):
     assert inspect.signature(copy.deepcopy(model).forward) == before
 
 
+def test_the_class_of_a_routed_model_makes_plain_ones(vl):
+    assert type(vl) is not Qwen2_5_VLForConditionalGeneration
+    assert type(vl).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert type(type(vl)(vl.config)) is Qwen2_5_VLForConditionalGeneration
+
+
 def test_detach_gives_the_class_forward_back(vl):
     router(vl).detach(vl)
     assert type(vl) is Qwen2_5_VLForConditionalGeneration
