@@ -211,3 +211,14 @@ def test_a_terminal_has_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     list(progress.progress_bar(range(3), desc="Solving", file=sys.stderr))
     assert "3/3" in sys.stderr.getvalue()
+
+
+def test_what_is_met_twice_is_told_once(capsys):
+    logger = logging.getLogger("torchao_masquant.selection")
+    with plain_messages():
+        for name in ("gate", "router", "gate"):
+            logger.warning("left out %s.", name)
+    assert capsys.readouterr().err.splitlines() == [
+        "WARNING: left out gate.",
+        "WARNING: left out router.",
+    ]

@@ -24,11 +24,23 @@ def _one_line(message: Any, *_: Any) -> str:
 
 @contextlib.contextmanager
 def plain_messages() -> Iterator[None]:
-    """Inside, what this package tells by logging or warns of takes a line each."""
+    """Inside, what this package tells by logging or warns of takes a line each, once.
+
+    A command that checks beforehand what it does later meets the same twice.
+    """
     ours = logging.getLogger(__name__.partition(".")[0])
     # Not the root's: other libraries print what they log themselves.
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_known = message in told
+        told.add(message)
+        return not is_known
+
+    handler.addFilter(is_new)
     ours.addHandler(handler)
     format_warning = warnings.formatwarning
     warnings.formatwarning = _one_line  # type: ignore[assignment]
