@@ -60,6 +60,7 @@ def test_quick(tmp_path, capsys):
 
 
 @needs_weights
+@pytest.mark.slow
 def test_the_text_model_is_smollm2_itself():
     from real.llm import load_llm
     from real.thinker import build
@@ -73,6 +74,7 @@ def test_the_text_model_is_smollm2_itself():
 
 
 @needs_weights
+@pytest.mark.slow
 def test_seeds_draw_other_calibration_data_and_nothing_held_out():
     from real.examples import calibration_samples, heldout_samples
 
@@ -90,6 +92,7 @@ def test_seeds_draw_other_calibration_data_and_nothing_held_out():
 
 
 @needs_weights
+@pytest.mark.slow
 @torch.no_grad()
 def test_scores_are_those_of_all_logits_where_a_label_is():
     from real.examples import heldout_samples
