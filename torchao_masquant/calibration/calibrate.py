@@ -177,8 +177,10 @@ def calibrate(
                 f"{name} is on the meta device, without values to calibrate for: load "
                 "the model's weights first."
             )
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}: its weight holds nan or inf.")
+        finite = torch.isfinite(weight).flatten(-2).all(-1)
+        if not finite.all():
+            which = "" if finite.dim() == 0 else f"[{int(finite.int().argmin())}]"
+            raise ValueError(f"{name}{which}: its weight holds nan or inf.")
     router = Router.for_model(model, base_first(model, base_modality, modalities))
     router.skip_padding = True
     check_request(model, selected, router.modalities, options)
