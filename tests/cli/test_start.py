@@ -7,6 +7,7 @@
 
 import importlib
 import io
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import torchao_masquant
 from torchao_masquant import progress
 from torchao_masquant.__main__ import main
 from torchao_masquant.cli.commands import main_parser, with_all_arguments
+from torchao_masquant.cli.noise import plain_messages
 from torchao_masquant.testing import model_folders
 
 HEAVY = ("numpy", "torch", "torchao", "transformers", "rich", "jinja2", "PIL")

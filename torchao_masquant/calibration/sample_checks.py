@@ -17,7 +17,7 @@ from torchao_masquant.in_memory import is_hooked
 __all__ = ["check_sample", "check_samples", "no_samples"]
 
 # Inputs that are tensors of integers (batch, sequence), whatever the model.
-_IDS = ("input_ids", "attention_mask", "modality_ids", "labels", "mm_token_type_ids")
+_IDS = ("input_ids", "attention_mask", "modality_ids", "mm_token_type_ids")
 
 _PROCESSOR = (
     "make the model's inputs with its processor, as in processor(..., "
