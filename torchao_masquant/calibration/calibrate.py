@@ -180,23 +180,12 @@ def calibrate(
     selected = select(model, include, exclude, options, len(met))
     linears, experts = selected.linears, selected.experts
     for name, weight in selected.weights.items():
-<<<<<<< HEAD
         check_in_memory(name, weight, model)
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}: its weight holds nan or inf.")
-    router = Router.for_model(model, met)
-=======
-        if weight.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device, without values to calibrate for: load "
-                "the model's weights first."
-            )
         finite = torch.isfinite(weight).flatten(-2).all(-1)
         if not finite.all():
             which = "" if finite.dim() == 0 else f"[{int(finite.int().argmin())}]"
             raise ValueError(f"{name}{which}: its weight holds nan or inf.")
-    router = Router.for_model(model, base_first(model, base_modality, modalities))
->>>>>>> w-method
+    router = Router.for_model(model, met)
     router.skip_padding = True
     check_request(model, selected, router.modalities, options)
     with threads_for(widest(selected.weights.values())):

@@ -85,7 +85,7 @@ def _register_with_torch(registry: ModuleType) -> None:
         if name.startswith(ours) and getattr(spec, "_initializing", False):
             # A module of ours is importing torch, and will import what it needs.
             return
-    importlib.import_module("torchao_masquant.steps")
+    importlib.import_module("torchao_masquant.steps.handler")
 
 
 # The modules that keep what a library knows.
