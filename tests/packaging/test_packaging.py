@@ -56,6 +56,7 @@ def wheel_files(source, tmp_path_factory):
 
 def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel_files):
     expected = {installed_path(file) for file in source_files()} - {None}
+    expected.add("torchao_masquant_autoload.py")
     found = {file for file in wheel_files if ".dist-info/" not in file}
     assert found == expected
 
@@ -66,11 +67,13 @@ def test_the_wheel_holds_the_small_model(wheel_files):
         assert f"{data}/{variant}/model.safetensors" in wheel_files
 
 
-def test_the_wheel_installs_one_top_level_name(wheel_files):
-    # A bare `kernels` would shadow Hugging Face's package of that name.
+def test_the_wheel_installs_top_level_names_of_its_own(wheel_files):
+    # A bare `kernels` would shadow Hugging Face's package of that name. The module beside
+    # the package is what torch imports without importing the package.
     top = {PurePosixPath(file).parts[0] for file in wheel_files}
     assert {name for name in top if not name.endswith(".dist-info")} == {
-        "torchao_masquant"
+        "torchao_masquant",
+        "torchao_masquant_autoload.py",
     }
 
 
