@@ -32,7 +32,7 @@ class LogLines(plain_tqdm):
             # Every step asks whether it is time for a line.
             miniters=1,
             mininterval=0,
-            bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left",
+            bar_format="{desc}{n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left",
         )
         super().__init__(*args, **options)
 
