@@ -119,10 +119,8 @@ class Quantizing:
         router = Router.for_model(quantized)
         found: dict[str, LayerRecipe] = {}
         if method == "authors":
-            published = SolverOptions(
-                scheme, "masquant-paper", rank=given["rank"], epochs=2
-            )
-            found = self.published(published)
+            authors = SolverOptions(scheme, "masquant-paper", epochs=2, **given)
+            found = self.published(authors)
         for weights, leader in self.groups:
             seen = self.session.statistics[leader]
             if method == "pooled":

@@ -21,6 +21,12 @@ _METHODS: dict[str, tuple[str, str | None, Mapping[str, Any]]] = {
     "smoothquant": ("SmoothQuant", None, {"method": "smoothquant"}),
     "gptq": ("SmoothQuant + GPTQ", "gptq", {}),
     "masquant-paper": ("MASQuant, paper", None, {"method": "masquant-paper"}),
+    "masquant-paper, learned": (
+        "MASQuant, paper, learned",
+        None,
+        {"method": "masquant-paper", "epochs": 2},
+    ),
+    "authors": ("MASQuant, as its authors run it", "authors", {}),
     "pooled": ("ours without modalities", "pooled", {}),
     "pooled, no pair": ("ours without modalities, no pair", "pooled", {"rank": 0}),
     "masquant": ("**ours**", None, {}),
@@ -73,6 +79,7 @@ MAIN = (
     "smoothquant",
     "rtn",
     "masquant-paper",
+    "authors",
     "masquant",
     "pooled",
 )
