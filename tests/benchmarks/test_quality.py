@@ -17,6 +17,7 @@ import torch
 from tiny_models import OMNI_DECODER
 from torch import nn
 
+from torchao_masquant import tensor_subclasses
 from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import get_scheme
@@ -271,14 +272,16 @@ def test_the_cache_is_keyed_by_code_and_weights(tmp_path):
     assert fingerprint(None, "outliers") != fingerprint(None, "plain")
     seeds = [fingerprint(path, "") for path in sorted(script["SEEDS"].iterdir())]
     assert len({*seeds, fingerprint(None, "outliers")}) == len(seeds) + 1
-    before = script["_fingerprint"]()
+    from baselines.fingerprint import code_fingerprint
+
+    before = code_fingerprint()
     (tmp_path / "new.py").write_text("changed = True\n")
-    script["tensor_subclasses"].__path__.insert(0, str(tmp_path))
+    tensor_subclasses.__path__.insert(0, str(tmp_path))
     try:
-        assert script["_fingerprint"]() != before
+        assert code_fingerprint() != before
     finally:
-        script["tensor_subclasses"].__path__.pop(0)
-    assert script["_fingerprint"]() == before
+        tensor_subclasses.__path__.pop(0)
+    assert code_fingerprint() == before
 
 
 @torch.no_grad()

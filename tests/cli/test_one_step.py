@@ -171,8 +171,11 @@ def unloaded(monkeypatch):
         (["--exclude", "*.none"], "matches no linear"),
         (["--modalities", "text,audio"], "not audio"),
         (["--base-modality", "audio"], "'audio' is not one of the modalities"),
-        (["--modality-weights", "smell=1"], "'smell', and the modalities are text"),
-        (["--group-size", "24"], "11 more linears"),
+        (
+            ["--modality-weights", "smell=1"],
+            "'smell', which is not one of the modalities",
+        ),
+        (["--group-size", "24"], "of 12 of 14 linears"),
         (["--scheme", "w4a16"], "group_size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -227,10 +230,10 @@ def test_a_recipe_is_compared_with_the_model_first(
     )
     assert "'*.no'" in said
     said = refused(capsys, "quantize", vision[0], "--rtn", "w4a16", "-o", out)
-    assert "13 more linears" in said and "group_size" in said
+    assert "14 of 14 linears" in said and "group_size" in said
     text = model_folders.text_model(tmp_path / "text")
     said = refused(capsys, "quantize", text, "--recipe", recipe, "-o", out)
-    assert "made for another model" in said
+    assert "declares the modalities ('text',), not vision" in said
     said = refused(capsys, "calibrate", quantized, "synthetic", "-o", out)
     assert "is quantized already" in said
     assert not out.exists()

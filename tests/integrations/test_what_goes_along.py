@@ -38,7 +38,6 @@ FILES = {
     "vision-lora/adapter_model.safetensors": True,
     "vision-lora/adapter_config.json": True,
     # Of the original, or of nobody.
-    "README.md": False,
     ".gitattributes": False,
     ".cache/huggingface/x.lock": False,
     "__pycache__/modeling_own.cpython-311.pyc": False,
@@ -131,6 +130,8 @@ def test_files(original, route, tmp_path, caplog):
         route(original, tmp_path / "q")
     found = files(tmp_path / "q")
     assert {name: name in found for name in FILES} == FILES
+    # The model card is the new model's own.
+    assert (tmp_path / "q" / "README.md").read_text() != "README.md"
     for name, kept in FILES.items():
         if kept:
             assert (tmp_path / "q" / name).read_text() == name
@@ -164,12 +165,11 @@ def test_links_into_a_cache(tmp_path, caplog):
     assert said.endswith(": gone.txt.")
 
 
-def test_a_quantized_model_inside_of_its_originals_folder(original):
-    (original / "vocab.txt").write_text("x")
-    for _ in range(2):
+def test_a_quantized_model_is_not_put_inside_of_its_originals_folder(original):
+    before = files(original)
+    with pytest.raises(ValueError, match="it lies in what is read, .*; give a folder"):
         quantize(original, original / "quantized")
-        assert "vocab.txt" in files(original / "quantized")
-        assert not (original / "quantized" / "quantized").exists()
+    assert files(original) == before
 
 
 @both_routes

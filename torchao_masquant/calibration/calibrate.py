@@ -15,6 +15,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 import torch
 from torch import nn
 
+from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.passes import (
     MAX_STATISTICS_BYTES,
     check_bound,
@@ -263,6 +264,8 @@ def _tokens(session: CalibrationSession, modality: str) -> int:
     counts = (
         moments.count
         for statistics in session.statistics.values()
+        # They count a token once for each of its experts.
+        if not isinstance(statistics, ExpertStatistics)
         for name, moments in zip(statistics.modalities, statistics.moments)
         if name == modality
     )

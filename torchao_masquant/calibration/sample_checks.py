@@ -118,7 +118,9 @@ def _check_ids(value: Any, name: str, where: str) -> None:
     elif value.is_floating_point() or value.is_complex():
         raise TypeError(f"{name} of {where} is of {value.dtype}, and ids are integers.")
     else:
-        fits = value.dim() == 2
+        # Ids that are given are of the shape that a linear's tokens have, which may be
+        # without a batch in a module that is no language model.
+        fits = value.dim() == 2 or name == "modality_ids"
     if fits:
         return
     way = (

@@ -8,6 +8,7 @@
 import argparse
 import contextlib
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 
@@ -160,7 +161,7 @@ def _explained(name: str) -> Iterator[None]:
             raise ImportError(
                 f"{name!r} needs {library}, which is installed but cannot be imported "
                 f"({reason}): install a release of it that fits torch "
-                f"{torch.__version__}, or uninstall it."
+                f"{version('torch')}, or uninstall it."
             ) from error
         # transformers' first sentence names what is missing; a page of advice follows.
         reason = " ".join(str(error).split()).split(". ")[0]
