@@ -56,7 +56,8 @@ class MASQuantConfig(AOBaseConfig):
     Args:
         step: "prepare" (observe the linears), "convert" (quantize them), or
             "prepare_for_loading" (give the linears quantized weights of zeros, to load
-            a quantized state_dict into, with ``assign=True``).
+            a quantized state_dict into, with ``assign=True``, or in place where the
+            other options are those that it was made with).
         scheme: "w8a8", "w4a8", "w4a6", "w4a4", "w4a16" or "w3a3".
         method: "masquant", "masquant-paper", "smoothquant" or "rtn".
         alpha: 0..1, exponent of the activations in the smoothing factor, or "auto".

@@ -16,7 +16,13 @@ from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import Scheme
-from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.ranks import average_rank
+from torchao_masquant.tensor_subclasses import (
+    MASQuantTensor,
+    check_group_size,
+    low_rank_dtype,
+)
 
 __all__ = [
     "convert_experts",
@@ -97,48 +103,66 @@ def convert_experts(
 
 
 def placeholder_weight(
-    weight: torch.Tensor, scheme: Scheme, modalities: Sequence[str]
+    name: str,
+    weight: torch.Tensor,
+    options: SolverOptions,
+    modalities: Sequence[str],
 ) -> MASQuantTensor:
-    """A quantized weight of zeros, to be replaced by one from a checkpoint.
+    """A quantized weight of zeros, for one from a checkpoint to replace or to fill.
+
+    It has all parts that the options give a weight, so ``copy_`` has room for each. With
+    a rank of "auto", which only the data can tell, its pairs have the rank that takes as
+    many bytes everywhere.
 
     Args:
+        name: of the linear, or of the experts' projection.
         weight: (N, K) of a linear or (E, N, K) of experts, also on the meta device: its
             values are not touched.
-        scheme: integer formats.
+        options: scheme, method, rank and parts of the method.
         modalities: names, base first.
 
     Raises:
         ValueError: the scheme's group size does not divide the input width.
     """
-    if weight.dim() == 3:
-        of_one = _zeros(weight[0], scheme, modalities)
-        return MASQuantTensor.stack([of_one] * weight.shape[0])
-    return _zeros(weight, scheme, modalities)
-
-
-def _zeros(
-    weight: torch.Tensor, scheme: Scheme, modalities: Sequence[str]
-) -> MASQuantTensor:
-    n, k = weight.shape
-    device = weight.device
+    *experts, n, k = weight.shape
+    scheme, method = options.bits, options.parts
     check_group_size(scheme.group_size, (n, k))
     groups = 1 if scheme.group_size is None else k // scheme.group_size
     packed = scheme.weight_bits <= 4
+    told_apart = method.per_modality and not options.spares(name)
+    factors = len(modalities) if told_apart else 1
+    rank = average_rank(options, n, k) if told_apart else 0
+    ranks = (rank,) * (len(modalities) - 1) if rank else ()
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros((*experts, *shape), dtype=dtype, device=weight.device)
+
+    parts: dict[str, torch.Tensor] = {}
+    if ranks:
+        quantized = options.low_rank_bits == 8
+        dtype = torch.int8 if quantized else low_rank_dtype(weight.dtype)
+        parts["l1"] = zeros(k, sum(ranks), dtype=dtype)
+        parts["l2"] = zeros(sum(ranks), n, dtype=dtype)
+        if quantized:
+            parts["low_rank_scale"] = zeros(sum(ranks))
+    if told_apart and method.centered:
+        parts["modality_bias"] = zeros(factors, n)
+    if told_apart and method.shift:
+        # Each expert's own, which has room for one that they share.
+        parts["act_shift"] = zeros(factors, k)
+    if not scheme.symmetric:
+        parts["zero_point"] = zeros(n, groups, dtype=torch.int8)
     return MASQuantTensor(
-        torch.zeros(
-            (n, (k + 1) // 2 if packed else k),
-            dtype=torch.uint8 if packed else torch.int8,
-            device=device,
-        ),
-        torch.zeros((n, groups), dtype=torch.float32, device=device),
-        torch.ones((len(modalities), k), dtype=torch.float32, device=device),
+        zeros(n, (k + 1) // 2, dtype=torch.uint8)
+        if packed
+        else zeros(n, k, dtype=torch.int8),
+        zeros(n, groups),
+        torch.ones((factors, k), dtype=torch.float32, device=weight.device),
         k,
         scheme.weight_bits,
         scheme.act_bits,
         modalities,
-        (),
+        ranks,
         weight.dtype,
-        zero_point=None
-        if scheme.symmetric
-        else torch.zeros((n, groups), dtype=torch.int8, device=device),
+        **parts,
     )

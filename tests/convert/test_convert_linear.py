@@ -8,6 +8,7 @@
 import copy
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torchao_masquant import MASQuantLinear, Router, token_modalities
 from torchao_masquant.convert import convert_linear, placeholder_weight
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.schemes import SCHEMES, Scheme, get_scheme
+from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
     quantize_smoothed_weight,
@@ -34,8 +36,14 @@ ALL = {
 every_scheme = pytest.mark.parametrize("name", ALL)
 
 
+def options(scheme: Scheme, **given: Any) -> SolverOptions:
+    return SolverOptions(scheme=scheme.name, group_size=scheme.group_size, **given)
+
+
 def problem(
-    scheme: Scheme, shape: tuple[int, int] = (24, 256)
+    scheme: Scheme,
+    shape: tuple[int, int] = (24, 256),
+    ranks: tuple[int, int] = (2, 3),
 ) -> tuple[nn.Linear, LayerRecipe]:
     torch.manual_seed(0)
     n, k = shape
@@ -44,9 +52,9 @@ def problem(
         shape=shape,
         fingerprint=weight_fingerprint(linear.weight),
         smoothing_factor=torch.rand(3, k) + 0.5,
-        ranks=(2, 3),
-        l1=torch.randn(k, 5) / 16,
-        l2=torch.randn(5, n) / 16,
+        ranks=ranks,
+        l1=torch.randn(k, sum(ranks)) / 16,
+        l2=torch.randn(sum(ranks), n) / 16,
         modality_bias=torch.randn(3, n) / 16,
     )
 
@@ -157,19 +165,25 @@ def test_a_width_that_groups_do_not_divide(shape: tuple[int, int]) -> None:
         convert_linear(linear, "layer.q", layer, scheme, MODALITIES, Router(MODALITIES))
     assert type(linear) is nn.Linear and torch.equal(linear.weight, before.weight)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        placeholder_weight(linear.weight, scheme, MODALITIES)
+        placeholder_weight("layer.q", linear.weight, options(scheme), MODALITIES)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @every_scheme
-def test_placeholder_has_the_layout_of_a_weight_without_a_pair(
+def test_placeholder_has_the_layout_of_a_weight_with_the_methods_parts(
     name: str, device: str
 ) -> None:
     scheme = ALL[name]
-    linear, layer = problem(scheme)
-    bare = dataclasses.replace(layer, ranks=(), l1=None, l2=None, modality_bias=None)
-    weight = quantized(scheme, linear, bare).weight.data
-    placeholder = placeholder_weight(linear.to(device).weight, scheme, MODALITIES)
+    linear, layer = problem(scheme, ranks=(3, 3))
+    if not scheme.weight_only:
+        layer.act_shift = torch.randn(3, 256)
+    weight = quantized(scheme, linear, layer, low_rank_bits=8).weight.data
+    placeholder = placeholder_weight(
+        "layer.q",
+        linear.to(device).weight,
+        options(scheme, rank=3, low_rank_bits=8),
+        MODALITIES,
+    )
     names, attributes = weight.__tensor_flatten__()
     assert placeholder.__tensor_flatten__() == (names, attributes)
     for part in names:
@@ -190,7 +204,7 @@ def test_state_dict_into_a_placeholder(name: str) -> None:
     module = quantized(scheme, linear, layer, low_rank_bits=8)
     empty = MASQuantLinear.from_float(
         nn.Linear(256, 24).requires_grad_(False),
-        placeholder_weight(linear.weight, scheme, MODALITIES),
+        placeholder_weight("layer.q", linear.weight, options(scheme), MODALITIES),
         "layer.q",
         Router(MODALITIES),
     )

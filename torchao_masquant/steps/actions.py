@@ -17,6 +17,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     quantized_modules,
     quantized_weights,
 )
+from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router, router_of
 from torchao_masquant.selection import Selected, select
@@ -66,13 +67,25 @@ def by_module(
 
 
 def quantized_with(
-    model: nn.Module, is_made: Callable[[MASQuantTensor], bool]
+    model: nn.Module, is_made: Callable[[str, MASQuantTensor], bool]
 ) -> set[nn.Module]:
-    """The linears and experts all of whose weights are quantized in one way."""
+    """The linears and experts all of whose weights are quantized in one way.
+
+    Args:
+        is_made: of the name of a linear, or of a projection of experts, and its weight.
+    """
     return {
         module
         for module in quantized_modules(model)
-        if all(is_made(weight) for weight in quantized_weights(module).values())
+        if all(
+            is_made(
+                module.fqn
+                if isinstance(module, MASQuantLinear)
+                else f"{module.fqn}.{parameter}",
+                weight,
+            )
+            for parameter, weight in quantized_weights(module).items()
+        )
     }
 
 

@@ -87,7 +87,7 @@ def plan_rounding(model: nn.Module, config: MASQuantConfig) -> Actions:
     modalities = base_first(model, config.base_modality, config.modalities)
     bits = config.options.bits
 
-    def is_made(weight: MASQuantTensor) -> bool:
+    def is_made(name: str, weight: MASQuantTensor) -> bool:
         return LayerRecipe.rounded(weight.shape).made(weight, bits, modalities)
 
     done = quantized_with(model, is_made)

@@ -8,6 +8,7 @@
 from functools import partial
 from typing import Mapping
 
+import torch
 from torch import nn
 
 from torchao_masquant.calibration.request import base_first
@@ -36,10 +37,11 @@ def plan_loading(model: nn.Module, config: MASQuantConfig) -> Actions:
     """
     modalities = base_first(model, config.base_modality, config.modalities)
 
-    def is_made(weight: MASQuantTensor) -> bool:
-        return weight.same_layout(
-            placeholder_weight(weight, config.options.bits, modalities)
-        )
+    def placeholder(name: str, weight: torch.Tensor) -> MASQuantTensor:
+        return placeholder_weight(name, weight, config.options, modalities)
+
+    def is_made(name: str, weight: MASQuantTensor) -> bool:
+        return weight.same_layout(placeholder(name, weight))
 
     # By a call that did not finish.
     done = quantized_with(model, is_made)
@@ -53,14 +55,11 @@ def plan_loading(model: nn.Module, config: MASQuantConfig) -> Actions:
     router.attach(model)
 
     def load(name: str, linear: nn.Linear) -> None:
-        weight = placeholder_weight(linear.weight, config.options.bits, modalities)
+        weight = placeholder(name, linear.weight)
         MASQuantLinear.from_float(linear, weight, name, router)
 
     def load_experts(experts: nn.Module, weights: Mapping[str, ExpertWeight]) -> None:
-        zeros = {
-            w.parameter: placeholder_weight(w.weight, config.options.bits, modalities)
-            for w in weights.values()
-        }
+        zeros = {w.parameter: placeholder(n, w.weight) for n, w in weights.items()}
         name, weight = next(iter(weights.items()))
         fqn = name.removesuffix(f".{weight.parameter}")
         MASQuantExperts.from_float(experts, zeros, fqn, router)
