@@ -38,7 +38,8 @@ def test_a_record_survives_the_round_trip(record, tmp_path):
 
 def test_a_failed_save_leaves_the_old_file(record, tmp_path, monkeypatch):
     path = tmp_path / "record.json"
-    path.write_text("old")
+    record.save(path)
+    old = path.read_text()
 
     def no_room(*args):
         raise OSError("no room")
@@ -46,7 +47,7 @@ def test_a_failed_save_leaves_the_old_file(record, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", no_room)
     with pytest.raises(OSError, match="no room"):
         record.save(path)
-    assert path.read_text() == "old"
+    assert path.read_text() == old
     assert os.listdir(tmp_path) == ["record.json"]
 
 
