@@ -28,7 +28,8 @@ RECIPE_FORMAT = "torchao_masquant.recipe"
 
 _KINDS = {
     "recipe": "recipe",
-    "record": "result of torchao_masquant",
+    "evaluation": "result of 'masquant eval'",
+    "analysis": "result of 'masquant analyze'",
     "page": "page of 'masquant report'",
     "figure": "figure of 'masquant report'",
     "model": "quantized model",
@@ -54,8 +55,9 @@ def kind_of(path: _PathLike) -> Optional[str]:
     """Which of our outputs lies at a path, as its content tells, whatever its name.
 
     Returns:
-        "recipe"; "record", a JSON file; "page"; "figure"; "model", a folder; "demo", the
-        folder of a demonstration; or None, for anything else and where nothing is.
+        "recipe"; "evaluation" or "analysis", a JSON file; "page"; "figure"; "model", a
+        folder; "demo", the folder of a demonstration, or its JSON file; or None, for
+        anything else and where nothing is.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,8 +77,9 @@ def kind_of(path: _PathLike) -> Optional[str]:
         if b'<meta name="generator" content="torchao_masquant' in head:
             return "page"
         if head.lstrip().startswith(b"{"):
-            found = re.search(rb'"format": *"torchao_masquant\.', head)
-            return "record" if found else None
+            found = re.search(rb'"format": *"torchao_masquant\.([a-z]+)\.\d', head)
+            kind = found[1].decode() if found else ""
+            return kind if kind in _KINDS else None
         file.seek(0)
         return "recipe" if _safetensors_format(file) == RECIPE_FORMAT else None
 

@@ -202,7 +202,8 @@ def test_wrong_data_is_told_before_the_model_is_loaded(
     said = refused(capsys, "calibrate", vision, data, "-o", tmp_path / "r")
     assert "a.jsonl, line 1: there is no image" in said
     model_folders.write_sound(tmp_path / "a.wav")
-    data = model_folders.write_lines(tmp_path / "a.jsonl", {"audio": "a.wav"})
+    row = {"audio": "a.wav", "prompt": "What is it?"}
+    data = model_folders.write_lines(tmp_path / "a.jsonl", row)
     said = refused(capsys, "calibrate", vision, data, "-o", tmp_path / "r")
     assert "line 1 has an audio" in said
 
@@ -217,6 +218,8 @@ def test_a_model_without_a_processor_is_told(vision, tmp_path, capsys):
 def test_digits_are_for_the_model_that_reads_them(vision, tmp_path, capsys):
     said = refused(capsys, "calibrate", vision, "digits", "-o", tmp_path / "r")
     assert "for the model 'digits' alone" in said
+    said = refused(capsys, "calibrate", "digits", "synthetic", "-o", tmp_path / "r")
+    assert said.endswith("has no processor: give it the data 'digits'.")
 
 
 def test_a_device_that_is_not_there_is_named(vision, tmp_path, capsys):

@@ -68,7 +68,7 @@ def made(tmp_path_factory):
 
 def test_each_output_is_known_by_its_content(made, tmp_path):
     assert kind_of(made / "quantized") == "model"
-    assert kind_of(made / "evaluation.json") == "record"
+    assert kind_of(made / "evaluation.json") == "evaluation"
     assert kind_of(made / "page.html") == "page"
     assert {kind_of(path) for path in (made / "png").iterdir()} <= {"figure"}
     shutil.copy(made / "recipe.safetensors", tmp_path / "recipe.backup")
@@ -149,9 +149,9 @@ def test_nor_is_another_model(model, tmp_path, capsys, more):
         )
         assert "is no recipe" in said
         said = refused(capsys, "eval", model, "synthetic", "-o", path, *more)
-        assert "is no result of torchao_masquant" in said
+        assert "is no result of 'masquant eval'" in said
         said = refused(capsys, "analyze", model, "synthetic", "-o", path, *more)
-        assert "is no result of torchao_masquant" in said
+        assert "is no result of 'masquant analyze'" in said
     assert contents(other) == before
 
 
@@ -192,7 +192,17 @@ def test_nor_are_the_data_or_a_folder_of_other_files(model, tmp_path, capsys):
     said = refused(capsys, "demo", "--save", model, "--overwrite")
     assert "holds no result of 'masquant demo'" in said
     said = refused(capsys, "demo", "--json", data, "--overwrite")
-    assert "is no result of torchao_masquant" in said
+    assert "is no result of 'masquant demo'" in said
+
+
+@pytest.mark.parametrize("command", ["analyze", "demo"])
+def test_nor_is_what_another_command_wrote(made, model, capsys, command):
+    before = contents(made)
+    path = made / "evaluation.json"
+    given = {"analyze": [model, "synthetic", "-o"], "demo": ["--json"]}[command]
+    said = refused(capsys, command, *given, path, "--overwrite")
+    assert f"is no result of 'masquant {command}'" in said
+    assert contents(made) == before
 
 
 def test_a_device_is_no_file(model, capsys):
@@ -242,7 +252,7 @@ def test_what_is_ours_is_written_over_when_it_is_said(made, tmp_path, capsys):
     assert config["formats"][0]["weight_bits"] == 4
     # Of another kind, it stays.
     said = refused(capsys, "eval", model, *data, "-o", recipe, "--overwrite")
-    assert "is no result of torchao_masquant" in said
+    assert "is no result of 'masquant eval'" in said
 
 
 def test_a_sequential_result_gives_way_to_another(model, tmp_path, capsys):

@@ -273,6 +273,19 @@ def test_a_folder_of_data_alone_is_refused(tmp_path):
         read_conversations(tmp_path)
 
 
+def test_a_folder_of_folders_says_which_to_give(tmp_path, caplog):
+    """As the hub has data sets, and as folders of images by class are laid out."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.parquet").touch()
+    (tmp_path / "README.md").write_text("# A data set")
+    with pytest.raises(ValueError, match=r"not looked into: give one .* '.*/data'"):
+        read_conversations(tmp_path)
+    model_folders.write_image(tmp_path / "a.png")
+    caplog.clear()
+    assert len(read_conversations(tmp_path)) == 1
+    assert "has folders that are not looked into: data." in said(caplog)
+
+
 def test_rows_of_a_generator(models):
     pixels = np.zeros((8, 8, 3), np.uint8)
     rows = (

@@ -111,7 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         check_file(
             arguments.output,
-            "record",
+            "analysis",
             overwrite=arguments.overwrite,
             sources=read_paths(model_folder(arguments.model), arguments.data),
         )

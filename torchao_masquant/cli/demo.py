@@ -90,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
         Exit code: 0, or 1 where the reloaded model is not the saved one.
     """
     if arguments.json is not None:
-        check_file(arguments.json, "record", overwrite=arguments.overwrite)
+        check_file(arguments.json, "demo", overwrite=arguments.overwrite)
     if arguments.save is not None:
         check_folder(arguments.save, "demo", overwrite=arguments.overwrite)
     from transformers.utils import logging as transformers_logging

@@ -81,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         check_file(
             arguments.output,
-            "record",
+            "evaluation",
             overwrite=arguments.overwrite,
             sources=read_paths(*models, arguments.data),
         )

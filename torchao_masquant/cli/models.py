@@ -272,6 +272,10 @@ def load_processor(name: str, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError) as error:
         if not Path(folder).is_dir():
             raise
+        if name in DIGITS and folder != name:
+            raise OSError(
+                f"the model {name!r} has no processor: give it the data 'digits'."
+            ) from error
         raise OSError(
             f"{name!r} has no processor that can be loaded ({_first_line(error)}): copy "
             "the processor and tokenizer files of the original model into it."

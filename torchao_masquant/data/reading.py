@@ -100,8 +100,12 @@ def _rows_of_folder(folder: Path) -> Iterator[tuple[Any, str]]:
     """Files of one stem are one sample: an image, a sound, and a text as the prompt."""
     by_stem: dict[str, dict[str, Any]] = {}
     unknown = []
+    folders = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            folders.append(path.name)
             continue
         kind: Optional[str] = kind_of_file(path.name)
         value = path.name
@@ -123,18 +127,32 @@ def _rows_of_folder(folder: Path) -> Iterator[tuple[Any, str]]:
             f"{str(folder)!r} holds no images, sounds and texts, but data: give one file "
             f"of it, such as {str(folder / tables[0])!r}."
         )
+    if folders and not by_stem:
+        raise ValueError(
+            f"{str(folder)!r} holds no samples but perhaps in folders of its own, which "
+            f"are not looked into: give one of them, such as "
+            f"{str(folder / folders[0])!r}."
+        )
+    if folders:
+        _LOGGER.warning(
+            "%s has folders that are not looked into: %s.", folder, _few(folders)
+        )
     if unknown:
         _LOGGER.warning(
             "%s has files that are no image, sound, video or text, and are left out: "
             "%s%s.",
             folder,
-            ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else ""),
+            _few(unknown),
             f"; to read {tables[0]}, give that file" if tables else "",
         )
     for stem, row in by_stem.items():
         # A text by itself is read as it is, without a chat around it.
         alone = list(row) == ["prompt"]
         yield {"text": row["prompt"]} if alone else row, f"{folder.name}/{stem}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _prompt(path: Path) -> str:

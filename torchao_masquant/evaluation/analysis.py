@@ -126,6 +126,7 @@ class Analysis(JSONRecord):
             the pair, in dB. Computed from the covariance: activations are not rounded.
     """
 
+    KIND: ClassVar[str] = "analysis"
     FORMAT: ClassVar[str] = "torchao_masquant.analysis.1"
 
     model: str

@@ -132,6 +132,7 @@ class Evaluation(JSONRecord):
             without quantized linears. A modality without tokens is left out.
     """
 
+    KIND: ClassVar[str] = "evaluation"
     FORMAT: ClassVar[str] = "torchao_masquant.evaluation.1"
     ADDED: ClassVar[tuple[str, ...]] = ("name", "date")
 

@@ -30,7 +30,9 @@ class JSONRecord:
     "-inf".
     """
 
-    #: names what the file holds, and its version
+    #: what the file holds, as :func:`~torchao_masquant.outputs.kind_of` tells it
+    KIND: ClassVar[str]
+    #: names that, and its version
     FORMAT: ClassVar[str]
     #: fields with a default that files of before they were there do not have
     ADDED: ClassVar[tuple[str, ...]] = ()
@@ -63,7 +65,7 @@ class JSONRecord:
             ValueError: something else is there.
         """
         path = Path(path)
-        check_file(path, "record")
+        check_file(path, self.KIND)
         text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
