@@ -321,7 +321,7 @@ def test_command(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
-        ("no such model", [], "is no folder with a model's config.json"),
+        ("no such model", [], "there is no folder"),
         ("", ["--machine", "abacus"], "there is no machine 'abacus'"),
         ("empty", [], "has no config.json"),
     ],
@@ -350,3 +350,10 @@ def test_bad_options(folder: str, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         run(folder, *arguments)
     assert raised.value.code == 2
+
+
+def test_the_model_that_comes_along_is_planned_by_its_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("digits") == 0
+    assert "28 linears to quantize" in capsys.readouterr().out

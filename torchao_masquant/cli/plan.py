@@ -11,6 +11,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Optional
 
+from torchao_masquant.cli.models import model_folder
 from torchao_masquant.schemes import SCHEMES
 from torchao_masquant.solver.methods import SolverOptions
 
@@ -108,7 +109,7 @@ def main(arguments: argparse.Namespace) -> int:
     from torchao_masquant.planning.weight_bytes import Compensation
 
     machine = load_machine(arguments.machine)
-    skeleton = read_skeleton(arguments.model)
+    skeleton = read_skeleton(model_folder(arguments.model))
     compensation = Compensation(
         len(skeleton.modalities), arguments.rank, arguments.low_rank_bits
     )
