@@ -18,6 +18,7 @@ import transformers
 from families import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torchao.quantization import quantize_
 from transformers import AutoModelForImageTextToText
 
 from torchao_masquant import MASQuantConfig, MASQuantHfConfig, save_quantized
@@ -244,3 +245,21 @@ def test_what_is_renamed_or_merged_is_not_lost(family, tmp_path):
     model = family.model()
     model.save_pretrained(tmp_path)
     assert unloaded_tensors(model, tmp_path) == {}
+
+
+def test_tensors_that_a_save_without_the_original_leaves_are_named(
+    original, tmp_path, caplog
+):
+    state = tensors(original)
+    save_file(state | TENSORS, original / "model.safetensors", {"format": "pt"})
+    config = MASQuantConfig(step="convert", method="rtn", scheme="w8a8")
+    model = AutoModelForImageTextToText.from_pretrained(original)
+    quantize_(model, config)
+    with caplog.at_level(logging.WARNING):
+        save_quantized(model, tmp_path / "q")
+    (said,) = messages(caplog, "not saved: 3 tensors of")
+    assert said.endswith("takes them along.") and "beside=" in said
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "q")
+    caplog.clear()
+    save_quantized(again, tmp_path / "again")
+    assert not messages(caplog, "not saved")

@@ -5,6 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """Writing a quantized model as a whole, or not at all."""
 
+import json
+import logging
 import os
 import shutil
 import tempfile
@@ -36,6 +38,8 @@ from torchao_masquant.outputs import check_folder
 
 __all__ = ["save_quantized"]
 
+_LOGGER = logging.getLogger(__name__)
+
 
 def save_quantized(
     model: nn.Module,
@@ -57,7 +61,9 @@ def save_quantized(
         folder: made where missing, together with its parents.
         beside: folder of the original model. Its other files (processor, tokenizer,
             templates, code) are copied along, and so are the tensors that the model's
-            class does not load; what is not is named in a warning.
+            class does not load; what is not is named in a warning. None: nothing is
+            taken along; where the model was loaded from a folder, tensors that are in
+            there alone are named in a warning.
         **options: of ``save_pretrained``, such as ``max_shard_size``.
 
     Raises:
@@ -89,6 +95,8 @@ def save_quantized(
             write_model_card(new, None if beside is None else Path(beside), target.name)
         if beside is not None:
             _take_along(model, Path(beside), new)
+        else:
+            _tell_of_left(model)
         _write_speakers(model, new)
         if target.exists():
             _keep_others(target, new)
@@ -135,6 +143,26 @@ def _take_along(model: nn.Module, original: Path, new: Path) -> None:
     tell_of_unloaded(list(tensors), model, kept)
     if kept:
         add_unloaded(new, tensors)
+
+
+def _tell_of_left(model: nn.Module) -> None:
+    """Say which tensors are in the folder of the original alone, where it is known."""
+    original = Path(getattr(model, "name_or_path", "") or "")
+    entry = original / "config.json"
+    if not entry.is_file() or "quantization_config" in json.loads(entry.read_text()):
+        return
+    if is_of_same_model(model, original) and (
+        left := unloaded_tensors(model, original)
+    ):
+        _LOGGER.warning(
+            "not saved: %d tensors of %s that %s does not load, %s the first; "
+            "save_quantized(model, folder, beside=%r) takes them along.",
+            len(left),
+            original,
+            type(model).__name__,
+            next(iter(left)),
+            str(original),
+        )
 
 
 def _write_speakers(model: nn.Module, new: Path) -> None:
