@@ -113,7 +113,7 @@ def test_a_bound_of_memory_is_a_number(model, bound):
 
 
 def test_weights_of_nan_are_named_first(model):
-    weight = model.model.language_model.layers[1].mlp.up_proj.weight
+    weight = model.get_decoder().layers[1].mlp.up_proj.weight
     with torch.no_grad():
         before = weight[0, 0].item()
         weight[0, 0] = torch.nan

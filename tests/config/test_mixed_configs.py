@@ -206,6 +206,8 @@ def test_a_copy_of_a_config_is_another_config(model):
 
 
 def test_a_part_that_holds_the_decoder_is_quantized_as_the_whole_is(model):
+    if model.get_decoder() is model.model:
+        pytest.skip("this release of transformers has no part around the decoder")
     recipe = tiny_models.recipe_of(model, rank=2)
     whole = copy.deepcopy(model)
     quantize_(model.model, masquant_config(recipe))

@@ -14,6 +14,7 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny_models import OMNI_DECODER
 from torch import nn
 from torchao.quantization import quantize_
 from whole_omni import SPEAKERS, save_as_on_the_hub, whole_omni
@@ -36,7 +37,7 @@ from torchao_masquant.sequential import calibrate_sequential
 FAST = {"alpha": 0.5, "separation": 1.0, "rank": 2, "progress": False}
 SAMPLES = tiny_models.samples(audio=True)
 PROMPT = tiny_models.batch([1, 11, "image", 12, "audio", 13, 14], audio=True)
-DECODER = "thinker.model.language_model.layers."
+DECODER = f"thinker.{OMNI_DECODER}.layers."
 
 
 def quantized_names(model: nn.Module) -> list[str]:
@@ -81,7 +82,7 @@ def test_the_thinkers_decoder_and_nothing_that_sees_hears_or_speaks():
     model = whole_omni()
     names = list(select(model).linears)
     assert len(names) == 14 and all(n.startswith(DECODER) for n in names)
-    assert decoder_of(model) is model.thinker.model.language_model
+    assert decoder_of(model) is model.thinker.get_submodule(OMNI_DECODER)
     assert token_reader(model) is model.thinker
     with pytest.raises(ValueError, match="talker.* is not part of the decoder"):
         select(model, include="talker.*")
