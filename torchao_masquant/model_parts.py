@@ -16,7 +16,7 @@ from typing import Any, Iterator, Optional
 
 from torch import nn
 
-__all__ = ["Decoder", "find_decoder", "heads_of", "token_reader"]
+__all__ = ["Decoder", "decoder_path", "find_decoder", "heads_of", "token_reader"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,15 @@ def find_decoder(model: nn.Module) -> Optional[Decoder]:
     if found is None and named is not None and named is not model:
         return Decoder(named)
     return found
+
+
+def decoder_path(model: nn.Module) -> str:
+    """Name of the decoder in a model, for ``get_submodule``; empty where it is the model
+    itself, or cannot be told."""
+    found = find_decoder(model)
+    if found is None:
+        return ""
+    return next((n for n, m in model.named_modules() if m is found.module), "")
 
 
 def _found_by_embedding(model: nn.Module) -> Optional[Decoder]:

@@ -10,7 +10,7 @@ from typing import Mapping, Optional, TypeVar
 from torch import nn
 
 from torchao_masquant.experts import experts_of
-from torchao_masquant.model_parts import find_decoder
+from torchao_masquant.model_parts import decoder_path
 
 __all__ = ["named_here"]
 
@@ -33,9 +33,7 @@ def named_here(model: nn.Module, saved: Mapping[str, _T]) -> dict[str, _T]:
     """
     known = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     known |= experts_of(model).keys()
-    found = find_decoder(model)
-    decoder = model if found is None else found.module
-    path = next(n for n, module in model.named_modules() if module is decoder)
+    path = decoder_path(model)
     here = f"{path}." if path else ""
     inside = {name[len(here) :] for name in known if name.startswith(here)}
 

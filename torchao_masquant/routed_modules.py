@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from torch import nn
 
-from torchao_masquant.model_parts import find_decoder, token_reader
+from torchao_masquant.model_parts import decoder_path, token_reader
 from torchao_masquant.reclassing import Reclassed, become, become_original
 
 if TYPE_CHECKING:
@@ -184,9 +184,7 @@ def remove_router(model: nn.Module, router: "Router") -> None:
 
 def _to_decoder(model: nn.Module) -> list[nn.Module]:
     """A model, its decoder, and what lies between them, from outside to inside."""
-    found = find_decoder(model)
-    decoder = model if found is None else found.module
-    path = next((name for name, m in model.named_modules() if m is decoder), "")
+    path = decoder_path(model)
     modules = [model]
     for name in path.split(".") if path else ():
         modules.append(modules[-1].get_submodule(name))

@@ -12,7 +12,7 @@ from torch import nn
 
 from torchao_masquant.experts import expert_weights
 from torchao_masquant.linear import MASQuantLinear
-from torchao_masquant.model_parts import find_decoder, heads_of
+from torchao_masquant.model_parts import decoder_path, heads_of
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["method_of", "quantized_linears", "scheme_of", "weight_bytes"]
@@ -29,8 +29,7 @@ def weight_bytes(model: nn.Module) -> int:
     Biases, ``lm_head`` and the towers in front of the decoder are not counted. A weight
     that several linears share counts once.
     """
-    decoder = find_decoder(model)
-    part = model if decoder is None else decoder.module
+    part = model.get_submodule(decoder_path(model))
     heads = {id(head) for head in heads_of(model)}
     weights = {
         id(m.weight): m.weight
