@@ -11,6 +11,7 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
 - ``library``: schemas and fake (shape) implementations;
 - ``autocast``: what ``masquant::linear`` does under ``torch.autocast``;
 - ``reference``: the plain implementation that every lowering is tested against;
+- ``hadamard``: rotations of neighbouring channels;
 - ``expert_operators``: those of mixture-of-experts weights, made of the others;
 - ``int4_packing``: two 4-bit integers per byte;
 - ``cpu_lowering``: C++ kernels for x86, which are in ``csrc``; ``cpu_engine`` chooses

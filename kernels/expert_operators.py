@@ -9,7 +9,7 @@
 leaves its ``weight``, a tensor subclass with one matrix for each expert, to desugar
 it::
 
-    qx, sx = smooth_quantize(x, act_pre_scale, modality_ids, act_bits, act_shift)
+    qx, sx = smooth_quantize(x, act_pre_scale, modality_ids, act_bits, act_shift, b)
     y      = expert_int_linear(qx[rows], sx[rows], ends, qdata, scale, l1, l2, ...)
 
 or, where activations are not quantized, to ``expert_weight_only_linear`` alone. An
@@ -44,7 +44,8 @@ _LIB.define(
     "expert_weight_only_linear(Tensor x, Tensor ends, Tensor act_pre_scale,"
     " Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? l1, Tensor? l2,"
     " Tensor? modality_bias, Tensor? modality_ids, Tensor? bias, int[] ranks,"
-    " int weight_bits, ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor"
+    " int weight_bits, ScalarType out_dtype, Tensor? low_rank_scale=None,"
+    " int hadamard_size=1) -> Tensor"
 )
 
 
@@ -180,6 +181,7 @@ def expert_weight_only_linear(
     weight_bits: int,
     out_dtype: torch.dtype,
     low_rank_scale: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> torch.Tensor:
     """``weight_only_linear`` with each row's expert.
 
@@ -187,6 +189,7 @@ def expert_weight_only_linear(
         x: (S, K) floating point, rows in the order of their experts.
         act_pre_scale: (M, K) float32, which the experts share.
         zero_point: (E, N, G) int8, or None for zeros.
+        hadamard_size: b of the rotation, which the experts share; 1 for none.
 
     All else is as in :func:`expert_int_linear`.
     """
@@ -207,6 +210,7 @@ def expert_weight_only_linear(
             weight_bits,
             out_dtype,
             _of(low_rank_scale, expert),
+            hadamard_size,
         )
 
     return _by_expert(ends, x.shape[0], qdata.shape[1], x.device, out_dtype, run)
@@ -255,5 +259,6 @@ def _(
     weight_bits: int,
     out_dtype: torch.dtype,
     low_rank_scale: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], qdata.shape[1]), dtype=out_dtype)

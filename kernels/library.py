@@ -9,16 +9,18 @@
 that carries the quantized matrix and implements the operator by desugaring it to
 the plain-tensor operators below, in this order::
 
-    qx, sx = smooth_quantize(x, act_pre_scale, modality_ids, act_bits, act_shift)
+    qx, sx = smooth_quantize(x, act_pre_scale, modality_ids, act_bits, act_shift, b)
     h      = low_rank_down(qx, sx, l1, modality_ids, ranks)       # mixed calls only
     y      = int_linear(qx, sx, qdata, scale, h, l2, ...)
 
 or, where activations are not quantized, to ``weight_only_linear`` alone. All of them
 take tokens as one flat dimension T. A base-only call passes ``modality_ids=None`` and
 runs no low-rank work at all. A pair of int8 comes with one ``low_rank_scale`` for both
-of its sides, which multiplies what is between them.
+of its sides, which multiplies what is between them. ``hadamard_size`` b rotates what is
+smoothed, so that integers and pairs are of rotated channels
+(:mod:`torchao_masquant.kernels.hadamard`).
 
-``smoothed_by`` is a weight with the same smoothing factors, shift and bits of
+``smoothed_by`` is a weight with the same smoothing factors, shift, rotation and bits of
 activations, whose own are read in their place: the calls of ``smooth_quantize`` of
 linears that share an input are then equal, and a compiled graph keeps one of them
 (:mod:`torchao_masquant.kernels.shared_prologue`). So it does on a GPU with the launches
@@ -42,7 +44,8 @@ _LIB.define(
 )
 _LIB.define(
     "smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? modality_ids,"
-    " int act_bits, Tensor? act_shift=None) -> (Tensor qdata, Tensor scale)"
+    " int act_bits, Tensor? act_shift=None, int hadamard_size=1)"
+    " -> (Tensor qdata, Tensor scale)"
 )
 _LIB.define(
     "low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor modality_ids,"
@@ -58,7 +61,8 @@ _LIB.define(
     "weight_only_linear(Tensor x, Tensor act_pre_scale, Tensor qdata, Tensor scale,"
     " Tensor? zero_point, Tensor? l1, Tensor? l2, Tensor? modality_bias,"
     " Tensor? modality_ids, Tensor? bias, int[] ranks, int weight_bits,"
-    " ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor"
+    " ScalarType out_dtype, Tensor? low_rank_scale=None, int hadamard_size=1)"
+    " -> Tensor"
 )
 
 
@@ -89,6 +93,7 @@ def _(
     modality_ids: Optional[torch.Tensor],
     act_bits: int,
     act_shift: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = x.shape[0]
     return (
@@ -142,5 +147,6 @@ def _(
     weight_bits: int,
     out_dtype: torch.dtype,
     low_rank_scale: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], qdata.shape[0]), dtype=out_dtype)

@@ -15,6 +15,7 @@ from typing import Optional, Sequence
 
 import torch
 
+from torchao_masquant.kernels.hadamard import hadamard_rotate
 from torchao_masquant.kernels.int4_packing import unpack_int4
 from torchao_masquant.kernels.library import _LIB
 
@@ -24,12 +25,13 @@ def _smooth(
     act_pre_scale: torch.Tensor,
     modality_ids: Optional[torch.Tensor],
     act_shift: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> torch.Tensor:
-    """(T, K) float32 ``x * p_m - o_m``."""
+    """(T, K) float32 ``H (x * p_m - o_m)``."""
     smoothed = x.float() * _rows(act_pre_scale, modality_ids)
     if act_shift is not None:
         smoothed = smoothed - _rows(act_shift, modality_ids)
-    return smoothed
+    return hadamard_rotate(smoothed, hadamard_size)
 
 
 def _rows(
@@ -47,11 +49,12 @@ def smooth_quantize(
     modality_ids: Optional[torch.Tensor],
     act_bits: int,
     act_shift: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``q = round(v / s)``, ``v = x * p_m - o_m``, ``s = max_k |v| / (2 ** (bits - 1) - 1)``.
+    """``q = round(v / s)``, ``v = H (x * p_m - o_m)``, ``s = max |v| / (2 ** (bits - 1) - 1)``.
 
     Divides each token by the smoothing factor of its modality, moves it by the
-    modality's shift, and quantizes it, symmetric, per token, dynamically.
+    modality's shift, rotates it, and quantizes it, symmetric, per token, dynamically.
 
     Args:
         x: (T, K) floating point.
@@ -60,12 +63,14 @@ def smooth_quantize(
         modality_ids: (T,) integers in [0, M), or None: every token is base.
         act_bits: 2 to 8; fewer than 8 bits are still held in int8.
         act_shift: (M, K) float32 ``o_m``, or None for zeros.
+        hadamard_size: b of the rotation ``H``, see
+            :mod:`torchao_masquant.kernels.hadamard`; 1 for none.
 
     Returns:
         ``qdata`` (T, K) int8 and ``scale`` (T, 1) float32.
     """
     quant_max = 2 ** (act_bits - 1) - 1
-    smoothed = _smooth(x, act_pre_scale, modality_ids, act_shift)
+    smoothed = _smooth(x, act_pre_scale, modality_ids, act_shift, hadamard_size)
     scale = smoothed.abs().amax(dim=-1, keepdim=True) / quant_max
     # A token of zeros has no scale; any positive one gives back its zeros.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
@@ -207,8 +212,9 @@ def weight_only_linear(
     weight_bits: int,
     out_dtype: torch.dtype,
     low_rank_scale: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> torch.Tensor:
-    """``y = (x p_m) (s_w (q_w - z))^T + (x p_m) L1_m * s_r L2_m + b_m + b``.
+    """``y = v (s_w (q_w - z))^T + v L1_m * s_r L2_m + b_m + b``, ``v = H (x p_m)``.
 
     Args:
         x: (T, K) floating point.
@@ -228,6 +234,8 @@ def weight_only_linear(
         weight_bits: 8, 4 or 3.
         out_dtype: floating point type of the result.
         low_rank_scale: (R,) float32 ``s_r`` where the pair is int8; None for ones.
+        hadamard_size: b of the rotation, see :mod:`torchao_masquant.kernels.hadamard`;
+            1 for none.
 
     Returns:
         (T, N) ``out_dtype``.
@@ -240,7 +248,7 @@ def weight_only_linear(
     if zero_point is not None:
         weight = weight - zero_point.float()[..., None]
     weight = (weight * scale[..., None]).flatten(1)
-    smoothed = _smooth(x, act_pre_scale, modality_ids)
+    smoothed = _smooth(x, act_pre_scale, modality_ids, hadamard_size=hadamard_size)
     y = smoothed @ weight.t()
     if l1 is not None and modality_ids is not None:
         assert l2 is not None

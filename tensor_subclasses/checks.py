@@ -9,6 +9,8 @@ from typing import Optional, Sequence
 
 import torch
 
+from torchao_masquant.kernels.hadamard import check_hadamard_size
+
 __all__ = ["check_integers", "check_parts"]
 
 
@@ -25,6 +27,7 @@ def check_parts(
     modality_bias: Optional[torch.Tensor],
     act_shift: Optional[torch.Tensor],
     low_rank_bits: int,
+    hadamard_size: Optional[int],
 ) -> None:
     """Raise unless all that goes with a weight fits it.
 
@@ -38,6 +41,8 @@ def check_parts(
             quantized.
     """
     n, k = shape
+    if hadamard_size is not None:
+        check_hadamard_size(hadamard_size, k)
     if weight_bits not in (3, 4, 8):
         raise ValueError(f"weight_bits must be 3, 4 or 8, got {weight_bits}.")
     if act_bits not in (*range(2, 9), 16):

@@ -16,10 +16,20 @@ import torch
 
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
 
-__all__: list[str] = []
+__all__ = ["adopt_rotation"]
 
 # What a part may be filled with where the source has none.
 _NOTHING = ("modality_bias", "act_shift")
+
+# What is no tensor, and can't be copied into one.
+_ALIKE = (
+    "shape",
+    "weight_bits",
+    "act_bits",
+    "modalities",
+    "low_rank_bits",
+    "hadamard_size",
+)
 
 # Parts of the pairs, and the dimension that the components of all modalities lie along.
 _PAIR = {"l1": -1, "l2": -2, "low_rank_scale": -1}
@@ -52,7 +62,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
 
 def _mismatch(target: MASQuantTensor, source: MASQuantTensor) -> Optional[str]:
     """What of a source has no room in a target."""
-    for name in ("shape", "weight_bits", "act_bits", "modalities", "low_rank_bits"):
+    for name in _ALIKE:
         ours, theirs = getattr(target, name), getattr(source, name)
         # The bits of a pair matter where there is one.
         if name == "low_rank_bits" and source.l1 is None and target.l1 is not None:
@@ -87,6 +97,24 @@ def _mismatch(target: MASQuantTensor, source: MASQuantTensor) -> Optional[str]:
                 f"of shape {tuple(ours.shape)}"
             )
     return None
+
+
+def adopt_rotation(target: Any, source: Any) -> None:
+    """Let a weight that is about to be filled stand for integers of another rotation.
+
+    A rotation takes no memory, so that a placeholder has room for any. It is no matter of
+    ``copy_``, which may be called on one of several tensors of the same memory.
+
+    Args:
+        target: the parameter itself; where all else of the source has no room in it, or
+            one of both is no such weight, it stays as it is.
+        source: what it is to be filled with.
+    """
+    if not (isinstance(target, MASQuantTensor) and isinstance(source, MASQuantTensor)):
+        return
+    before, target.hadamard_size = target.hadamard_size, source.hadamard_size
+    if _mismatch(target, source) is not None:
+        target.hadamard_size = before
 
 
 def _ranks(tensor: MASQuantTensor) -> tuple[int, ...]:

@@ -72,6 +72,7 @@ def _quantize_by_expert(
         ids,
         weight.act_bits,
         weight.act_shift.reshape(-1, k),
+        weight.hadamard_size or 1,
     )
 
 
@@ -119,6 +120,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             weight.weight_bits,
             x.dtype,
             low_rank_scale,
+            weight.hadamard_size or 1,
         )
     if weight.act_shift is not None and weight.act_shift.dim() == 3:
         qx, x_scale = _quantize_by_expert(of_rows(x), weight, ends, row_ids)
@@ -127,7 +129,12 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         qx, x_scale = map(
             of_rows,
             torch.ops.masquant.smooth_quantize(
-                x, weight.act_pre_scale, ids, weight.act_bits, weight.act_shift
+                x,
+                weight.act_pre_scale,
+                ids,
+                weight.act_bits,
+                weight.act_shift,
+                weight.hadamard_size or 1,
             ),
         )
     return torch.ops.masquant.expert_int_linear(

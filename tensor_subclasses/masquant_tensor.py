@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor, fill_defaults
 
+from torchao_masquant.kernels.hadamard import hadamard_rotate
 from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
 from torchao_masquant.tensor_subclasses.checks import check_integers, check_parts
 from torchao_masquant.tensor_subclasses.fsdp_gathering import ROWS, FSDPGathering
@@ -37,10 +38,14 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     A token ``x`` of modality ``m`` sees, with ``p_m = act_pre_scale[m]`` and
     ``o_m = act_shift[m]``::
 
-        v = Q(x * p_m - o_m)
-        y = v Q(W / p_0)^T + [m > 0] v L1_m L2_m + b_m
+        v = Q(H (x * p_m - o_m))
+        y = v Q((W / p_0) H)^T + [m > 0] v L1_m L2_m + b_m
 
-    with ``v`` being ``x * p_m`` itself where ``act_bits`` is 16.
+    with ``v`` being ``H (x * p_m)`` itself where ``act_bits`` is 16. ``H`` rotates blocks
+    of ``hadamard_size`` neighbouring channels, and undoes itself
+    (:mod:`torchao_masquant.kernels.hadamard`); without a size there is none. Integers,
+    scales and down-projections are of rotated channels, smoothing factors and shifts of
+    channels as they come.
 
     M modalities, base first; an (N, K) weight; R is the sum of ``ranks``.
 
@@ -51,7 +56,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     the dimension N, to be looked at (:meth:`dequantize`).
 
     Tensor Attributes:
-        qdata: the integers of ``Q(W / p_0)``, signed: (N, K) int8, or
+        qdata: the integers of ``Q((W / p_0) H)``, signed: (N, K) int8, or
             (N, ceil(K / 2)) uint8, two per byte, where ``weight_bits`` is 4 or 3
         scale: (N, G) float32, each serving K / G neighbours of an output channel;
             G is 1 for one scale per output channel
@@ -79,6 +84,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         modalities: names of the M modalities, base first
         ranks: rank of the low-rank pair of modality 1, 2, ...
         dtype: of the original weight
+        hadamard_size: neighbours that are rotated together, a power of two that divides
+            K; None: there is no rotation
     """
 
     tensor_data_names = ["qdata", "scale", "act_pre_scale"]
@@ -98,6 +105,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         "ranks",
         "dtype",
     ]
+    optional_tensor_attribute_names = ["hadamard_size"]
 
     def __new__(
         cls: "type[MASQuantTensor]",
@@ -116,6 +124,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         zero_point: Optional[torch.Tensor] = None,
         low_rank_scale: Optional[torch.Tensor] = None,
         act_shift: Optional[torch.Tensor] = None,
+        hadamard_size: Optional[int] = None,
     ) -> "MASQuantTensor":
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -142,6 +151,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         zero_point: Optional[torch.Tensor] = None,
         low_rank_scale: Optional[torch.Tensor] = None,
         act_shift: Optional[torch.Tensor] = None,
+        hadamard_size: Optional[int] = None,
     ):
         super().__init__()
         if zero_point is not None and act_bits != 16:
@@ -165,6 +175,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         self.zero_point = zero_point
         self.low_rank_scale = low_rank_scale
         self.act_shift = act_shift
+        self.hadamard_size = hadamard_size
 
     @classmethod
     def from_hp(
@@ -183,6 +194,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         modality_bias: Optional[torch.Tensor] = None,
         act_shift: Optional[torch.Tensor] = None,
         low_rank_bits: int = 16,
+        hadamard_size: Optional[int] = None,
     ) -> "MASQuantTensor":
         """Quantize a high-precision weight, smoothed for the base modality.
 
@@ -204,6 +216,9 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
                 in ``modality_bias``.
             low_rank_bits: 16: the pair is held in :func:`low_rank_dtype`; 8: it is
                 quantized (:func:`quantize_low_rank_pair`).
+            hadamard_size: of the rotation that the smoothed weight is rounded in, a
+                power of two that divides K; None for none. The pair is of rotated
+                channels, too.
 
         Returns:
             The quantized weight, on ``hp_tensor``'s device; the modality bias and
@@ -238,6 +253,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             modality_bias=modality_bias,
             act_shift=act_shift,
             low_rank_bits=low_rank_bits,
+            hadamard_size=hadamard_size,
         )
         check_parts((n, k), **parts)
         act_pre_scale = smoothing_factor[0].to(hp_tensor.device, torch.float32)
@@ -247,6 +263,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             weight_bits,
             group_size,
             symmetric=symmetric,
+            hadamard_size=hadamard_size,
         )
         return cls._assemble(qdata, scale, zero_point, dtype=hp_tensor.dtype, **parts)
 
@@ -268,12 +285,13 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         modality_bias: Optional[torch.Tensor] = None,
         act_shift: Optional[torch.Tensor] = None,
         low_rank_bits: int = 16,
+        hadamard_size: Optional[int] = None,
     ) -> "MASQuantTensor":
         """Take integers that are ready, however they were rounded.
 
         Args:
-            qdata: (N, K) int8, unpacked, of ``W / p_0``; signed, see
-                ``zero_point`` of the class.
+            qdata: (N, K) int8, unpacked, of ``W / p_0``, or of ``(W / p_0) H`` where
+                there is a ``hadamard_size``; signed, see ``zero_point`` of the class.
             scale: (N, G) floating point, positive and finite.
             zero_point: (N, G) integers, signed as ``qdata``; None: symmetric.
             dtype: of the original weight.
@@ -300,6 +318,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             modality_bias=modality_bias,
             act_shift=act_shift,
             low_rank_bits=low_rank_bits,
+            hadamard_size=hadamard_size,
         )
         if qdata.dim() != 2:
             raise ValueError(
@@ -328,6 +347,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         modality_bias: Optional[torch.Tensor],
         act_shift: Optional[torch.Tensor],
         low_rank_bits: int,
+        hadamard_size: Optional[int],
     ) -> "MASQuantTensor":
         device = qdata.device
 
@@ -359,6 +379,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             zero_point=held(zero_point, torch.int8),
             low_rank_scale=low_rank_scale,
             act_shift=held(act_shift, torch.float32),
+            hadamard_size=hadamard_size,
         )
 
     @classmethod
@@ -423,6 +444,21 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     def group_size(self) -> int:
         """Weights that share one scale; K for one scale per output channel."""
         return self.in_features // self.scale.shape[-1]
+
+    @property
+    def column_multiple(self) -> int:
+        """Input channels of which pieces hold whole multiples: bytes, groups, blocks."""
+        group = self.group_size if self.scale.shape[-1] > 1 else 1
+        per_byte = 2 if self.weight_bits <= 4 else 1
+        return math.lcm(group, per_byte, self.hadamard_size or 1)
+
+    @property
+    def column_units(self) -> str:
+        """What :attr:`column_multiple` comes of, for messages."""
+        units = f"{self.weight_bits}-bit integers, group size {self.group_size}"
+        if self.hadamard_size is None:
+            return units
+        return f"{units}, rotated in blocks of {self.hadamard_size}"
 
     @property
     def nbytes_stored(self) -> int:
@@ -495,9 +531,9 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             modality: one of ``modalities``; None for the base.
 
         Returns:
-            (N, K), for experts (E, N, K), for one row (K,): ``Q(W / p_0) * p_0`` for the base, and
-            ``(Q(W / p_0) + (L1_m L2_m)^T) * p_m`` for another modality. The
-            modality bias and the shift are no part of it.
+            (N, K), for experts (E, N, K), for one row (K,): ``Q((W / p_0) H) H * p_0`` for
+            the base, and ``(Q((W / p_0) H) + (L1_m L2_m)^T) H * p_m`` for another
+            modality. The modality bias and the shift are no part of it.
 
         Raises:
             ValueError: the tensor knows no such modality.
@@ -525,6 +561,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             if self.low_rank_scale is not None:
                 down = down * self.low_rank_scale[columns]
             weight = weight + (down @ self.l2[columns].float()).t()
+        weight = hadamard_rotate(weight, self.hadamard_size or 1)
         pre_scale = self.act_pre_scale[index if self.is_routed else 0]
         return (weight * pre_scale).to(output_dtype or self.dtype)
 
@@ -551,6 +588,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             parts.append(f"group_size={self.group_size}")
         if not self.symmetric:
             parts.append("asymmetric")
+        if self.hadamard_size is not None:
+            parts.append(f"hadamard_size={self.hadamard_size}")
         if self.ranks and sum(self.ranks):
             parts.append(f"ranks={dict(zip(self.modalities[1:], self.ranks))}")
         if self.low_rank_scale is not None:
@@ -585,6 +624,7 @@ def _same_smoothing(weight: MASQuantTensor, other: torch.Tensor) -> bool:
         isinstance(other, MASQuantTensor)
         and other.device == weight.device
         and other.act_bits == weight.act_bits
+        and other.hadamard_size == weight.hadamard_size
         and other.act_pre_scale.shape == weight.act_pre_scale.shape
         and (other.act_shift is None) == (weight.act_shift is None)
     )
@@ -611,8 +651,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         smoothed_by = weight
     elif not _same_smoothing(weight, smoothed_by):
         raise ValueError(
-            "smoothed_by must be a weight with the same smoothing factors and bits of "
-            f"activations on the same device as {weight!r}, got {smoothed_by!r}."
+            "smoothed_by must be a weight with the same smoothing factors, rotation and "
+            f"bits of activations on the same device as {weight!r}, got {smoothed_by!r}."
         )
     if not x.is_floating_point():
         raise TypeError(
@@ -652,6 +692,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             weight.weight_bits,
             x.dtype,
             weight.low_rank_scale if paired else None,
+            weight.hadamard_size or 1,
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
     qx, x_scale = torch.ops.masquant.smooth_quantize(
@@ -660,6 +701,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         modality_ids,
         weight.act_bits,
         smoothed_by.act_shift,
+        weight.hadamard_size or 1,
     )
     hidden = None
     if paired:
@@ -755,12 +797,12 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     else:
         per_byte = 2 if self.weight_bits <= 4 else 1
         group_size = self.group_size if scale.shape[1] > 1 else 1
-        multiple = math.lcm(group_size, per_byte)
+        multiple = self.column_multiple
         if start % multiple or (end % multiple and end != size):
             raise ValueError(
                 f"columns {start}:{end} of a MASQuantTensor of shape "
                 f"{tuple(self.shape)} must start and end on a multiple of {multiple} "
-                f"({self.weight_bits}-bit integers, group size {self.group_size})."
+                f"({self.column_units})."
             )
         qdata = aten.slice.Tensor(
             qdata, 1, start // per_byte, (end + per_byte - 1) // per_byte
@@ -798,6 +840,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             zero_point=zero_point,
             low_rank_scale=self.low_rank_scale,
             act_shift=act_shift,
+            hadamard_size=self.hadamard_size,
         ),
     )
 

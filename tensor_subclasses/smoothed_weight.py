@@ -15,6 +15,8 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
+from torchao_masquant.kernels.hadamard import hadamard_rotate
+
 __all__ = [
     "check_group_size",
     "dequantize_smoothed_weight",
@@ -48,6 +50,7 @@ def quantize_smoothed_weight(
     *,
     symmetric: bool = True,
     clip: Optional[torch.Tensor] = None,
+    hadamard_size: Optional[int] = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
     """Fold the base modality's smoothing factor into a weight and quantize it.
 
@@ -72,6 +75,8 @@ def quantize_smoothed_weight(
         symmetric: whether the zero point is 0.
         clip: (N, G) or (N, 1) factors in (0, 1] of the range that each scale is made
             for; weights outside of it take its ends. None: the whole range.
+        hadamard_size: of the rotation of the smoothed weight that is rounded; None for
+            none.
 
     Returns:
         ``qdata`` (N, K) int8 (unpacked, also for 4 bits), ``scale`` (N, G) float32,
@@ -90,7 +95,7 @@ def quantize_smoothed_weight(
     check_group_size(group_size, shape)
     groups = 1 if group_size is None else shape[1] // group_size
     block_size = (1, shape[1] // groups)
-    smoothed = weight.float() / act_pre_scale
+    smoothed = hadamard_rotate(weight.float() / act_pre_scale, hadamard_size or 1)
     blocks = smoothed.unflatten(1, (groups, block_size[1]))
     least, most = blocks.amin(-1), blocks.amax(-1)
     if clip is not None:
@@ -143,7 +148,8 @@ def dequantize_smoothed_weight(
         zero_point: (N, G) int8, or None: symmetric.
 
     Returns:
-        (N, K) ``output_dtype``, an approximation of ``W * s_base``.
+        (N, K) ``output_dtype``, an approximation of ``W * s_base``, in the basis of the
+        integers: rotated where they are.
     """
     block_size = (1, qdata.shape[1] // scale.shape[1])
     return dequantize_affine(

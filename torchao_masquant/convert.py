@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """From an ``nn.Linear``, or experts, and their part of a recipe to quantized ones."""
 
-from typing import Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -137,7 +137,7 @@ def placeholder_weight(
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros((*experts, *shape), dtype=dtype, device=weight.device)
 
-    parts: dict[str, torch.Tensor] = {}
+    parts: dict[str, Any] = {}
     if ranks:
         quantized = options.low_rank_bits == 8
         dtype = torch.int8 if quantized else low_rank_dtype(weight.dtype)

@@ -15,6 +15,7 @@ from torchao_masquant.linear import weight_mismatch
 from torchao_masquant.reclassing import Reclassed, become
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.copying import adopt_rotation
 
 __all__ = ["MASQuantExperts", "RoutedExperts"]
 
@@ -190,6 +191,8 @@ class MASQuantExperts(RoutedExperts):
             if problem is not None:
                 error_msgs.append(problem)
                 return
+        for name in names:
+            adopt_rotation(getattr(self, name), state_dict.get(f"{prefix}{name}"))
         super()._load_from_state_dict(
             state_dict,
             prefix,

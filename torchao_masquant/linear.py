@@ -15,6 +15,7 @@ from torchao_masquant.distributed.sharded_linear import sharded_linear
 from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.copying import adopt_rotation
 
 __all__ = ["MASQuantLinear", "SmoothingSiblings", "weight_mismatch"]
 
@@ -47,7 +48,7 @@ def _smooth_alike(a: "MASQuantLinear", b: "MASQuantLinear") -> bool:
         return False
     if ours.device.type == "meta" or ours.device != theirs.device:
         return False
-    if ours.act_bits != theirs.act_bits:
+    if (ours.act_bits, ours.hadamard_size) != (theirs.act_bits, theirs.hadamard_size):
         return False
     # Placeholders smooth alike until copy_ fills them, which tells nobody.
     if not (ours.scale.any() and theirs.scale.any()):
@@ -184,6 +185,7 @@ class MASQuantLinear(nn.Linear):
         if problem is not None:
             error_msgs.append(problem)
             return
+        adopt_rotation(self.weight, state_dict.get(f"{prefix}weight"))
         super()._load_from_state_dict(
             state_dict,
             prefix,

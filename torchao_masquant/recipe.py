@@ -17,6 +17,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from torchao_masquant.kernels.hadamard import check_hadamard_size
 from torchao_masquant.outputs import RECIPE_FORMAT, check_file
 from torchao_masquant.replacing import replacing
 from torchao_masquant.schemes import Scheme
@@ -32,8 +33,8 @@ __all__ = [
     "weight_fingerprint",
 ]
 
-# 3 where there are weights of experts, which readers of 2 alone do not know.
-_FORMAT_VERSIONS = (2, 3)
+# Each has something that readers of the one before do not know.
+_PLAIN, _EXPERTS, _ROTATED = _FORMAT_VERSIONS = (2, 3, 4)
 _TENSORS = (
     "smoothing_factor",
     "l1",
@@ -89,6 +90,9 @@ class LayerRecipe:
             round-to-nearest; None: the weight is rounded when it is converted.
         scale: (N, G) float32 of ``qdata``.
         zero_point: (N, G) of ``qdata`` where it is asymmetric.
+        hadamard_size: of the rotation of the smoothed weight and its input, see
+            :mod:`torchao_masquant.kernels.hadamard`; ``l1`` and ``qdata`` are of rotated
+            channels. None: there is no rotation.
     """
 
     shape: tuple[int, ...]
@@ -102,6 +106,7 @@ class LayerRecipe:
     qdata: Optional[torch.Tensor] = None
     scale: Optional[torch.Tensor] = None
     zero_point: Optional[torch.Tensor] = None
+    hadamard_size: Optional[int] = None
 
     def check(self, name: str, modalities: int) -> None:
         """Raise unless all parts fit each other.
@@ -118,6 +123,11 @@ class LayerRecipe:
                 f"{name} is of shape {self.shape}: a weight has 2 or 3 sizes"
             )
         *experts, n, k = self.shape
+        if self.hadamard_size is not None:
+            try:
+                check_hadamard_size(self.hadamard_size, k)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         rank = sum(self.ranks)
         shared = self.smoothing_factor.shape[:1] == (1,)
         expected: dict[str, Optional[tuple[int, ...]]] = {
@@ -187,6 +197,7 @@ class LayerRecipe:
             modality_bias=self.modality_bias,
             act_shift=self.act_shift,
             low_rank_bits=low_rank_bits,
+            hadamard_size=self.hadamard_size,
         )
         if self.qdata is None:
             return MASQuantTensor.from_hp(
@@ -225,6 +236,7 @@ class LayerRecipe:
             and (weight.weight_bits, weight.act_bits, weight.symmetric)
             == (scheme.weight_bits, scheme.act_bits, scheme.symmetric)
             and group_size in (scheme.group_size, None)
+            and weight.hadamard_size == self.hadamard_size
             and weight.modalities == tuple(modalities)
             and tuple(weight.ranks) == tuple(self.ranks)
             and (self.l1 is None or weight.low_rank_bits == low_rank_bits)
@@ -267,11 +279,20 @@ class LayerRecipe:
         """One part for all experts of a mixture.
 
         Args:
-            parts: of each expert, with the same smoothing factor. Where pairs differ in
-                rank, smaller ones are filled up with zeros.
+            parts: of each expert, with the same smoothing factor and rotation. Where
+                pairs differ in rank, smaller ones are filled up with zeros.
             fingerprint: of the weights of all.
+
+        Raises:
+            ValueError: they are rotated in different ways.
         """
         first = parts[0]
+        if any(part.hadamard_size != first.hadamard_size for part in parts):
+            sizes = sorted({str(part.hadamard_size) for part in parts})
+            raise ValueError(
+                "the experts of a mixture share one rotation: got hadamard_size of "
+                f"{' and '.join(sizes)}."
+            )
         ranks = tuple(max(r) for r in zip(*(p.ranks for p in parts if p.ranks)))
         padded = [_padded(part, ranks) for part in parts]
         stacked = {
@@ -287,6 +308,7 @@ class LayerRecipe:
             fingerprint=fingerprint,
             smoothing_factor=first.smoothing_factor,
             ranks=ranks,
+            hadamard_size=first.hadamard_size,
             **stacked,
         )
 
@@ -301,8 +323,8 @@ class LayerRecipe:
             return NotImplemented
         ours, theirs = self.tensors(), other.tensors()
         return (
-            (self.shape, self.fingerprint, self.ranks)
-            == (other.shape, other.fingerprint, other.ranks)
+            (self.shape, self.fingerprint, self.ranks, self.hadamard_size)
+            == (other.shape, other.fingerprint, other.ranks, other.hadamard_size)
             and ours.keys() == theirs.keys()
             and all(torch.equal(ours[name], theirs[name]) for name in ours)
         )
@@ -406,6 +428,11 @@ class Recipe:
                     "shape": layer.shape,
                     "fingerprint": layer.fingerprint,
                     "ranks": layer.ranks,
+                    **(
+                        {}
+                        if layer.hadamard_size is None
+                        else {"hadamard_size": layer.hadamard_size}
+                    ),
                 }
                 for name, layer in self.layers.items()
             },
@@ -501,10 +528,15 @@ def join_recipes(
 
 
 def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
-    experts = any(len(layer["shape"]) == 3 for layer in header["layers"].values())
+    layers = header["layers"].values()
+    version = _PLAIN
+    if any(len(layer["shape"]) == 3 for layer in layers):
+        version = _EXPERTS
+    if any("hadamard_size" in layer for layer in layers):
+        version = _ROTATED
     return {
         "format": RECIPE_FORMAT,
-        "format_version": str(_FORMAT_VERSIONS[experts]),
+        "format_version": str(version),
         "recipe": json.dumps(header),
     }
 
@@ -545,7 +577,7 @@ def _header(
     if version not in _FORMAT_VERSIONS:
         newer = version > max(_FORMAT_VERSIONS)
         advice = "upgrade it" if newer else "calibrate again"
-        known = " and ".join(str(v) for v in _FORMAT_VERSIONS)
+        known = f"{_FORMAT_VERSIONS[0]} to {_FORMAT_VERSIONS[-1]}"
         raise _UnreadableError(
             f"{os.fspath(path)!r} is of recipe format {version}, this version of "
             f"torchao_masquant reads {known}: {advice}."
@@ -601,7 +633,11 @@ def _load_layer(file: Any, name: str, entry: Mapping[str, Any]) -> LayerRecipe:
             raise ValueError(f"{key} of {name} is of type {tensor.dtype}")
         tensors[key] = tensor
     return LayerRecipe(
-        shape=shape, fingerprint=entry["fingerprint"], ranks=ranks, **tensors
+        shape=shape,
+        fingerprint=entry["fingerprint"],
+        ranks=ranks,
+        hadamard_size=entry.get("hadamard_size"),
+        **tensors,
     )
 
 

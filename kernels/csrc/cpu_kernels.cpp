@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <cmath>
 #include <cstring>
 
 // Products and sums are rounded one by one, as the reference's are: the compiler must
@@ -145,11 +146,70 @@ inline __m128i fold4(__m512i a, __m512i b, __m512i c, __m512i d) {
 
 // ---- activations ----
 
+namespace {
+
+// One stage of a rotation inside of a vector: values whose lanes differ in the bit half.
+template <int half>
+inline __m512 stage(__m512 v) {
+  constexpr __mmask16 subtracts = half == 1 ? 0xAAAA : half == 2 ? 0xCCCC : half == 4 ? 0xF0F0 : 0xFF00;
+  __m512 other;
+  if constexpr (half == 1) {
+    other = _mm512_permute_ps(v, 0xB1);
+  } else if constexpr (half == 2) {
+    other = _mm512_permute_ps(v, 0x4E);
+  } else if constexpr (half == 4) {
+    other = _mm512_shuffle_f32x4(v, v, 0xB1);
+  } else {
+    other = _mm512_shuffle_f32x4(v, v, 0x4E);
+  }
+  return _mm512_mask_sub_ps(_mm512_add_ps(v, other), subtracts, other, v);
+}
+
+}  // namespace
+
+void rotate_row(float* v, int64_t in_features, int64_t hadamard_size) {
+  if (hadamard_size == 1) return;
+  const __m512 factor =
+      _mm512_set1_ps(static_cast<float>(1.0 / std::sqrt(static_cast<double>(hadamard_size))));
+  for (int64_t i = 0; i < in_features; i += 16) {
+    const __mmask16 mask = mask16(in_features - i);
+    __m512 block = stage<1>(_mm512_maskz_loadu_ps(mask, v + i));
+    if (hadamard_size > 2) block = stage<2>(block);
+    if (hadamard_size > 4) block = stage<4>(block);
+    if (hadamard_size > 8) block = stage<8>(block);
+    if (hadamard_size <= 16) block = _mm512_mul_ps(block, factor);
+    _mm512_mask_storeu_ps(v + i, mask, block);
+  }
+  // Larger blocks are of whole vectors.
+  for (int64_t start = 0; hadamard_size > 16 && start < in_features; start += hadamard_size) {
+    float* block = v + start;
+    for (int64_t half = 16; half < hadamard_size; half *= 2) {
+      const bool last = 2 * half == hadamard_size;
+      for (int64_t pair = 0; pair < hadamard_size; pair += 2 * half) {
+        for (int64_t i = pair; i < pair + half; i += 16) {
+          const __m512 a = _mm512_loadu_ps(block + i), c = _mm512_loadu_ps(block + i + half);
+          __m512 sum = _mm512_add_ps(a, c), difference = _mm512_sub_ps(a, c);
+          if (last) {
+            sum = _mm512_mul_ps(sum, factor);
+            difference = _mm512_mul_ps(difference, factor);
+          }
+          _mm512_storeu_ps(block + i, sum);
+          _mm512_storeu_ps(block + i + half, difference);
+        }
+      }
+    }
+  }
+}
+
 void quantize_row(const void* x, Type type, const float* pre_scale, const float* shift,
-                  int64_t in_features, int quant_max, float* scratch, int8_t* q,
-                  float* scale) {
+                  int64_t in_features, int64_t hadamard_size, int quant_max,
+                  float* scratch, int8_t* q, float* scale) {
   // As integers: the magnitude of nan is above that of inf, so neither is lost.
   __m512i largest = _mm512_setzero_si512();
+  const auto look_at = [&](__m512 v) __attribute__((always_inline)) {
+    largest = _mm512_max_epi32(
+        largest, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)));
+  };
   with_type(type, [&](auto t) {
     const auto step = [&](int64_t i, __mmask16 mask) __attribute__((always_inline)) {
       __m512 v = _mm512_mul_ps(load<t()>(x, i, mask),
@@ -158,13 +218,19 @@ void quantize_row(const void* x, Type type, const float* pre_scale, const float*
         v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(mask, shift + i));
       }
       _mm512_mask_storeu_ps(scratch + i, mask, v);
-      largest = _mm512_max_epi32(
-          largest, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)));
+      look_at(v);
     };
     int64_t i = 0;
     for (; i + 16 <= in_features; i += 16) step(i, 0xFFFF);
     if (i < in_features) step(i, mask16(in_features - i));
   });
+  if (hadamard_size > 1) {
+    rotate_row(scratch, in_features, hadamard_size);
+    largest = _mm512_setzero_si512();
+    for (int64_t i = 0; i < in_features; i += 16) {
+      look_at(_mm512_maskz_loadu_ps(mask16(in_features - i), scratch + i));
+    }
+  }
   const int32_t bits = _mm512_reduce_max_epi32(largest);
   float absmax;
   std::memcpy(&absmax, &bits, sizeof absmax);
@@ -215,6 +281,13 @@ void smooth_row_bfloat16(const void* x, Type type, const float* pre_scale,
             _mm512_mul_ps(load<t()>(x, i, mask), _mm512_maskz_loadu_ps(mask, pre_scale + i)));
     }
   });
+}
+
+void to_bfloat16_row(const float* v, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = mask16(count - i);
+    store(out, Type::kBFloat16, i, mask, _mm512_maskz_loadu_ps(mask, v + i));
+  }
 }
 
 int32_t sum_row(const int8_t* q, int64_t in_features) {

@@ -31,11 +31,15 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 
 // ---- activations ----
 
-// q = round(v / s), v = x * p - o, s = max |v| / quant_max, of one token.
-// scratch holds K floats.
+// q = round(v / s), v = H (x * p - o), s = max |v| / quant_max, of one token; H as
+// rotate_row has it. scratch holds K floats.
 void quantize_row(const void* x, Type type, const float* pre_scale, const float* shift,
-                  int64_t in_features, int quant_max, float* scratch, int8_t* q,
-                  float* scale);
+                  int64_t in_features, int64_t hadamard_size, int quant_max,
+                  float* scratch, int8_t* q, float* scale);
+
+// Rotates blocks of hadamard_size neighbours in place, a power of two that divides K (1:
+// nothing), by the additions of hadamard.py in their order.
+void rotate_row(float* v, int64_t in_features, int64_t hadamard_size);
 
 // v = x * p of one token.
 void smooth_row(const void* x, Type type, const float* pre_scale, int64_t in_features,
@@ -44,6 +48,8 @@ void smooth_row(const void* x, Type type, const float* pre_scale, int64_t in_fea
 // The same, rounded to bfloat16.
 void smooth_row_bfloat16(const void* x, Type type, const float* pre_scale,
                          int64_t in_features, uint16_t* smoothed);
+
+void to_bfloat16_row(const float* v, int64_t count, uint16_t* out);
 
 int32_t sum_row(const int8_t* q, int64_t in_features);
 

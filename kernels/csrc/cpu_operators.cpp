@@ -147,6 +147,14 @@ int64_t checked_groups(const Tensor& scale, const Weights& weights) {
   return scale.size(1);
 }
 
+void check_rotation(int64_t hadamard_size, int64_t in_features) {
+  TORCH_CHECK_VALUE(hadamard_size >= 1 && (hadamard_size & (hadamard_size - 1)) == 0 &&
+                        in_features % hadamard_size == 0,
+                    "masquant: hadamard_size must be a power of two that divides the input "
+                    "width, or 1, got ",
+                    hadamard_size, " for an input width of ", in_features, ".");
+}
+
 // Whether tokens read the stored weights as they are.
 bool reads_stored(int64_t tokens, int64_t groups) {
   return tokens <= kFewTokens && groups == 1;
@@ -326,7 +334,8 @@ struct Tasks {
 std::tuple<Tensor, Tensor> smooth_quantize(const Tensor& x, const Tensor& act_pre_scale,
                                            const MaybeTensor& modality_ids,
                                            int64_t act_bits,
-                                           const MaybeTensor& act_shift) {
+                                           const MaybeTensor& act_shift,
+                                           int64_t hadamard_size) {
   check_processor();
   TORCH_CHECK(x.dim() == 2 && act_pre_scale.dim() == 2 &&
                   act_pre_scale.size(1) == x.size(1) && act_pre_scale.size(0) > 0,
@@ -335,6 +344,7 @@ std::tuple<Tensor, Tensor> smooth_quantize(const Tensor& x, const Tensor& act_pr
   TORCH_CHECK(act_bits >= 2 && act_bits <= 8, "masquant: activations have 2 to 8 bits, got ",
               act_bits, ".");
   const int64_t tokens = x.size(0), in_features = x.size(1);
+  check_rotation(hadamard_size, in_features);
   const Tensor rows = readable_rows(x), pre_scale = floats(act_pre_scale);
   Tensor shift, ids;
   if (act_shift) {
@@ -357,7 +367,7 @@ std::tuple<Tensor, Tensor> smooth_quantize(const Tensor& x, const Tensor& act_pr
       const int64_t m = ids.defined() ? ids.const_data_ptr<int32_t>()[t] : 0;
       quantize_row(row_of(rows, t), type, pre_scale.const_data_ptr<float>() + m * in_features,
                    shift.defined() ? shift.const_data_ptr<float>() + m * in_features : nullptr,
-                   in_features, quant_max, row, out + t * in_features, scales + t);
+                   in_features, hadamard_size, quant_max, row, out + t * in_features, scales + t);
     }
   });
   return {q, scale};
@@ -366,12 +376,13 @@ std::tuple<Tensor, Tensor> smooth_quantize(const Tensor& x, const Tensor& act_pr
 // ---- low_rank_down ----
 
 // hidden (T, R), zeros where a token is of another modality. source(t, k, count, out)
-// gives a token's channels as floats, token_scale(t) what multiplies its products.
+// gives a token's channels as floats, block after block of a multiple of least_depth;
+// token_scale(t) what multiplies its products.
 template <class Source, class TokenScale>
 Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
                     const Tensor& modality_ids, at::IntArrayRef ranks,
-                    const MaybeTensor& low_rank_scale, const Source& source,
-                    const TokenScale& token_scale) {
+                    const MaybeTensor& low_rank_scale, int64_t least_depth,
+                    const Source& source, const TokenScale& token_scale) {
   TORCH_CHECK(l1_.dim() == 2 && l1_.size(0) == in_features, "masquant: down-projections of shape ",
               l1_.sizes(), " do not fit ", in_features, " channels.");
   const int64_t rank = l1_.size(1);
@@ -414,18 +425,19 @@ Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
     const int64_t count = static_cast<int64_t>(rows.size());
     const int64_t tasks = (count + kTokensOfTask - 1) / kTokensOfTask;
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      float* a = scratch<float>(kRow, kRows * kDepth);
+      const int64_t most = std::max(kDepth, least_depth);
+      float* a = scratch<float>(kRow, kRows * most);
       float* c = scratch<float>(kProducts, kTokensOfTask * panels * kColumns);
       const float* pointers[kRows];
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * kTokensOfTask, last = std::min(count, first + kTokensOfTask);
-        for (int64_t k = 0; k < in_features; k += kDepth) {
-          const int64_t depth = std::min(kDepth, in_features - k);
+        for (int64_t k = 0; k < in_features; k += most) {
+          const int64_t depth = std::min(most, in_features - k);
           for (int64_t t = first; t < last; t += kRows) {
             const int n = static_cast<int>(std::min<int64_t>(kRows, last - t));
             for (int r = 0; r < n; ++r) {
-              source(rows[t + r], k, depth, a + r * kDepth);
-              pointers[r] = a + r * kDepth;
+              source(rows[t + r], k, depth, a + r * most);
+              pointers[r] = a + r * most;
             }
             for (int64_t p = 0; p < panels; ++p) {
               multiply_float_panel(pointers, n, down + (p * in_features + k) * kColumns, depth,
@@ -462,7 +474,7 @@ Tensor low_rank_down(const Tensor& qdata, const Tensor& scale, const Tensor& l1,
   const int8_t* data = q.const_data_ptr<int8_t>();
   const float* scales = s.const_data_ptr<float>();
   return project_down(
-      q.size(0), width, l1, modality_ids, ranks, low_rank_scale,
+      q.size(0), width, l1, modality_ids, ranks, low_rank_scale, 1,
       [=](int64_t t, int64_t k, int64_t count, float* out) {
         to_float(data + t * width + k, count, out);
       },
@@ -623,13 +635,15 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
                           const MaybeTensor& l1, const MaybeTensor& l2,
                           const MaybeTensor& modality_bias, const MaybeTensor& modality_ids,
                           const MaybeTensor& bias, at::IntArrayRef ranks, int64_t weight_bits,
-                          at::ScalarType out_dtype, const MaybeTensor& low_rank_scale) {
+                          at::ScalarType out_dtype, const MaybeTensor& low_rank_scale,
+                          int64_t hadamard_size) {
   check_processor();
   TORCH_CHECK(x.dim() == 2 && act_pre_scale.dim() == 2 &&
                   act_pre_scale.size(1) == x.size(1) && act_pre_scale.size(0) > 0,
               "masquant: smoothing factors of shape ", act_pre_scale.sizes(),
               " do not fit tokens of shape ", x.sizes(), ".");
   const int64_t tokens = x.size(0), in_features = x.size(1);
+  check_rotation(hadamard_size, in_features);
   const Tensor rows_of_x = readable_rows(x), pre_scale = floats(act_pre_scale),
                w = qdata.contiguous(), channel_scale = floats(scale);
   const Weights weights = weights_of(w, in_features, weight_bits);
@@ -651,10 +665,11 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
   MaybeTensor hidden;
   if (l1 && modality_ids) {
     hidden = project_down(
-        tokens, in_features, *l1, *modality_ids, ranks, low_rank_scale,
+        tokens, in_features, *l1, *modality_ids, ranks, low_rank_scale, hadamard_size,
         [&](int64_t t, int64_t k, int64_t count, float* out) {
           smooth_row(row_of(rows_of_x, t) + k * rows_of_x.element_size(), type, factors(t) + k,
                      count, out);
+          rotate_row(out, count, hadamard_size);
         },
         [](int64_t) { return 1.0f; });
   }
@@ -676,17 +691,26 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
     float* smoothed = scratch<float>(kShared, count * stride);
     uint16_t* halves = reinterpret_cast<uint16_t*>(smoothed);
     at::parallel_for(0, count, 1 + 16384 / (in_features + 1), [&](int64_t begin, int64_t end) {
-      float* row = few ? scratch<float>(kRow, in_features) : nullptr;
+      const bool rotated = hadamard_size > 1;
+      float* row = few || rotated ? scratch<float>(kRow, in_features) : nullptr;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = results.order[first + i];
         if (bfloat16) {
           uint16_t* out = halves + i * stride;
-          smooth_row_bfloat16(row_of(rows_of_x, t), type, factors(t), in_features, out);
+          if (rotated) {
+            smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, row);
+            rotate_row(row, in_features, hadamard_size);
+            to_bfloat16_row(row, in_features, out);
+          } else {
+            smooth_row_bfloat16(row_of(rows_of_x, t), type, factors(t), in_features, out);
+          }
           if (stride > in_features) out[in_features] = 0;
           continue;
         }
         float* out = smoothed + i * in_features;
-        smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, few ? row : out);
+        float* first_out = few ? row : out;
+        smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, first_out);
+        rotate_row(first_out, in_features, hadamard_size);
         if (few) split_by_eight(row, in_features, out);
       }
     });
@@ -787,7 +811,8 @@ void install() {
 
 TORCH_LIBRARY(masquant_cpu, m) {
   m.def("smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? modality_ids,"
-        " int act_bits, Tensor? act_shift=None) -> (Tensor qdata, Tensor scale)");
+        " int act_bits, Tensor? act_shift=None, int hadamard_size=1)"
+        " -> (Tensor qdata, Tensor scale)");
   m.def("low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor modality_ids,"
         " int[] ranks, Tensor? low_rank_scale=None) -> Tensor");
   m.def("int_linear(Tensor qx, Tensor x_scale, Tensor qdata, Tensor scale,"
@@ -797,7 +822,8 @@ TORCH_LIBRARY(masquant_cpu, m) {
   m.def("weight_only_linear(Tensor x, Tensor act_pre_scale, Tensor qdata, Tensor scale,"
         " Tensor? zero_point, Tensor? l1, Tensor? l2, Tensor? modality_bias,"
         " Tensor? modality_ids, Tensor? bias, int[] ranks, int weight_bits,"
-        " ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor");
+        " ScalarType out_dtype, Tensor? low_rank_scale=None, int hadamard_size=1)"
+        " -> Tensor");
   m.def("install() -> ()", &install);
   m.def("kernel_of(int weight_bits, int act_bits, int tokens, int in_features,"
         " int groups) -> str", &kernel_of);

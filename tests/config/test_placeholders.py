@@ -8,6 +8,7 @@
 An engine that owns its memory fills a parameter in place, ``weight.copy_(loaded)``.
 """
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from torchao_masquant import MASQuantConfig, MASQuantTensor
+from torchao_masquant import MASQuantConfig, MASQuantLinear, MASQuantTensor
 
 MADE = [
     {"method": "masquant"},
@@ -70,6 +71,33 @@ def test_ranks_that_the_options_did_not_tell(rank: object) -> None:
     sample = tiny_models.samples(audio=True)[0]
     with torch.no_grad():
         assert torch.equal(loaded(**sample).logits, model(**sample).logits)
+
+
+def test_rotations_that_the_options_did_not_tell() -> None:
+    """They take no room, so that a state_dict brings its own along."""
+    fast = {"alpha": 0.5, "separation": 1.0, "rounding": "nearest", "clip": False}
+    model = tiny_models.omni_thinker()
+    recipe = tiny_models.recipe_of(model, **fast)
+    for i, name in enumerate(recipe.layers):
+        if i % 3:
+            layer = recipe.layers[name]
+            recipe.layers[name] = dataclasses.replace(
+                layer, hadamard_size=2 ** (1 + i % 4)
+            )
+    tiny_models.quantized(model, recipe)
+    loaded = tiny_models.omni_thinker(seed=5)
+    quantize_(loaded, MASQuantConfig(step="prepare_for_loading", **fast))
+    loaded.load_state_dict(model.state_dict())
+    sample = tiny_models.samples(audio=True)[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(**sample).logits, model(**sample).logits)
+    # A weight that can't be loaded leaves the one that is there as it was.
+    linear = next(m for m in loaded.modules() if isinstance(m, MASQuantLinear))
+    before = linear.weight.hadamard_size
+    wrong = MASQuantTensor.from_hp(torch.randn(linear.weight.shape), hadamard_size=16)
+    with pytest.raises(RuntimeError, match="copy_ needs two MASQuantTensors of one"):
+        linear.load_state_dict({"weight": wrong}, strict=False)
+    assert linear.weight.hadamard_size == before
 
 
 def test_a_model_that_needs_no_routing_is_not_routed() -> None:

@@ -198,7 +198,7 @@ def test_a_header_byte_that_renames_a_tensor(folder):
 @pytest.mark.parametrize(
     "version, advice",
     [
-        (4, "upgrade it"),
+        (5, "upgrade it"),
         (0, "quantize the model again"),
         ("1", "quantize"),
         (None, "q"),
@@ -267,6 +267,12 @@ LAYER = "model.language_model.layers.0.mlp.up_proj"
         ("formats/0/parts/evil", "int8"),
         ("formats/0/parts/scale", {"a": 1}),
         ("formats/0/more", 1),
+        ("formats/0/hadamard_size", 0),
+        ("formats/0/hadamard_size", 3),
+        ("formats/0/hadamard_size", 2**23),
+        ("formats/0/hadamard_size", True),
+        ("formats/0/hadamard_size", "8"),
+        ("formats/0/hadamard_size", None),
     ],
     ids=lambda value: str(value)[:40],
 )

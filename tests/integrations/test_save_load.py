@@ -6,6 +6,7 @@
 """save_pretrained and from_pretrained of quantized models, and torchao's own route."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from torchao_masquant import (
     token_modalities,
 )
 from torchao_masquant.integrations.checkpoint_format import flatten_state_dict
+from torchao_masquant.integrations.dequantizing import dequantize_model
 
 # Of the solver's choices, which are not what is tested here.
 FAST = {"alpha": 0.5, "separation": 1.0}
@@ -179,6 +181,36 @@ def test_a_saved_model_comes_back_to_the_bit(saved, options):
     assert torch.equal(
         loaded.generate(**inputs, **generate), model.generate(**inputs, **generate)
     )
+
+
+def test_a_rotated_model_comes_back_to_the_bit(saved, tmp_path):
+    """And its folder is of a version that a reader without rotations refuses."""
+    model = tiny_models.qwen25_vl()
+    recipe = tiny_models.recipe_of(model, rounding="nearest", clip=False, **FAST)
+    for name in list(recipe.layers)[::2]:
+        recipe.layers[name] = dataclasses.replace(recipe.layers[name], hadamard_size=16)
+    tiny_models.quantized(model, recipe)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert entry["format_version"] == 4
+    sizes = {
+        name: entry["formats"][numbers["format"]].get("hadamard_size")
+        for name, numbers in entry["layers"].items()
+    }
+    assert sizes == {n: recipe.layers[n].hadamard_size for n in sizes}
+    loaded = AutoModelForImageTextToText.from_pretrained(folder)
+    assert_same_state(model, loaded)
+    inputs = prompt()
+    assert_same_logits(model, loaded, inputs)
+    # A dense model of it computes the same, but for the rounding of its inputs.
+    weights = {n: m.weight.data for n, m in linears(loaded).items()}
+    dequantize_model(loaded)
+    for name, weight in weights.items():
+        assert torch.equal(loaded.get_submodule(name).weight, weight.dequantize())
+    # Without any there is no trace of them.
+    text = (saved[1] / "config.json").read_text()
+    assert '"format_version": 3' in text and "hadamard" not in text
 
 
 def test_a_loaded_model_is_routed(saved):

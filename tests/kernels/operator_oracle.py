@@ -13,6 +13,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
+from hadamard_oracle import rotated_f64
 
 UNIT = 2.0**-24
 
@@ -51,6 +52,7 @@ def smooth_quantize_f64(
     modality_ids: Optional[torch.Tensor],
     act_bits: int,
     act_shift: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> Quantized:
     quant_max = 2 ** (act_bits - 1) - 1
     rows = np.zeros(x.shape[0], dtype=np.int64)
@@ -62,6 +64,7 @@ def smooth_quantize_f64(
     if act_shift is not None:
         smoothed = smoothed - f64(act_shift)[rows]
         slack = slack + UNIT * np.abs(smoothed)
+    smoothed, slack = rotated_f64(smoothed, slack, hadamard_size)
     scale = np.abs(smoothed).max(-1, keepdims=True) / quant_max
     levels = np.divide(smoothed, scale, out=np.zeros_like(smoothed), where=scale > 0)
     # Behind a level lie the product and the difference, those of the scale, its

@@ -196,6 +196,27 @@ def test_quantized_tokens_are_those_of_the_reference(
                 assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(
+    "size, k", [(2, 2), (2, 50), (4, 36), (8, 24), (16, 48), (32, 96), (4096, 8192)]
+)
+def test_rotated_tokens_are_those_of_the_reference(
+    size: int, k: int, shifted: bool, dtype: torch.dtype, threads: int
+) -> None:
+    """Blocks inside of a vector, of one, and of many; all additions in one order."""
+    torch.manual_seed(0)
+    x = torch.randn(19, k).to(dtype)
+    pre_scale, shift = torch.randn(3, k).exp(), torch.randn(3, k)
+    for ids in (None, ids_for(19, 3)):
+        for act_bits in (8, 4):
+            terms = (x, pre_scale, ids, act_bits, shift if shifted else None, size)
+            for ours, theirs in zip(
+                ops.smooth_quantize(*terms), reference.smooth_quantize(*terms)
+            ):
+                assert torch.equal(ours, theirs)
+
+
 def test_rounding_next_to_halves() -> None:
     """Where a product with the reciprocal would round otherwise than the quotient."""
     steps = torch.arange(-126, 126) + 0.5

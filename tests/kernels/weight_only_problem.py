@@ -5,10 +5,12 @@
 # LICENSE file in the root directory of this source tree.
 """Operands of ``masquant::weight_only_linear``, and its result in float64."""
 
+import math
 from typing import Any, Optional
 
 import numpy as np
 import torch
+from hadamard_oracle import hadamard_f64
 from operator_oracle import f64, ids_for
 
 
@@ -35,6 +37,7 @@ class Problem:
         ranks: tuple[int, ...] = (2, 4),
         low_rank_bits: int = 16,
         dtype: torch.dtype = torch.float32,
+        hadamard_size: int = 1,
     ):
         tokens, in_features, out_features = shape
         rng = np.random.default_rng(in_features)
@@ -44,6 +47,7 @@ class Problem:
         self.weight = rng.integers(least, most, size).astype(np.int8)
         zero_point = rng.integers(least, most, (out_features, groups)).astype(np.int8)
         self.weight_bits, self.ranks = weight_bits, ranks
+        self.hadamard_size = hadamard_size
         self.x = torch.randn(tokens, in_features).to(dtype)
         self.pre_scale = torch.randn(len(ranks) + 1, in_features).exp()
         self.scale = torch.rand(out_features, groups) / 2**weight_bits + 1e-3
@@ -77,6 +81,7 @@ class Problem:
             weight_bits=self.weight_bits,
             out_dtype=self.x.dtype,
             low_rank_scale=self.low_rank_scale,
+            hadamard_size=self.hadamard_size,
         )
         return list({**whole, **other}.values())
 
@@ -94,13 +99,16 @@ class Problem:
         size = np.zeros_like(y)
         for t, m in enumerate([0] * len(y) if base_only else self.ids.tolist()):
             smoothed = f64(self.x[t]) * f64(self.pre_scale[m])
-            terms = [(weight @ smoothed, np.abs(weight) @ np.abs(smoothed))]
+            rotation = hadamard_f64(len(smoothed), self.hadamard_size)
+            widest = np.abs(smoothed) @ np.abs(rotation)
+            smoothed = smoothed @ rotation
+            terms = [(weight @ smoothed, np.abs(weight) @ widest)]
             if m:
                 start = sum(self.ranks[: m - 1])
                 own = slice(start, start + self.ranks[m - 1])
                 a, b = down[:, own], up[own]
                 low = (smoothed @ a) @ b
-                terms.append((low, (np.abs(smoothed) @ np.abs(a)) @ np.abs(b)))
+                terms.append((low, (widest @ np.abs(a)) @ np.abs(b)))
             extra = f64(self.modality_bias)[m]
             terms.append((extra, np.abs(extra)))
             terms.append((f64(self.bias), np.abs(f64(self.bias))))
@@ -111,5 +119,7 @@ class Problem:
     @property
     def operations(self) -> int:
         """The smoothing, the weight's scale, K products and sums; the pair's scale, R
-        products and sums; three sums of the terms."""
-        return 2 + self.weight.shape[1] + 1 + 1 + sum(self.ranks) + 1 + 3
+        products and sums; three sums of the terms; the rotation."""
+        rotation = math.log2(self.hadamard_size) + 2 if self.hadamard_size > 1 else 0
+        rest = 2 + self.weight.shape[1] + 1 + 1 + sum(self.ranks) + 1 + 3
+        return rest + int(rotation)

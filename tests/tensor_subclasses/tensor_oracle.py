@@ -9,11 +9,13 @@ The expectations never call the package: stored bytes are decoded here. ``UNIT``
 float32's unit roundoff: one float32 operation has a relative error of at most it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
 import numpy as np
 import torch
+from hadamard_oracle import hadamard_f64, rotated_f64
 
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -65,6 +67,7 @@ def make(
     low_rank_bits: int = 16,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    hadamard_size: Optional[int] = None,
 ) -> Case:
     """``symmetric`` and ``with_shift``: None for zero points, and no shift, where
     activations are not quantized."""
@@ -97,6 +100,7 @@ def make(
         modality_bias=bias,
         act_shift=shift,
         low_rank_bits=low_rank_bits,
+        hadamard_size=hadamard_size,
     )
     return Case(weight, smoothing_factor, tuple(ranks), l1, l2, bias, shift, tensor)
 
@@ -128,7 +132,7 @@ def integers(tensor: MASQuantTensor) -> np.ndarray:
 
 
 def smoothed_f64(tensor: MASQuantTensor) -> np.ndarray:
-    """(N, K) what the integers stand for."""
+    """(N, K) what the integers stand for; of rotated channels where there is a rotation."""
     width = tensor.in_features // tensor.scale.shape[1]
     levels = integers(tensor)
     if tensor.zero_point is not None:
@@ -155,7 +159,7 @@ def linear_f64(
     ids: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(T, N) ``v Q(W / p_0)^T + v L1_m L2_m + b_m + bias``, ``v = Q(x p_m - o_m)``.
+    """(T, N) ``v Q(W / p_0)^T + v L1_m L2_m + b_m + bias``, ``v = Q(H (x p_m - o_m))``.
 
     The low-rank branch reads the quantized activations, where they are quantized.
     Token by token.
@@ -214,13 +218,13 @@ def linear_f64(
 def smooth_f64(
     tensor: MASQuantTensor, x: torch.Tensor, modality: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(K,) ``x p_m - o_m`` of one token, and how far float32 may be from it."""
+    """(K,) ``H (x p_m - o_m)`` of one token, and how far float32 may be from it."""
     smoothed = f64(x) * f64(tensor.act_pre_scale)[modality]
     slack = UNIT * np.abs(smoothed)
     if tensor.act_shift is not None:
         smoothed = smoothed - f64(tensor.act_shift)[modality]
         slack = slack + UNIT * np.abs(smoothed)
-    return smoothed, slack
+    return rotated_f64(smoothed, slack, tensor.hadamard_size)
 
 
 def weight_only_f64(
@@ -231,16 +235,19 @@ def weight_only_f64(
 ) -> tuple[np.ndarray, np.ndarray]:
     """:func:`linear_f64` of activations that are not quantized."""
     base, pre_scale = smoothed_f64(tensor), f64(tensor.act_pre_scale)
+    rotation = hadamard_f64(tensor.in_features, tensor.hadamard_size)
     x = x.reshape(-1, x.shape[-1])
     flat = [0] * x.shape[0] if ids is None else ids.reshape(-1).tolist()
     out = np.zeros((x.shape[0], tensor.shape[0]))
     size = np.zeros_like(out)
     for t, m in enumerate(flat):
         smoothed = f64(x[t]) * pre_scale[m]
+        widest = np.abs(smoothed) @ np.abs(rotation)
+        smoothed = smoothed @ rotation
         down, up = pair_f64(tensor, m)
         out[t] = base @ smoothed + (smoothed @ down) @ up
-        size[t] = np.abs(base) @ np.abs(smoothed)
-        size[t] += (np.abs(smoothed) @ np.abs(down)) @ np.abs(up)
+        size[t] = np.abs(base) @ widest
+        size[t] += (widest @ np.abs(down)) @ np.abs(up)
         if tensor.modality_bias is not None:
             out[t] += f64(tensor.modality_bias)[m]
             size[t] += np.abs(f64(tensor.modality_bias)[m])
@@ -249,8 +256,9 @@ def weight_only_f64(
         size += np.abs(f64(bias))
     rank = 0 if tensor.l1 is None else tensor.l1.shape[1]
     # The smoothing and the weight's scale, K products and sums, the pair's scale, R
-    # products and sums, three additions of the terms.
-    bound = (tensor.in_features + rank + 8) * UNIT * size
+    # products and sums, three additions of the terms, the stages of the rotation.
+    stages = math.log2(tensor.hadamard_size or 1) + 2
+    bound = (tensor.in_features + rank + 8 + stages) * UNIT * size
     if x.dtype == torch.bfloat16 and len(x) > 16:
         # Both sides of the product may be rounded to bfloat16, as in any linear of it.
         bound += 2 * 2.0**-8 * size
@@ -301,6 +309,7 @@ def smooth_levels_size(
     smoothed = np.abs(f64(x) * f64(tensor.act_pre_scale)[rows])
     if tensor.act_shift is not None:
         smoothed = smoothed + np.abs(f64(tensor.act_shift)[rows])
+    smoothed = smoothed @ np.abs(hadamard_f64(tensor.in_features, tensor.hadamard_size))
     # Rounding moves a value by at most half a step.
     smoothed += smoothed.max(-1, keepdims=True) / (2**tensor.act_bits - 2)
     size = smoothed @ np.abs(smoothed_f64(tensor)).T

@@ -47,6 +47,7 @@ class LinearLine:
         ranks: modality to the rank of its pair.
         method: that it was quantized by; None where that is not known.
         nbytes: in the file, all that belongs to its weight.
+        hadamard_size: neighbouring channels that are rotated together; None: none are.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LinearLine:
     ranks: Mapping[str, int]
     method: Optional[str]
     nbytes: int
+    hadamard_size: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def describe_checkpoint(folder: Path) -> Description:
             ranks={m: r for m, r in zip(layer.modalities[1:], layer.ranks) if r},
             method=checkpoint.options.get(name, {}).get("method"),
             nbytes=layer.nbytes,
+            hadamard_size=layer.hadamard_size,
         )
         for name, layer in checkpoint.layers.items()
     )
@@ -303,6 +306,7 @@ def _recipe_line(
         ranks={m: int(r) for m, r in zip(modalities[1:], entry["ranks"]) if r},
         method=options.method,
         nbytes=sum(map(_nbytes, own.values())),
+        hadamard_size=entry.get("hadamard_size"),
     )
 
 

@@ -84,7 +84,10 @@ def _text(found: "Description", layers: bool) -> str:
     )
     rows: "dict[Any, list[LinearLine]]" = {}
     for name, line in zip(short, found.linears):
-        key = name, line.shape, line.scheme, line.group_size, line.modalities
+        scheme = line.scheme
+        if line.hadamard_size is not None:
+            scheme += f", rotated by {line.hadamard_size}"
+        key = name, line.shape, scheme, line.group_size, line.modalities
         rows.setdefault(key, []).append(line)
     for (name, shape, scheme, group_size, modalities), lines in rows.items():
         size = sum(line.nbytes for line in lines)

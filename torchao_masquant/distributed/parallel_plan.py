@@ -5,7 +5,6 @@
 # LICENSE file in the root directory of this source tree.
 """A quantized transformers model, sharded by its class's own tensor parallel plan."""
 
-import math
 import re
 from typing import Callable, Optional
 
@@ -123,12 +122,11 @@ def _check_module(name: str, module: nn.Module, style: str, ranks: int) -> None:
             f"{name} has {size} {kind} channels, which {ranks} ranks can't share "
             f"evenly: take a number of ranks that divides {size}."
         )
-    group = weight.group_size if weight.scale.shape[1] > 1 else 1
-    multiple = math.lcm(group, 2 if weight.weight_bits <= 4 else 1)
+    multiple = weight.column_multiple
     if by_columns and size // ranks % multiple:
         raise ValueError(
             f"{name}: {ranks} ranks would get {size // ranks} of its {size} input "
             f"channels each, which is no multiple of {multiple} "
-            f"({weight.weight_bits}-bit integers, group size {weight.group_size}): take "
-            "fewer ranks, or quantize it with smaller groups."
+            f"({weight.column_units}): take fewer ranks, or quantize it with smaller "
+            f"groups{'' if weight.hadamard_size is None else ' and rotations'}."
         )

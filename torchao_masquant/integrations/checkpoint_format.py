@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Format versions 1 to 3 of a quantized checkpoint.
+"""Format versions 1 to 4 of a quantized checkpoint.
 
 Each quantized weight ``X.weight`` is stored as plain tensors ``X._weight_qdata``,
 ``X._weight_scale``, ..., named as torchao names them; all other tensors are stored as
@@ -24,6 +24,10 @@ Version 3, which is written, has tensors of one byte under the own names of line
 weights (:mod:`~torchao_masquant.integrations.guard`), with experts or without. It may have
 weights that torchao's own configs have quantized, under ``torchao``: name of a parameter to
 what torchao says of its tensor.
+
+Version 4, which is written where a weight is rotated and else as 3, has the block of the
+rotation in that weight's format. Without it the integers would be taken for those of other
+channels, so that readers of 3 are to refuse it.
 """
 
 import dataclasses
@@ -60,9 +64,10 @@ __all__ = [
     "stored_part",
 ]
 
-#: That is written.
+#: That is written; of rotated weights the one after it.
 FORMAT_VERSION = 3
-_KNOWN_VERSIONS = (1, 2, FORMAT_VERSION)
+_ROTATED_VERSION = 4
+_KNOWN_VERSIONS = (1, 2, FORMAT_VERSION, _ROTATED_VERSION)
 
 _OF_EXPERTS = tuple(f".{name}" for name in PROJECTIONS)
 
@@ -195,10 +200,11 @@ class CheckpointFormat:
                 "format": _index(formats, layer),
                 "options": None if option is None else _index(options, option),
             }
+        rotated = any(layer.hadamard_size is not None for layer in formats)
         about = {"description": self.description} if self.description else {}
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": _ROTATED_VERSION if rotated else FORMAT_VERSION,
             "dtype": self.dtype,
             **about,
             "formats": [entry.to_json() for entry in formats],
@@ -216,10 +222,10 @@ class CheckpointFormat:
         """
         version = entry.get("format_version")
         if version not in _KNOWN_VERSIONS or type(version) is not int:
-            newer = type(version) is int and version > FORMAT_VERSION
+            newer = type(version) is int and version > _KNOWN_VERSIONS[-1]
             raise ValueError(
                 f"the checkpoint is of MASQuant format {version!r}, this version of "
-                f"torchao_masquant reads 1 to {FORMAT_VERSION}: "
+                f"torchao_masquant reads 1 to {_KNOWN_VERSIONS[-1]}: "
                 f"{'upgrade it' if newer else 'quantize the model again'}."
             )
         try:

@@ -58,6 +58,7 @@ class LayerFormat:
         ranks: of the pairs of modality 1, 2, ..., or empty.
         parts: name of each stored part to its type.
         own_shift: whether each expert has a shift of its own; not said of linears.
+        hadamard_size: of the rotation; None, which is not said: there is none.
     """
 
     shape: tuple[int, ...]
@@ -70,6 +71,7 @@ class LayerFormat:
     ranks: tuple[int, ...]
     parts: tuple[tuple[str, str], ...]
     own_shift: bool = False
+    hadamard_size: Optional[int] = None
 
     @classmethod
     def of(cls, weight: MASQuantTensor) -> "LayerFormat":
@@ -90,6 +92,7 @@ class LayerFormat:
                 if t is not None
             ),
             own_shift=weight.act_shift is not None and weight.act_shift.dim() == 3,
+            hadamard_size=weight.hadamard_size,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -107,6 +110,8 @@ class LayerFormat:
         }
         if len(self.shape) == 3:
             entry["own_shift"] = self.own_shift
+        if self.hadamard_size is not None:
+            entry["hadamard_size"] = self.hadamard_size
         return entry
 
     @classmethod
@@ -119,7 +124,10 @@ class LayerFormat:
         if not isinstance(entry, dict):
             raise ValueError(f"a format is a dict, got {entry!r}")
         of_experts = isinstance(entry.get("shape"), list) and len(entry["shape"]) == 3
-        names = [n for n in cls.__dataclass_fields__ if of_experts or n != "own_shift"]
+        rotated = "hadamard_size" in entry
+        unsaid = [] if of_experts else ["own_shift"]
+        unsaid += [] if rotated else ["hadamard_size"]
+        names = [n for n in cls.__dataclass_fields__ if n not in unsaid]
         if sorted(entry) != sorted(names):
             raise ValueError(f"a format has the fields {names}, got {sorted(entry)}")
         shape = _integers(entry, "shape", least=1)
@@ -149,6 +157,7 @@ class LayerFormat:
             ranks=_integers(entry, "ranks"),
             parts=_parts(entry["parts"]),
             own_shift=own_shift,
+            hadamard_size=_integer(entry, "hadamard_size") if rotated else None,
         )
         found._check()
         return found
@@ -182,6 +191,7 @@ class LayerFormat:
             modality_bias=meta("modality_bias"),
             act_shift=meta("act_shift"),
             low_rank_bits=8 if integer_pair else 16,
+            hadamard_size=self.hadamard_size,
         )
         packed = self.weight_bits <= 4
         if kinds["qdata"][0] != (torch.uint8 if packed else torch.int8):
@@ -270,6 +280,7 @@ class LayerFormat:
             modalities=self.modalities,
             ranks=self.ranks,
             dtype=getattr(torch, self.dtype) if dtype is None else dtype,
+            hadamard_size=self.hadamard_size,
             **parts,
         )
 

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import torch
 
+from torchao_masquant.kernels.hadamard import hadamard_rotate
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -93,6 +94,7 @@ class LearnableWeight:
         if "shift" in self.start:
             smoothed = smoothed - self._value("shift")[rows]
         smoothed = smoothed * pre_scale[rows]
+        smoothed = hadamard_rotate(smoothed, self.quantized.hadamard_size or 1)
         if not self.quantized.weight_only:
             smoothed = rounded_activations(smoothed, self.quantized.act_bits)
         scale = self._value("scale").repeat_interleave(self.width, 1)
