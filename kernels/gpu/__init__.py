@@ -8,7 +8,8 @@
 - ``smooth_quantize``, ``low_rank_down``, ``int_linear``, ``weight_only_linear``: a kernel or
   two each, and the function that launches them, with the arguments of the operator;
 - ``linear_tiles``, ``int4_unpacking``, ``linear_epilogue``: what the products of both kinds
-  of linear are made of; ``smooth``: the pass before the weight-only one;
+  of linear are made of; ``smooth``: the pass before the weight-only one; ``rotation``: of
+  what is smoothed;
 - ``int_linear_tilings``, ``weight_only_tilings``: the tilings of each, and
   ``int_linear_cases``, ``weight_only_cases``: what of them is compiled ahead of time;
 - ``launching``: tilings, and launches that tracers can record;

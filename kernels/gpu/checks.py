@@ -15,6 +15,8 @@ from typing import Optional, Sequence, Union
 
 import torch
 
+from torchao_masquant.kernels.hadamard import check_hadamard_size
+
 __all__ = [
     "check_int_linear",
     "check_low_rank_down",
@@ -87,11 +89,13 @@ def check_smooth_quantize(
     modality_ids: Optional[torch.Tensor],
     act_bits: int,
     act_shift: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> None:
     """
     Raises:
         TypeError: an operand is of a type that the kernel does not read.
-        ValueError: of another shape or device, or there are too few or too many bits.
+        ValueError: of another shape or device, there are too few or too many bits, or a
+            rotation does not fit.
     """
     name = "masquant::smooth_quantize"
     if not 2 <= act_bits <= 8:
@@ -100,6 +104,8 @@ def check_smooth_quantize(
         )
     device = x.device
     features = x.shape[-1]
+    if hadamard_size != 1:
+        check_hadamard_size(hadamard_size, features)
     _check(name, "x", x, _FLOATS, (None, None), device)
     table = (None, features)
     _check(name, "act_pre_scale", act_pre_scale, torch.float32, table, device)
@@ -183,16 +189,20 @@ def check_weight_only_linear(
     weight_bits: int,
     out_dtype: torch.dtype,
     low_rank_scale: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> None:
     """
     Raises:
         TypeError: an operand is of a type that the kernel does not read.
-        ValueError: of another shape or device, or the bits or groups do not fit.
+        ValueError: of another shape or device, or the bits, groups or rotation do not
+            fit.
     """
     name = "masquant::weight_only_linear"
     device = x.device
     _check(name, "x", x, _FLOATS, (None, None), device)
     features = x.shape[1]
+    if hadamard_size != 1:
+        check_hadamard_size(hadamard_size, features)
     table = (None, features)
     _check(name, "act_pre_scale", act_pre_scale, torch.float32, table, device)
     _check_weight(name, qdata, scale, features, weight_bits, device)

@@ -30,6 +30,7 @@ from torchao_masquant.kernels.gpu.tuning import (
     measured,
     tuning_key,
 )
+from torchao_masquant.kernels.hadamard import hadamard_rotate
 from torchao_masquant.kernels.int4_packing import unpack_int4
 
 __all__ = ["LIBRARY_PRODUCTS", "Product", "dense", "int_mm", "library_product"]
@@ -85,6 +86,7 @@ def dense(
     weight_bits: int,
     out_dtype: torch.dtype,
     low_rank_scale: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
 ) -> torch.Tensor:
     """``weight_only_linear`` with weights rounded to the type of x.
 
@@ -101,7 +103,7 @@ def dense(
     factors = act_pre_scale[:1]
     if modality_ids is not None:
         factors = act_pre_scale.index_select(0, modality_ids.long())
-    smoothed = (x.float() * factors).to(x.dtype)
+    smoothed = hadamard_rotate(x.float() * factors, hadamard_size).to(x.dtype)
     y = (smoothed @ weight.t()).float()
     if l1 is not None and modality_ids is not None:
         assert l2 is not None

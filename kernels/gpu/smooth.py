@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""``x p_m`` in Triton: tokens that are smoothed and stay in 16 bits, or in float32."""
+"""``H (x p_m)`` in Triton: tokens that are smoothed and stay in 16 bits, or in float32."""
 
 from typing import Optional
 
@@ -12,6 +12,11 @@ import triton
 import triton.language as tl
 
 from torchao_masquant.kernels.gpu.launching import AotCase, TileConfig, launch
+from torchao_masquant.kernels.gpu.rotation import (
+    rotated,
+    rotated_in_blocks_of,
+    stages_of,
+)
 
 __all__ = ["aot_cases", "smooth"]
 
@@ -27,10 +32,12 @@ def smooth_kernel(
     stride_x: tl.tensor,
     stride_pre_scale: tl.tensor,
     stride_ids: tl.tensor,
+    one: tl.tensor,
     HAS_IDS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """BLOCK_K features of one token, times the factors of its modality."""
+    """BLOCK_K features of one token, times the factors of its modality, and rotated."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = columns < in_features
@@ -43,6 +50,7 @@ def smooth_kernel(
     p = tl.load(pre_scale + columns, mask=inside, other=0.0)
     values = tl.load(x + row * stride_x + columns, mask=inside, other=0.0)
     smoothed = values.to(tl.float32) * tl.where(known, p, float("nan"))
+    smoothed = tl.reshape(rotated(smoothed, one, STAGES, 1, BLOCK_K), (BLOCK_K,))
     tl.store(
         out + row * in_features + columns,
         smoothed.to(out.dtype.element_ty),
@@ -51,27 +59,38 @@ def smooth_kernel(
 
 
 _SMOOTH = TileConfig.of(4, 1, BLOCK_K=1024)
+# For rotations of larger blocks.
+_WIDE = tuple(TileConfig.of(w, 1, BLOCK_K=1024 * w) for w in (2, 4, 8, 16))
 
 
 def smooth(
-    x: torch.Tensor, act_pre_scale: torch.Tensor, modality_ids: Optional[torch.Tensor]
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor,
+    modality_ids: Optional[torch.Tensor],
+    hadamard_size: int = 1,
 ) -> torch.Tensor:
-    """``x p_m``.
+    """``H (x p_m)``.
 
     Args:
         x: (T, K) floating point, neighbours in a row side by side.
         act_pre_scale: (M, K) float32, reciprocal smoothing factors ``p_m``.
         modality_ids: (T,) integers or None: every token is base.
+        hadamard_size: b of the rotation ``H``, which divides K; 1 for none.
 
     Returns:
         (T, K) of x's type; nan for a token whose id names no modality.
+
+    Raises:
+        ValueError: a block of the rotation does not fit in the registers of a program.
     """
     tokens, in_features = x.shape
     out = torch.empty((tokens, in_features), dtype=x.dtype, device=x.device)
     ids = act_pre_scale if modality_ids is None else modality_ids
+    name = "masquant::weight_only_linear"
+    config = rotated_in_blocks_of(name, _SMOOTH, _WIDE, hadamard_size)
     launch(
         smooth_kernel,
-        (tokens, triton.cdiv(in_features, _SMOOTH["BLOCK_K"])),
+        (tokens, triton.cdiv(in_features, config["BLOCK_K"])),
         x,
         act_pre_scale,
         ids,
@@ -81,22 +100,27 @@ def smooth(
         x.stride(0),
         act_pre_scale.stride(0),
         ids.stride(0),
+        1.0,
         HAS_IDS=modality_ids is not None,
-        config=_SMOOTH,
+        STAGES=stages_of(hadamard_size),
+        config=config,
     )
     return out
 
 
 def aot_cases() -> list[AotCase]:
-    """Every type of token, with ids and without."""
+    """Every type of token, with ids and without; two rotations."""
     return [
-        _case(dtype, has_ids)
+        _case(dtype, has_ids, 1, _SMOOTH)
         for dtype in ("bf16", "fp16", "fp32")
         for has_ids in (False, True)
+    ] + [
+        _case("bf16", True, 128, _SMOOTH),
+        _case("bf16", True, 4096, _WIDE[1]),
     ]
 
 
-def _case(dtype: str, has_ids: bool) -> AotCase:
+def _case(dtype: str, has_ids: bool, hadamard_size: int, config: TileConfig) -> AotCase:
     sizes = ("in_features", "modalities", "stride_x", "stride_pre_scale", "stride_ids")
     tensors = {
         "x": f"*{dtype}",
@@ -104,11 +128,14 @@ def _case(dtype: str, has_ids: bool) -> AotCase:
         "ids": "*i64" if has_ids else "*fp32",
         "out": f"*{dtype}",
     }
+    name = f"{dtype}{' ids' if has_ids else ''}"
+    if hadamard_size > 1:
+        name = f"rotated {name} {config['BLOCK_K']} by {hadamard_size}"
     return AotCase(
-        f"weight_only_linear smooth {dtype}{' ids' if has_ids else ''}",
+        f"weight_only_linear smooth {name}",
         smooth_kernel,
-        {**tensors, **dict.fromkeys(sizes, "i32")},
-        {"HAS_IDS": has_ids},
-        _SMOOTH,
+        {**tensors, **dict.fromkeys(sizes, "i32"), "one": "fp32"},
+        {"HAS_IDS": has_ids, "STAGES": stages_of(hadamard_size)},
+        config,
         divisible=(*tensors, "in_features", "stride_x", "stride_pre_scale"),
     )

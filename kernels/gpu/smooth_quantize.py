@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""``masquant::smooth_quantize`` in Triton: ``q = round(v / s)``, ``v = x * p_m - o_m``.
+"""``masquant::smooth_quantize`` in Triton: ``q = round(v / s)``, ``v = H (x * p_m - o_m)``.
 
 A program quantizes ``BLOCK_M`` tokens. Each reads the ``p`` of its modality, four bytes
 an element to two of bfloat16 ``x``; tokens beside each other are mostly of one
@@ -38,6 +38,11 @@ from torchao_masquant.kernels.gpu.launching import (
     rows_contiguous,
     size_hint,
 )
+from torchao_masquant.kernels.gpu.rotation import (
+    rotated,
+    rotated_in_blocks_of,
+    stages_of,
+)
 
 __all__ = ["CONFIGS", "aot_cases", "choose", "smooth_quantize"]
 
@@ -69,8 +74,11 @@ def _smoothed(
     stride_x: tl.tensor,
     one: tl.tensor,
     HAS_SHIFT: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """A block of ``x * p - o``, zeros past the end of a row.
+    """A block of ``H (x * p - o)``, zeros past the end of a row.
 
     pre_scale and shift point to a row for all, or to one for each, (BLOCK_M, 1).
     """
@@ -81,7 +89,7 @@ def _smoothed(
     if HAS_SHIFT:
         o = tl.load(shift + columns, mask=inside, other=0.0)
         smoothed = tl.fma(smoothed, one, -o.to(tl.float32))
-    return smoothed
+    return rotated(smoothed, one, STAGES, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -147,12 +155,13 @@ def smooth_quantize_kernel(
     one: tl.tensor,
     HAS_IDS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    STAGES: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """BLOCK_M tokens. ONE_BLOCK: a row fits in BLOCK_K."""
+    """BLOCK_M tokens. ONE_BLOCK: a row fits in BLOCK_K. STAGES: see ``rotated``."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     stored = row < tokens
     # Rows past the end are the last one again, and are not stored.
@@ -169,7 +178,18 @@ def smooth_quantize_kernel(
     inner = tl.arange(0, BLOCK_K)[None, :]
     if ONE_BLOCK:
         smoothed = _smoothed(
-            x, pre_scale, shift, rows, inner, in_features, stride_x, one, HAS_SHIFT
+            x,
+            pre_scale,
+            shift,
+            rows,
+            inner,
+            in_features,
+            stride_x,
+            one,
+            HAS_SHIFT,
+            STAGES,
+            BLOCK_M,
+            BLOCK_K,
         )
         row_scale = _row_scale(_largest_bits(smoothed), known, QUANT_MAX)
         _store_levels(qdata, smoothed, row_scale, rows, inner, stored, in_features)
@@ -187,6 +207,9 @@ def smooth_quantize_kernel(
                 stride_x,
                 one,
                 HAS_SHIFT,
+                STAGES,
+                BLOCK_M,
+                BLOCK_K,
             )
             largest = tl.maximum(largest, _largest_bits(smoothed))
         row_scale = _row_scale(largest, known, QUANT_MAX)
@@ -202,6 +225,9 @@ def smooth_quantize_kernel(
                 stride_x,
                 one,
                 HAS_SHIFT,
+                STAGES,
+                BLOCK_M,
+                BLOCK_K,
             )
             _store_levels(
                 qdata, smoothed, row_scale, rows, columns, stored, in_features
@@ -235,12 +261,16 @@ def _fallback(tokens: int, in_features: int) -> TileConfig:
     return _SHARED[1] if tokens >= 1024 else _SINGLE[3]
 
 
-def _fitted(config: TileConfig, one_block: bool) -> TileConfig:
+def _fitted(config: TileConfig, one_block: bool, hadamard_size: int = 1) -> TileConfig:
     # The two loops over a long row need registers of their own: half a block at a time.
-    if one_block:
-        return config
-    blocks = {**dict(config.blocks), "BLOCK_K": config["BLOCK_K"] // 2}
-    return TileConfig.of(config.num_warps, config.num_stages, **blocks)
+    if not one_block:
+        blocks = {**dict(config.blocks), "BLOCK_K": config["BLOCK_K"] // 2}
+        if hadamard_size > 1:
+            # So do the stages of a rotation.
+            blocks["BLOCK_M"] = 1
+        config = TileConfig.of(config.num_warps, config.num_stages, **blocks)
+    name = "masquant::smooth_quantize"
+    return rotated_in_blocks_of(name, config, _SINGLE, hadamard_size)
 
 
 def smooth_quantize(
@@ -249,9 +279,10 @@ def smooth_quantize(
     modality_ids: Optional[torch.Tensor],
     act_bits: int,
     act_shift: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
     config: Optional[TileConfig] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``q = round(v / s)``, ``v = x * p_m - o_m``, ``s = max_k |v| / (2 ** (bits - 1) - 1)``.
+    """``q = round(v / s)``, ``v = H (x * p_m - o_m)``, ``s = max |v| / (2 ** (bits - 1) - 1)``.
 
     As :func:`torchao_masquant.kernels.reference.smooth_quantize`, whose integers these
     are, but that a token whose id names no modality gets a scale of nan, where the
@@ -264,15 +295,20 @@ def smooth_quantize(
         modality_ids: (T,) integers in [0, M), or None: every token is base.
         act_bits: 2 to 8; fewer than 8 bits are still held in int8.
         act_shift: (M, K) float32 ``o_m``, or None for zeros.
+        hadamard_size: b of the rotation ``H``, which divides K; 1 for none.
         config: the tiling; None for that of the tables.
 
     Returns:
         ``qdata`` (T, K) int8, 0 where a level is nan, and ``scale`` (T, 1) float32.
+
+    Raises:
+        ValueError: a block of the rotation does not fit in the registers of a program.
     """
     tokens, in_features = x.shape
     if config is None:
         config = choose(tokens, in_features, x.device)
     one_block = in_features <= config["BLOCK_K"]
+    config = _fitted(config, one_block, hadamard_size)
     x = rows_contiguous(x)
     pre_scale = rows_contiguous(act_pre_scale)
     # pre_scale stands for what there is not.
@@ -299,27 +335,44 @@ def smooth_quantize(
         1.0,
         HAS_IDS=modality_ids is not None,
         HAS_SHIFT=act_shift is not None,
+        STAGES=stages_of(hadamard_size),
         QUANT_MAX=2 ** (act_bits - 1) - 1,
         ONE_BLOCK=one_block,
-        config=_fitted(config, one_block),
+        config=config,
     )
     return qdata, scale
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tiling, in one block and in several, with and without ids and shift."""
-    return [
-        _aot_case(config, "bf16", has_ids, has_shift, one_block, 8)
-        for config in CONFIGS
-        for has_ids in (False, True)
-        for has_shift in (False, True)
-        for one_block in (True, False)
-    ] + [
-        _aot_case(config, dtype, True, True, True, act_bits)
-        for config in (_SINGLE[2], _SHARED[1])
-        for dtype in ("fp16", "fp32")
-        for act_bits in (8, 4)
-    ]
+    """Every tiling, in one block and in several, with and without ids and shift.
+
+    Of rotations, whose stages past the first few are alike, some.
+    """
+    return (
+        [
+            _aot_case(config, "bf16", has_ids, has_shift, one_block, 8)
+            for config in CONFIGS
+            for has_ids in (False, True)
+            for has_shift in (False, True)
+            for one_block in (True, False)
+        ]
+        + [
+            _aot_case(config, dtype, True, True, True, act_bits)
+            for config in (_SINGLE[2], _SHARED[1])
+            for dtype in ("fp16", "fp32")
+            for act_bits in (8, 4)
+        ]
+        + [
+            _aot_case(config, "bf16", True, True, one_block, 8, hadamard_size)
+            for config, hadamard_size in (
+                (_SINGLE[0], 64),
+                (_SINGLE[2], 128),
+                (_SINGLE[4], 2048),
+                (_SHARED[1], 128),
+            )
+            for one_block in (True, False)
+        ]
+    )
 
 
 def _aot_case(
@@ -329,13 +382,17 @@ def _aot_case(
     has_shift: bool,
     one_block: bool,
     act_bits: int,
+    hadamard_size: int = 1,
 ) -> AotCase:
     parts = [name for name, has in (("ids", has_ids), ("shift", has_shift)) if has]
-    name = f"smooth_quantize a{act_bits} {' '.join(parts) or 'bare'} {dtype} "
-    name += f"{config['BLOCK_M']}x{config['BLOCK_K']}"
+    rotated_by = f" by {hadamard_size}" if hadamard_size > 1 else ""
+    name = f"smooth_quantize{' rotated' if rotated_by else ''} a{act_bits} "
+    name += f"{' '.join(parts) or 'bare'} {dtype} "
+    name += f"{config['BLOCK_M']}x{config['BLOCK_K']}{rotated_by}"
     constexprs: dict[str, Any] = {
         "HAS_IDS": has_ids,
         "HAS_SHIFT": has_shift,
+        "STAGES": stages_of(hadamard_size),
         "QUANT_MAX": 2 ** (act_bits - 1) - 1,
         "ONE_BLOCK": one_block,
     }
@@ -355,6 +412,6 @@ def _aot_case(
         smooth_quantize_kernel,
         {**tensors, **dict.fromkeys(sizes, "i32"), "one": "fp32"},
         constexprs,
-        _fitted(config, one_block),
+        _fitted(config, one_block, hadamard_size),
         divisible=(*tensors, *(size for size in sizes if size not in odd)),
     )

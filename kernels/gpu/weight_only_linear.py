@@ -288,11 +288,12 @@ def weight_only_linear(
     weight_bits: int,
     out_dtype: torch.dtype,
     low_rank_scale: Optional[torch.Tensor] = None,
+    hadamard_size: int = 1,
     config: Optional[TileConfig] = None,
 ) -> torch.Tensor:
-    """``y = (x p_m) (s_w (q_w - z))^T + (x p_m) L1_m * s_r L2_m + b_m + b``.
+    """``y = v (s_w (q_w - z))^T + v L1_m * s_r L2_m + b_m + b``, ``v = H (x p_m)``.
 
-    As :func:`torchao_masquant.kernels.reference.weight_only_linear`, but that ``x p_m``
+    As :func:`torchao_masquant.kernels.reference.weight_only_linear`, but that ``v``
     is rounded to x's type, and that a token whose id names no modality is nan, where
     the reference raises: a kernel can't.
 
@@ -314,13 +315,15 @@ def weight_only_linear(
         weight_bits: 8, 4 or 3.
         out_dtype: floating point type of the result.
         low_rank_scale: (R,) float32 ``s_r`` where the pair is int8; None for ones.
+        hadamard_size: b of the rotation ``H``; 1 for none.
         config: the tiling; None for that of the tables.
 
     Returns:
         (T, N) ``out_dtype``.
 
     Raises:
-        ValueError: ``ranks`` do not sum to R.
+        ValueError: ``ranks`` do not sum to R, or a block of the rotation does not fit in
+            the registers of a program.
     """
     tokens, in_features = x.shape
     out_features, groups = scale.shape
@@ -342,9 +345,10 @@ def weight_only_linear(
     x, qdata = rows_contiguous(x), rows_contiguous(qdata)
     pre_scale = rows_contiguous(act_pre_scale)
     paired = l1 is not None and modality_ids is not None
-    smooth_in_product = smoothed_here(config, paired)
+    # The product reads a part of a token at a time, and a rotation whole blocks.
+    smooth_in_product = smoothed_here(config, paired) and hadamard_size == 1
     if not smooth_in_product:
-        x = smooth(x, pre_scale, modality_ids)
+        x = smooth(x, pre_scale, modality_ids, hadamard_size)
     out = torch.empty((tokens, out_features), dtype=out_dtype, device=x.device)
     split_k = config["SPLIT_K"]
     workspace = out

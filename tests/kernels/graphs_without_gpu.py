@@ -14,6 +14,7 @@ A script, since a process that has Triton's interpreter cannot trace for Triton.
 
 import contextlib
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -124,10 +125,17 @@ def no_indexing() -> Iterator[None]:
         modeling_qwen2_5_vl.apply_rotary_pos_emb = rotary
 
 
-def decoder_layer(mode: FakeTensorMode, scheme: str, **options: Any) -> nn.Module:
+def decoder_layer(
+    mode: FakeTensorMode,
+    scheme: str,
+    hadamard_size: Optional[int] = None,
+    **options: Any,
+) -> nn.Module:
     model = qwen25_vl(layers=1).eval()
     prompts = [[21, "image", 22, 23], [24, 25, 26, 27]]
     recipe = calibrate(model, [batch(*prompts)], scheme=scheme, rank=2, **options)
+    for name, part in recipe.layers.items():
+        recipe.layers[name] = dataclasses.replace(part, hadamard_size=hadamard_size)
     quantize_(model, masquant_config(recipe))
     layer = model.bfloat16().model.language_model.layers[0]
     layer.self_attn.config._attn_implementation = "queries"
@@ -182,6 +190,10 @@ def main() -> None:
         layer = decoder_layer(mode, "w4a16", group_size=32)
         graphs["weight only"] = trace(mode, layer, 1000, mixed=False)
         graphs["weight only, one token"] = trace(mode, layer, 1, mixed=False)
+        layer = decoder_layer(mode, "w4a8", hadamard_size=16)
+        graphs["rotated"] = trace(mode, layer, 1000, mixed=True, dynamic=True)
+        layer = decoder_layer(mode, "w4a16", hadamard_size=16, group_size=32)
+        graphs["rotated weight only, one token"] = trace(mode, layer, 1, mixed=False)
     print(json.dumps(graphs))
 
 

@@ -158,6 +158,16 @@ def test_any_number_of_tokens_is_one_graph(graphs: dict[str, Any]) -> None:
     assert graph["grids"][0] == "[(floordiv, 1, 1)]"
 
 
+def test_rotations_are_shared_too(graphs: dict[str, Any]) -> None:
+    """A kernel that rotates is launched as often as one that does not."""
+    assert graphs["rotated"]["kernels"] == graphs["mixed"]["kernels"]
+    product = "weight_only_linear.weight_only_linear_kernel"
+    one = ["smooth.smooth_kernel", product, "linear_epilogue.reduce_kernel"]
+    # Of tokens that the product would smooth itself.
+    found = graphs["rotated weight only, one token"]["kernels"]
+    assert found == [*one, *2 * one[1:], *one, *one, *one[1:], *one]
+
+
 def test_an_export_keeps_the_operators(graphs: dict[str, Any]) -> None:
     """What runs on any device, and what other passes know."""
     graph = graphs["exported"]

@@ -44,6 +44,7 @@ QUANTIZE = {
     "strided": (torch.stack((X, X), -1)[..., 0], PRE_SCALE, IDS, 8),
     "shift": (X, PRE_SCALE, IDS, 8, SHIFT),
     "shift, no ids": (X, PRE_SCALE, None, 8, SHIFT),
+    "rotation": (X, PRE_SCALE, IDS, 8, SHIFT, 4),
 }
 DOWN = {
     "two pairs": (QX, X_SCALE, L1, IDS, [3, 1]),
@@ -179,6 +180,10 @@ WEIGHT_ONLY = {
         LOW_RANK_SCALE,
     ),
     "one token": (X[:1], PRE_SCALE, Q4, SCALE, None, *NOTHING, [], 3, torch.float32),
+    "rotation": (
+        *(X, PRE_SCALE, Q4, SCALE, None, *NOTHING, [], 4, torch.float32),
+        *(None, 2),
+    ),
     "no tokens": (
         X[:0],
         PRE_SCALE,
@@ -255,7 +260,8 @@ def test_linear_of_a_plain_weight_says_what_to_use(dtype: torch.dtype) -> None:
 
 
 def test_schemas() -> None:
-    """Saved programs hold them: a change here breaks what users have exported."""
+    """Saved programs hold them: a change here breaks what users have exported, but for an
+    argument at the end with a default."""
     assert [
         str(getattr(ops, name).default._schema)
         for name in (
@@ -269,8 +275,8 @@ def test_schemas() -> None:
         "masquant::linear(Tensor x, Tensor weight, Tensor? modality_ids=None, "
         "Tensor? bias=None, Tensor? smoothed_by=None) -> Tensor",
         "masquant::smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? "
-        "modality_ids, int act_bits, Tensor? act_shift=None) -> (Tensor qdata, Tensor "
-        "scale)",
+        "modality_ids, int act_bits, Tensor? act_shift=None, int hadamard_size=1) -> "
+        "(Tensor qdata, Tensor scale)",
         "masquant::low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor "
         "modality_ids, int[] ranks, Tensor? low_rank_scale=None) -> Tensor",
         "masquant::int_linear(Tensor qx, Tensor x_scale, Tensor qdata, Tensor scale, "
@@ -279,5 +285,6 @@ def test_schemas() -> None:
         "masquant::weight_only_linear(Tensor x, Tensor act_pre_scale, Tensor qdata, "
         "Tensor scale, Tensor? zero_point, Tensor? l1, Tensor? l2, Tensor? "
         "modality_bias, Tensor? modality_ids, Tensor? bias, int[] ranks, int "
-        "weight_bits, ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor",
+        "weight_bits, ScalarType out_dtype, Tensor? low_rank_scale=None, int "
+        "hadamard_size=1) -> Tensor",
     ]

@@ -205,6 +205,28 @@ def test_an_equal_factor_on_another_input_is_not_merged(operators: _Operators) -
     assert graph.count("masquant.int_linear") == 3
 
 
+def test_those_of_another_rotation_smooth_for_themselves(
+    operators: _Operators,
+) -> None:
+    model = projections()
+    for linear, size in ((model.first, 8), (model.second, 8), (model.other, 4)):
+        weight = linear.weight.data
+        weight.hadamard_size = size
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    share_smoothing(model)
+    assert source(model.second) is model.first and source(model.other) is None
+    x = torch.randn(5, 16)
+    run = torch.compile(
+        lambda x: model.first(x) + model.second(x) + model.other(x), fullgraph=True
+    )
+    with torch.no_grad():
+        expected = model.first(x) + model.second(x) + model.other(x)
+        torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-5)
+    (graph,) = operators.graphs
+    assert graph.count("masquant.smooth_quantize") == 2
+    assert graph.count("masquant.int_linear") == 3
+
+
 @pytest.mark.parametrize("assign", [True, False])
 def test_loading_one_weight_ends_its_sharing(assign: bool) -> None:
     model = projections()

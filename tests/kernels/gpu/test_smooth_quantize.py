@@ -49,6 +49,7 @@ def run(
     act_bits: int = 8,
     shift: Optional[torch.Tensor] = None,
     config: Optional[TileConfig] = None,
+    hadamard_size: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, scale = smooth_quantize(
         x.to(DEVICE),
@@ -56,6 +57,7 @@ def run(
         None if ids is None else ids.to(DEVICE),
         act_bits,
         None if shift is None else shift.to(DEVICE),
+        hadamard_size,
         config,
     )
     return q.cpu(), scale.cpu()
@@ -78,19 +80,20 @@ def check(
     shift: Optional[torch.Tensor] = None,
     config: Optional[TileConfig] = None,
     ties: float = 0.01,
+    hadamard_size: int = 1,
 ) -> None:
     """Bit-equal to the reference, and within float32's reach of float64."""
-    q, scale = run(x, pre_scale, ids, act_bits, shift, config)
+    q, scale = run(x, pre_scale, ids, act_bits, shift, config, hadamard_size)
     assert q.dtype == torch.int8 and q.shape == x.shape and q.is_contiguous()
     assert scale.dtype == torch.float32 and scale.shape == (len(x), 1)
     expected_q, expected_scale = reference.smooth_quantize(
-        x, pre_scale, ids, act_bits, shift
+        x, pre_scale, ids, act_bits, shift, hadamard_size
     )
     assert torch.equal(q, expected_q)
     assert torch.equal(scale, expected_scale)
     if not len(x):
         return
-    expected = smooth_quantize_f64(x, pre_scale, ids, act_bits, shift)
+    expected = smooth_quantize_f64(x, pre_scale, ids, act_bits, shift, hadamard_size)
     assert_integers(q, expected, ties)
     quant_max = 2 ** (act_bits - 1) - 1
     # Of the largest value its own error, in levels, and that of the division.
@@ -160,6 +163,28 @@ def test_a_shift_far_larger_than_what_it_leaves(tile: TileConfig) -> None:
     contracted = (x.double() * pre_scale[ids].double() - shift[ids].double()).float()
     rounded = x * pre_scale[ids] - shift[ids]
     assert (contracted != rounded).float().mean() > 0.5
+
+
+@tiles
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("size, width", [(2, 70), (8, 72), (32, 96), (64, 448)])
+def test_rotations(tile: TileConfig, size: int, width: int, shifted: bool) -> None:
+    """Of blocks as large as a tile's row, or smaller; a row's last tile is not full."""
+    x, pre_scale, ids = inputs(6, width, 3, torch.bfloat16)
+    shift = torch.randn(3, width) if shifted else None
+    for act_bits in (8, 4):
+        check(x, pre_scale, ids, act_bits, shift, tile, 0.01, size)
+
+
+def test_a_rotation_takes_a_tile_that_holds_its_blocks() -> None:
+    x, pre_scale, ids = inputs(5, 4096, 3)
+    check(x, pre_scale, ids, 8, None, TILES[1], 0.01, 2048)
+    x, pre_scale, ids = inputs(1, 32768, 3)
+    with pytest.raises(
+        ValueError,
+        match=r"a rotation of 32768 neighbours does not fit .* hold 16384: quantize with",
+    ):
+        run(x, pre_scale, ids, hadamard_size=32768)
 
 
 @pytest.mark.parametrize("act_bits", [8, 6, 4, 2])
@@ -314,26 +339,41 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from torchao_masquant.kernels.gpu.smooth_quantize import aot_cases
 
-case = next(c for c in aot_cases() if c.constexprs["HAS_SHIFT"])
+case = next(c for c in aot_cases() if c.constexprs["HAS_SHIFT"] and {condition})
 names = case.kernel.arg_names
 source = ASTSource(
     case.kernel,
-    {name: case.signature.get(name, "constexpr") for name in names},
-    {**case.constexprs, **dict(case.config.blocks)},
+    {{name: case.signature.get(name, "constexpr") for name in names}},
+    {{**case.constexprs, **{changes}, **dict(case.config.blocks)}},
 )
-options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
+options = dict(num_warps=case.config.num_warps, num_stages=case.config.num_stages)
 print(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"])
 """
 
 
-def test_a_gpu_rounds_the_product_before_the_shift() -> None:
-    """The interpreter contracts nothing, so this looks at what a GPU would run."""
+def products_and_fused(condition: str, changes: str = "{}") -> tuple[int, int]:
+    """How many of them are in what a GPU would run; the interpreter contracts nothing."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", _COMPILE]
+    code = _COMPILE.format(condition=condition, changes=changes)
     ptx = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     products = re.findall(r"\bmul(?:\.rn)?\.f32", ptx)
-    fused = re.findall(r"\bfma\.rn\.f32", ptx)
+    return len(products), len(re.findall(r"\bfma\.rn\.f32", ptx))
+
+
+def test_a_gpu_rounds_the_product_before_the_shift() -> None:
+    products, fused = products_and_fused("not c.constexprs['STAGES']")
     # Contracted, a product and a difference would be a single fma.
-    assert len(products) == len(fused) > 0
+    assert products == fused > 0
+
+
+def test_a_gpu_rounds_the_product_before_the_rotation() -> None:
+    rotated = "c.constexprs['STAGES'] and c.constexprs['ONE_BLOCK']"
+    products, fused = products_and_fused(rotated, "{'HAS_SHIFT': False}")
+    # Of each value its factor's, the rotation's, and one addition of the first stage.
+    assert products == 2 * fused > 0

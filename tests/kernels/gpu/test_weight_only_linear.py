@@ -158,6 +158,17 @@ def test_float32_tokens_keep_their_bits() -> None:
         assert torch.equal(y, x)
 
 
+@every_tiling
+@pytest.mark.parametrize("weight_bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotations(config: TileConfig, weight_bits: int, dtype: torch.dtype) -> None:
+    """They are never computed where the product reads a part of a token."""
+    problem = Problem((18, 64, 7), weight_bits, dtype=dtype, hadamard_size=16)
+    assert_matches(run(problem, config), problem)
+    y = run(problem, config, ids=None)
+    assert_matches(y, problem, base_only=True)
+
+
 MIXES = {
     "all base": lambda t: torch.zeros_like(t),
     "all of one": lambda t: torch.full_like(t, 2),
