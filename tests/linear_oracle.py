@@ -14,6 +14,7 @@ import re
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 import torch
+from hadamard_oracle import hadamard_f64
 from torch import nn
 
 from torchao_masquant import MASQuantLinear
@@ -71,6 +72,8 @@ def expected(
     smoothed = x * weight.act_pre_scale.double()[ids]
     if weight.act_shift is not None:
         smoothed = smoothed - weight.act_shift.double()[ids]
+    rotation = hadamard_f64(weight.in_features, weight.hadamard_size)
+    smoothed = smoothed @ torch.from_numpy(rotation)
     if weight.act_bits == 16:
         q, step, near = smoothed, torch.ones(1, 1), torch.zeros_like(smoothed)
     else:

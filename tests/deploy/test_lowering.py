@@ -27,7 +27,12 @@ KERNELS = [
 ]
 
 
-def weight(scheme: str, seed: int, low_rank_bits: int = 16) -> MASQuantTensor:
+def weight(
+    scheme: str,
+    seed: int,
+    low_rank_bits: int = 16,
+    hadamard_size: Optional[int] = None,
+) -> MASQuantTensor:
     """Of two modalities beside text; the second has no pair."""
     torch.manual_seed(seed)
     bits = SCHEMES[scheme]
@@ -44,16 +49,19 @@ def weight(scheme: str, seed: int, low_rank_bits: int = 16) -> MASQuantTensor:
         l2=torch.randn(3, 24),
         modality_bias=torch.randn(3, 24),
         low_rank_bits=low_rank_bits,
+        hadamard_size=hadamard_size,
     )
 
 
 class Pair(nn.Module):
     """Two linears that smooth one input alike, as q and k do."""
 
-    def __init__(self, scheme: str, low_rank_bits: int):
+    def __init__(
+        self, scheme: str, low_rank_bits: int, hadamard_size: Optional[int] = None
+    ):
         super().__init__()
         for name, seed in (("first", 0), ("second", 1)):
-            tensor = weight(scheme, seed, low_rank_bits)
+            tensor = weight(scheme, seed, low_rank_bits, hadamard_size)
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x: torch.Tensor, ids: Optional[torch.Tensor]) -> torch.Tensor:
@@ -62,8 +70,14 @@ class Pair(nn.Module):
         return first, torch.ops.masquant.linear(x, self.second, ids, None, shared)
 
 
-def lowered(scheme: str, mixed: bool, kernels: str, low_rank_bits: int = 16) -> Any:
-    model = Pair(scheme, low_rank_bits)
+def lowered(
+    scheme: str,
+    mixed: bool,
+    kernels: str,
+    low_rank_bits: int = 16,
+    hadamard_size: Optional[int] = None,
+) -> Any:
+    model = Pair(scheme, low_rank_bits, hadamard_size)
     length = torch.export.Dim("length", min=2)
     shapes = {"x": {0: length}, "ids": {0: length} if mixed else None}
     ids = torch.arange(9) % 3 if mixed else None
@@ -76,12 +90,23 @@ def lowered(scheme: str, mixed: bool, kernels: str, low_rank_bits: int = 16) -> 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "base"])
 @pytest.mark.parametrize(
-    "scheme, low_rank_bits", [("w8a8", 16), ("w4a8", 8), ("w4a16", 16)]
+    "scheme, low_rank_bits, hadamard_size",
+    [
+        ("w8a8", 16, None),
+        ("w4a8", 8, None),
+        ("w4a16", 16, None),
+        ("w4a8", 16, 32),
+        ("w4a16", 16, 32),
+    ],
 )
 def test_results_are_those_of_the_model(
-    scheme: str, low_rank_bits: int, mixed: bool, kernels: str
+    scheme: str,
+    low_rank_bits: int,
+    hadamard_size: Optional[int],
+    mixed: bool,
+    kernels: str,
 ) -> None:
-    model, program = lowered(scheme, mixed, kernels, low_rank_bits)
+    model, program = lowered(scheme, mixed, kernels, low_rank_bits, hadamard_size)
     called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert not [target for target in called if target.startswith("masquant.")]
     assert any(t.startswith("masquant_cpu.") for t in called) is (kernels == "cpu")

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "w4a8": dict(weight_bits=4, act_bits=8),
     "w4a4 groups": dict(weight_bits=4, act_bits=4, group_size=16),
     "w8a8, 8-bit pairs": dict(weight_bits=8, act_bits=8, low_rank_bits=8),
+    "w4a4, rotated": dict(weight_bits=4, act_bits=4, hadamard_size=8),
     "w4a16": dict(weight_bits=4, act_bits=16, group_size=8, symmetric=False),
 }
 
@@ -233,6 +234,13 @@ def refusal(rank: int, shape: tuple[int, int], dim: int, options: Any) -> str:
             {"group_size": 8},
             "columns 0:12 of a MASQuantTensor of shape (8, 24) must start and end on a "
             "multiple of 8 (8-bit integers, group size 8).",
+        ),
+        (
+            (8, 24),
+            1,
+            {"hadamard_size": 8},
+            "columns 0:12 of a MASQuantTensor of shape (8, 24) must start and end on a "
+            "multiple of 8 (8-bit integers, group size 24, rotated in blocks of 8).",
         ),
     ],
 )

@@ -177,6 +177,11 @@ def check_refusals(rank: int, recipe_path: str) -> list[str]:
         requires_grad=False,
     )
     messages.append(refused(model, mesh()))
+    down.weight = nn.Parameter(
+        MASQuantTensor.from_hp(torch.randn(64, 96), hadamard_size=32),
+        requires_grad=False,
+    )
+    messages.append(refused(model, mesh()))
     model.tp_plan = {**model.tp_plan, "lm_head": "packed_colwise"}
     messages.append(refused(model, mesh()))
     messages.append(refused(tiny_models.PlainModel(), mesh()))
@@ -199,6 +204,9 @@ def test_refusals(ranks: Ranks, recipe_path: str) -> None:
             f"{layer}.mlp.down_proj: 2 ranks would get 48 of its 96 input channels each, "
             "which is no multiple of 32 (4-bit integers, group size 32): take fewer ranks, "
             "or quantize it with smaller groups.",
+            f"{layer}.mlp.down_proj: 2 ranks would get 48 of its 96 input channels each, "
+            "which is no multiple of 32 (8-bit integers, group size 96, rotated in blocks "
+            "of 32): take fewer ranks, or quantize it with smaller groups and rotations.",
             "lm_head: the model's plan shards it as 'packed_colwise', which a quantized "
             "model has no way for: shard the other linears with "
             "torch.distributed.tensor.parallel.parallelize_module.",

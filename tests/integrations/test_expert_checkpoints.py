@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Models with experts, saved and loaded by transformers."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Callable
@@ -21,6 +22,7 @@ from torchao_masquant import (
     MASQuantExperts,
     MASQuantHfConfig,
     MASQuantTensor,
+    Recipe,
     analyze,
     calibrate,
     evaluate,
@@ -118,6 +120,26 @@ def test_a_saved_model_comes_back_to_the_bit(saved, tmp_path):
     same(model, loaded, inputs)
     save_quantized(loaded, tmp_path / "again")
     same(model, type(model).from_pretrained(tmp_path / "again"), inputs)
+
+
+def test_rotated_experts_come_back_to_the_bit(tmp_path):
+    """All experts of a projection in blocks of one size."""
+    model = _gpt_oss()
+    recipe = calibrate(model, [_words(1)], alpha=0.5, separation=1.0, progress=False)
+    for name, layer in recipe.layers.items():
+        if len(layer.shape) == 3:
+            recipe.layers[name] = dataclasses.replace(layer, hadamard_size=16)
+    recipe.save(tmp_path / "recipe.safetensors")
+    assert Recipe.load(tmp_path / "recipe.safetensors").layers == recipe.layers
+    quantize_(model, masquant_config(tmp_path / "recipe.safetensors"))
+    save_quantized(model, tmp_path / "quantized")
+    assert entry_of(tmp_path / "quantized")["format_version"] == 4
+    loaded = type(model).from_pretrained(tmp_path / "quantized")
+    (experts,) = [m for m in loaded.modules() if isinstance(m, MASQuantExperts)]
+    assert (
+        experts.down_proj.hadamard_size == experts.gate_up_proj[0].hadamard_size == 16
+    )
+    same(model, loaded, _words(9))
 
 
 def test_files_hold_packed_integers(saved):

@@ -205,7 +205,8 @@ def test_a_block_that_is_called_twice_is_refused():
 
 @pytest.mark.parametrize("low_rank_bits", [16, 8])
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w4a16"])
-def test_starts_as_the_operator(scheme, low_rank_bits):
+@pytest.mark.parametrize("hadamard_size", [None, 16])
+def test_starts_as_the_operator(hadamard_size, scheme, low_rank_bits):
     """Before a step its linear is ``masquant::linear``, and its result the start."""
     generator = torch.Generator().manual_seed(0)
 
@@ -223,6 +224,7 @@ def test_starts_as_the_operator(scheme, low_rank_bits):
         l2=normal(3, 10).bfloat16(),
         modality_bias=normal(2, 10),
         act_shift=normal(2, 32) if rounded else None,
+        hadamard_size=hadamard_size,
     )
     options = SolverOptions(scheme, group_size=16, low_rank_bits=low_rank_bits)
     quantized = layer.quantize(weight, options.bits, NAMES, low_rank_bits)
@@ -239,6 +241,7 @@ def test_starts_as_the_operator(scheme, low_rank_bits):
         off = (y - expected).abs() > 1e-4 * expected.abs().max()
         assert off.float().mean() < 0.02
     again = learnable.result().quantize(weight, options.bits, NAMES, low_rank_bits)
+    assert again.hadamard_size == hadamard_size
     assert torch.equal(again.int_data(), quantized.int_data())
     for name in ("scale", "act_pre_scale", "act_shift", "l1", "l2", "modality_bias"):
         first, second = getattr(quantized, name), getattr(again, name)
@@ -257,6 +260,7 @@ def test_every_part_has_a_gradient():
         l2=torch.randn(2, 6),
         modality_bias=torch.randn(2, 6),
         act_shift=torch.randn(2, 16),
+        hadamard_size=4,
     )
     options = SolverOptions("w4a4")
     learnable = LearnableWeight(layer, layer.quantize(weight, options.bits, NAMES))
