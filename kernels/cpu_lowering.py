@@ -64,9 +64,25 @@ def _load(path: Any) -> Any:
     # An exported package may have brought it along, and no process takes it twice.
     if not hasattr(torch.ops.masquant_cpu, "int_linear"):
         torch.ops.load_library(str(path))
+    _check_schemas()
     torch.ops.masquant_cpu.use_brgemm(_state.choice.engine is CpuEngine.AMX)
     torch.ops.masquant_cpu.use_bfloat16(multiplies_bfloat16())
     return torch.ops.masquant_cpu
+
+
+def _check_schemas() -> None:
+    """Raise OSError where a package has brought kernels of other operators than ours."""
+    for name in LOWERED:
+        found, ours = (
+            getattr(library, name).default._schema
+            for library in (torch.ops.masquant_cpu, torch.ops.masquant)
+        )
+        if str(found).partition("::")[2] != str(ours).partition("::")[2]:
+            raise OSError(
+                "a package that was exported by another version of torchao_masquant has "
+                f"brought its own kernels into this process, and their {name} is not "
+                "this version's: export it again, or load it in a process of its own"
+            )
 
 
 def _operators() -> Any:

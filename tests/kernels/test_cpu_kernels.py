@@ -10,6 +10,7 @@ references; these hold each engine, on both sides of every change of method: few
 and many, one panel of columns and more, whole tiles and rests, one thread and two.
 """
 
+from types import SimpleNamespace
 from typing import Any, Iterator, Optional
 
 import pytest
@@ -30,6 +31,7 @@ from torchao_masquant.kernels.cpu_engine import (
     multiplies_bfloat16,
 )
 from torchao_masquant.kernels.int4_packing import pack_int4
+from torchao_masquant.kernels.library import LOWERED
 
 if choose_engine({}).engine is CpuEngine.REFERENCE:
     pytest.skip(
@@ -324,6 +326,20 @@ def test_operands_that_would_be_read_out_of_bounds_raise() -> None:
     ):
         with pytest.raises((RuntimeError, IndexError), match="masquant: "):
             call(**wrong)
+
+
+def test_kernels_of_another_version_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A package exported by it may have brought them, with fewer arguments."""
+    cpu_lowering._check_schemas()
+    brought = {name: getattr(ops, name) for name in LOWERED}
+    brought["smooth_quantize"] = ops.low_rank_down
+    monkeypatch.setattr(torch.ops, "masquant_cpu", SimpleNamespace(**brought))
+    with pytest.raises(
+        OSError, match="another version .* their smooth_quantize is not"
+    ):
+        cpu_lowering._check_schemas()
 
 
 def test_kernels_have_names() -> None:
