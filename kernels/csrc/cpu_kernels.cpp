@@ -151,7 +151,10 @@ namespace {
 // One stage of a rotation inside of a vector: values whose lanes differ in the bit half.
 template <int half>
 inline __m512 stage(__m512 v) {
-  constexpr __mmask16 subtracts = half == 1 ? 0xAAAA : half == 2 ? 0xCCCC : half == 4 ? 0xF0F0 : 0xFF00;
+  constexpr __mmask16 subtracts = half == 1   ? 0xAAAA
+                                  : half == 2 ? 0xCCCC
+                                  : half == 4 ? 0xF0F0
+                                              : 0xFF00;
   __m512 other;
   if constexpr (half == 1) {
     other = _mm512_permute_ps(v, 0xB1);

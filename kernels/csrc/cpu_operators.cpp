@@ -376,7 +376,7 @@ std::tuple<Tensor, Tensor> smooth_quantize(const Tensor& x, const Tensor& act_pr
 // ---- low_rank_down ----
 
 // hidden (T, R), zeros where a token is of another modality. source(t, k, count, out)
-// gives a token's channels as floats, block after block of a multiple of least_depth;
+// gives a token's channels as floats, blocks of a multiple of least_depth, a power of two;
 // token_scale(t) what multiplies its products.
 template <class Source, class TokenScale>
 Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
@@ -708,9 +708,9 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
           continue;
         }
         float* out = smoothed + i * in_features;
-        float* first_out = few ? row : out;
-        smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, first_out);
-        rotate_row(first_out, in_features, hadamard_size);
+        float* whole = few ? row : out;
+        smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, whole);
+        rotate_row(whole, in_features, hadamard_size);
         if (few) split_by_eight(row, in_features, out);
       }
     });

@@ -137,6 +137,18 @@ def _drop(key):
             None,
             "l1 of first is of shape (16, 4), it should be None",
         ),
+        (
+            lambda h: h["layers"]["first"].update(hadamard_size=3),
+            None,
+            "first: hadamard_size must be a power of two, at least 2, that divides the "
+            "input width, got hadamard_size=3 for an input width of 16",
+        ),
+        (
+            lambda h: h["layers"]["first"].update(hadamard_size="8"),
+            None,
+            "first: hadamard_size must be a power of two, at least 2, that divides the "
+            "input width, got hadamard_size='8' for an input width of 16",
+        ),
         (None, _drop("first.l2"), "l2 of first is of shape None, it should be (4, 24)"),
         (None, _drop("first.smoothing_factor"), "missing 1 required positional"),
         (

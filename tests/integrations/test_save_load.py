@@ -42,6 +42,8 @@ from torchao_masquant import (
     save_quantized,
     token_modalities,
 )
+from torchao_masquant.__main__ import main
+from torchao_masquant.cli.description import describe
 from torchao_masquant.integrations.checkpoint_format import flatten_state_dict
 from torchao_masquant.integrations.dequantizing import dequantize_model
 
@@ -183,7 +185,7 @@ def test_a_saved_model_comes_back_to_the_bit(saved, options):
     )
 
 
-def test_a_rotated_model_comes_back_to_the_bit(saved, tmp_path):
+def test_a_rotated_model_comes_back_to_the_bit(saved, tmp_path, capsys):
     """And its folder is of a version that a reader without rotations refuses."""
     model = tiny_models.qwen25_vl()
     recipe = tiny_models.recipe_of(model, rounding="nearest", clip=False, **FAST)
@@ -199,6 +201,11 @@ def test_a_rotated_model_comes_back_to_the_bit(saved, tmp_path):
         for name, numbers in entry["layers"].items()
     }
     assert sizes == {n: recipe.layers[n].hadamard_size for n in sizes}
+    recipe.save(tmp_path / "recipe.safetensors")
+    for path in (folder, tmp_path / "recipe.safetensors"):
+        assert {x.name: x.hadamard_size for x in describe(path).linears} == sizes
+        assert main(["inspect", str(path)]) == 0
+        assert "w4a8, rotated by 16" in " ".join(capsys.readouterr().out.split())
     loaded = AutoModelForImageTextToText.from_pretrained(folder)
     assert_same_state(model, loaded)
     inputs = prompt()

@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from operator_oracle import UNIT, assert_within, ids_for
 from weight_only_problem import Problem
 
+from torchao_masquant.kernels import reference
 from torchao_masquant.kernels.gpu import smooth
 from torchao_masquant.kernels.gpu.int4_unpacking import UNPACK_BF16, UNPACK_FP16
 from torchao_masquant.kernels.gpu.launching import TileConfig
+from torchao_masquant.kernels.gpu.library_products import dense
 from torchao_masquant.kernels.gpu.weight_only_cases import aot_cases
 from torchao_masquant.kernels.gpu.weight_only_linear import weight_only_linear
 from torchao_masquant.kernels.gpu.weight_only_tilings import CONFIGS, choose
@@ -167,6 +169,12 @@ def test_rotations(config: TileConfig, weight_bits: int, dtype: torch.dtype) -> 
     assert_matches(run(problem, config), problem)
     y = run(problem, config, ids=None)
     assert_matches(y, problem, base_only=True)
+
+
+def test_what_is_called_in_place_of_a_kernel_rotates_too() -> None:
+    args = Problem((18, 64, 7), 4, hadamard_size=16).args(ids=None)
+    expected = reference.weight_only_linear(*args)
+    torch.testing.assert_close(dense(*args), expected, rtol=1e-5, atol=1e-5)
 
 
 MIXES = {
