@@ -7,7 +7,7 @@
 
 import hashlib
 import math
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -576,6 +576,12 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         key = repr((type(self).__qualname__, described, sorted(attributes.items())))
         return hashlib.sha256(key.encode()).hexdigest()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        rebuild, args, *rest = super().__reduce_ex__(protocol)
+        if self.hadamard_size is None:
+            return (rebuild, args, *rest)
+        return (_rebuild_rotated, (rebuild, *args), *rest)
+
     def description(self) -> list[str]:
         """What it is, but for its shape, type and device: a few words for each part."""
         smoothing = (
@@ -608,6 +614,15 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             f"device={self.device}",
         ]
         return f"MASQuantTensor({', '.join(parts)})"
+
+
+def _rebuild_rotated(rebuild: Callable[..., Any], *args: Any) -> Any:
+    """What pickles of rotated weights name.
+
+    Versions that do not know of rotations have no such function and refuse them, where
+    they would take the integers for those of other channels.
+    """
+    return rebuild(*args)
 
 
 def _same(tensors: Sequence[torch.Tensor]) -> bool:
@@ -856,4 +871,4 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     return args[0]._apply_fn_to_data(lambda t: t.pin_memory())
 
 
-torch.serialization.add_safe_globals([MASQuantTensor])
+torch.serialization.add_safe_globals([MASQuantTensor, _rebuild_rotated])

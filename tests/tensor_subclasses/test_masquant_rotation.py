@@ -24,9 +24,11 @@ from tensor_oracle import (
     pair_f64,
     smoothed_f64,
 )
+from torch import nn
 
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
+    masquant_tensor,
     quantize_smoothed_weight,
 )
 
@@ -143,6 +145,25 @@ def test_what_was_saved_before_there_were_rotations_loads() -> None:
     loaded.__dict__.clear()
     loaded.__setstate__(older)
     assert_same(loaded, tensor)
+
+
+def test_a_version_without_rotations_refuses_its_pickles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = [io.BytesIO(), io.BytesIO()]
+    rotated, bare = make("w4a8", hadamard_size=8).tensor, make("w4a8").tensor
+    torch.save({"weight": nn.Parameter(rotated, requires_grad=False)}, files[0])
+    torch.save(bare, files[1])
+    files[0].seek(0)
+    loaded = torch.load(files[0], weights_only=True)["weight"]
+    assert isinstance(loaded, nn.Parameter)
+    assert_same(loaded.data, rotated)
+    monkeypatch.delattr(masquant_tensor, "_rebuild_rotated")
+    for file in files:
+        file.seek(0)
+    assert_same(torch.load(files[1]), bare)
+    with pytest.raises(AttributeError, match="_rebuild_rotated"):
+        torch.load(files[0], weights_only=False)
 
 
 def test_pieces_hold_whole_blocks() -> None:
