@@ -5,12 +5,14 @@
 # LICENSE file in the root directory of this source tree.
 """GPTQ on top of SmoothQuant: one Hessian of all tokens, whatever their modality."""
 
+from typing import Optional
+
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.shared_weight import round_jointly, round_to_nearest
+from torchao_masquant.solver.shared_weight import JointHessian, round_to_nearest
 
 __all__ = ["gptq"]
 
@@ -34,12 +36,18 @@ def gptq(
     """
     count = sum(m.count for m in statistics.moments)
     second = sum(m.outer for m in statistics.moments if m.outer is not None) / count
+    none = torch.zeros_like(second[0, 0])
+    hessian: Optional[JointHessian] = None
     layers = {}
     for name, weight in weights.items():
         layer = smoothquant[name]
         factor = layer.smoothing_factor[0].double()
-        start = round_to_nearest(weight, factor, bits)
-        found = round_jointly(weight, [factor], [None], [second], [1.0], start, bits)
+        if hessian is None:
+            # All of them have the same factor.
+            hessian = JointHessian(second / torch.outer(factor, factor), none)
+        found = round_to_nearest(weight, factor, bits)
+        if hessian.active:
+            found = hessian.rounded(weight.double() * factor, found, bits)
         layers[name] = LayerRecipe(
             layer.shape,
             layer.fingerprint,

@@ -12,11 +12,11 @@ import torch
 from torchao_masquant.threads import threads_for
 
 __all__ = [
+    "balanced",
     "error_spectrum",
     "low_rank_pair",
     "pair_of_product",
     "resolve_rank",
-    "smoothed",
     "whitening",
 ]
 
@@ -55,8 +55,8 @@ def whitening(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """T with ``T^T T = C``, and an R with ``T R = I``.
 
     With ``C = D U S U^T D``, D the standard deviations of the channels, these are
-    ``T = S^1/2 U^T D`` and ``R = D^-1 U S^-1/2``. D makes them the same for a covariance
-    and for that of ``x / s``, whatever s, but for the division: see :func:`smoothed`.
+    ``T = S^1/2 U^T D`` and ``R = D^-1 U S^-1/2``. D makes the
+    channels' own sizes no matter.
 
     Both on the numerical range of the correlations alone: directions in which no token
     varied weigh nothing, and inverting their eigenvalues would blow rounding noise up.
@@ -79,18 +79,6 @@ def whitening(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     root = eigenvalues[keep].sqrt()
     vectors = vectors[:, keep]
     return (vectors * root).t() * deviation, vectors / root / deviation[:, None]
-
-
-def smoothed(
-    whitened: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the whitening of x that of ``x / s``.
-
-    Args:
-        whitened: T (J, K) and R (K, J).
-        factor: (K,) s.
-    """
-    return whitened[0] / factor, whitened[1] * factor[:, None]
 
 
 def error_spectrum(
@@ -140,7 +128,7 @@ def low_rank_pair(
         RuntimeError: the result is not finite.
     """
     _, l1, l2 = _components(difference.double(), covariance, whitened, rank)
-    return _balanced(l1, l2)
+    return balanced(l1, l2) if l1.shape[1] else None
 
 
 def pair_of_product(
@@ -154,15 +142,15 @@ def pair_of_product(
         product: (N, K) float64 ``D C``.
     """
     _, l1, l2 = _principal(difference, product, rank)
-    return _balanced(l1, l2)
+    return balanced(l1, l2) if l1.shape[1] else None
 
 
-def _balanced(
-    l1: torch.Tensor, l2: torch.Tensor
-) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
-    """The same product of halves of the same norm; None without a component."""
-    if l1.shape[1] == 0:
-        return None
+def balanced(l1: torch.Tensor, l2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product of L1 (K, r) and L2 (r, N), with halves of the same norm.
+
+    Raises:
+        RuntimeError: the result is not finite.
+    """
     down, up = l1.norm(dim=0), l2.norm(dim=1)
     # A norm of zero leaves nothing to balance.
     balance = torch.where((down > 0) & (up > 0), (up / down).sqrt(), 1.0)

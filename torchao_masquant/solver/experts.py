@@ -18,9 +18,10 @@ from torchao_masquant.calibration.statistics import (
 from torchao_masquant.calibration.token_sample import TokenSample
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.compensation import resolve_rank
-from torchao_masquant.solver.layers import RESOLUTION, solve_group
+from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import AUTO_SHARE
+from torchao_masquant.solver.smoothing import RESOLUTION
 
 __all__ = ["recentered", "solve_experts"]
 

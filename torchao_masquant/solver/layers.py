@@ -5,37 +5,45 @@
 # LICENSE file in the root directory of this source tree.
 """Solving for the linears that share one input."""
 
-from typing import Iterable, Iterator, Mapping, Optional, Sequence
+from typing import Iterator, Mapping, Optional, Sequence
 
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.compensation import (
+    balanced,
     low_rank_pair,
     pair_of_product,
-    smoothed,
     whitening,
 )
 from torchao_masquant.solver.gauge import fitted_gauge
 from torchao_masquant.solver.judge import mean_log_error
 from torchao_masquant.solver.methods import SolverOptions
-from torchao_masquant.solver.products import HELD_BYTES, Products
+from torchao_masquant.solver.modality_input import ModalityInput, modality_inputs
+from torchao_masquant.solver.rotation import rotated, rotated_both
 from torchao_masquant.solver.sampled_outputs import sampled_outputs, sampled_rank
 from torchao_masquant.solver.shared_weight import (
+    JointHessian,
     SharedWeight,
-    round_jointly,
     round_to_nearest,
 )
-from torchao_masquant.solver.smoothing import smoothing_factor
+from torchao_masquant.solver.smoothing import (
+    WeightSizes,
+    factors_of_ranges,
+    smoothing_factor,
+    smoothing_factors,
+)
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
 from torchao_masquant.threads import threads_for, widest
 
 __all__ = ["factors_alone", "solve_group"]
 
-# Of the range of a channel: a bfloat16 activation is known to no better than this, so
-# that what a shift leaves of a constant is not smoothed as if it were a signal.
-RESOLUTION = 2.0**-8
+# Of a matrix (K, K) that are worked on at a time, so that no second one is needed.
+_ROWS = 128
+
+# Values of weights; the rounding of few rows is all overhead.
+_ROUNDED_TOGETHER = 1 << 23
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -84,22 +92,13 @@ def solve_group(
         elif others:
             if ranks is None:
                 ranks = _uniform_ranks(others, len(statistics.moments) - 1, options)
-            covariances = [
-                m.covariance(options.parts.centered, spend=spend_statistics)
-                for m in statistics.moments
-            ]
+            inputs = modality_inputs(statistics, options, spend=spend_statistics)
             if factors is None:
-                layers |= _chosen(others, statistics, options, ranks, covariances)
+                layers |= _chosen(others, statistics, options, ranks, inputs)
             else:
+                sizes = WeightSizes.of(others)
                 for name, weight in others.items():
-                    problem = _Problem(
-                        {name: weight},
-                        ranks,
-                        weight.abs().amax(0).double(),
-                        statistics,
-                        options,
-                        covariances,
-                    )
+                    problem = _Problem({name: weight}, ranks, sizes, inputs, options)
                     layers |= problem.solve_for(factors[name])
         return {name: layers[name] for name in weights}
 
@@ -118,20 +117,20 @@ def _chosen(
     statistics: InputStatistics,
     options: SolverOptions,
     ranks: Mapping[str, Sequence[int]],
-    covariances: Sequence[torch.Tensor],
+    inputs: Sequence[ModalityInput],
 ) -> dict[str, LayerRecipe]:
     """Of exponents and separations the best, tried on some of the outputs of wide ones."""
-    absmax = _weight_absmax(weights)
+    sizes = WeightSizes.of(weights)
     alphas, separations = options.alphas, options.separations
     if len(alphas) + len(separations) == 2:
-        problem = _Problem(weights, ranks, absmax, statistics, options, covariances)
+        problem = _Problem(weights, ranks, sizes, inputs, options)
         return problem.solve(alphas[0], separations[0])
     some = sampled_outputs(weights)
     some_ranks = {
         name: [sampled_rank(r, weights[name].shape, w.shape) for r in ranks[name]]
         for name, w in some.items()
     }
-    problem = _Problem(some, some_ranks, absmax, statistics, options, covariances)
+    problem = _Problem(some, some_ranks, sizes, inputs, options)
     least, best = float("inf"), (alphas[0], separations[0])
     layers: dict[str, LayerRecipe] = {}
 
@@ -139,7 +138,7 @@ def _chosen(
         nonlocal least, best, layers
         found = problem.solve(alpha, separation)
         error = mean_log_error(some, found, statistics, options)
-        # The first of equals is kept: the modality's own range, the smaller exponent.
+        # The first of equals is kept.
         if not layers or error < least:
             least, best, layers = error, (alpha, separation), found
 
@@ -150,8 +149,8 @@ def _chosen(
         attempt(best_alpha, separation)
     if all(some[name].shape == weight.shape for name, weight in weights.items()):
         return layers
-    del problem, layers
-    problem = _Problem(weights, ranks, absmax, statistics, options, covariances)
+    del layers
+    problem = _Problem(weights, ranks, sizes, inputs, options)
     return problem.solve(*best)
 
 
@@ -161,162 +160,211 @@ class _Problem:
     Args:
         weights: name to (N_i, K).
         ranks: name to the rank of modality 1, 2, ...
-        weight_absmax: (K,) float64, of these and, where they are a sample, of all.
-        statistics: of the input.
+        sizes: of all weights' channels, where these are a sample of them.
+        inputs: of each modality.
         options: of the solution.
-        covariances: (K, K) float64 of each modality, as the method has them.
     """
 
     def __init__(
         self,
         weights: dict[str, torch.Tensor],
         ranks: Mapping[str, Sequence[int]],
-        weight_absmax: torch.Tensor,
-        statistics: InputStatistics,
+        sizes: WeightSizes,
+        inputs: Sequence[ModalityInput],
         options: SolverOptions,
-        covariances: Sequence[torch.Tensor],
     ):
-        self.weights, self.ranks, self.weight_absmax = weights, ranks, weight_absmax
-        self.moments, self.options = statistics.moments, options
-        self.importances = options.weights_of(statistics.modalities)
-        self.covariances = covariances
-        self.products = Products(weights, covariances)
+        self.weights, self.ranks, self.sizes = weights, ranks, sizes
+        self.inputs, self.options = inputs, options
+        self.hadamard_size = options.hadamard_size_of(len(inputs[0].center))
         self._whitenings: dict[int, _Pair] = {}
 
     def whitening(self, modality: int) -> _Pair:
         """Of the unsmoothed input: see :func:`solver.compensation.whitening`."""
         if modality not in self._whitenings:
-            self._whitenings[modality] = whitening(self.covariances[modality])
+            covariance = self.inputs[modality].covariance
+            self._whitenings[modality] = whitening(covariance)
         return self._whitenings[modality]
 
     def solve(self, alpha: float, separation: float) -> dict[str, LayerRecipe]:
-        return _PerModality(self, alpha, separation).solve()
+        factors = smoothing_factors(
+            self.inputs, self.sizes, alpha, separation, self.options
+        )
+        return _PerModality(self, factors, gauge=self.options.parts.gauge).solve()
 
     def solve_for(self, factors: torch.Tensor) -> dict[str, LayerRecipe]:
-        """Without gauge and clip, which would move the factors (M, K)."""
-        solution = _PerModality(self, self.options.alphas[0], 1.0)
-        solution.factors = list(factors.to(self.weight_absmax.device, torch.float64))
-        return solution.solve()
+        """For factors (M, K), which no gauge moves."""
+        rows = factors.to(self.inputs[0].center.device, torch.float64)
+        return _PerModality(self, list(rows), gauge=False).solve()
 
 
 class _PerModality:
     """MAS and CMC: a smoothing factor, a gauge, a shift and a pair per modality."""
 
-    def __init__(self, problem: _Problem, alpha: float, separation: float):
-        self.problem, self.weights = problem, problem.weights
-        self.options, self.method = problem.options, problem.options.parts
-        self.moments, self.covariances = problem.moments, problem.covariances
-        self.means = [m.mean() for m in self.moments]
-        self.shifts = [
-            mean if self.method.shift else torch.zeros_like(mean) for mean in self.means
-        ]
-        self.factors = _factors(
-            [m.absmax(shift) for m, shift in zip(self.moments, self.shifts)],
-            [m.absmax() for m in self.moments],
-            problem.weight_absmax,
-            alpha,
-            separation,
-            self.options.bits.weight_only,
+    def __init__(self, problem: _Problem, factors: list[torch.Tensor], *, gauge: bool):
+        self.problem, self.weights, self.inputs = (
+            problem,
+            problem.weights,
+            problem.inputs,
         )
-        self.pairs: dict[str, list[Optional[_Pair]]] = {}
-
-    def solve(self) -> dict[str, LayerRecipe]:
-        shared = self._round(None)
-        if self.method.clip:
-            # What a modality's error weighs depends on its gauge.
-            self._fit(shared, with_pairs=False)
-            shared = self._round(self._importance())
-        self._fit(shared)
-        if self.method.rounding == "gptq":
-            for name, weight in self.weights.items():
-                shared[name] = round_jointly(
-                    weight,
-                    self.factors,
-                    self.pairs[name],
-                    self.covariances,
-                    self.problem.importances,
-                    shared[name],
-                    self.options.bits,
-                    [
-                        self.problem.products.of(name, i)
-                        for i in range(len(self.moments))
-                    ],
-                )
-            self._fit(shared)
-        return {name: self._layer(name, shared[name]) for name in self.weights}
-
-    def _round(self, importance: Optional[torch.Tensor]) -> dict[str, SharedWeight]:
-        return {
-            name: round_to_nearest(
-                weight, self.factors[0], self.options.bits, importance
-            )
-            for name, weight in self.weights.items()
+        self.options, self.method = problem.options, problem.options.parts
+        self.factors = factors
+        self.differ = any(not torch.equal(f, factors[0]) for f in factors[1:])
+        # One factor for all modalities leaves nothing for a gauge to make up for.
+        self.gauge = gauge and self.differ
+        self.pairs: dict[str, list[Optional[_Pair]]] = {
+            name: [None] * len(factors) for name in self.weights
         }
 
-    def _importance(self) -> torch.Tensor:
-        """(K,) how much an error of each input channel weighs, to clip by."""
-        total = torch.zeros_like(self.factors[0])
-        for index, (importance, factor, covariance) in enumerate(
-            zip(self.problem.importances, self.factors, self.covariances)
-        ):
-            energy = sum(self.problem.products.energy(n, index) for n in self.weights)
-            if energy > 0:
-                total += importance / energy * covariance.diagonal() / factor**2
-        return total if total.any() else torch.ones_like(total)
+    def solve(self) -> dict[str, LayerRecipe]:
+        jointly = self.method.rounding == "gptq"
+        shared = {name: self._nearest(name, None) for name in self.weights}
+        if self.gauge:
+            self._fit_gauges(shared)
+        if jointly or self.method.clip:
+            hessian = self._hessian()
+            if hessian.active:
+                importance = hessian.importance
+                if not jointly:
+                    importance = self._total().diagonal()
+                if self.method.clip:
+                    shared = {n: self._nearest(n, importance) for n in self.weights}
+                if jointly and self.differ:
+                    # What pairs will make up for does not draw the weight away.
+                    self._fit_pairs(shared)
+                for names in self._batches() if jointly else ():
+                    shared |= self._rounded(names, shared, hessian)
+            if self.gauge:
+                self._fit_gauges(shared)
+        self._fit_pairs(shared)
+        return {name: self._layer(name, shared[name]) for name in self.weights}
 
-    def _fit(self, shared: dict[str, SharedWeight], *, with_pairs: bool = True) -> None:
-        """Gauges, and pairs, for these integers."""
-        self.pairs = {name: [None] for name in self.weights}
-        for index in range(1, len(self.moments)):
-            differences: Iterable[tuple[str, torch.Tensor, torch.Tensor]]
-            differences = _Differences(self, shared, index)
-            if 16 * sum(w.numel() for w in self.weights.values()) <= HELD_BYTES:
-                differences = list(differences)
-            g = 1.0
-            if self.method.gauge:
-                g = fitted_gauge(
-                    (
-                        self.problem.products.energy(name, index).item(),
-                        (product * self.weights[name]).sum().item(),
-                        (product * difference).sum().item(),
+    def _nearest(self, name: str, importance: Optional[torch.Tensor]) -> SharedWeight:
+        return round_to_nearest(
+            self.weights[name],
+            self.factors[0],
+            self.options.bits,
+            importance,
+            self.problem.hadamard_size,
+        )
+
+    def _total(self) -> torch.Tensor:
+        """``sum_m v_m A_m``, new memory."""
+        total = torch.zeros_like(self.inputs[0].covariance)
+        for modality, factor in zip(self.inputs, self.factors):
+            _add_scaled(total, modality.covariance, 1 / factor, modality.share)
+        return rotated_both(total, self.problem.hadamard_size)
+
+    def _hessian(self) -> JointHessian:
+        return JointHessian(self._total(), self._noise())
+
+    def _noise(self) -> torch.Tensor:
+        """What rounding adds to the variance of a channel, over modalities."""
+        noise = torch.zeros_like(self.factors[0][0])
+        if self.options.bits.weight_only:
+            return noise
+        quant_max = 2 ** (self.options.bits.act_bits - 1) - 1
+        for modality, factor in zip(self.inputs, self.factors):
+            if len(modality.tokens):
+                seen = (modality.tokens - modality.shift) / factor
+                seen = rotated(seen, self.problem.hadamard_size)
+                steps = seen.abs().amax(1) / quant_max
+                # The variance of what is uniform over a step.
+                noise += modality.share * steps.square().mean() / 12
+        return noise
+
+    def _target(self, name: str, hessian: JointHessian) -> torch.Tensor:
+        size, weight = self.problem.hadamard_size, self.weights[name].double()
+        base = rotated(weight * self.factors[0], size)
+        if not self.differ:
+            return hessian.target(base)
+        wanted = torch.zeros_like(base)
+        for modality, factor, pair in zip(self.inputs, self.factors, self.pairs[name]):
+            met = weight @ modality.covariance
+            if pair is not None:
+                down = rotated(pair[0].double().t(), size) / factor
+                met -= pair[1].double().t() @ (down @ modality.covariance)
+            wanted.add_(met / factor, alpha=modality.share)
+        return hessian.target_of(base, rotated(wanted, size))
+
+    def _batches(self) -> Iterator[list[str]]:
+        """Linears that are rounded one below the other, in one go."""
+        names: list[str] = []
+        values = 0
+        for name, weight in self.weights.items():
+            values += weight.numel()
+            if names and values > _ROUNDED_TOGETHER:
+                yield names
+                names, values = [], weight.numel()
+            names.append(name)
+        yield names
+
+    def _rounded(
+        self,
+        names: Sequence[str],
+        shared: dict[str, SharedWeight],
+        hessian: JointHessian,
+    ) -> dict[str, SharedWeight]:
+        targets = [self._target(name, hessian) for name in names]
+        found = hessian.rounded(
+            torch.cat(targets),
+            SharedWeight.cat([shared[name] for name in names]),
+            self.options.bits,
+        )
+        return dict(zip(names, found.split([len(target) for target in targets])))
+
+    def _fit_gauges(self, shared: dict[str, SharedWeight]) -> None:
+        for index in range(1, len(self.inputs)):
+            g = fitted_gauge(self._gauge_terms(shared, index))
+            self.factors[index] = self.factors[index] / g
+
+    def _gauge_terms(
+        self, shared: dict[str, SharedWeight], index: int
+    ) -> Iterator[tuple[float, float, float]]:
+        covariance = self.inputs[index].covariance
+        for name, weight in self.weights.items():
+            weight = weight.double()
+            difference = weight - self._met(shared[name], index)
+            product = difference @ covariance
+            yield (
+                ((weight @ covariance) * weight).sum().item(),
+                (product * weight).sum().item(),
+                (product * difference).sum().item(),
+            )
+
+    def _met(self, shared: SharedWeight, index: int) -> torch.Tensor:
+        """(N, K) float64, the shared weight as unsmoothed tokens of a modality meet it."""
+        values = rotated(shared.dequantize(), self.problem.hadamard_size)
+        return values / self.factors[index]
+
+    def _fit_pairs(self, shared: dict[str, SharedWeight]) -> None:
+        for name in self.weights:
+            for index in range(1, len(self.inputs)):
+                rank = self.problem.ranks[name][index - 1]
+                if rank:
+                    self.pairs[name][index] = self._pair(
+                        name, index, shared[name], rank
                     )
-                    for name, difference, product in differences
-                )
-                self.factors[index] = self.factors[index] / g
-            if not with_pairs:
-                continue
-            for name, difference, product in differences:
-                if g != 1.0:
-                    # W - g V from W - V.
-                    weight = self.weights[name].double()
-                    known = self.problem.products.of(name, index)
-                    difference = g * difference + (1 - g) * weight
-                    product = g * product + (1 - g) * known
-                self.pairs[name].append(self._pair(name, index, difference, product))
 
     def _pair(
-        self, name: str, index: int, difference: torch.Tensor, product: torch.Tensor
+        self, name: str, index: int, shared: SharedWeight, rank: int
     ) -> Optional[_Pair]:
-        """For ``W - V / s`` and what it gives of the covariance."""
-        rank, factor = self.problem.ranks[name][index - 1], self.factors[index]
-        if rank == 0:
-            return None
+        difference = self.weights[name].double() - self._met(shared, index)
+        covariance = self.inputs[index].covariance
         n, k = difference.shape
         if n <= k:
-            pair = pair_of_product(difference * factor, rank, product / factor)
+            pair = pair_of_product(difference, rank, difference @ covariance)
         else:
-            pair = low_rank_pair(
-                difference * factor,
-                rank,
-                self.covariances[index],
-                smoothed(self.problem.whitening(index), factor),
-            )
-        return self._held(pair, self.weights[name].dtype)
-
-    def _held(self, pair: Optional[_Pair], dtype: torch.dtype) -> Optional[_Pair]:
-        """The pair as the model will hold it: what comes after makes up for that."""
+            whitened = self.problem.whitening(index)
+            pair = low_rank_pair(difference, rank, covariance, whitened)
         if pair is None:
             return None
+        # The pair meets smoothed and rotated tokens; what it is found for is neither.
+        factor, size = self.factors[index], self.problem.hadamard_size
+        down, up = rotated(pair[0].t() * factor, size).t(), pair[1]
+        return self._held(balanced(down, up), self.weights[name].dtype)
+
+    def _held(self, pair: _Pair, dtype: torch.dtype) -> _Pair:
+        """The pair as the model will hold it: what comes after makes up for that."""
         if self.options.low_rank_bits == 8:
             l1, l2, scale = quantize_low_rank_pair(*pair)
             return l1.float() * scale, l2.float()
@@ -327,16 +375,16 @@ class _PerModality:
         weight, pairs = self.weights[name].double(), self.pairs[name]
         values = shared.dequantize()
         biases = []
-        for factor, shift, mean, pair in zip(
-            self.factors, self.shifts, self.means, pairs
-        ):
-            unshifted = (mean - shift) / factor
-            met = values @ unshifted
+        for factor, modality, pair in zip(self.factors, self.inputs, pairs):
+            left = (modality.center - modality.shift) / factor
+            left = rotated(left, self.problem.hadamard_size)
+            met = values @ left
             if pair is not None:
-                met = met + (unshifted @ pair[0].double()) @ pair[1].double()
-            biases.append(weight @ mean - met)
+                met = met + (left @ pair[0].double()) @ pair[1].double()
+            biases.append(weight @ modality.center - met)
         found = [pair for pair in pairs if pair is not None]
         ready = self.method.rounding == "gptq" or self.method.clip
+        shifts = [i.shift / f for i, f in zip(self.inputs, self.factors)]
         return LayerRecipe(
             shape=(weight.shape[0], weight.shape[1]),
             fingerprint=weight_fingerprint(self.weights[name]),
@@ -349,36 +397,24 @@ class _PerModality:
             modality_bias=torch.stack(biases).float().cpu()
             if self.method.centered
             else None,
-            act_shift=torch.stack(
-                [shift / factor for shift, factor in zip(self.shifts, self.factors)]
-            )
-            .float()
-            .cpu()
-            if self.method.shift
-            else None,
+            act_shift=torch.stack(shifts).float().cpu() if self.method.shift else None,
             qdata=shared.qdata.cpu() if ready else None,
             scale=shared.scale.cpu() if ready else None,
             zero_point=shared.zero_point.cpu()
             if ready and shared.zero_point is not None
             else None,
+            hadamard_size=self.problem.hadamard_size,
         )
 
 
-class _Differences:
-    """Name, ``W - V / s`` and ``(W - V / s) C`` of linear after linear, made anew."""
-
-    def __init__(
-        self, solution: _PerModality, shared: dict[str, SharedWeight], index: int
+def _add_scaled(
+    total: torch.Tensor, covariance: torch.Tensor, scale: torch.Tensor, share: float
+) -> None:
+    """Add ``share C * (scale scale^T)``, a few rows at a time."""
+    for rows, of_rows, own in zip(
+        total.split(_ROWS), covariance.split(_ROWS), scale.split(_ROWS)
     ):
-        self.weights, self.shared = solution.weights, shared
-        self.factor = solution.factors[index]
-        self.covariance = solution.covariances[index]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        for name, weight in self.weights.items():
-            met = self.shared[name].dequantize() / self.factor
-            difference = weight.double() - met
-            yield name, difference, difference @ self.covariance
+        rows.add_(of_rows * torch.outer(share * own, scale))
 
 
 @torch.inference_mode(False)
@@ -400,15 +436,12 @@ def factors_alone(
         method spares.
     """
     ranges = [m.absmax() for m in statistics.moments]
-    absmax = _weight_absmax(weights)
     factors = torch.stack(
-        _factors(
+        factors_of_ranges(
             ranges,
-            ranges,
-            absmax,
+            WeightSizes.of(weights).absmax,
             options.alphas[0],
             options.separations[0],
-            options.bits.weight_only,
         )
     )
     found = {}
@@ -417,41 +450,6 @@ def factors_alone(
         if not options.spares(name):
             found[name].smoothing_factor = factors.float().cpu()
     return found
-
-
-def _factors(
-    ranges: Sequence[torch.Tensor],
-    unshifted: Sequence[torch.Tensor],
-    weight_absmax: torch.Tensor,
-    alpha: float,
-    separation: float,
-    weight_only: bool,
-) -> list[torch.Tensor]:
-    """(K,) float64 of each modality, in closed form.
-
-    Args:
-        ranges: (K,) of each modality's channels, about the shift.
-        unshifted: of the same, about zero.
-        weight_absmax: (K,) of all weights that share the input.
-        alpha: exponent of the activations.
-        separation: of the modality's own range from that of all; none where activations
-            are not rounded, which gain nothing from a factor of their own.
-        weight_only: whether that is so.
-    """
-    separation = 0.0 if weight_only else separation
-    ranges = [torch.maximum(r, RESOLUTION * u) for r, u in zip(ranges, unshifted)]
-    unified = torch.stack(ranges).amax(0)
-    return [
-        smoothing_factor(
-            r**separation * unified ** (1 - separation), weight_absmax, alpha
-        )
-        for r in ranges
-    ]
-
-
-def _weight_absmax(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    maxima = [weight.abs().amax(0).double() for weight in weights.values()]
-    return torch.stack(maxima).amax(0)
 
 
 def _shared_factor(
@@ -463,7 +461,8 @@ def _shared_factor(
     factor = None
     if options.parts.smooth:
         absmax = torch.stack([m.absmax() for m in statistics.moments]).amax(0)
-        factor = smoothing_factor(absmax, _weight_absmax(weights), options.alphas[0])
+        weight_absmax = WeightSizes.of(weights).absmax
+        factor = smoothing_factor(absmax, weight_absmax, options.alphas[0])
     return {name: _with_factor(weight, factor) for name, weight in weights.items()}
 
 

@@ -30,9 +30,8 @@ ALPHAS = (0.3, 0.5, 0.7)
 #: What ``separation="auto"`` chooses from, for each input.
 SEPARATIONS = (1.0, 0.5, 0.0)
 
-# The base modality has no pair that could make up for what it meets. On the small model
-# anything from 0.1 to 1 is good; at 0.3 no modality is behind at any scheme.
-_WEIGHT_OF_OTHERS = 0.3
+# Larger blocks spread outliers no better, and take longer to rotate.
+_LARGEST_BLOCK = 512
 
 _ROUNDINGS = ("gptq", "nearest")
 
@@ -63,6 +62,7 @@ class Method:
             smaller error.
         rank_floor: the least that a share of ``min(N, K)`` stands for as a rank, where
             the weight has so many.
+        rotation: rotate channels in blocks by Hadamard matrices before they are rounded.
         spares_down: the linear behind an MLP's activation (``down_proj``, ``fc2``,
             ``w2``) is rounded as it is, without factor and pair.
         lr: of learning, where none is given.
@@ -76,6 +76,7 @@ class Method:
     rounding: str = "nearest"
     clip: bool = False
     rank_floor: int = 0
+    rotation: bool = False
     spares_down: bool = False
     lr: float = 3e-4
 
@@ -89,6 +90,7 @@ METHODS = {
         shift=True,
         rounding="gptq",
         clip=True,
+        rotation=True,
     ),
     # As in arXiv 2603.04800, sections on MAS and CMC, and its authors' code.
     "masquant-paper": Method(
@@ -151,6 +153,7 @@ class SolverOptions:
     epochs: int = 0
     lr: Optional[float] = None
     batch_size: int = 1
+    hadamard_size: Optional[int] = None
 
     def __post_init__(self) -> None:
         # Files and reports compare it: as SCHEMES has it, however it was written.
@@ -255,18 +258,18 @@ class SolverOptions:
     @property
     def alphas(self) -> tuple[float, ...]:
         """Exponents to choose from."""
-        return self._choice(self.alpha, ALPHAS, 0.5)
+        return self._choice(0.5 if self.alpha is None else self.alpha, ALPHAS)
 
     @property
     def separations(self) -> tuple[float, ...]:
         """Separations to choose from."""
-        return self._choice(self.separation, SEPARATIONS, 1.0)
-
-    def _choice(
-        self, given: Union[float, str, None], auto: tuple[float, ...], published: float
-    ) -> tuple[float, ...]:
+        given = self.separation
         if given is None:
-            given = AUTO if METHODS[self.method].centered else published
+            given = 0.0 if METHODS[self.method].centered else 1.0
+        return self._choice(given, SEPARATIONS)
+
+    @staticmethod
+    def _choice(given: Union[float, str], auto: tuple[float, ...]) -> tuple[float, ...]:
         return auto if isinstance(given, str) else (float(given),)
 
     @property
@@ -305,6 +308,19 @@ class SolverOptions:
         assert not isinstance(self.rank, str)
         return self.rank
 
+    def hadamard_size_of(self, in_features: int) -> Optional[int]:
+        """Of the rotation of an input's channels; None for none.
+
+        Args:
+            in_features: K.
+        """
+        if isinstance(self.hadamard_size, int):
+            return self.hadamard_size if self.hadamard_size > 1 else None
+        if not METHODS[self.method].rotation:
+            return None
+        size = min(in_features & -in_features, _LARGEST_BLOCK)
+        return size if size > 1 else None
+
     @property
     def bits(self) -> Scheme:
         scheme = get_scheme(self.scheme)
@@ -328,7 +344,4 @@ class SolverOptions:
     def weights_of(self, modalities: Sequence[str]) -> list[float]:
         """What the error of each modality weighs, base first."""
         given = self.modality_weights or {}
-        return [
-            float(given.get(name, _WEIGHT_OF_OTHERS if index else 1.0))
-            for index, name in enumerate(modalities)
-        ]
+        return [float(given.get(name, 1.0)) for name in modalities]

@@ -10,6 +10,7 @@ from typing import Optional, Sequence
 
 import torch
 
+from torchao_masquant.kernels.hadamard import hadamard_rotate
 from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.rounding import (
     damped_factor,
@@ -21,20 +22,21 @@ from torchao_masquant.tensor_subclasses import (
     quantize_smoothed_weight,
 )
 
-__all__ = ["ROWS", "SharedWeight", "round_jointly", "round_to_nearest"]
+__all__ = ["JointHessian", "SharedWeight", "round_to_nearest"]
 
 # Of the mean diagonal of a Hessian, added to it: GPTQ's own choice.
 _DAMPING = 0.01
 
-#: Of a matrix (K, K) that are worked on at a time, so that no second one is needed.
-ROWS = 128
+# Of the mean diagonal: noise of rounded activations below this changes no integers that
+# the damping does not change as well (8 bits add a ten thousandth, 4 bits a fiftieth).
+_LEAST_NOISE = 3e-4
 
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 @dataclass
 class SharedWeight:
-    """Integers for ``W * s_base`` and what they stand for.
+    """Integers for ``W * s_base``, or for it in rotated channels, and what they stand for.
 
     Attributes:
         qdata: (N, K) int8.
@@ -47,10 +49,35 @@ class SharedWeight:
     zero_point: Optional[torch.Tensor]
 
     def dequantize(self) -> torch.Tensor:
-        """(N, K) float64."""
+        """(N, K) float64, of rotated channels where there is a rotation."""
         return dequantize_smoothed_weight(
             self.qdata, self.scale, zero_point=self.zero_point
         ).double()
+
+    @classmethod
+    def cat(cls, parts: "Sequence[SharedWeight]") -> "SharedWeight":
+        """Of weights one below the other."""
+        zero_points = [part.zero_point for part in parts]
+        known = [zero for zero in zero_points if zero is not None]
+        return cls(
+            torch.cat([part.qdata for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(known) if known else None,
+        )
+
+    def split(self, rows: Sequence[int]) -> "list[SharedWeight]":
+        """What :meth:`cat` put together, of so many rows each."""
+        zero_points = (
+            [None] * len(rows)
+            if self.zero_point is None
+            else self.zero_point.split(list(rows))
+        )
+        return [
+            SharedWeight(*part)
+            for part in zip(
+                self.qdata.split(list(rows)), self.scale.split(list(rows)), zero_points
+            )
+        ]
 
 
 def round_to_nearest(
@@ -58,6 +85,7 @@ def round_to_nearest(
     base_factor: torch.Tensor,
     bits: Scheme,
     importance: Optional[torch.Tensor] = None,
+    hadamard_size: Optional[int] = None,
 ) -> SharedWeight:
     """Round each weight on its own, as converting without ready integers does.
 
@@ -65,9 +93,11 @@ def round_to_nearest(
         weight: (N, K) floating point.
         base_factor: (K,) ``s_base``; in float32, as it will be held.
         bits: integer formats.
-        importance: (K,) float64, how much the square of an error of an input channel
-            weighs; if given, each scale is made for that share of its range that makes
-            the weighted error least (a search over 0.6 to 1). None: the whole range.
+        importance: (K,) float64, how much the square of an error of a channel of what is
+            rounded weighs; if given, each scale is made for that share of its range that
+            makes the weighted error least (a search over 0.6 to 1). None: the whole
+            range.
+        hadamard_size: of the rotation of the smoothed weight; None for none.
     """
     pre_scale = base_factor.float().reciprocal()
     n, k = weight.shape
@@ -76,8 +106,8 @@ def round_to_nearest(
     def rounded(clip: Optional[torch.Tensor]) -> SharedWeight:
         return SharedWeight(
             *quantize_smoothed_weight(
-                weight,
-                pre_scale,
+                target,
+                ones,
                 bits.weight_bits,
                 bits.group_size,
                 symmetric=bits.symmetric,
@@ -85,9 +115,10 @@ def round_to_nearest(
             )
         )
 
+    target = hadamard_rotate(weight.float() / pre_scale, hadamard_size or 1)
+    ones = torch.ones_like(pre_scale)
     if importance is None:
         return rounded(None)
-    target = weight.float() / pre_scale
     best = torch.full_like(target[:, :groups], float("inf"))
     chosen = torch.ones_like(best)
     for clip in _CLIPS:
@@ -102,98 +133,100 @@ def round_to_nearest(
     return rounded(chosen)
 
 
-def round_jointly(
-    weight: torch.Tensor,
-    factors: Sequence[torch.Tensor],
-    pairs: Sequence[Optional[tuple[torch.Tensor, torch.Tensor]]],
-    covariances: Sequence[torch.Tensor],
-    importances: Sequence[float],
-    start: SharedWeight,
-    bits: Scheme,
-    products: Optional[Sequence[torch.Tensor]] = None,
-) -> SharedWeight:
-    """Integers that serve all modalities: GPTQ with a modality-balanced Hessian.
+class JointHessian:
+    """What an error of the shared weight costs all modalities together.
 
-    Modality m meets ``V + P_m`` where it should meet ``W s_m``. With C_m its smoothed
-    covariance, E_m the energy of its output and v_m its weight, the sum over modalities
-    of ``v_m / E_m tr((W s_m - P_m - V) C_m (...)^T)`` is, up to a constant,
-    ``tr((T - V) H (T - V)^T)`` with
+    Modality m meets ``V + P_m`` where it should meet W_m, its smoothed and rotated weight.
+    With A_m the covariance of its smoothed and rotated tokens, e_m the variance that
+    rounding adds to each of their channels and v_m the modality's share, the squared error
+    over modalities is ``v_m (tr((W_m - P_m - V) A_m (...)^T) + e_m tr(V V^T))``, summed:
+    up to a constant ``tr((T - V) H (T - V)^T)`` with
 
-        H = sum_m v_m / E_m C_m,    T H = sum_m v_m / E_m (W s_m - P_m) C_m
+        H = sum_m v_m (A_m + e_m I),    T H = sum_m v_m (W_m - P_m) A_m
 
     so that one GPTQ of the target T is the least-squares rounding for all of them.
-    Directions that no modality uses have no target of their own: the damping draws
-    them to ``W s_base``.
+    Directions that no modality uses have no target of their own: the damping draws them to
+    W_base. Noise that rounding adds pulls T towards zero where a direction carries less
+    than that.
 
     Args:
-        weight: (N, K) W.
-        factors: (K,) ``s_m`` of each modality, base first.
-        pairs: L1 (K, r), L2 (r, N) of each modality, None where it has none.
-        covariances: (K, K) float64 centred covariance of ``x`` of each modality.
-        importances: v_m.
-        start: whose scales are kept.
-        bits: integer formats.
-        products: (N, K) float64 ``W C_m`` of each modality, where they are known.
+        total: (K, K) float64 ``sum_m v_m A_m``; lost.
+        noise: ``sum_m v_m e_m``, scalar.
 
-    Returns:
-        The new integers; ``start`` itself where no modality varies at all.
+    Attributes:
+        active: False where no modality varies at all, so that nothing can be weighed.
+        importance: (K,) float64, what the square of a channel's error costs after the
+            channels that are rounded behind it have made up for what they can.
     """
-    weight = weight.double()
-    if products is None:
-        products = [weight @ covariance for covariance in covariances]
-    shares = []
-    for product, importance in zip(products, importances):
-        energy = (product * weight).sum()
-        heard = energy > 0 and importance > 0
-        shares.append(importance / energy if heard else torch.zeros_like(energy))
-    met = list(zip(shares, factors, covariances))
-    diagonal = torch.zeros_like(factors[0])
-    for share, factor, covariance in met:
-        diagonal += share * covariance.diagonal() / factor.square()
-    ridge = _DAMPING * diagonal.mean()
-    if not ridge > 0:
-        return start
-    order = rounding_order(diagonal)
-    hessian = torch.zeros_like(covariances[0])
-    aim = ridge * weight * factors[0]
-    for (share, factor, covariance), product, pair in zip(met, products, pairs):
-        if not share > 0:
-            continue
-        _add_in_order(hessian, covariance, factor, share, order)
-        wanted = product
-        if pair is not None:
-            down, up = pair[0].double() / factor[:, None], pair[1].double()
-            wanted = wanted - up.t() @ (down.t() @ covariance)
-        aim += wanted * (share / factor)
-    lower = damped_factor(hessian, ridge)
-    # Not cholesky_solve, which copies the factor.
-    half = torch.linalg.solve_triangular(lower, aim[:, order].t(), upper=False)
-    target = torch.linalg.solve_triangular(lower.mT, half, upper=True).t()
-    zero_point = start.zero_point
-    qdata = round_by_factor(
-        target,
-        lower,
-        order,
-        start.scale.double(),
-        torch.zeros_like(start.scale.double())
-        if zero_point is None
-        else zero_point.double(),
-        -(2 ** (bits.weight_bits - 1)),
-        2 ** (bits.weight_bits - 1) - 1,
-    )
-    return SharedWeight(qdata, start.scale, zero_point)
 
+    def __init__(self, total: torch.Tensor, noise: torch.Tensor):
+        diagonal = total.diagonal().clone()
+        mean = diagonal.mean()
+        self.ridge = _DAMPING * mean
+        self.noise = noise if noise > _LEAST_NOISE * mean else torch.zeros_like(mean)
+        self.active = bool(self.ridge > 0)
+        if not self.active:
+            return
+        self.order = rounding_order(diagonal)
+        self._lower = damped_factor(
+            total[self.order][:, self.order], self.ridge + self.noise
+        )
+        self.importance = torch.empty_like(diagonal)
+        self.importance[self.order] = self._lower.diagonal().square()
 
-def _add_in_order(
-    total: torch.Tensor,
-    covariance: torch.Tensor,
-    factor: torch.Tensor,
-    share: torch.Tensor,
-    order: torch.Tensor,
-) -> None:
-    """Add ``share C / (s s^T)`` in another order of channels, a few rows at a time."""
-    scaled = 1 / factor[order]
-    for rows, place, own in zip(
-        total.split(ROWS), order.split(ROWS), scaled.split(ROWS)
-    ):
-        rows.add_(covariance[place][:, order] * torch.outer(share * own, scaled))
+    def target(self, base: torch.Tensor) -> torch.Tensor:
+        """T where all modalities want W_base and have no pair.
+
+        Args:
+            base: (N, K) float64 W_base.
+        """
+        if not self.noise:
+            return base
+        return base - self.noise * self._solved(base)
+
+    def target_of(self, base: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """T where modalities want different things.
+
+        Args:
+            base: (N, K) float64 W_base.
+            wanted: (N, K) float64 ``sum_m v_m (W_m - P_m) A_m``.
+        """
+        return self._solved(wanted + self.ridge * base)
+
+    def _solved(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows H^-1``."""
+        # Not cholesky_solve, which copies the factor.
+        half = torch.linalg.solve_triangular(
+            self._lower, rows[:, self.order].t(), upper=False
+        )
+        solved = torch.empty_like(rows)
+        solved[:, self.order] = torch.linalg.solve_triangular(
+            self._lower.mT, half, upper=True
+        ).t()
+        return solved
+
+    def rounded(
+        self, target: torch.Tensor, start: SharedWeight, bits: Scheme
+    ) -> SharedWeight:
+        """Integers that serve all modalities: GPTQ of T.
+
+        Args:
+            target: (N, K) float64 T.
+            start: whose scales are kept.
+            bits: integer formats.
+        """
+        zero_point = start.zero_point
+        # Integers need no more than float32; what they are found from was solved for in
+        # float64.
+        qdata = round_by_factor(
+            target[:, self.order].float(),
+            self._lower.float(),
+            self.order,
+            start.scale.float(),
+            torch.zeros_like(start.scale, dtype=torch.float32)
+            if zero_point is None
+            else zero_point.float(),
+            -(2 ** (bits.weight_bits - 1)),
+            2 ** (bits.weight_bits - 1) - 1,
+        )
+        return SharedWeight(qdata, start.scale, zero_point)

@@ -5,11 +5,120 @@
 # LICENSE file in the root directory of this source tree.
 """Closed-form smoothing factors."""
 
+from dataclasses import dataclass
+from typing import Mapping, Sequence
+
 import torch
 
-__all__ = ["smoothing_factor"]
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.modality_input import ModalityInput
+
+__all__ = [
+    "RESOLUTION",
+    "WeightSizes",
+    "factors_of_ranges",
+    "smoothing_factor",
+    "smoothing_factors",
+]
 
 _MIN = 1e-5
+
+#: Of the range of a channel: a bfloat16 activation is known to no better than this, so
+#: that what a shift leaves of a constant is not smoothed as if it were a signal.
+RESOLUTION = 2.0**-8
+
+
+@dataclass
+class WeightSizes:
+    """How large the input channels of weights are, over all rows; (K,) float64 each."""
+
+    absmax: torch.Tensor
+    rms: torch.Tensor
+
+    @classmethod
+    def of(cls, weights: Mapping[str, torch.Tensor]) -> "WeightSizes":
+        """Of (N_i, K) weights that share an input."""
+        maxima = [weight.abs().amax(0).double() for weight in weights.values()]
+        rows = sum(len(weight) for weight in weights.values())
+        squares = [weight.double().square().sum(0) for weight in weights.values()]
+        return cls(
+            torch.stack(maxima).amax(0),
+            (torch.stack(squares).sum(0) / max(rows, 1)).sqrt(),
+        )
+
+
+def smoothing_factors(
+    inputs: Sequence[ModalityInput],
+    sizes: WeightSizes,
+    alpha: float,
+    separation: float,
+    options: SolverOptions,
+) -> list[torch.Tensor]:
+    """(K,) float64 of each modality.
+
+    A rotation spreads what a channel holds over its block, so that a token's step follows
+    its root mean square and a scale of the weight that of a row: there the factor is made
+    of those. At an exponent of a half it then makes the product of both sums of squares
+    least. Without a rotation the largest value decides, as SmoothQuant has it.
+
+    Args:
+        inputs: of each modality, base first.
+        sizes: of the weights.
+        alpha: exponent of the activations.
+        separation: how far a modality's factor goes from that of all tokens to that of
+            its own, geometrically; not at all where activations are not rounded, which
+            gain nothing from a factor of their own.
+        options: of the solution.
+    """
+    if options.bits.weight_only:
+        separation = 0.0
+    if options.hadamard_size_of(len(sizes.rms)) is None:
+        ranges = [torch.maximum(i.range, RESOLUTION * i.absmax) for i in inputs]
+        return factors_of_ranges(ranges, sizes.absmax, alpha, separation)
+    own = [_rms(i) for i in inputs]
+    seen = [r for i, r in zip(inputs, own) if len(i.tokens)]
+    unified = torch.stack(seen or own).square().mean(0).sqrt()
+    return _between(own, unified, sizes.rms, alpha, separation)
+
+
+def _rms(modality: ModalityInput) -> torch.Tensor:
+    """(K,) of ordinary tokens; zeros without a token."""
+    if not len(modality.tokens):
+        return torch.zeros_like(modality.absmax)
+    return (modality.tokens - modality.shift).square().mean(0).sqrt()
+
+
+def factors_of_ranges(
+    ranges: Sequence[torch.Tensor],
+    weight_sizes: torch.Tensor,
+    alpha: float,
+    separation: float,
+) -> list[torch.Tensor]:
+    """(K,) float64 of each modality.
+
+    Args:
+        ranges: (K,) of each modality's channels.
+        weight_sizes: (K,) of the weights' channels.
+        alpha: exponent of the activations.
+        separation: 0..1.
+    """
+    unified = torch.stack(list(ranges)).amax(0)
+    return _between(ranges, unified, weight_sizes, alpha, separation)
+
+
+def _between(
+    own: Sequence[torch.Tensor],
+    unified: torch.Tensor,
+    weight_sizes: torch.Tensor,
+    alpha: float,
+    separation: float,
+) -> list[torch.Tensor]:
+    return [
+        smoothing_factor(
+            r**separation * unified ** (1 - separation), weight_sizes, alpha
+        )
+        for r in own
+    ]
 
 
 def smoothing_factor(

@@ -1,0 +1,101 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What is known of one modality's tokens at an input, sinks told from ordinary tokens.
+
+An attention sink holds a thousand times the energy of an ordinary token. One of them in a
+row of text moves the mean by many standard deviations of all other tokens, so a shift by
+the mean would cost every token its resolution. What has to suit most tokens (where they
+lie, how wide channels are, how much rounding adds to them) is therefore found from ordinary
+tokens alone; covariances are of all tokens, for a sink's output has to be right, too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from torchao_masquant.calibration.statistics import InputStatistics, Moments
+from torchao_masquant.solver.methods import SolverOptions
+
+__all__ = ["ModalityInput", "modality_inputs", "ordinary"]
+
+# Of the squared distance from the median that nine tokens of ten keep: ordinary tokens are
+# no further away than so many times that. What more than one in ten is like is no sink.
+_FURTHEST = 10.0
+
+
+@dataclass
+class ModalityInput:
+    """One modality's tokens at an input of K channels; all float64, unsmoothed.
+
+    Attributes:
+        share: of all calibration tokens, times what the modality's error weighs.
+        center: (K,) mean of ordinary tokens; zeros where the method does not center.
+        covariance: (K, K) ``E[(x - center) (x - center)^T]`` over all tokens.
+        tokens: (S, K) sampled tokens, ordinary ones.
+        absmax: (K,) ``max |x|`` over all tokens.
+        range: (K,) ``max |x - shift|`` over all tokens.
+        shift: (K,) what is taken off tokens before they are rounded.
+    """
+
+    share: float
+    center: torch.Tensor
+    covariance: torch.Tensor
+    tokens: torch.Tensor
+    absmax: torch.Tensor
+    range: torch.Tensor
+    shift: torch.Tensor
+
+
+def ordinary(tokens: torch.Tensor) -> torch.Tensor:
+    """(S,) bool, which of sampled tokens (S, K) are no sinks."""
+    distance = (tokens - tokens.median(0).values).square().sum(1)
+    return distance <= _FURTHEST * distance.quantile(0.9)
+
+
+def modality_inputs(
+    statistics: InputStatistics, options: SolverOptions, *, spend: bool = False
+) -> list[ModalityInput]:
+    """Of each modality.
+
+    Args:
+        statistics: with second moments.
+        options: whose method says what is centered and shifted.
+        spend: make covariances in the memory of the second moments, which are lost.
+    """
+    total = sum(moments.count for moments in statistics.moments)
+    weights = options.weights_of(statistics.modalities)
+    return [
+        _of(moments, weight * moments.count / max(total, 1), options, spend)
+        for moments, weight in zip(statistics.moments, weights)
+    ]
+
+
+def _of(
+    moments: Moments, share: float, options: SolverOptions, spend: bool
+) -> ModalityInput:
+    parts = options.parts
+    tokens = moments.sample.double()
+    mean = moments.mean()
+    covariance = moments.covariance(parts.centered, spend=spend)
+    center = torch.zeros_like(mean)
+    if parts.centered:
+        center = mean
+        if len(tokens):
+            kept = ordinary(tokens)
+            if len(tokens) < moments.count or not kept.all():
+                center = tokens[kept].mean(0)
+            tokens = tokens[kept]
+        covariance.addr_(mean - center, mean - center)
+    shift = center if parts.shift else torch.zeros_like(center)
+    return ModalityInput(
+        share,
+        center,
+        covariance,
+        tokens,
+        moments.absmax(),
+        moments.absmax(shift),
+        shift,
+    )
