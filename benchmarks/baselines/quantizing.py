@@ -31,7 +31,6 @@ from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.learning import learn
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.schemes import get_scheme
 from torchao_masquant.solver.layers import factors_alone, solve_group
 from torchao_masquant.solver.methods import SolverOptions
 
@@ -109,10 +108,13 @@ class Quantizing:
         """A copy quantized by one of ``BASELINES``.
 
         Args:
-            given: options of "masquant" for "pooled"; ``rank`` for "control" too.
+            given: options of "masquant" for "pooled"; ``rank`` for "control" too;
+                ``group_size`` for all.
         """
-        bits = get_scheme(scheme)
-        options = SolverOptions(scheme=scheme, method="smoothquant")
+        options = SolverOptions(
+            scheme=scheme, method="smoothquant", group_size=given.get("group_size")
+        )
+        bits = options.bits
         layers: dict[str, LayerRecipe] = {}
         modules: dict[str, nn.Module] = {}
         quantized = copy.deepcopy(self.model)

@@ -91,7 +91,9 @@ assert all(baseline in (None, *BASELINES) for _, baseline, _ in _METHODS.values(
 
 def quantize(subject: Quantizing, scheme: str, method: str) -> nn.Module:
     """A copy of the model, quantized by a method of ``METHODS``."""
-    _, baseline, options = _METHODS[method]
+    _, baseline, given = _METHODS[method]
+    # The scheme's own groups of 128 do not divide SmolLM2's width of 576.
+    options = {"group_size": 64, **given} if scheme == "w4a16" else given
     if baseline is None:
         return subject.by_options(scheme, options)
     return subject.by_baseline(scheme, baseline, options)
