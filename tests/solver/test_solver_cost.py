@@ -33,7 +33,7 @@ def problem(outputs, k, modalities):
 
 
 class Counted(TorchDispatchMode):
-    """Multiplications of float64 matrices, and J^3 of eigenvectors."""
+    """Multiplications of matrices, those of float32 by halves, and J^3 of eigenvectors."""
 
     def __init__(self):
         super().__init__()
@@ -42,15 +42,17 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name, first = func.overloadpacket.__name__, args[0] if args else None
-        if isinstance(first, torch.Tensor) and first.dtype == torch.float64:
-            if name == "mm":
-                self.macs += first.shape[0] * first.shape[1] * args[1].shape[1]
+        kinds = {torch.float64: 1.0, torch.float32: 0.5}
+        if isinstance(first, torch.Tensor) and first.dtype in kinds:
+            kind = kinds[first.dtype]
+            if name in ("mm", "bmm"):
+                self.macs += kind * first.numel() * args[1].shape[-1]
             elif name == "linalg_solve_triangular":
-                self.macs += first.shape[0] ** 2 * args[1].shape[1] / 2
+                self.macs += kind * first.shape[0] ** 2 * args[1].shape[1] / 2
             elif name in ("linalg_cholesky_ex", "linalg_cholesky"):
-                self.macs += first.shape[0] ** 3 / 3
+                self.macs += kind * first.shape[0] ** 3 / 3
             elif name == "addr_":
-                self.macs += first.numel()
+                self.macs += kind * first.numel()
             elif name == "_linalg_eigh":
                 self.cubes += first.shape[0] ** 3
         return out

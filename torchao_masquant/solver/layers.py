@@ -37,7 +37,7 @@ from torchao_masquant.solver.smoothing import (
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
 from torchao_masquant.threads import threads_for, widest
 
-__all__ = ["factors_alone", "solve_group"]
+__all__ = ["factors_alone", "rounded_together", "solve_group"]
 
 # Of a matrix (K, K) that are worked on at a time, so that no second one is needed.
 _ROWS = 128
@@ -231,8 +231,11 @@ class _PerModality:
                 if jointly and self.differ:
                     # What pairs will make up for does not draw the weight away.
                     self._fit_pairs(shared)
-                for names in self._batches() if jointly else ():
-                    shared |= self._rounded(names, shared, hessian)
+                if jointly:
+                    names, values = list(self.weights), self.weights.values()
+                    for batch in rounded_together([w.numel() for w in values]):
+                        some = [names[i] for i in batch]
+                        shared |= self._rounded(some, shared, hessian)
             if self.gauge:
                 self._fit_gauges(shared)
         self._fit_pairs(shared)
@@ -285,18 +288,6 @@ class _PerModality:
                 met -= pair[1].double().t() @ (down @ modality.covariance)
             wanted.add_(met / factor, alpha=modality.share)
         return hessian.target_of(base, rotated(wanted, size))
-
-    def _batches(self) -> Iterator[list[str]]:
-        """Linears that are rounded one below the other, in one go."""
-        names: list[str] = []
-        values = 0
-        for name, weight in self.weights.items():
-            values += weight.numel()
-            if names and values > _ROUNDED_TOGETHER:
-                yield names
-                names, values = [], weight.numel()
-            names.append(name)
-        yield names
 
     def _rounded(
         self,
@@ -405,6 +396,26 @@ class _PerModality:
             else None,
             hadamard_size=self.problem.hadamard_size,
         )
+
+
+def rounded_together(values: Sequence[int]) -> list[list[int]]:
+    """Which linears are rounded one below the other, in one go.
+
+    Args:
+        values: of each one's weight.
+
+    Returns:
+        Their numbers, in order.
+    """
+    batches: list[list[int]] = []
+    held = 0
+    for index, count in enumerate(values):
+        held += count
+        if not batches or held > _ROUNDED_TOGETHER:
+            batches.append([])
+            held = count
+        batches[-1].append(index)
+    return batches
 
 
 def _add_scaled(

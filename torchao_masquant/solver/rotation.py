@@ -11,7 +11,13 @@ import torch
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
 
-__all__ = ["rotated", "rotated_both"]
+__all__ = ["halves", "rotated", "rotated_both"]
+
+
+def halves(hadamard_size: int) -> tuple[int, int]:
+    """Sizes of two matrices whose Kronecker product is that of the rotation."""
+    inner = 1 << (hadamard_size.bit_length() // 2)
+    return hadamard_size // inner, inner
 
 
 def rotated(rows: torch.Tensor, hadamard_size: Optional[int]) -> torch.Tensor:
@@ -26,8 +32,7 @@ def rotated(rows: torch.Tensor, hadamard_size: Optional[int]) -> torch.Tensor:
     """
     if hadamard_size is None:
         return rows
-    inner = 1 << (hadamard_size.bit_length() // 2)
-    outer = hadamard_size // inner
+    outer, inner = halves(hadamard_size)
     blocks = rows.unflatten(-1, (-1, outer, inner)) @ _matrix(inner, rows)
     if outer > 1:
         blocks = _matrix(outer, rows) @ blocks
