@@ -13,7 +13,8 @@ from typing import Sequence
 
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
 from torchao_masquant.solver.methods import AUTO, SolverOptions
-from torchao_masquant.solver.layers import rounded_together
+from torchao_masquant.solver.in_place import ROWS
+from torchao_masquant.solver.layers import ROUNDED_TOGETHER, rounded_together
 from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.solver.rotation import halves
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
@@ -133,14 +134,13 @@ def _joint(shapes: Sequence[Shape], modalities: int, options: SolverOptions) -> 
     jointly = parts.rounding == "gptq"
     if not (jointly or parts.clip):
         return Work()
-    # Where channels are rounded each for itself their diagonal is found anew.
-    totals = Work(entries=modalities * k * k) + _rotated(2 * k, k, options)
-    work = totals * (1 if jointly else 2) + Work(k**3 / 3, entries=k * k)
+    work = Work(entries=modalities * k * k) + _rotated(2 * k, k, options)
+    if not jointly:
+        return work
+    batches = rounded_together([n * k for n, _ in shapes])
+    work += Work(k**3 / 3, entries=k * k, channels=k * len(batches))
     if not options.bits.weight_only:
         work += _rotated(modalities * SAMPLE_TOKENS, k, options)
-    if jointly:
-        batches = rounded_together([n * k for n, _ in shapes])
-        work += Work(channels=k * len(batches))
     return work
 
 
@@ -203,27 +203,39 @@ def solver_bytes(
     if not options.parts.per_modality:
         # Rounding holds copies in float32 and integers.
         return 2 * weight
-    others = modalities - 1
-    # Products, and integers of the best attempt and of the last.
-    held = 2 * beside
-    products = 8 * _products(options.parts, modalities) * beside
-    held += products if products <= HELD_BYTES else weight
-    differences = 16 * beside
-    # Of all linears or of one, made new for the gauge, and the weight in float64.
-    fitting = differences if differences <= HELD_BYTES else 2 * weight
-    fitting += 3 * weight
-    if n <= k:
-        # Smoothed twice; a matrix (N, N), its symmetric half, vectors and work space.
-        fitting += 2 * weight + 5 * 8 * n * n
-    else:
-        # Whitenings stay for all attempts.
-        held += 2 * others * square
-        fitting += 2 * weight + 2 * square + max(5 * square, weight + 2 * square)
-    peak = fitting if others else 0
-    if options.parts.rounding == "gptq":
-        # The Hessian, which turns into its factor; what is added to it, row by row, and
-        # then weight, aim and target on their way through triangular solutions.
-        peak = max(peak, square + max(4 * 8 * ROWS * k + 2 * weight, 6 * weight))
+    parts, others = options.parts, modalities - 1
+    jointly = parts.rounding == "gptq"
+    differ = _differ(modalities, options, max(options.separations))
+    tries = len(options.alphas) + len(options.separations) - 1
+    # Sampled tokens; integers as they were and as they are, and those of the best try.
+    held = 8 * modalities * SAMPLE_TOKENS * k + beside * (2 + (tries > 1))
+    # What rounding each weight on its own and putting a recipe together take.
+    peak = 4 * weight
+    if differ and parts.gauge:
+        peak = max(peak, 5 * weight)
+    if others and average_rank(options, n, k):
+        # The first pairs are found while there is a Hessian.
+        fitting = square if jointly and differ else 0
+        if n <= k:
+            # A matrix (N, N), its symmetric half, vectors and work space.
+            fitting += 2 * weight + 5 * 8 * n * n
+        else:
+            # Whitenings stay for all attempts.
+            held += 2 * others * square
+            fitting += weight + 2 * square + max(5 * square, weight + 2 * square)
+        peak = max(peak, fitting)
+    if jointly or parts.clip:
+        # The Hessian, which turns into its factor, and what is done to it row by row.
+        peak = max(peak, square + 3 * 8 * ROWS * k)
+    if jointly:
+        batch = 8 * min(beside, max(ROUNDED_TOGETHER, n * k))
+        aim = 9 if differ else 5 if _noisy(options) else 4
+        peak = max(
+            peak,
+            square + batch - weight + aim * weight,
+            # Targets, in the order of the factor, and both once more in float32.
+            square + max(7 * batch // 2, (13 * batch + 2 * square) // 4),
+        )
     if options.rank == AUTO:
         # Statistics that are needed again.
         peak += modalities * square

@@ -10,6 +10,7 @@ from typing import Optional
 import torch
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
+from torchao_masquant.solver.in_place import on_both_sides
 
 __all__ = ["halves", "rotated", "rotated_both"]
 
@@ -40,10 +41,10 @@ def rotated(rows: torch.Tensor, hadamard_size: Optional[int]) -> torch.Tensor:
 
 
 def rotated_both(matrix: torch.Tensor, hadamard_size: Optional[int]) -> torch.Tensor:
-    """``H C H`` of a symmetric (K, K)."""
+    """``H C H`` of a symmetric (K, K), in its memory."""
     if hadamard_size is None:
         return matrix
-    return rotated(rotated(matrix, hadamard_size).t(), hadamard_size)
+    return on_both_sides(matrix, lambda rows: rotated(rows, hadamard_size))
 
 
 def _matrix(size: int, like: torch.Tensor) -> torch.Tensor:
