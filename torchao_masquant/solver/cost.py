@@ -12,9 +12,9 @@ from dataclasses import astuple, dataclass
 from typing import Sequence
 
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
-from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.in_place import ROWS
 from torchao_masquant.solver.layers import ROUNDED_TOGETHER, rounded_together
+from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.solver.rotation import halves
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
