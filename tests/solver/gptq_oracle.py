@@ -7,27 +7,45 @@
 
 import numpy as np
 
+# GPTQ's: of the mean diagonal, added to it.
+DAMPING = 0.01
 
-def gptq(weight, hessian, scale, zero_point, low, high, damping):
-    """GPTQ (arXiv 2210.17323) as optimal brain quantization states it.
 
-    The inverse of what is left of the Hessian is found anew before every column; no
-    Cholesky factor, no blocks.
+def assert_gptq(integers, weight, hessian, scale, zero_point, low, high, noise=0.0):
+    """That integers are those of GPTQ (arXiv 2210.17323), to within float32.
+
+    As optimal brain quantization states it: the inverse of what is left of the Hessian is
+    found anew before every column; no Cholesky factor, no blocks. Every integer has to be
+    the nearest to what the integers before it leave to be rounded: where that lies on a
+    boundary to within float32, either neighbour is right, and what follows from it too.
     """
     weight, k = weight.copy(), weight.shape[1]
-    damped = hessian + damping * np.trace(hessian) / k * np.eye(k)
+    ridge = DAMPING * np.trace(hessian) / k + noise
+    damped = hessian + ridge * np.eye(k)
     width = k // scale.shape[1]
     left = sorted(range(k), key=lambda j: -hessian[j, j])
-    integers = np.zeros(weight.shape, dtype=int)
+    # Of all that was added up: float32 holds each to 2^-24 of it.
+    added = np.abs(weight)
+    ties = 0
+    assert low <= integers.min() and integers.max() <= high
     while left:
         j = left[0]
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
         step, zero = scale[:, j // width], zero_point[:, j // width]
-        integers[:, j] = np.clip(np.round(weight[:, j] / step + zero), low, high)
+        levels = weight[:, j] / step + zero
+        slack = 2.0**-24 * (k + 8) * (added[:, j] / step + np.abs(zero) + 1)
+        assert slack.max() < 0.01
+        off = np.abs(np.clip(levels, low, high) - integers[:, j])
+        assert (off <= 0.5 + slack).all(), (j, off.max())
+        ties += (off > 0.5 - slack).sum()
         error = weight[:, j] - (integers[:, j] - zero) * step
-        weight[:, left] -= np.outer(error / inverse[0, 0], inverse[0])
+        moved = np.outer(error / inverse[0, 0], inverse[0])
+        weight[:, left] -= moved
+        added[:, left] += np.abs(moved)
         left = left[1:]
-    return integers
+    # The largest of a scale is half a step beyond its grid; of the others few are ties,
+    # or the integers would say nothing.
+    assert ties <= scale.size + 0.01 * integers.size
 
 
 def nearest(weight, scale, zero_point, low, high):

@@ -7,6 +7,7 @@
 
 import numpy as np
 import torch
+from hadamard_oracle import hadamard_f64
 
 from torchao_masquant.calibration.statistics import InputStatistics
 
@@ -43,6 +44,19 @@ def statistics(tokens):
     return found
 
 
+def ordinary(x):
+    """(T,) bool, which of sampled tokens are no sinks: not ten times as far as most."""
+    middle = np.sort(x, axis=0)[(len(x) - 1) // 2]
+    distance = ((x - middle) ** 2).sum(1)
+    return distance <= 10 * np.quantile(distance, 0.9)
+
+
+def center(x):
+    """(K,) mean of the ordinary ones of tokens, of which there are no more than a sample."""
+    x = x.double().numpy()
+    return x[ordinary(x)].mean(0)
+
+
 def grid_weight(layer, weight, bits):
     """(N, K) what the shared integers stand for: those of the solution."""
     assert layer.qdata is not None
@@ -56,7 +70,7 @@ def grid_weight(layer, weight, bits):
 def output(layer, weight, x, index, bits):
     """(T, N) of tokens of one modality: quantized, smoothed, shifted, compensated.
 
-    Only where a value lies on a boundary between two integers does this read the
+    Pairs and integers are those of rotated channels. Only where a value lies on a boundary between two integers does this read the
     formula's float32: the smoothed activations are the kernels' own.
     """
     matrix = grid_weight(layer, weight, bits)
@@ -64,7 +78,7 @@ def output(layer, weight, x, index, bits):
     v = x.float() * factor.reciprocal()
     if layer.act_shift is not None:
         v = v - layer.act_shift[index]
-    v = v.double().numpy()
+    v = v.double().numpy() @ hadamard_f64(weight.shape[1], layer.hadamard_size)
     if bits.act_bits != 16:
         top = 2 ** (bits.act_bits - 1) - 1
         step = np.abs(v).max(1, keepdims=True) / top

@@ -13,10 +13,14 @@ import pytest
 import torch
 
 from torchao_masquant.schemes import get_scheme
-from torchao_masquant.solver.shared_weight import round_jointly, round_to_nearest
+from torchao_masquant.solver.shared_weight import (
+    JointHessian,
+    SharedWeight,
+    round_to_nearest,
+)
 
 N, K = 10, 24
-DAMPING = 0.01
+RIDGE = 0.01
 
 SCHEMES = {
     "w8a8": get_scheme("w8a8"),
@@ -28,41 +32,33 @@ SCHEMES = {
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
 
-def _problem(modalities=3, seed=0, rank=2):
-    """Weight, factors, pairs and covariances of modalities that differ in all."""
+def _problem(modalities=3, seed=0):
+    """What each modality wants of the shared weight, covariances and noise."""
     rng = np.random.default_rng(seed)
-    weight = rng.normal(size=(N, K))
-    factors, pairs, covariances = [], [], []
+    weight = rng.normal(size=(N, K)).astype(np.float32).astype(float)
+    wanted, covariances = [weight], []
     for index in range(modalities):
-        factors.append(np.exp(rng.normal(size=K) / 2))
-        pair = rng.normal(size=(K, rank)) / 5, rng.normal(size=(rank, N)) / 5
-        pairs.append(pair if index else None)
-        x = rng.normal(size=(40, K)) @ rng.normal(size=(K, K)) * 10.0**index
+        x = rng.normal(size=(40, K)) @ rng.normal(size=(K, K)) * 2.0**index
         covariances.append(np.cov(x.T, bias=True))
-    # A weight of float32, as models hold it.
-    return weight.astype(np.float32).astype(float), factors, pairs, covariances
+        wanted.append(weight + rng.normal(size=(N, K)) / 5)
+    return weight, wanted[:modalities], covariances, np.arange(modalities) * 3.0 + 2
 
 
-def _start(weight, factors, scheme, importance=None):
-    # Of factors as the recipe holds them; float64 behind them changes the target.
+def _start(weight, scheme):
     return round_to_nearest(
-        torch.from_numpy(weight).float(),
-        torch.from_numpy(factors[0]),
-        SCHEMES[scheme],
-        importance,
+        torch.from_numpy(weight).float(), torch.ones(K), SCHEMES[scheme]
     )
 
 
-def _jointly(weight, factors, pairs, covariances, importances, start, scheme):
-    return round_jointly(
-        torch.from_numpy(weight),
-        [torch.from_numpy(f) for f in factors],
-        [p and tuple(map(torch.from_numpy, p)) for p in pairs],
-        [torch.from_numpy(c) for c in covariances],
-        importances,
-        start,
-        SCHEMES[scheme],
-    )
+def _joint(covariances, noises, shares):
+    total = sum(v * c for v, c in zip(shares, covariances))
+    noise = sum(v * e for v, e in zip(shares, noises))
+    return JointHessian(torch.from_numpy(total), torch.tensor(noise)), noise
+
+
+def _target(hessian, weight, wanted, covariances, shares):
+    met = sum(v * w @ c for v, w, c in zip(shares, wanted, covariances))
+    return hessian.target_of(torch.from_numpy(weight), torch.from_numpy(met)).numpy()
 
 
 def _grid(start, scheme):
@@ -80,38 +76,90 @@ def _values(integers, start, scheme):
     return (integers - np.repeat(zero, width, 1)) * np.repeat(scale, width, 1)
 
 
-def _wanted(weight, factor, pair):
-    return weight * factor - (0 if pair is None else (pair[0] @ pair[1]).T)
-
-
-def _objective(values, weight, factors, pairs, covariances, importances):
-    """Each modality's relative error, weighted, as the docstring states it."""
+def _objective(values, wanted, covariances, noises, shares):
+    """What modalities lose, noise of rounded activations included, as it is stated."""
     total = 0.0
-    for factor, pair, covariance, importance in zip(
-        factors, pairs, covariances, importances
-    ):
-        energy = np.trace(weight @ covariance @ weight.T)
-        if energy > 0:
-            error = (_wanted(weight, factor, pair) - values) / factor
-            total += importance * np.trace(error @ covariance @ error.T) / energy
+    for w, c, e, v in zip(wanted, covariances, noises, shares):
+        left = w - values
+        total += v * (np.trace(left @ c @ left.T) + e * (values**2).sum())
     return total
 
 
+def _least_squares(weight, wanted, covariances, noises, shares):
+    """The minimiser, all modalities stacked into one problem of tokens and outputs."""
+    tokens, outputs = [], []
+    for w, c, e, v in zip(wanted, covariances, noises, shares):
+        values, vectors = np.linalg.eigh(c)
+        root = np.sqrt(v) * (vectors * np.sqrt(values.clip(0))).T
+        # Noise is more tokens, of which nothing is wanted.
+        tokens += [root, np.sqrt(v * e) * np.eye(K)]
+        outputs += [root @ w.T, np.zeros((K, N))]
+    total = sum(v * c for v, c in zip(shares, covariances))
+    # The damping is K tokens that want the weight itself.
+    ridge = np.sqrt(RIDGE * np.trace(total) / K)
+    tokens.append(ridge * np.eye(K))
+    outputs.append(ridge * weight.T)
+    return np.linalg.lstsq(np.concatenate(tokens), np.concatenate(outputs), rcond=None)[
+        0
+    ].T
+
+
+SHARES = [(1, 0.3, 0.3), (0, 1, 2), (0.2, 0.5, 0.3)]
+
+
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_target_is_that_of_least_squares(noisy, shares):
+    weight, wanted, covariances, noises = _problem(seed=8)
+    hessian, _ = _joint(covariances, noises * noisy, shares)
+    found = _target(hessian, weight, wanted, covariances, shares)
+    expected = _least_squares(weight, wanted, covariances, noises * noisy, shares)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 5.0])
+def test_the_target_where_all_want_the_same(noise):
+    weight, _, covariances, _ = _problem(seed=3)
+    noises, shares = np.full(3, noise), (0.2, 0.5, 0.3)
+    hessian, _ = _joint(covariances, noises, shares)
+    found = hessian.target(torch.from_numpy(weight)).numpy()
+    expected = _least_squares(weight, [weight] * 3, covariances, noises, shares)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    # Noise draws the weight towards zero, more of it further.
+    size = np.linalg.norm(weight)
+    assert (np.linalg.norm(found) < 0.999 * size) == (noise > 0)
+
+
+def test_noise_that_changes_nothing_is_left_out():
+    """8 bits add a ten thousandth of a channel's variance: no solution for so little."""
+    weight, _, covariances, _ = _problem(1, seed=3)
+    mean = np.trace(covariances[0]) / K
+    for part, same in ((1e-4, True), (1e-3, False)):
+        hessian, _ = _joint(covariances, [part * mean], [1.0])
+        base = torch.from_numpy(weight)
+        assert torch.equal(hessian.target(base), base) == same
+
+
 @every_scheme
-@pytest.mark.parametrize("importances", [(1, 0.3, 0.3), (0, 1, 2), (1, 1, 1)])
-def test_lowers_what_it_says_it_lowers(scheme, importances):
+@pytest.mark.parametrize("shares", SHARES)
+def test_lowers_what_it_says_it_lowers(scheme, shares):
     ratios = []
     for seed in range(6):
-        problem = _problem(seed=seed)
-        start = _start(*problem[:2], scheme)
-        found = _jointly(*problem, importances, start, scheme)
+        weight, wanted, covariances, noises = _problem(seed=seed)
+        start = _start(weight, scheme)
+        hessian, _ = _joint(covariances, noises, shares)
+        target = _target(hessian, weight, wanted, covariances, shares)
+        found = hessian.rounded(torch.from_numpy(target), start, SCHEMES[scheme])
         assert torch.equal(found.scale, start.scale)
         assert (found.zero_point is None) == SCHEMES[scheme].symmetric
-        low, high = _grid(start, scheme)[2:]
-        assert low <= found.qdata.min() and found.qdata.max() <= high
-        assert found.qdata.dtype == torch.int8
         before, after = (
-            _objective(_values(s.qdata.numpy(), start, scheme), *problem, importances)
+            _objective(
+                _values(s.qdata.numpy(), start, scheme),
+                wanted,
+                covariances,
+                noises,
+                shares,
+            )
             for s in (start, found)
         )
         np.testing.assert_allclose(
@@ -124,118 +172,82 @@ def test_lowers_what_it_says_it_lowers(scheme, importances):
 
 
 @every_scheme
-def test_is_gptq_of_the_least_squares_target(scheme):
-    """Hessian and target by stacking all modalities into one least-squares problem."""
-    weight, factors, pairs, covariances = _problem(seed=8)
-    importances = (1.0, 0.3, 0.7)
-    roots, wanted = [], []
-    for factor, pair, covariance, importance in zip(
-        factors, pairs, covariances, importances
-    ):
-        # sqrt(v / E) C^1/2 of the smoothed tokens, as rows of "tokens".
-        energy = np.trace(weight @ covariance @ weight.T)
-        values, vectors = np.linalg.eigh(covariance)
-        root = (vectors * np.sqrt(values.clip(0))).T / factor
-        roots.append(root * np.sqrt(importance / energy))
-        wanted.append(roots[-1] @ _wanted(weight, factor, pair).T)
-    tokens, outputs = np.concatenate(roots), np.concatenate(wanted)
-    hessian = tokens.T @ tokens
-    ridge = np.sqrt(DAMPING * np.trace(hessian) / K)
-    # The damping as K more tokens, which want W * s_base.
-    target = np.linalg.lstsq(
-        np.concatenate([tokens, ridge * np.eye(K)]),
-        np.concatenate([outputs, ridge * (weight * factors[0]).T]),
-        rcond=None,
-    )[0].T
-    start = _start(weight, factors, scheme)
-    expected = gptq_oracle.gptq(target, hessian, *_grid(start, scheme), DAMPING)
-    found = _jointly(weight, factors, pairs, covariances, importances, start, scheme)
-    np.testing.assert_array_equal(found.qdata.numpy(), expected)
-
-
-@every_scheme
-def test_one_modality_is_gptq_of_its_own_weight(scheme):
-    weight, factors, pairs, covariances = _problem(1, seed=3)
-    start = _start(weight, factors, scheme)
-    found = _jointly(weight, factors, pairs, covariances, [1.0], start, scheme)
-    expected = gptq_oracle.gptq(
-        weight * factors[0],
-        covariances[0] / np.outer(factors[0], factors[0]),
-        *_grid(start, scheme),
-        DAMPING,
+def test_is_gptq_of_the_target(scheme):
+    shares = (1.0, 0.3, 0.7)
+    weight, wanted, covariances, noises = _problem(seed=8)
+    start = _start(weight, scheme)
+    hessian, noise = _joint(covariances, noises, shares)
+    target = _target(hessian, weight, wanted, covariances, shares)
+    found = hessian.rounded(torch.from_numpy(target), start, SCHEMES[scheme])
+    total = sum(v * c for v, c in zip(shares, covariances))
+    gptq_oracle.assert_gptq(
+        found.qdata.numpy().astype(int), target, total, *_grid(start, scheme), noise
     )
-    np.testing.assert_array_equal(found.qdata.numpy(), expected)
 
 
-@pytest.mark.parametrize("reason", ["constant", "weight of zero"])
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_modality_that_does_not_count(reason, index):
-    """As if it were not there, whatever its pair and its factor are."""
-    weight, factors, pairs, covariances = _problem(seed=4)
-    start = _start(weight, factors, "w4a8")
-    importances = [1.0, 0.3, 0.5]
-    if reason == "constant":
-        covariances[index] = np.zeros((K, K))
-    else:
-        importances[index] = 0.0
-    found = _jointly(weight, factors, pairs, covariances, importances, start, "w4a8")
-    others = [i for i in range(3) if i != index]
-    # Index 0 gives the start and where the damping draws to: its factor stays.
-    hessian = np.zeros((K, K))
-    aim = np.zeros((N, K))
-    for i in others:
-        energy = np.trace(weight @ covariances[i] @ weight.T)
-        smoothed = covariances[i] / np.outer(factors[i], factors[i]) / energy
-        hessian += importances[i] * smoothed
-        aim += importances[i] * _wanted(weight, factors[i], pairs[i]) @ smoothed
-    ridge = DAMPING * np.trace(hessian) / K
-    target = np.linalg.solve(
-        hessian + ridge * np.eye(K), (aim + ridge * weight * factors[0]).T
-    ).T
-    expected = gptq_oracle.gptq(target, hessian, *_grid(start, "w4a8"), DAMPING)
-    np.testing.assert_array_equal(found.qdata.numpy(), expected)
+def test_importance_is_what_the_channels_behind_cannot_make_up_for():
+    """The variance of a channel, given those that are rounded after it."""
+    shares = (1.0, 0.3, 0.7)
+    _, _, covariances, noises = _problem(seed=2)
+    total = sum(v * c for v, c in zip(shares, covariances))
+    damped = total + (RIDGE * np.trace(total) / K + (shares * noises).sum()) * np.eye(K)
+    order = sorted(range(K), key=lambda j: -total[j, j])
+    hessian, _ = _joint(covariances, noises, shares)
+    for at, j in enumerate(order):
+        behind = order[at + 1 :]
+        crossed = damped[j, behind]
+        rest = damped[np.ix_(behind, behind)]
+        left = damped[j, j] - crossed @ np.linalg.solve(rest, crossed)
+        assert hessian.importance[j].item() == pytest.approx(left, rel=1e-9)
 
 
-def test_where_nothing_varies_the_start_stays():
-    weight, factors, pairs, covariances = _problem(seed=5)
-    start = _start(weight, factors, "w4a8")
-    still = [np.zeros((K, K))] * 3
-    assert _jointly(weight, factors, pairs, still, [1, 1, 1], start, "w4a8") is start
-    none = _jointly(weight, factors, pairs, covariances, [0, 0, 0], start, "w4a8")
-    assert none is start
-    dead = np.zeros_like(weight)
-    assert _jointly(dead, factors, pairs, covariances, [1] * 3, start, "w4a8") is start
+def test_linears_below_each_other_are_rounded_as_each_alone():
+    weight, _, covariances, _ = _problem(1, seed=3)
+    for scheme in ("w4a8", "w4a16"):
+        hessian, _ = _joint(covariances, [0.0], [1.0])
+        parts = [_start(weight, scheme), _start(2 * weight[:3] - 1, scheme)]
+        targets = [torch.from_numpy(weight), torch.from_numpy(2 * weight[:3] - 1)]
+        both = hessian.rounded(
+            torch.cat(targets), SharedWeight.cat(parts), SCHEMES[scheme]
+        ).split([N, 3])
+        for part, target, start in zip(both, targets, parts):
+            alone = hessian.rounded(target, start, SCHEMES[scheme])
+            # Products of other shapes may round otherwise in float32.
+            assert (part.qdata != alone.qdata).float().mean() < 0.02
+            assert torch.equal(part.scale, alone.scale)
+            assert (part.zero_point is None) == (scheme == "w4a8")
 
 
 def test_a_modality_that_weighs_more_is_served_better():
     """Between the two extremes, and never the other way round."""
-    problem = _problem(2, seed=6)
-    start = _start(*problem[:2], "w4a8")
-
-    def error(values, index):
-        only = [0.0, 0.0]
-        only[index] = 1.0
-        return _objective(values, *problem, only)
-
+    weight, wanted, covariances, noises = _problem(2, seed=6)
+    start = _start(weight, "w4a8")
     found = {}
-    for importance in (1e-3, 1.0, 1e3):
-        shared = _jointly(*problem, [1.0, importance], start, "w4a8")
+    for share in (1e-3, 1.0, 1e3):
+        shares = (1.0, share)
+        hessian, _ = _joint(covariances, 0 * noises, shares)
+        target = _target(hessian, weight, wanted, covariances, shares)
+        shared = hessian.rounded(torch.from_numpy(target), start, SCHEMES["w4a8"])
         values = _values(shared.qdata.numpy(), start, "w4a8")
-        found[importance] = [error(values, index) for index in (0, 1)]
+        found[share] = [
+            _objective(values, wanted, covariances, 0 * noises, only)
+            for only in ((1, 0), (0, 1))
+        ]
     assert found[1e3][1] < found[1.0][1] < found[1e-3][1]
     assert found[1e-3][0] < found[1.0][0] < found[1e3][0]
 
 
 def test_directions_that_no_modality_uses_keep_the_weight():
     """Both see the first half of the channels alone: the rest is rounded as it is."""
-    weight, factors, pairs, covariances = _problem(2, seed=7)
+    weight, wanted, covariances, noises = _problem(2, seed=7)
     # The largest of a row lies on the boundary between two integers: not in there.
-    weight[:, 0] = 5 / factors[0].min()
-    factors[0][0] = factors[0].max()
+    weight[:, 0] = 5
     for covariance in covariances:
         covariance[K // 2 :] = covariance[:, K // 2 :] = 0
-    start = _start(weight, factors, "w8a8")
-    found = _jointly(weight, factors, pairs, covariances, [1, 1], start, "w8a8")
+    start = _start(weight, "w8a8")
+    hessian, _ = _joint(covariances, 0 * noises, (1, 1))
+    target = _target(hessian, weight, wanted, covariances, (1, 1))
+    found = hessian.rounded(torch.from_numpy(target), start, SCHEMES["w8a8"])
     half = slice(K // 2, None)
     assert torch.equal(found.qdata[:, half], start.qdata[:, half])
     assert not torch.equal(found.qdata, start.qdata)
@@ -244,6 +256,21 @@ def test_directions_that_no_modality_uses_keep_the_weight():
 # Clipping.
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+
+
+def _weight_and_factor(seed):
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=(N, K)).astype(np.float32).astype(float)
+    return weight, np.exp(rng.normal(size=K) / 2)
+
+
+def _nearest(weight, factor, scheme, importance=None):
+    return round_to_nearest(
+        torch.from_numpy(weight).float(),
+        torch.from_numpy(factor),
+        SCHEMES[scheme],
+        importance,
+    )
 
 
 def _losses(weight, factor, scheme, importance, clip):
@@ -268,7 +295,7 @@ def _losses(weight, factor, scheme, importance, clip):
 @every_scheme
 @pytest.mark.parametrize("kind", ["even", "uneven", "one channel"])
 def test_clipping_finds_the_best_share_of_each_range(scheme, kind):
-    weight, factors, _, _ = _problem(seed=9)
+    weight, factor = _weight_and_factor(9)
     weight[:, 3] *= 4  # something to clip
     importance = np.ones(K)
     if kind == "uneven":
@@ -276,14 +303,12 @@ def test_clipping_finds_the_best_share_of_each_range(scheme, kind):
         importance[3] = 1e-4
     elif kind == "one channel":
         importance = (np.arange(K) == 3).astype(float)
-    shared = _start(weight, factors, scheme, torch.from_numpy(importance))
+    shared = _nearest(weight, factor, scheme, torch.from_numpy(importance))
     values = _values(shared.qdata.numpy(), shared, scheme)
     groups = shared.scale.shape[1]
-    error = (values - weight * factors[0]).reshape(N, groups, -1)
+    error = (values - weight * factor).reshape(N, groups, -1)
     found = (error**2 * importance.reshape(groups, -1)).sum(-1)
-    losses = np.stack(
-        [_losses(weight, factors[0], scheme, importance, c) for c in CLIPS]
-    )
+    losses = np.stack([_losses(weight, factor, scheme, importance, c) for c in CLIPS])
     # Float32 puts a weight of up to 128 steps 2^-17 steps off, so that its error of up
     # to half a step squared comes out with 2^-15 of a step squared at most.
     step = shared.scale.double().numpy()
@@ -297,12 +322,12 @@ def test_clipping_finds_the_best_share_of_each_range(scheme, kind):
 @every_scheme
 def test_without_importance_the_whole_range(scheme):
     """A channel that matters alone, at the end of the range, is not clipped either."""
-    weight, factors, _, _ = _problem(seed=10)
-    weight[:, ::8] = 5 * np.abs(weight).max() / factors[0][::8]
-    whole = _start(weight, factors, scheme)
+    weight, factor = _weight_and_factor(10)
+    weight[:, ::8] = 5 * np.abs(weight).max() / factor[::8]
+    whole = _nearest(weight, factor, scheme)
     only = torch.zeros(K, dtype=torch.float64)
-    assert torch.equal(_start(weight, factors, scheme, only).qdata, whole.qdata)
-    losses = _losses(weight, factors[0], scheme, np.ones(K), 1.0)
+    assert torch.equal(_nearest(weight, factor, scheme, only).qdata, whole.qdata)
+    losses = _losses(weight, factor, scheme, np.ones(K), 1.0)
     values = _values(whole.qdata.numpy(), whole, scheme)
-    error = (values - weight * factors[0]).reshape(*losses.shape, -1)
+    error = (values - weight * factor).reshape(*losses.shape, -1)
     np.testing.assert_allclose((error**2).sum(-1), losses, rtol=1e-3)

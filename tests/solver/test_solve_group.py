@@ -16,7 +16,14 @@ from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import quantize_smoothed_weight
 
 #: Without what the closed form of the paper has not, but the gauge and the bias.
-PLAIN = dict(shift=False, rounding="nearest", clip=False, alpha=0.5, separation=1.0)
+PLAIN = dict(
+    shift=False,
+    rounding="nearest",
+    clip=False,
+    alpha=0.5,
+    separation=1.0,
+    hadamard_size=1,
+)
 
 K, WIDTHS, TOKENS = 24, {"q": 20, "k": 12, "v": 12}, 200
 

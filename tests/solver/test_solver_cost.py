@@ -17,6 +17,7 @@ from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
 
 FIXED = {"alpha": 0.5, "separation": 1.0}
+AUTO = {"alpha": "auto", "separation": "auto"}
 
 
 def problem(outputs, k, modalities):
@@ -33,7 +34,7 @@ def problem(outputs, k, modalities):
 
 
 class Counted(TorchDispatchMode):
-    """Multiplications of float64 matrices, and J^3 of eigenvectors."""
+    """Multiplications of matrices, those of float32 by halves, and J^3 of eigenvectors."""
 
     def __init__(self):
         super().__init__()
@@ -42,15 +43,17 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name, first = func.overloadpacket.__name__, args[0] if args else None
-        if isinstance(first, torch.Tensor) and first.dtype == torch.float64:
-            if name == "mm":
-                self.macs += first.shape[0] * first.shape[1] * args[1].shape[1]
+        kinds = {torch.float64: 1.0, torch.float32: 0.5}
+        if isinstance(first, torch.Tensor) and first.dtype in kinds:
+            kind = kinds[first.dtype]
+            if name in ("mm", "bmm"):
+                self.macs += kind * first.numel() * args[1].shape[-1]
             elif name == "linalg_solve_triangular":
-                self.macs += first.shape[0] ** 2 * args[1].shape[1] / 2
+                self.macs += kind * first.shape[0] ** 2 * args[1].shape[1] / 2
             elif name in ("linalg_cholesky_ex", "linalg_cholesky"):
-                self.macs += first.shape[0] ** 3 / 3
+                self.macs += kind * first.shape[0] ** 3 / 3
             elif name == "addr_":
-                self.macs += first.numel()
+                self.macs += kind * first.numel()
             elif name == "_linalg_eigh":
                 self.cubes += first.shape[0] ** 3
         return out
@@ -64,12 +67,19 @@ class Counted(TorchDispatchMode):
         ((128, 64), 128, 2, FIXED),
         ((96,), 192, 2, {**FIXED, "method": "masquant-paper"}),
         ((192,), 128, 2, {**FIXED, "rank": 0}),
-        ((96,), 128, 2, {}),
-        ((SAMPLED_OUTPUTS + 512,), 128, 2, {}),
+        ((96,), 192, 3, {}),
+        ((320,), 128, 1, {}),
+        ((96, 32), 192, 2, {"scheme": "w4a4"}),
+        ((96,), 192, 2, {"scheme": "w4a16", "group_size": 64}),
+        ((96,), 192, 2, {"hadamard_size": 1}),
+        ((96,), 192, 2, {**FIXED, "rounding": "nearest"}),
+        ((96,), 192, 2, {**FIXED, "rounding": "nearest", "clip": False}),
+        ((96,), 128, 2, AUTO),
+        ((SAMPLED_OUTPUTS + 512,), 128, 2, {**FIXED, "alpha": "auto"}),
     ],
 )
 def test_operations(outputs, k, modalities, options):
-    options = SolverOptions("w4a8", **options)
+    options = SolverOptions(**options)
     weights, statistics = problem(outputs, k, modalities)
     with Counted() as counted:
         solve_group(weights, statistics, options)
@@ -86,11 +96,16 @@ def test_operations(outputs, k, modalities, options):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [FIXED, {}, {"scheme": "w4a4", "rank": 0}, {"rounding": "nearest"}],
+    ids=["own factors", "one factor", "noise", "nearest"],
+)
+@pytest.mark.parametrize(
     "outputs, k, modalities",
     [((256,), 512, 3), ((768,), 256, 2), ((256, 128), 256, 2), ((64,), 1024, 2)],
 )
-def test_bytes(outputs, k, modalities):
-    options = SolverOptions("w4a8", **FIXED)
+def test_bytes(outputs, k, modalities, options):
+    options = SolverOptions(**options)
     weights, statistics = problem(outputs, k, modalities)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

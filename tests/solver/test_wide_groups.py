@@ -12,14 +12,14 @@ import torch
 from group_oracle import data, statistics
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchao_masquant.solver import in_place, sampled_outputs
 from torchao_masquant.solver import layers as layers_module
-from torchao_masquant.solver import products, sampled_outputs, shared_weight
 from torchao_masquant.solver.judge import mean_log_error
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.modality_input import modality_inputs
 from torchao_masquant.solver.sampled_outputs import sampled_rank
-
-FIXED = {"alpha": 0.5, "separation": 1.0}
+from torchao_masquant.solver.smoothing import WeightSizes
 
 
 def _assert_same(found, expected):
@@ -46,14 +46,32 @@ def test_spent_statistics_give_the_same(scheme, method):
     assert all(torch.equal(m.outer, o) for m, o in zip(kept.moments, outers))
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_what_is_not_held_is_made_again(rank, monkeypatch):
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a4"])
+@pytest.mark.parametrize("separation", [0.0, 1.0])
+def test_linears_are_rounded_below_each_other_or_apart(separation, scheme, monkeypatch):
+    """As many at a time as are not all overhead: it changes no more than float32 does."""
     tokens, weights = data()
-    options = SolverOptions("w4a8", rank=rank)
-    expected = solve_group(weights, statistics(tokens), options)
-    for module in (products, layers_module):
-        monkeypatch.setattr(module, "HELD_BYTES", 0)
-    _assert_same(solve_group(weights, statistics(tokens), options), expected)
+    options = SolverOptions(scheme, rank=2, separation=separation)
+    together = solve_group(weights, statistics(tokens), options)
+    monkeypatch.setattr(layers_module, "ROUNDED_TOGETHER", 1)
+    apart = solve_group(weights, statistics(tokens), options)
+    for name, layer in together.items():
+        assert torch.equal(layer.scale, apart[name].scale)
+        assert (layer.qdata != apart[name].qdata).float().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([], []),
+        ([9], [[0]]),
+        ([3, 5, 2, 1], [[0, 1], [2, 3]]),
+        ([9, 1, 9, 4, 4], [[0], [1], [2], [3, 4]]),
+    ],
+)
+def test_which_are_rounded_together(values, expected, monkeypatch):
+    monkeypatch.setattr(layers_module, "ROUNDED_TOGETHER", 8)
+    assert layers_module.rounded_together(values) == expected
 
 
 class _LargeTensors(TorchDispatchMode):
@@ -77,10 +95,12 @@ class _LargeTensors(TorchDispatchMode):
         return result
 
 
-def test_one_matrix_of_the_size_of_a_covariance(monkeypatch):
+@pytest.mark.parametrize("separation", [0.0, 1.0])
+def test_one_matrix_of_the_size_of_a_covariance(monkeypatch, separation):
     """The Hessian; all else is made in the memory of the statistics, or in parts."""
-    monkeypatch.setattr(shared_weight, "ROWS", 16)
-    k = 96
+    monkeypatch.setattr(in_place, "ROWS", 16)
+    monkeypatch.setattr(layers_module, "ROWS", 16)
+    k = 512
     tokens, _ = data(k=k)
     weights = {"down": torch.randn(8, k, generator=torch.Generator().manual_seed(0))}
     found = statistics(tokens)
@@ -88,7 +108,7 @@ def test_one_matrix_of_the_size_of_a_covariance(monkeypatch):
         solve_group(
             weights,
             found,
-            SolverOptions("w4a8", rank=2, **FIXED),
+            SolverOptions("w4a8", rank=2, alpha=0.5, separation=separation),
             spend_statistics=True,
         )
     assert large.made == ["aten.zeros_like.default"]
@@ -98,7 +118,7 @@ def test_choices_by_some_outputs(monkeypatch):
     """They are those that are best for evenly spaced rows, and serve all of them."""
     monkeypatch.setattr(sampled_outputs, "SAMPLED_OUTPUTS", 10)
     tokens, weights = data(seed=4)
-    options = SolverOptions("w4a4", rank=0)
+    options = SolverOptions("w4a4", rank=0, alpha="auto", separation="auto")
     found = solve_group(weights, statistics(tokens), options)
     rows = {
         "q": [0, 3, 6, 9, 12, 15, 18, 21, 24, 27],
@@ -111,16 +131,14 @@ def test_choices_by_some_outputs(monkeypatch):
         return solve_group(weights, statistics(tokens), fixed)
 
     def error(alpha, separation):
-        # Smoothing factors are made for the ranges of all rows.
+        # Smoothing factors are made for the sizes of all rows.
         fixed = dataclasses.replace(options, alpha=alpha, separation=separation)
-        absmax = layers_module._weight_absmax(weights)
         problem = layers_module._Problem(
             some,
             {name: [0, 0] for name in some},
-            absmax,
-            statistics(tokens),
+            WeightSizes.of(weights),
+            modality_inputs(statistics(tokens), fixed),
             fixed,
-            [m.covariance() for m in statistics(tokens).moments],
         )
         layers = problem.solve(alpha, separation)
         return mean_log_error(some, layers, statistics(tokens), options)

@@ -12,11 +12,12 @@ from dataclasses import astuple, dataclass
 from typing import Sequence
 
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
-from torchao_masquant.solver.methods import AUTO, Method, SolverOptions
-from torchao_masquant.solver.products import HELD_BYTES
+from torchao_masquant.solver.in_place import ROWS
+from torchao_masquant.solver.layers import ROUNDED_TOGETHER, rounded_together
+from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import average_rank
+from torchao_masquant.solver.rotation import halves
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
-from torchao_masquant.solver.shared_weight import ROWS
 
 __all__ = ["MULTIPLICATIONS", "Work", "solver_bytes", "solver_work"]
 
@@ -34,7 +35,8 @@ class Work:
     """Operations; the seconds of a machine are a sum over them.
 
     Attributes:
-        macs: multiplications and additions of float64 matrices.
+        macs: multiplications and additions of float64 matrices; those of float32 count
+            half.
         cubes: J^3 of the eigenvectors of symmetric matrices (J, J).
         squares: J^2 of them.
         values: of weights, each as often as it is gone through.
@@ -79,14 +81,16 @@ def solver_work(
     if not options.parts.per_modality:
         return Work(values=sum(n * k for n, k in shapes), calls=len(shapes))
     k = shapes[0][1]
-    covariances = Work(entries=modalities * k * k)
-    attempts = len(options.alphas) + len(options.separations) - 1
-    if attempts == 1:
-        return covariances + _solution(shapes, modalities, options, 1, False)
+    work = Work(entries=modalities * k * k)
+    alphas, separations = options.alphas, options.separations
+    tried = [separations[0]] * len(alphas) + list(separations[1:])
+    if len(tried) == 1:
+        return work + _solution(shapes, modalities, options, tried, False)
     some = [(min(n, SAMPLED_OUTPUTS), k) for n, k in shapes]
-    work = covariances + _solution(some, modalities, options, attempts, True)
+    work += _solution(some, modalities, options, tried, True)
     if some != [tuple(shape) for shape in shapes]:
-        work += _solution(shapes, modalities, options, 1, False)
+        # Any of them may be taken: that which takes longest.
+        work += _solution(shapes, modalities, options, [max(separations)], False)
     return work
 
 
@@ -94,47 +98,81 @@ def _solution(
     shapes: Sequence[Shape],
     modalities: int,
     options: SolverOptions,
-    attempts: int,
+    separations: Sequence[float],
     judged: bool,
 ) -> Work:
-    """Of attempts at the same problem."""
-    parts, others, k = options.parts, modalities - 1, shapes[0][1]
-    products = _products(parts, modalities)
-    once = Work(macs=products * sum(n for n, _ in shapes) * k * k)
+    """Of attempts at the same problem, each with its separation."""
+    others, k = modalities - 1, shapes[0][1]
+    work = Work()
     if others and average_rank(options, *shapes[0]) and any(n > k for n, _ in shapes):
-        once += (_eigen(k) + Work(entries=4 * k * k)) * others
-    attempt = Work()
-    for n, _ in shapes:
-        attempt += _attempt(n, k, modalities, options, parts)
-        if judged:
-            judging = 2 * modalities * min(SAMPLE_TOKENS, 256) * n * k
-            attempt += Work(judging, values=2 * n * k, calls=1 + modalities)
-    return once + attempt * attempts
+        work += (_eigen(k) + Work(entries=4 * k * k)) * others
+    for separation in separations:
+        differ = _differ(modalities, options, separation)
+        work += _joint(shapes, modalities, options)
+        for n, _ in shapes:
+            work += _attempt(n, k, modalities, options, differ)
+            if judged:
+                judging = 2 * modalities * min(SAMPLE_TOKENS, 256) * n * k
+                work += Work(judging, values=2 * n * k, calls=1 + modalities)
+    return work
 
 
-def _products(parts: Method, modalities: int) -> int:
-    """Of a weight, with covariances."""
-    if parts.clip or parts.rounding == "gptq":
-        return modalities
-    return modalities - 1 if parts.gauge else 0
+def _differ(modalities: int, options: SolverOptions, separation: float) -> bool:
+    """Whether modalities have factors of their own."""
+    return modalities > 1 and separation > 0 and not options.bits.weight_only
+
+
+def _rotated(rows: float, k: int, options: SolverOptions) -> Work:
+    """Of rows of K float64 values."""
+    size = options.hadamard_size_of(k)
+    return Work() if size is None else Work(rows * k * sum(halves(size)))
+
+
+def _joint(shapes: Sequence[Shape], modalities: int, options: SolverOptions) -> Work:
+    """Of the Hessian, and of the channels that are rounded one after the other."""
+    parts, k = options.parts, shapes[0][1]
+    jointly = parts.rounding == "gptq"
+    if not (jointly or parts.clip):
+        return Work()
+    work = Work(entries=modalities * k * k) + _rotated(2 * k, k, options)
+    if not jointly:
+        return work
+    batches = rounded_together([n * k for n, _ in shapes])
+    work += Work(k**3 / 3, entries=k * k, channels=k * len(batches))
+    if not options.bits.weight_only:
+        work += _rotated(modalities * SAMPLE_TOKENS, k, options)
+    return work
 
 
 def _attempt(
-    n: int, k: int, modalities: int, options: SolverOptions, parts: Method
+    n: int, k: int, modalities: int, options: SolverOptions, differ: bool
 ) -> Work:
     """Of one exponent and separation, for one linear."""
-    others, jointly = modalities - 1, parts.rounding == "gptq"
-    fits = others * (1 + parts.clip + jointly)
-    passes = 1 + _CLIPPED * parts.clip + fits + modalities
-    work = Work(fits * n * k * k, values=passes * n * k, calls=passes)
-    rank = average_rank(options, n, k)
+    parts, others = options.parts, modalities - 1
+    jointly, rank = parts.rounding == "gptq", average_rank(options, n, k)
+    passes = 1 + _CLIPPED * parts.clip + modalities
+    work, met = Work(), _rotated(n, k, options)
+    if differ and parts.gauge:
+        fits = others * (1 + (jointly or parts.clip))
+        passes += 2 * fits
+        work += (met + Work(2 * n * k * k)) * fits
     if rank:
-        work += _pair(n, k, rank) * (others * (1 + jointly))
+        fits = others * (1 + (jointly and differ))
+        passes += fits
+        work += (met + _pair(n, k, rank) + _rotated(rank, k, options)) * fits
     if jointly:
-        # A factorization, two triangular solutions, what rounding moves on, and pairs.
-        macs = k**3 / 3 + 1.5 * n * k * k + others * rank * k * (n + k)
-        work += Work(macs, entries=modalities * k * k, channels=k)
-    return work
+        # Two triangular solutions, and what float32 rounding moves on.
+        solved = differ or _noisy(options)
+        work += met + Work(n * k * k * solved + n * k * k / 4)
+        if differ:
+            down = _rotated(rank, k, options) + Work(rank * k * (n + k))
+            work += met + Work(modalities * n * k * k) + down * others
+    return work + Work(values=passes * n * k, calls=passes)
+
+
+def _noisy(options: SolverOptions) -> bool:
+    """Whether rounded activations move the target of the weight, as a rule."""
+    return options.bits.act_bits < 8
 
 
 def _eigen(size: int) -> Work:
@@ -143,7 +181,7 @@ def _eigen(size: int) -> Work:
 
 def _pair(n: int, k: int, rank: int) -> Work:
     if n <= k:
-        return _eigen(n) + Work(n * n * k + rank * n * k)
+        return _eigen(n) + Work(n * k * k + n * n * k + rank * n * k)
     return _eigen(k) + Work(2 * n * k * k + rank * k * (k + n))
 
 
@@ -165,27 +203,39 @@ def solver_bytes(
     if not options.parts.per_modality:
         # Rounding holds copies in float32 and integers.
         return 2 * weight
-    others = modalities - 1
-    # Products, and integers of the best attempt and of the last.
-    held = 2 * beside
-    products = 8 * _products(options.parts, modalities) * beside
-    held += products if products <= HELD_BYTES else weight
-    differences = 16 * beside
-    # Of all linears or of one, made new for the gauge, and the weight in float64.
-    fitting = differences if differences <= HELD_BYTES else 2 * weight
-    fitting += 3 * weight
-    if n <= k:
-        # Smoothed twice; a matrix (N, N), its symmetric half, vectors and work space.
-        fitting += 2 * weight + 5 * 8 * n * n
-    else:
-        # Whitenings stay for all attempts.
-        held += 2 * others * square
-        fitting += 2 * weight + 2 * square + max(5 * square, weight + 2 * square)
-    peak = fitting if others else 0
-    if options.parts.rounding == "gptq":
-        # The Hessian, which turns into its factor; what is added to it, row by row, and
-        # then weight, aim and target on their way through triangular solutions.
-        peak = max(peak, square + max(4 * 8 * ROWS * k + 2 * weight, 6 * weight))
+    parts, others = options.parts, modalities - 1
+    jointly = parts.rounding == "gptq"
+    differ = _differ(modalities, options, max(options.separations))
+    tries = len(options.alphas) + len(options.separations) - 1
+    # Sampled tokens; integers as they were and as they are, and those of the best try.
+    held = 8 * modalities * SAMPLE_TOKENS * k + beside * (2 + (tries > 1))
+    # What rounding each weight on its own and putting a recipe together take.
+    peak = 4 * weight
+    if differ and parts.gauge:
+        peak = max(peak, 5 * weight)
+    if others and average_rank(options, n, k):
+        # The first pairs are found while there is a Hessian.
+        fitting = square if jointly and differ else 0
+        if n <= k:
+            # A matrix (N, N), its symmetric half, vectors and work space.
+            fitting += 2 * weight + 5 * 8 * n * n
+        else:
+            # Whitenings stay for all attempts.
+            held += 2 * others * square
+            fitting += weight + 2 * square + max(5 * square, weight + 2 * square)
+        peak = max(peak, fitting)
+    if jointly or parts.clip:
+        # The Hessian, which turns into its factor, and what is done to it row by row.
+        peak = max(peak, square + 3 * 8 * ROWS * k)
+    if jointly:
+        batch = 8 * min(beside, max(ROUNDED_TOGETHER, n * k))
+        aim = 9 if differ else 5 if _noisy(options) else 4
+        peak = max(
+            peak,
+            square + batch - weight + aim * weight,
+            # Targets, in the order of the factor, and both once more in float32.
+            square + max(7 * batch // 2, (13 * batch + 2 * square) // 4),
+        )
     if options.rank == AUTO:
         # Statistics that are needed again.
         peak += modalities * square

@@ -18,6 +18,7 @@ from torchao_masquant.solver.compensation import (
     whitening,
 )
 from torchao_masquant.solver.gauge import fitted_gauge
+from torchao_masquant.solver.in_place import ROWS
 from torchao_masquant.solver.judge import mean_log_error
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.modality_input import ModalityInput, modality_inputs
@@ -37,13 +38,10 @@ from torchao_masquant.solver.smoothing import (
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
 from torchao_masquant.threads import threads_for, widest
 
-__all__ = ["factors_alone", "solve_group"]
+__all__ = ["ROUNDED_TOGETHER", "factors_alone", "rounded_together", "solve_group"]
 
-# Of a matrix (K, K) that are worked on at a time, so that no second one is needed.
-_ROWS = 128
-
-# Values of weights; the rounding of few rows is all overhead.
-_ROUNDED_TOGETHER = 1 << 23
+#: Values of weights; the rounding of few rows is all overhead.
+ROUNDED_TOGETHER = 1 << 23
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -216,27 +214,34 @@ class _PerModality:
         }
 
     def solve(self) -> dict[str, LayerRecipe]:
-        jointly = self.method.rounding == "gptq"
         shared = {name: self._nearest(name, None) for name in self.weights}
         if self.gauge:
             self._fit_gauges(shared)
-        if jointly or self.method.clip:
-            hessian = self._hessian()
-            if hessian.active:
-                importance = hessian.importance
-                if not jointly:
-                    importance = self._total().diagonal()
-                if self.method.clip:
-                    shared = {n: self._nearest(n, importance) for n in self.weights}
-                if jointly and self.differ:
-                    # What pairs will make up for does not draw the weight away.
-                    self._fit_pairs(shared)
-                for names in self._batches() if jointly else ():
-                    shared |= self._rounded(names, shared, hessian)
+        if self.method.rounding == "gptq" or self.method.clip:
+            shared = self._weighed(shared)
             if self.gauge:
                 self._fit_gauges(shared)
         self._fit_pairs(shared)
         return {name: self._layer(name, shared[name]) for name in self.weights}
+
+    def _weighed(self, shared: dict[str, SharedWeight]) -> dict[str, SharedWeight]:
+        """Clipped and rounded by what errors cost."""
+        if self.method.rounding != "gptq":
+            importance = self._total().diagonal()
+            return {n: self._nearest(n, importance) for n in self.weights}
+        hessian = JointHessian(self._total(), self._noise())
+        if not hessian.active:
+            return shared
+        if self.method.clip:
+            shared = {n: self._nearest(n, hessian.importance) for n in self.weights}
+        if self.differ:
+            # What pairs will make up for does not draw the weight away.
+            self._fit_pairs(shared)
+        shared = dict(shared)
+        names = list(self.weights)
+        for batch in rounded_together([w.numel() for w in self.weights.values()]):
+            shared |= self._rounded([names[i] for i in batch], shared, hessian)
+        return shared
 
     def _nearest(self, name: str, importance: Optional[torch.Tensor]) -> SharedWeight:
         return round_to_nearest(
@@ -253,9 +258,6 @@ class _PerModality:
         for modality, factor in zip(self.inputs, self.factors):
             _add_scaled(total, modality.covariance, 1 / factor, modality.share)
         return rotated_both(total, self.problem.hadamard_size)
-
-    def _hessian(self) -> JointHessian:
-        return JointHessian(self._total(), self._noise())
 
     def _noise(self) -> torch.Tensor:
         """What rounding adds to the variance of a channel, over modalities."""
@@ -285,18 +287,6 @@ class _PerModality:
                 met -= pair[1].double().t() @ (down @ modality.covariance)
             wanted.add_(met / factor, alpha=modality.share)
         return hessian.target_of(base, rotated(wanted, size))
-
-    def _batches(self) -> Iterator[list[str]]:
-        """Linears that are rounded one below the other, in one go."""
-        names: list[str] = []
-        values = 0
-        for name, weight in self.weights.items():
-            values += weight.numel()
-            if names and values > _ROUNDED_TOGETHER:
-                yield names
-                names, values = [], weight.numel()
-            names.append(name)
-        yield names
 
     def _rounded(
         self,
@@ -407,12 +397,32 @@ class _PerModality:
         )
 
 
+def rounded_together(values: Sequence[int]) -> list[list[int]]:
+    """Which linears are rounded one below the other, in one go.
+
+    Args:
+        values: of each one's weight.
+
+    Returns:
+        Their numbers, in order.
+    """
+    batches: list[list[int]] = []
+    held = 0
+    for index, count in enumerate(values):
+        held += count
+        if not batches or held > ROUNDED_TOGETHER:
+            batches.append([])
+            held = count
+        batches[-1].append(index)
+    return batches
+
+
 def _add_scaled(
     total: torch.Tensor, covariance: torch.Tensor, scale: torch.Tensor, share: float
 ) -> None:
     """Add ``share C * (scale scale^T)``, a few rows at a time."""
     for rows, of_rows, own in zip(
-        total.split(_ROWS), covariance.split(_ROWS), scale.split(_ROWS)
+        total.split(ROWS), covariance.split(ROWS), scale.split(ROWS)
     ):
         rows.add_(of_rows * torch.outer(share * own, scale))
 

@@ -10,8 +10,15 @@ from typing import Optional
 import torch
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
+from torchao_masquant.solver.in_place import on_both_sides
 
-__all__ = ["rotated", "rotated_both"]
+__all__ = ["halves", "rotated", "rotated_both"]
+
+
+def halves(hadamard_size: int) -> tuple[int, int]:
+    """Sizes of two matrices whose Kronecker product is that of the rotation."""
+    inner = 1 << (hadamard_size.bit_length() // 2)
+    return hadamard_size // inner, inner
 
 
 def rotated(rows: torch.Tensor, hadamard_size: Optional[int]) -> torch.Tensor:
@@ -26,8 +33,7 @@ def rotated(rows: torch.Tensor, hadamard_size: Optional[int]) -> torch.Tensor:
     """
     if hadamard_size is None:
         return rows
-    inner = 1 << (hadamard_size.bit_length() // 2)
-    outer = hadamard_size // inner
+    outer, inner = halves(hadamard_size)
     blocks = rows.unflatten(-1, (-1, outer, inner)) @ _matrix(inner, rows)
     if outer > 1:
         blocks = _matrix(outer, rows) @ blocks
@@ -35,10 +41,10 @@ def rotated(rows: torch.Tensor, hadamard_size: Optional[int]) -> torch.Tensor:
 
 
 def rotated_both(matrix: torch.Tensor, hadamard_size: Optional[int]) -> torch.Tensor:
-    """``H C H`` of a symmetric (K, K)."""
+    """``H C H`` of a symmetric (K, K), in its memory."""
     if hadamard_size is None:
         return matrix
-    return rotated(rotated(matrix, hadamard_size).t(), hadamard_size)
+    return on_both_sides(matrix, lambda rows: rotated(rows, hadamard_size))
 
 
 def _matrix(size: int, like: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@
 
 import torch
 
-__all__ = ["damped_factor", "gptq_round", "round_by_factor", "rounding_order"]
+__all__ = ["damped_factor", "round_by_factor", "rounding_order"]
 
 _BLOCK = 64
 
@@ -57,11 +57,12 @@ def round_by_factor(
     not needed so.
 
     Args:
-        target: (N, K) float64, channels in the order of the factor.
-        lower: (K, K) float64 L.
+        target: (N, K) floating point, as the factor and the grids; channels in the order
+            of the factor.
+        lower: (K, K) L.
         order: (K,) which channel of the weight each of the factor is.
-        scale: (N, G) float64, each for K / G neighbours.
-        zero_point: (N, G) float64.
+        scale: (N, G), each for K / G neighbours.
+        zero_point: (N, G).
         quant_min: smallest integer.
         quant_max: largest integer.
 
@@ -87,44 +88,3 @@ def round_by_factor(
             moved[: at - start].addr_(lower[at, start:at], errors[at])
             q[places[at]] = levels.to(torch.int8)
     return q.t().contiguous()
-
-
-def gptq_round(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    quant_min: int,
-    quant_max: int,
-    damping: float,
-) -> torch.Tensor:
-    """Integers q that make ``tr((W - V) H (W - V)^T)`` small, ``V = scale (q - zero_point)``.
-
-    GPTQ (arXiv 2210.17323): input channels are rounded one after the other, those with
-    the largest diagonal of H first, and what rounding one costs is taken up by those
-    that are left.
-
-    Args:
-        weight: (N, K) float64.
-        hessian: (K, K) float64, positive semi-definite.
-        scale: (N, G) float64, each for K / G neighbours.
-        zero_point: (N, G) float64.
-        quant_min: smallest integer.
-        quant_max: largest integer.
-        damping: above zero; this share of the mean diagonal is added to it.
-
-    Returns:
-        (N, K) int8.
-
-    Raises:
-        ValueError: the Hessian is zero.
-        torch.linalg.LinAlgError: it is far from positive semi-definite.
-    """
-    mean = hessian.diagonal().mean()
-    if not mean > 0:
-        raise ValueError("GPTQ needs a Hessian that is not zero.")
-    order = rounding_order(hessian.diagonal())
-    lower = damped_factor(hessian[order][:, order], damping * mean)
-    return round_by_factor(
-        weight[:, order], lower, order, scale, zero_point, quant_min, quant_max
-    )

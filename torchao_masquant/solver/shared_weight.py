@@ -12,6 +12,7 @@ import torch
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
 from torchao_masquant.schemes import Scheme
+from torchao_masquant.solver.in_place import on_both_sides
 from torchao_masquant.solver.rounding import (
     damped_factor,
     round_by_factor,
@@ -168,9 +169,8 @@ class JointHessian:
         if not self.active:
             return
         self.order = rounding_order(diagonal)
-        self._lower = damped_factor(
-            total[self.order][:, self.order], self.ridge + self.noise
-        )
+        ordered = on_both_sides(total, lambda rows: rows[:, self.order])
+        self._lower = damped_factor(ordered, self.ridge + self.noise)
         self.importance = torch.empty_like(diagonal)
         self.importance[self.order] = self._lower.diagonal().square()
 

@@ -85,7 +85,9 @@ def _rms(modality: ModalityInput) -> torch.Tensor:
     """(K,) of ordinary tokens; zeros without a token."""
     if not len(modality.tokens):
         return torch.zeros_like(modality.absmax)
-    return (modality.tokens - modality.shift).square().mean(0).sqrt()
+    whole = modality.tokens.square().mean(0).sqrt()
+    left = (modality.tokens - modality.shift).square().mean(0).sqrt()
+    return torch.maximum(left, RESOLUTION * whole)
 
 
 def factors_of_ranges(
