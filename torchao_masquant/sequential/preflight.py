@@ -323,6 +323,7 @@ def solving_rate(
             "rank": 0.05,
             "modality_weights": None,
             "group_size": None,
+            "hadamard_size": None,
         }
     )
     start = time.perf_counter()
