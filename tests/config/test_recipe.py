@@ -160,6 +160,7 @@ def test_rotations_come_back(scheme, rounding, tmp_path):
         rank=2,
         rounding=rounding,
         clip=False,
+        hadamard_size=1,
     )
     path = tmp_path / "recipe.safetensors"
     recipe.save(path)
@@ -265,7 +266,7 @@ def test_files_that_are_no_recipe(recipe, tmp_path):
 
 def test_a_newer_format_is_refused(recipe, tmp_path, monkeypatch):
     path = tmp_path / "recipe.safetensors"
-    monkeypatch.setattr("torchao_masquant.recipe._PLAIN", 5)
+    monkeypatch.setattr("torchao_masquant.recipe._ROTATED", 5)
     recipe.save(path)
     monkeypatch.undo()
     with pytest.raises(

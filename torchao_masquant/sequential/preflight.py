@@ -399,9 +399,11 @@ def check_time(
                 default=(0.0, "", False),
             )
             advice = (
-                "fix alpha=0.5 and separation=1.0, leave the dearest weights out with "
-                f"exclude='{_pattern(widest, of_experts)}'"
+                "leave the dearest weights out with exclude="
+                f"'{_pattern(widest, of_experts)}'"
             )
+            if len(options.alphas) + len(options.separations) > 2:
+                advice = f"give alpha and separation, not 'auto', {advice}"
         raise ValueError(
             f"the calibration would take about {seconds / 60:.0f} minutes, more than the "
             f"{limit / 60:.0f} of max_seconds: {advice}, or start more processes."
