@@ -86,8 +86,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # A part of the linears at a time, as calibrate does where they do not fit: here a
     # layer.
     rows: list[dict[str, Any]] = []
-    fixed: dict[str, Any] = {} if arguments.auto else dict(alpha=0.5, separation=1.0)
-    options = SolverOptions(arguments.scheme, **fixed)
+    chosen = "auto" if arguments.auto else None
+    options = SolverOptions(arguments.scheme, alpha=chosen, separation=chosen)
     for layer in range(arguments.layers):
         for part in ("self_attn", "mlp.gate_proj|mlp.up_proj", "mlp.down_proj"):
             names = {

@@ -53,6 +53,7 @@ from torchao_masquant.planning.estimate import (
 )
 from torchao_masquant.planning.machine import Machine, load_machine
 from torchao_masquant.planning.measuring import (
+    CHOSEN,
     COMPENSATION,
     FIXED,
     linear_call,
@@ -180,7 +181,7 @@ def check_solver_memory() -> list[Check]:
         solve_once(outputs, 128, 2, True)[0]()
     for outputs, k, modalities, chosen in _SOLVED:
         group = InputGroup("", k, outputs)
-        options = SolverOptions() if chosen else FIXED
+        options = CHOSEN if chosen else FIXED
 
         def whole() -> None:
             weights = {

@@ -58,8 +58,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "masquant, no shift": dict(shift=False),
     "masquant, nearest": dict(rounding="nearest"),
     "masquant, no clip": dict(clip=False),
-    "masquant, alpha 0.5": dict(alpha=0.5),
+    "masquant, no pair, no rotation": dict(rank=0, hadamard_size=1),
     "masquant, own factors": dict(separation=1.0),
+    "masquant, own factors, no rotation": dict(separation=1.0, hadamard_size=1),
     "masquant, groups of 64": dict(group_size=64),
 }
 
@@ -83,9 +84,7 @@ METHODS = (*MAIN, *(name for name in OPTIONS if name not in MAIN))
 
 _WITHOUT_PAIRS = ("", "rtn", "smoothquant", "gptq", "awq", "mbq", "mas-unshared")
 
-_QUICK = dict(
-    schemes=["w4a8"], methods=["masquant, alpha 0.5", "smoothquant"], seeds=[0]
-)
+_QUICK = dict(schemes=["w4a8"], methods=["masquant", "smoothquant"], seeds=[0])
 
 
 class Subject(Quantizing):

@@ -54,7 +54,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         arguments.examples = arguments.examples or 16
         arguments.pieces = arguments.pieces or 2
         arguments.schemes = arguments.schemes or ["w4a8"]
-        arguments.methods = arguments.methods or ["rtn", "masquant, no pair, alpha 0.5"]
+        arguments.methods = arguments.methods or ["rtn", "masquant, no pair"]
     held = heldout_size()
     size = Size(
         held[0] if arguments.examples is None else arguments.examples,

@@ -69,10 +69,12 @@ class MASQuantConfig(AOBaseConfig):
         rounding: "gptq" or "nearest".
         clip: search the part of the weight's range that its scales are made for.
         low_rank_bits: 16 or 8.
-        modality_weights: name of a modality to what its error weighs.
+        modality_weights: name of a modality to a factor of what its errors weigh.
         epochs: of learning; only a recipe from ``calibrate`` has learned anything.
         lr: its learning rate.
         batch_size: samples of one of its steps.
+        hadamard_size: neighbouring channels that are rotated together; 1 for no rotation,
+            None for what the method does.
         base_modality: the one that the shared weight is smoothed for.
         modalities: those that the model will meet; None for all its config declares.
         include: patterns of names of linears and expert weights, in place of all of the
@@ -111,6 +113,7 @@ class MASQuantConfig(AOBaseConfig):
     exclude: Patterns = None
     recipe: Optional[Union[Recipe, str, os.PathLike]] = None
     base_config: InitVar[Optional[AOBaseConfig]] = None
+    hadamard_size: Optional[int] = None
 
     def __post_init__(self, base_config: Optional[AOBaseConfig] = None) -> None:
         if base_config is not None:

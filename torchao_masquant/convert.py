@@ -12,6 +12,7 @@ from torch import nn
 
 from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.kernels.hadamard import check_hadamard_size
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
@@ -122,7 +123,8 @@ def placeholder_weight(
         modalities: names, base first.
 
     Raises:
-        ValueError: the scheme's group size does not divide the input width.
+        ValueError: the group size, or that of a rotation, does not divide the input
+            width.
     """
     *experts, n, k = weight.shape
     scheme, method = options.bits, options.parts
@@ -138,6 +140,9 @@ def placeholder_weight(
         return torch.zeros((*experts, *shape), dtype=dtype, device=weight.device)
 
     parts: dict[str, Any] = {}
+    if told_apart and (size := options.hadamard_size_of(k)) is not None:
+        check_hadamard_size(size, k)
+        parts["hadamard_size"] = size
     if ranks:
         quantized = options.low_rank_bits == 8
         dtype = torch.int8 if quantized else low_rank_dtype(weight.dtype)

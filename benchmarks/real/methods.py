@@ -31,20 +31,20 @@ _METHODS: dict[str, tuple[str, str | None, Mapping[str, Any]]] = {
     "pooled, no pair": ("ours without modalities, no pair", "pooled", {"rank": 0}),
     "masquant": ("**ours**", None, {}),
     "masquant, no pair": ("**ours, no pair**", None, {"rank": 0}),
+    "masquant, own factors, no rotation": (
+        "ours, separation 1, no rotation",
+        None,
+        {"separation": 1.0, "hadamard_size": 1},
+    ),
     "masquant, no pair, own factors": (
         "ours, no pair, separation 1",
         None,
         {"rank": 0, "separation": 1.0},
     ),
-    "masquant, no pair, one factor": (
-        "ours, no pair, separation 0",
+    "masquant, no pair, no rotation": (
+        "ours, no pair, no rotation",
         None,
-        {"rank": 0, "separation": 0.0},
-    ),
-    "masquant, no pair, alpha 0.5": (
-        "ours, no pair, alpha .5",
-        None,
-        {"rank": 0, "alpha": 0.5},
+        {"rank": 0, "hadamard_size": 1},
     ),
     "masquant, no pair, no shift": (
         "ours, no pair, no shift",

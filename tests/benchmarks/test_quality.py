@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hadamard_oracle import hadamard_f64
 from tiny_models import OMNI_DECODER
 from torch import nn
 
@@ -187,17 +188,21 @@ def test_pooled_samples_are_in_proportion():
     assert counts == [256, 10]
 
 
+@pytest.mark.parametrize("size, rotated_by", [(None, 8), (1, None), (2, 2)])
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
 @torch.no_grad()
-def test_pooled_treats_all_tokens_alike(scheme):
+def test_pooled_treats_all_tokens_alike(scheme, size, rotated_by):
     from baselines.pooled import PooledLinear, pooled
 
     data, linear, statistics = _problem()
     weight, bits = linear.weight.data, get_scheme(scheme)
     if bits.group_size is not None:
         bits = dataclasses.replace(bits, group_size=K)
-    options = SolverOptions(scheme, rank=2, group_size=bits.group_size)
+    options = SolverOptions(
+        scheme, rank=2, group_size=bits.group_size, hadamard_size=size
+    )
     layer = pooled({"q": weight}, statistics, options)["q"]
+    assert layer.hadamard_size == rotated_by
     module = PooledLinear(linear, layer, bits)
     # The bytes of ours, with two other modalities: a rank of 2 each.
     assert layer.ranks == (4,)
@@ -208,6 +213,7 @@ def test_pooled_treats_all_tokens_alike(scheme):
     tensor = module.weight
     z = 0 if tensor.act_shift is None else tensor.act_shift[1].double()
     v = x.double() * tensor.act_pre_scale[1].double() - z
+    v = v @ torch.from_numpy(hadamard_f64(K, rotated_by))
     if bits.act_bits < 16:
         step = v.abs().amax(1, keepdim=True) / (2 ** (bits.act_bits - 1) - 0.5)
         v = (v / step).round() * step

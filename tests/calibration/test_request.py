@@ -20,6 +20,11 @@ from torchao_masquant.testing import digits
 WRONG = [
     ({"group_size": 48}, r"width \(256\) of 24 of 28 linears .*group_size=32 or 64"),
     ({"scheme": "w4a16", "group_size": 96}, r"24 of 28 linears .*=64 or 128"),
+    (
+        {"hadamard_size": 512},
+        r"=512 .*width \(256 and 768\) of 28 of 28 .*=64 or 128 or 256, which",
+    ),
+    ({"hadamard_size": 3}, "a power of two, or 1 for no rotation, got 3"),
     ({"modality_weights": {"image": 1.0}}, "'image', which is not one of the mod"),
     ({"modality_weights": dict.fromkeys(("text", "vision", "audio"), 0)}, "zero for"),
     ({"modality_weights": {"text": "much"}}, "names and numbers"),
@@ -67,7 +72,7 @@ def test_step_prepare_leaves_the_model_as_it_was(model, options, message):
     assert [type(module) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize("options, message", [WRONG[0], WRONG[2], WRONG[6]])
+@pytest.mark.parametrize("options, message", WRONG[:8:2])
 def test_calibrate_sequential(tmp_path, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         calibrate_sequential(
@@ -141,6 +146,24 @@ def test_a_group_size_that_divides_is_proposed(widths, size, way):
     options = SolverOptions(group_size=size)
     with pytest.raises(ValueError, match=way):
         check_shapes(shapes, ("text",), options)
+
+
+@pytest.mark.parametrize(
+    "widths, way",
+    [
+        ([2048, 11008, 96], "give hadamard_size=8 or 16 or 32, which divides all"),
+        ([2048, 6], "give hadamard_size=2, which divides all"),
+        ([2048, 17], "no power of two divides all of them, leave it out"),
+    ],
+)
+def test_sizes_of_a_rotation_that_divide_are_proposed(widths, way):
+    shapes = {f"layers.{i}.fc": (8, width) for i, width in enumerate(widths)}
+    options = SolverOptions(hadamard_size=512)
+    with pytest.raises(ValueError, match=way):
+        check_shapes(shapes, ("text",), options)
+    # What suits each, and none at all, suit any.
+    for size in (None, 1):
+        check_shapes(shapes, ("text",), SolverOptions(hadamard_size=size))
 
 
 def test_one_linear_of_one_channel():

@@ -176,6 +176,7 @@ def unloaded(monkeypatch):
             "'smell', which is not one of the modalities",
         ),
         (["--group-size", "24"], "of 12 of 14 linears"),
+        (["--hadamard-size", "32"], "of 2 of 14 linears"),
         (["--scheme", "w4a16"], "group_size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -117,10 +117,13 @@ def test_inputs_that_are_made_already(saved, tmp_path, samples):
     arguments = ["calibrate", saved / "model", saved / samples, *QUICK]
     arguments += ["--max-samples", "3"]
     arguments += ["--epochs", "1", "--lr", "0.001", "--batch-size", "2"]
+    arguments += ["--hadamard-size", "8"]
     assert run(*arguments, "-o", expected) == 0
     assert run(*arguments, "-o", recipe, "--sequential") == 0
     assert_same_recipe(expected, recipe)
-    assert Recipe.load(recipe).options.batch_size == 2
+    found = Recipe.load(recipe)
+    assert (found.options.batch_size, found.options.hadamard_size) == (2, 8)
+    assert {layer.hadamard_size for layer in found.layers.values()} == {8}
 
 
 @pytest.mark.slow

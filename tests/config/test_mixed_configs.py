@@ -249,6 +249,7 @@ OPTIONS = {
     "separation": 0.25,
     "rank": "auto",
     "group_size": 16,
+    "hadamard_size": 2,
     "shift": False,
     "rounding": "nearest",
     "clip": True,
@@ -289,6 +290,7 @@ def test_a_config_takes_every_option_of_the_solver(tmp_path):
     quantize_(model, config)
     weight = model.first.weight.data
     assert (weight.group_size, weight.low_rank_bits) == (4, 8)
+    assert weight.hadamard_size == 2
     assert weight.act_shift is None and weight.modality_bias is not None
 
 

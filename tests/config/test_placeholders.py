@@ -23,6 +23,8 @@ MADE = [
     {"method": "masquant"},
     {"method": "masquant", "rank": 3, "low_rank_bits": 8},
     {"method": "masquant", "rank": 0, "shift": False},
+    {"method": "masquant", "hadamard_size": 1},
+    {"method": "masquant", "hadamard_size": 16},
     {"method": "masquant", "scheme": "w4a16", "group_size": 8},
     {"method": "masquant", "scheme": "w8a8", "group_size": 8, "rank": 0.3},
     {"method": "masquant-paper"},
@@ -49,6 +51,7 @@ def test_weights_are_filled_in_place(options: dict[str, Any]) -> None:
             # Data of a low rank needs less of a pair than there is room for.
             parts = places[name].data.__tensor_flatten__()[0]
             assert parts == weight.__tensor_flatten__()[0], name
+            assert places[name].data.hadamard_size == weight.hadamard_size, name
     loaded.load_state_dict(model.state_dict())
     # The same memory, with other values.
     assert all(p is places[n] for n, p in loaded.named_parameters())
@@ -98,6 +101,20 @@ def test_rotations_that_the_options_did_not_tell() -> None:
     with pytest.raises(RuntimeError, match="copy_ needs two MASQuantTensors of one"):
         linear.load_state_dict({"weight": wrong}, strict=False)
     assert linear.weight.hadamard_size == before
+
+
+@pytest.mark.parametrize(
+    "options", [{"hadamard_size": 64}, {"group_size": 64}], ids=str
+)
+def test_nothing_is_changed_where_an_option_does_not_suit_all(
+    options: dict[str, Any],
+) -> None:
+    """The first linears' widths it does divide."""
+    model = tiny_models.omni_thinker()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"=64 .*width \(96\) of 2 of 14 linears"):
+        quantize_(model, MASQuantConfig(step="prepare_for_loading", **options))
+    assert [type(module) for module in model.modules()] == before
 
 
 def test_a_model_that_needs_no_routing_is_not_routed() -> None:

@@ -17,7 +17,7 @@ from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantLinear, Recipe, calibrate, masquant_config
 from torchao_masquant.recipe import LayerRecipe, read_header, weight_fingerprint
-from torchao_masquant.solver.methods import METHODS
+from torchao_masquant.solver.methods import METHODS, SolverOptions
 from torchao_masquant.testing import digits
 
 
@@ -160,6 +160,7 @@ def test_rotations_come_back(scheme, rounding, tmp_path):
         rank=2,
         rounding=rounding,
         clip=False,
+        hadamard_size=1,
     )
     path = tmp_path / "recipe.safetensors"
     recipe.save(path)
@@ -189,6 +190,22 @@ def test_rotations_come_back(scheme, rounding, tmp_path):
         # Rounded where it is rotated: the dense weight comes back, but for the rounding.
         lost = (found.dequantize() - weight).norm() / weight.norm()
         assert lost < 0.15
+
+
+def test_a_recipe_from_before_rotations_rotates_nothing(tmp_path):
+    """Its options leave the rotation to the method, whose layers had none."""
+    model = tiny_models.omni_thinker()
+    made = tiny_models.recipe_of(model, hadamard_size=1)
+    recipe = dataclasses.replace(made, options=SolverOptions())
+    recipe.save(tmp_path / "old")
+    assert "hadamard_size" not in str(read_header(tmp_path / "old"))
+    config = masquant_config(tmp_path / "old")
+    quantize_(model, config)
+    weights = [m.weight for m in model.modules() if isinstance(m, MASQuantLinear)]
+    assert weights and all(weight.hadamard_size is None for weight in weights)
+    # Its options are solved for as today's.
+    again = tiny_models.recipe_of(tiny_models.omni_thinker(), **vars(config.options))
+    assert all(layer.hadamard_size for layer in again.layers.values())
 
 
 def test_rotations_that_do_not_fit(recipe, tmp_path):
@@ -249,7 +266,7 @@ def test_files_that_are_no_recipe(recipe, tmp_path):
 
 def test_a_newer_format_is_refused(recipe, tmp_path, monkeypatch):
     path = tmp_path / "recipe.safetensors"
-    monkeypatch.setattr("torchao_masquant.recipe._PLAIN", 5)
+    monkeypatch.setattr("torchao_masquant.recipe._ROTATED", 5)
     recipe.save(path)
     monkeypatch.undo()
     with pytest.raises(

@@ -32,7 +32,7 @@ NAMES = ("text", "vision", "audio")
 
 @pytest.fixture(scope="module")
 def recipe():
-    return tiny_models.recipe_of(tiny_models.PlainModel(), rank=2)
+    return tiny_models.recipe_of(tiny_models.PlainModel(), rank=2, hadamard_size=1)
 
 
 @pytest.fixture

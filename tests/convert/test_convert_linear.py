@@ -175,6 +175,7 @@ def test_placeholder_has_the_layout_of_a_weight_with_the_methods_parts(
 ) -> None:
     scheme = ALL[name]
     linear, layer = problem(scheme, ranks=(3, 3))
+    layer.hadamard_size = 256
     if not scheme.weight_only:
         layer.act_shift = torch.randn(3, 256)
     weight = quantized(scheme, linear, layer, low_rank_bits=8).weight.data

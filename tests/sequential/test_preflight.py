@@ -138,7 +138,11 @@ def test_a_full_disk(tmp_path):
     "options, message",
     [
         ({"max_memory_bytes": 100 << 20}, "of memory, and there are 0.10 GiB"),
-        ({"max_seconds": 1e-3}, "more than the 0 of max_seconds: fix alpha=0.5"),
+        ({"max_seconds": 1e-3}, "more than the 0 of max_seconds: leave the dearest"),
+        (
+            {"max_seconds": 1e-3, "alpha": "auto"},
+            "max_seconds: give alpha and separation, not 'auto', leave the dearest",
+        ),
     ],
 )
 def test_refused_before_a_block_is_run(tmp_path, monkeypatch, options, message):
@@ -149,7 +153,7 @@ def test_refused_before_a_block_is_run(tmp_path, monkeypatch, options, message):
     data = tiny_models.samples(audio=False)
     arguments = {"output": tmp_path / "q", **FIXED}
     with pytest.raises(ValueError, match=message):
-        calibrate_sequential(tmp_path / "model", data, **arguments, **options)
+        calibrate_sequential(tmp_path / "model", data, **{**arguments, **options})
     # At most the one that is measured.
     assert len(calls) <= 1
     assert not (tmp_path / "q").exists()

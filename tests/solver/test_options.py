@@ -43,6 +43,12 @@ from torchao_masquant.solver.methods import ALPHAS, METHODS, SEPARATIONS, Solver
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1 sample, got 0."),
         ({"batch_size": 2.0}, TypeError, "batch_size must be an int, got 2.0."),
         ({"batch_size": True}, TypeError, "batch_size must be an int, got True."),
+        ({"hadamard_size": 48}, ValueError, "a power of two, or 1 for no rotation"),
+        ({"hadamard_size": 0}, ValueError, "a power of two, or 1 .*, got 0."),
+        ({"hadamard_size": -64}, ValueError, "a power of two, or 1 .*, got -64."),
+        ({"hadamard_size": 64.0}, TypeError, "hadamard_size must be an int or None"),
+        ({"hadamard_size": True}, TypeError, "hadamard_size must be an int or None"),
+        ({"hadamard_size": "auto"}, TypeError, "must be an int or None, got 'auto'"),
         *(
             ({"method": method, **extra}, ValueError, "is kept as it was published")
             for method in ("masquant-paper", "smoothquant", "rtn")
@@ -54,6 +60,7 @@ from torchao_masquant.solver.methods import ALPHAS, METHODS, SEPARATIONS, Solver
                 {"alpha": "auto"},
                 {"rank": "auto"},
                 {"separation": "auto"},
+                {"hadamard_size": 64},
             )
             if (method, *extra) != ("masquant-paper", "epochs")
         ),
@@ -67,30 +74,54 @@ def test_refused(options, error, message):
 
 def test_what_none_stands_for():
     ours, published = SolverOptions(), SolverOptions(method="masquant-paper")
-    assert ours.alphas == ALPHAS and ours.separations == SEPARATIONS
-    assert published.alphas == (0.5,) and published.separations == (1.0,)
+    assert ours.alphas == published.alphas == (0.5,)
+    assert ours.separations == (0.0,) and published.separations == (1.0,)
+    chosen = SolverOptions(alpha="auto", separation="auto")
+    assert chosen.alphas == ALPHAS and chosen.separations == SEPARATIONS
     assert ours.parts.shift and ours.parts.clip and ours.parts.rounding == "gptq"
     assert not published.parts.shift and published.parts.rounding == "nearest"
     assert not SolverOptions(shift=False).parts.shift
     assert not SolverOptions("w4a16").parts.shift
     assert SolverOptions(group_size=64).bits.group_size == 64
-    assert ours.weights_of(("text", "vision", "audio")) == [1.0, 0.3, 0.3]
+    assert ours.weights_of(("text", "vision", "audio")) == [1.0, 1.0, 1.0]
     given = SolverOptions(modality_weights={"text": 0.5, "audio": 2})
-    assert given.weights_of(("text", "vision", "audio")) == [0.5, 0.3, 2.0]
+    assert given.weights_of(("text", "vision", "audio")) == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "width, own", [(2048, 512), (11008, 256), (96, 32), (6, 2), (17, None)]
+)
+def test_which_channels_are_rotated_together(width, own):
+    """The largest power of two that divides the width, 512 at most, or what is asked."""
+    assert SolverOptions().hadamard_size_of(width) == own
+    assert SolverOptions(hadamard_size=1).hadamard_size_of(width) is None
+    assert SolverOptions(hadamard_size=1024).hadamard_size_of(width) == 1024
+    for method in ("masquant-paper", "smoothquant", "rtn"):
+        assert SolverOptions(method=method).hadamard_size_of(width) is None
 
 
 @pytest.mark.parametrize("method", ["masquant-paper", "smoothquant", "rtn"])
 def test_published_methods_may_be_told_what_they_do(method):
-    said = SolverOptions(method=method, shift=False, clip=False, rounding="nearest")
+    said = SolverOptions(
+        method=method, shift=False, clip=False, rounding="nearest", hadamard_size=1
+    )
+    assert said.hadamard_size_of(64) is None
     assert said.parts == SolverOptions(method=method).parts == METHODS[method]
 
 
-def test_files_from_before_there_were_batches():
-    """They have no batch size, and none is written where it would say nothing new."""
-    for options in (SolverOptions(), SolverOptions(batch_size=4, rank=2)):
+def test_files_from_before_there_were_batches_and_rotations():
+    """They have neither, and none is written where it would say nothing new."""
+    for options in (
+        SolverOptions(),
+        SolverOptions(batch_size=4, rank=2),
+        SolverOptions(hadamard_size=1),
+        SolverOptions(hadamard_size=64),
+    ):
         assert SolverOptions(**options.stored()) == options
     assert "batch_size" not in SolverOptions(epochs=2).stored()
     assert SolverOptions(epochs=2, batch_size=4).stored()["batch_size"] == 4
+    assert "hadamard_size" not in SolverOptions().stored()
+    assert SolverOptions(hadamard_size=1).stored()["hadamard_size"] == 1
 
 
 def test_learning_needs_samples():

@@ -78,6 +78,7 @@ def calibrate(
     epochs: int = 0,
     lr: Optional[float] = None,
     batch_size: int = 1,
+    hadamard_size: Optional[int] = None,
     base_modality: str = TEXT,
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,
@@ -110,11 +111,11 @@ def calibrate(
             rounded; factors learned where ``epochs`` says so), "smoothquant" (one
             factor for all tokens), "rtn" (none).
         alpha: 0..1, exponent of the activations in the smoothing factor; "auto": for
-            each input the best of three, judged by sampled tokens. None: "auto" for
-            "masquant", 0.5 for the other methods.
-        separation: 0..1, how far a modality's range, which its factor is made for, goes
-            from that of all tokens (0, as in SmoothQuant) to its own (1, as
-            published); "auto" and None as for ``alpha``, 1 for the other methods.
+            each input the best of three, judged by sampled tokens. None: 0.5.
+        separation: 0..1, how far what a modality's factor is made for goes from the
+            channels' sizes over all tokens (0: one factor, as in SmoothQuant) to those
+            over its own (1, as published); "auto" as for ``alpha``. None: 0 for
+            "masquant", 1 for "masquant-paper".
         rank: of each modality's low-rank pair: an int, or a float, the share of
             ``min(N, K)``; zero for no pairs. "auto": the bytes of a share of 0.05,
             spent on the linears and modalities where they gain most.
@@ -126,9 +127,9 @@ def calibrate(
         clip: search the part of the weight's range that its scales are made for; None
             for what the method does ("masquant" does).
         low_rank_bits: 16 or 8, of the low-rank pairs.
-        modality_weights: name of a modality to what its error weighs where modalities
-            compete for the shared weight; those left out weigh 1 (the base) or 0.3.
-            :func:`~torchao_masquant.modality_sensitivity` measures them.
+        modality_weights: name of a modality to a factor of what its errors weigh where
+            modalities compete for the shared weight, 1 for those left out: every token
+            weighs the same by default. :func:`~torchao_masquant.modality_sensitivity` measures them.
         epochs: of learning after the closed form: the data runs so often through each
             block of the decoder, for gradients of all but the integers (see
             :func:`torchao_masquant.learning.learn`). Zero for none. "masquant-paper"
@@ -137,6 +138,10 @@ def calibrate(
             for "masquant-paper" that of the factors themselves, 0.05.
         batch_size: samples whose mean gradient makes one step of learning. A larger one
             makes fewer steps of an epoch; ``lr`` is not changed for it.
+        hadamard_size: neighbouring channels that are rotated together before they are
+            rounded, a power of two that divides every input width; 1 for no rotation.
+            None for what the method does: "masquant" takes for each width the largest
+            that divides it, of 512 at most; the others do not rotate.
         base_modality: the one that the shared weight is smoothed for. Its tokens cost
             nothing extra at run time.
         modalities: those that the model will meet; None for all that its config
@@ -175,6 +180,7 @@ def calibrate(
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,
+        hadamard_size=hadamard_size,
     )
     model = unwrapped(model)
     met = base_first(model, base_modality, modalities)

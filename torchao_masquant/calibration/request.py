@@ -107,6 +107,7 @@ def check_shapes(
     """
     _check_widths(shapes)
     _check_groups(shapes, options)
+    _check_rotation(shapes, options)
     _check_weights(modalities, options)
 
 
@@ -180,6 +181,29 @@ def _check_groups(
     raise ValueError(
         f"group_size={size}{whose} does not divide the input width ({_numbers(of)}) of "
         f"{_some(odd, shapes, verb=False)}: {way}, or exclude them."
+    )
+
+
+def _check_rotation(
+    shapes: Mapping[str, tuple[int, int]], options: SolverOptions
+) -> None:
+    size = options.hadamard_size
+    odd = [name for name, (_, k) in shapes.items() if size and k % size]
+    if not odd:
+        return
+    common = math.gcd(*(k for _, k in shapes.values()))
+    largest = common & -common
+    fits = [str(1 << power) for power in range(1, largest.bit_length())]
+    way = (
+        f"give hadamard_size={' or '.join(fits[-_SHOWN:])}, which divides all"
+        if fits
+        else "no power of two divides all of them"
+    )
+    of = {shapes[name][1] for name in odd}
+    raise ValueError(
+        f"hadamard_size={size} does not divide the input width ({_numbers(of)}) of "
+        f"{_some(odd, shapes, verb=False)}: {way}, leave it out for what suits each, or "
+        "exclude them."
     )
 
 

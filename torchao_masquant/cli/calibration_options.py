@@ -133,18 +133,26 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
         "--alpha",
         type=_number_or_auto,
         help="exponent of the activations in the smoothing factor, 0..1, or auto, which "
-        "judges three on sampled tokens; masquant: auto, others: 0.5",
+        "judges three on sampled tokens (default: 0.5)",
     )
     group.add_argument(
         "--separation",
         type=_number_or_auto,
         help="how far a modality's factor goes from that of all tokens, 0..1, or auto, "
-        "as above; masquant: auto, others: 1",
+        "as above (default: 0 for masquant, 1 for masquant-paper)",
     )
     group.add_argument(
         "--group-size",
         type=int,
         help="weights that share a scale, in place of the scheme's",
+    )
+    group.add_argument(
+        "--hadamard-size",
+        type=whole(1),
+        metavar="CHANNELS",
+        help="neighbours that are rotated together before rounding, a power of two that "
+        "divides every input width, or 1 for none; masquant: the largest of each width, "
+        "512 at most",
     )
     for name, purpose in (
         ("shift", "each modality's mean is taken off before rounding"),

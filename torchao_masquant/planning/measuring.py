@@ -35,6 +35,7 @@ from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = [
     "COMPENSATION",
+    "CHOSEN",
     "FIXED",
     "SOLVED",
     "linear_call",
@@ -74,6 +75,7 @@ SOLVED: tuple[tuple[tuple[int, ...], int, int, bool], ...] = (
     ((64,), 3072, 2, False),
 )
 FIXED = SolverOptions(alpha=0.5, separation=1.0)
+CHOSEN = SolverOptions(alpha="auto", separation="auto")
 
 
 def make_weight(scheme: Scheme, n: int, k: int) -> MASQuantTensor:
@@ -142,7 +144,7 @@ def solve_once(
         f"linear {i}": torch.randn(n, k, generator=g).bfloat16()
         for i, n in enumerate(outputs)
     }
-    options = SolverOptions() if chosen else FIXED
+    options = CHOSEN if chosen else FIXED
     work = solver_work([(n, k) for n in outputs], modalities, options)
     found = random_statistics(k, modalities)
     return partial(solve_group, weights, found, options), work

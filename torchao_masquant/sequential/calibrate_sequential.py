@@ -113,6 +113,7 @@ def calibrate_sequential(
     epochs: int = 0,
     lr: Optional[float] = None,
     batch_size: int = 1,
+    hadamard_size: Optional[int] = None,
     base_modality: str = TEXT,
     modalities: Optional[Sequence[str]] = None,
     include: Patterns = None,
@@ -158,8 +159,8 @@ def calibrate_sequential(
         output: folder of the quantized checkpoint to write.
         recipe: file of the recipe to write. At least one of the two.
         scheme, method, alpha, separation, rank, group_size, shift, rounding, clip,
-            low_rank_bits, modality_weights, epochs, lr, base_modality, modalities,
-            include, exclude: as for ``calibrate``. ``rank="auto"`` spends its bytes in
+            low_rank_bits, modality_weights, epochs, lr, hadamard_size, base_modality,
+            modalities, include, exclude: as for ``calibrate``. ``rank="auto"`` spends its bytes in
             each block by itself. Of "masquant-paper" only the closed form, ``epochs=0``.
         batch_size: as for ``calibrate``; several processes share the samples of a
             batch, best where it is a multiple of their number.
@@ -208,6 +209,7 @@ def calibrate_sequential(
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,
+        hadamard_size=hadamard_size,
     )
     if options.learns_factors:
         raise ValueError(

@@ -323,6 +323,7 @@ def solving_rate(
             "rank": 0.05,
             "modality_weights": None,
             "group_size": None,
+            "hadamard_size": None,
         }
     )
     start = time.perf_counter()
@@ -398,9 +399,11 @@ def check_time(
                 default=(0.0, "", False),
             )
             advice = (
-                "fix alpha=0.5 and separation=1.0, leave the dearest weights out with "
-                f"exclude='{_pattern(widest, of_experts)}'"
+                "leave the dearest weights out with exclude="
+                f"'{_pattern(widest, of_experts)}'"
             )
+            if len(options.alphas) + len(options.separations) > 2:
+                advice = f"give alpha and separation, not 'auto', {advice}"
         raise ValueError(
             f"the calibration would take about {seconds / 60:.0f} minutes, more than the "
             f"{limit / 60:.0f} of max_seconds: {advice}, or start more processes."

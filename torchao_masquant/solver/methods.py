@@ -110,11 +110,11 @@ class SolverOptions:
         method: a key of :data:`METHODS`.
         alpha: 0..1, exponent of the activations in the smoothing factor; "auto": for
             each input that of :data:`ALPHAS` whose solution hears and sees best on
-            sampled tokens. None: "auto" for method "masquant", 0.5 for the others.
-        separation: 0..1, how far the range that a modality's factor is made for goes from
-            that of all tokens (0) to the modality's own (1), geometrically; "auto": for
-            each input that of :data:`SEPARATIONS` that is best on sampled tokens. None:
-            "auto" for method "masquant", 1 for the others.
+            sampled tokens. None: 0.5.
+        separation: 0..1, how far the sizes of channels that a modality's factor is made
+            for go from those of all tokens (0) to the modality's own (1), geometrically;
+            "auto": for each input that of :data:`SEPARATIONS` that is best on sampled
+            tokens. None: 0 for method "masquant", 1 for the others.
         rank: of each modality's pair, an absolute int or a share (float) of
             ``min(N, K)``; "auto": the bytes of a share of 0.05, spent where they
             gain most.
@@ -123,8 +123,10 @@ class SolverOptions:
         rounding: "gptq" or "nearest".
         clip: see :class:`Method`.
         low_rank_bits: 16 or 8, of the low-rank pairs.
-        modality_weights: name to what a modality's error weighs in "gptq", "clip" and
-            "auto"; those left out weigh 1 (the base) or 0.3.
+        modality_weights: name to a factor of what a modality's errors weigh, 1 for
+            those left out. For "gptq" and "clip" it multiplies the weight of each of the
+            modality's tokens, so that a modality counts for as many tokens as it has; for
+            "auto" and learning that of the modality's mean.
         epochs: of learning (:mod:`torchao_masquant.learning`) after the closed form;
             zero for none.
             For method "masquant-paper" it is that of the smoothing factors, before
@@ -132,6 +134,11 @@ class SolverOptions:
         lr: its learning rate, relative to the size of what is learned ("masquant-paper":
             of the factors as they are). None: that of the method.
         batch_size: samples whose mean gradient makes one of its steps.
+        hadamard_size: neighbouring channels that are rotated together before they are
+            rounded (:mod:`torchao_masquant.kernels.hadamard`), a power of two that
+            divides the input width K of every linear; 1: none are. None: for method
+            "masquant" the largest such power of each K, of 512 at most; none for the
+            others.
 
     Raises:
         ValueError: an unknown scheme or method, an option that is out of range or that
@@ -219,15 +226,18 @@ class SolverOptions:
             raise ValueError(
                 f"batch_size must be at least 1 sample, got {self.batch_size}."
             )
+        if self.hadamard_size is not None:
+            self._check_rotation(self.hadamard_size)
         if not METHODS[self.method].centered and (
             self.shift
             or self.clip
             or self.rounding == "gptq"
+            or self.hadamard_size not in (None, 1)
             or AUTO in (self.alpha, self.rank, self.separation)
         ):
             raise ValueError(
                 f"method {self.method!r} is kept as it was published: shift, gptq, "
-                "clip and auto are for method 'masquant'."
+                "clip, rotations and auto are for method 'masquant'."
             )
         if self.epochs and not METHODS[self.method].per_modality:
             raise ValueError(
@@ -244,15 +254,27 @@ class SolverOptions:
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in 0..1, got {value}.")
 
+    @staticmethod
+    def _check_rotation(size: object) -> None:
+        if type(size) is not int:
+            raise TypeError(f"hadamard_size must be an int or None, got {size!r}.")
+        if size < 1 or size & (size - 1):
+            raise ValueError(
+                "hadamard_size must be a power of two, or 1 for no rotation, got "
+                f"{size}."
+            )
+
     def stored(self) -> dict[str, Any]:
         """As files hold them, for ``SolverOptions(**stored)``.
 
-        Without a batch size of 1: earlier files have none, readers of those refuse a
-        name that they do not know, and an interrupted run goes on.
+        Without a batch size of 1 and a rotation that is left to the method: earlier files
+        have none, readers of those refuse a name that they do not know, and an
+        interrupted run goes on.
         """
         found = dict(vars(self))
-        if self.batch_size == 1:
-            del found["batch_size"]
+        for name in ("batch_size", "hadamard_size"):
+            if found[name] == getattr(type(self), name):
+                del found[name]
         return found
 
     @property
@@ -312,9 +334,10 @@ class SolverOptions:
         """Of the rotation of an input's channels; None for none.
 
         Args:
-            in_features: K.
+            in_features: K, which a size that was asked for divides
+                (:func:`~torchao_masquant.calibration.request.check_shapes`).
         """
-        if isinstance(self.hadamard_size, int):
+        if self.hadamard_size is not None:
             return self.hadamard_size if self.hadamard_size > 1 else None
         if not METHODS[self.method].rotation:
             return None

@@ -11,7 +11,7 @@ from typing import Mapping
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.request import base_first
+from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.config import MASQuantConfig
 from torchao_masquant.convert import placeholder_weight
 from torchao_masquant.expert_modules import MASQuantExperts
@@ -33,7 +33,8 @@ def plan_loading(model: nn.Module, config: MASQuantConfig) -> Actions:
     """Give what is chosen weights of zeros, to load a quantized state_dict into.
 
     Raises:
-        ValueError: as :func:`~torchao_masquant.selection.select`.
+        ValueError: as :func:`~torchao_masquant.selection.select`, and as
+            :func:`~torchao_masquant.calibration.request.check_request`.
     """
     modalities = base_first(model, config.base_modality, config.modalities)
 
@@ -46,6 +47,7 @@ def plan_loading(model: nn.Module, config: MASQuantConfig) -> Actions:
     # By a call that did not finish.
     done = quantized_with(model, is_made)
     selected = select_rest(model, config, modalities, done)
+    check_request(model, selected, modalities, config.options)
     # Another part of the model may be made ready already, by another config.
     router = router_of(model)
     if router is None or router.modalities != modalities:
