@@ -37,6 +37,7 @@ from torchao_masquant.calibration.statistics import (
     InputStatistics,
     Moments,
 )
+from torchao_masquant.calibration.token_sample import SAMPLE_TOKENS
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.modality_input import ordinary
 from torchao_masquant.solver.rotation import rotated
@@ -49,6 +50,7 @@ __all__ = [
     "ModalitySpread",
     "input_spread",
     "own_factors_may_pay",
+    "sinks_of",
     "verdict",
 ]
 
@@ -68,6 +70,9 @@ _COARSE = 4
 
 # Of an input's channels.
 _LOUDEST = 100
+
+# Inputs in a sentence on sinks.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,36 @@ def input_spread(
         )
 
 
+def sinks_of(inputs: Mapping[str, InputSpread]) -> list[str]:
+    """A sentence for each modality that has sinks, with the inputs of the loudest.
+
+    Args:
+        inputs: by name.
+    """
+    sentences = []
+    for modality in next(iter(inputs.values())).modalities if inputs else ():
+        found = {
+            name: spread.modalities[modality]
+            for name, spread in inputs.items()
+            if spread.modalities[modality].sinks
+        }
+        if not found:
+            continue
+        loudest = sorted(found, key=lambda name: -found[name].loudest)[:_NAMED]
+        share = max(spread.sink_share for spread in found.values())
+        # None may be among those that were sampled.
+        amount = (
+            f"{100 * share:.1f} %" if share else f"Under {100 / SAMPLE_TOKENS:.1f} %"
+        )
+        sentences.append(
+            f"{amount} of {modality} tokens are sinks at {len(found)} of {len(inputs)} "
+            "inputs, and the loudest have so many times the norm of the median token: "
+            + ", ".join(f"{name} {found[name].loudest:.0f}" for name in loudest)
+            + "."
+        )
+    return sentences
+
+
 def own_factors_may_pay(inputs: Mapping[str, InputSpread], act_bits: int) -> bool:
     """Whether modalities differ by much, and activations have few bits."""
     return act_bits <= _COARSE and any(i.largest_gain >= MUCH for i in inputs.values())
@@ -159,12 +194,14 @@ def verdict(inputs: Mapping[str, InputSpread], act_bits: int) -> str:
     """One sentence: which kind of model it is, and what to do about it.
 
     Args:
-        inputs: by name.
+        inputs: by name, at least one.
         act_bits: of activations; 16 where they are not rounded.
     """
     largest = max((i.largest_gain for i in inputs.values()), default=-math.inf)
     many = sum(i.largest_gain >= MUCH for i in inputs.values())
     up_to = f"up to {largest:.1f} dB less rounding error with a factor of its own"
+    if len(next(iter(inputs.values())).modalities) < 2:
+        return "One modality: one factor serves it."
     if act_bits > 8 or not math.isfinite(largest):
         return "One factor serves all modalities: no activations are rounded that vary."
     if not many:

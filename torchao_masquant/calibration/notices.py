@@ -14,10 +14,10 @@ from torchao_masquant.calibration.modality_spread import (
     InputSpread,
     input_spread,
     own_factors_may_pay,
+    sinks_of,
     verdict,
 )
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.calibration.token_sample import SAMPLE_TOKENS
 from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["CalibrationNotices"]
@@ -55,33 +55,15 @@ class CalibrationNotices:
 
     def tell(self) -> None:
         """Of sinks, and of modalities that differ so much that options should, too."""
-        self._tell_of_sinks()
+        for sentence in sinks_of(self.inputs):
+            _LOGGER.info(
+                "%s Centres and factors are made without them; what weights are rounded "
+                "for counts them.",
+                sentence,
+            )
         bits, one_factor = self.options.bits.act_bits, not any(self.options.separations)
         if one_factor and own_factors_may_pay(self.inputs, bits):
             _LOGGER.warning("%s", verdict(self.inputs, bits))
-
-    def _tell_of_sinks(self) -> None:
-        modalities = next(iter(self.inputs.values())).modalities if self.inputs else {}
-        for modality in modalities:
-            found = {
-                name: spread.modalities[modality]
-                for name, spread in self.inputs.items()
-                if spread.modalities[modality].sinks
-            }
-            if not found:
-                continue
-            share = max(spread.sink_share for spread in found.values())
-            loudest = max(found, key=lambda name: found[name].loudest)
-            _LOGGER.info(
-                "%s of %s tokens are sinks at %d inputs, e.g. %s (%.0f times as loud as "
-                "the median token): centres and factors are made without them, and what "
-                "weights are rounded for counts them.",
-                f"{share:.1%}" if share else f"under {1 / SAMPLE_TOKENS:.1%}",
-                modality,
-                len(found),
-                loudest,
-                found[loudest].loudest,
-            )
 
 
 def _weights(
