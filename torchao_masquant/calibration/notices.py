@@ -70,10 +70,11 @@ def _weights(
     session: CalibrationSession,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Name of each input, and the weights (N, K) that read it."""
+    all_weights = session.weights
     for leader, names in session.groups().items():
         weights: dict[str, torch.Tensor] = {}
         for name in names:
-            weight = session.weights[name]
+            weight = all_weights[name]
             if weight.dim() == 2:
                 weights[name] = weight
             else:
