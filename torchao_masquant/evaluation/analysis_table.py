@@ -36,14 +36,15 @@ def render(analysis: Analysis) -> RenderableType:
                 f"{analysis.correlation_per_token:.3f} (scale per token)"
             )
         )
-    if len(analysis.modalities) > 1:
+    differ = len(analysis.modalities) > 1
+    if differ:
         parts += [_effective_ranks(analysis), _curves(analysis)]
     if analysis.spreads:
-        parts += [
-            _spreads(analysis),
-            _summary(analysis),
-            Text("\n".join([*sinks_of(analysis.spreads), analysis.verdict])),
-        ]
+        parts.append(_spreads(analysis))
+        if differ:
+            parts.append(_summary(analysis))
+        sentences = [*sinks_of(analysis.spreads), analysis.verdict]
+        parts.append(Text("\n".join(sentences)))
     return Group(*parts)
 
 
@@ -111,37 +112,42 @@ def _curves(analysis: Analysis) -> RenderableType:
 
 
 def _spreads(analysis: Analysis) -> RenderableType:
+    differ = len(analysis.modalities) > 1
     names = " ".join(f"{m:>6}" for m in analysis.modalities)
     path, inputs = short_names(list(analysis.spreads))
     table = new_table(
-        "How modalities differ after the shift, by input"
-        + (f", in {path}" if path else ""),
+        "After the shift, by input" + (f", in {path}" if path else ""),
         ["input"],
         [
-            "ratio",
             f"constant, %\n{names}",
-            f"own factor, dB\n{names}",
             f"sinks, %\n{names}",
+            *(["range ratio", f"own factor, dB\n{names}"] if differ else []),
         ],
     )
     for name, spread in zip(inputs, analysis.spreads.values()):
         found = [spread.modalities[m] for m in analysis.modalities]
         table.add_row(
             name,
-            number(spread.range_ratio, ".2f"),
             _cells([m.constant_share for m in found], ".0f", 100),
-            _cells([m.gain_rotated for m in found], ".1f"),
             _cells([m.sink_share for m in found], ".1f", 100),
+            *(
+                [
+                    number(spread.range_ratio, ".2f"),
+                    _cells([m.gain_rotated for m in found], ".1f"),
+                ]
+                if differ
+                else []
+            ),
         )
     return table
 
 
 def _summary(analysis: Analysis) -> RenderableType:
-    """Over all inputs."""
+    """Of how modalities differ, over all inputs."""
     spreads = analysis.spreads.values()
     ratios = _known(spread.range_ratio for spread in spreads)
     table = new_table(
-        "How modalities differ after the shift, over all inputs: range ratio "
+        "After the shift, over all inputs: range ratio "
         f"{statistics.geometric_mean(ratios):.2f}",
         ["modality"],
         [
@@ -154,13 +160,12 @@ def _summary(analysis: Analysis) -> RenderableType:
     )
     for modality in analysis.modalities:
         found = [spread.modalities[modality] for spread in spreads]
+        constant = _known(m.constant_share for m in found)
         rotated = _known(m.gain_rotated for m in found)
         plain = _known(m.gain for m in found)
         table.add_row(
             modality,
-            number(
-                statistics.mean(_known(m.constant_share for m in found)), ".0f", 100
-            ),
+            number(statistics.mean(constant), ".0f", 100),
             number(statistics.mean(rotated), ".1f"),
             number(max(rotated), ".1f"),
             number(statistics.mean(plain), ".1f"),
