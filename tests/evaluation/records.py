@@ -7,6 +7,7 @@
 
 import math
 
+from torchao_masquant.calibration.modality_spread import InputSpread, ModalitySpread
 from torchao_masquant.evaluation import (
     Analysis,
     ContentScore,
@@ -83,6 +84,15 @@ def analysis(
                 }
                 if losses
                 else {},
+                spread=InputSpread(
+                    1.5 + i,
+                    {
+                        m: ModalitySpread(
+                            0.25, math.nan, 3.5 * i + j, 0.125 * j, j > 1, 40.0 + i
+                        )
+                        for j, m in enumerate(modalities)
+                    },
+                ),
             )
             for i, name in enumerate(names)
         },

@@ -262,7 +262,7 @@ def test_linears_that_share_an_input_are_one_entry():
     for module in model.modules():
         assert type(module).__name__ != "MASQuantObservedLinear"
     assert "forward" not in model.__dict__
-    assert str(found) and len(found.figures()) == 5
+    assert str(found) and len(found.figures()) == 6
 
 
 def test_one_modality_has_nothing_to_compare():
@@ -379,6 +379,30 @@ def test_kept_tokens_are_few_and_evenly_drawn(model):
         assert ((calls >= 0) & (calls < 50)).all()
         # The mean of 64 of 0..49: 24.5, with a deviation of 14.4 / 8.
         assert abs(calls.mean().item() - 24.5) < 5 * 14.4 / 8
+
+
+@pytest.mark.parametrize(
+    "variant, kind", [("outliers", "by much"), ("plain", "little")]
+)
+def test_which_kind_the_trained_models_are(variant, kind):
+    found = analyze(
+        digits.load_model(variant),
+        digits.calibration_samples(24),
+        scheme="w4a4",
+        ranks=(0.05,),
+        progress=False,
+    )
+    assert found.verdict.startswith(f"Modalities differ {kind}")
+    gains = {n: s.largest_gain for n, s in found.spreads.items()}
+    if variant == "plain":
+        assert max(gains.values()) < 2
+        return
+    for name, gain in gains.items():
+        assert gain > 3.5 if name.endswith("down_proj") else gain < 1
+    for spread in found.spreads.values():
+        # What was planted into the residual stream, and what text has there.
+        assert spread.modalities["vision"].constant_share > 0.8
+        assert spread.modalities["text"].constant_share < 0.6
 
 
 def test_the_theorem_holds_on_the_trained_model():

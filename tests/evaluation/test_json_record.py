@@ -36,6 +36,15 @@ def test_a_record_survives_the_round_trip(record, tmp_path):
     assert os.listdir(tmp_path) == ["record.json"]
 
 
+def test_an_analysis_of_before_modalities_were_compared_is_read():
+    data = records.analysis().to_json()
+    for study in data["inputs"].values():
+        del study["spread"]
+    found = Analysis.from_json(data)
+    assert found.verdict == "" and found.spreads == {}
+    assert "After the shift" not in str(found) and "own_factors" not in found.figures()
+
+
 def test_a_failed_save_leaves_the_old_file(record, tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     record.save(path)

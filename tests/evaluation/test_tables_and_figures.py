@@ -39,13 +39,29 @@ def test_an_analysis_shows_its_numbers():
     assert "in model.layers" in text and "0.q" in text
     assert f"correlation {analysis.correlation:.3f} (theorem 1)" in text
     assert re.search(r"masquant-paper +vision +-inf +10\.0", text)
+    assert re.search(
+        r"1\.q +25 +25 +25 +0\.0 +12\.5 +25\.0 +2\.50 +3\.5 +4\.5 +5\.5", text
+    )
+    # The geometric mean of 1.5 and 2.5; means and largest of gains.
+    assert "over all inputs: range ratio 1.94" in text
+    assert re.search(r"smell +25 +3\.8 +5\.5 +nan +nan", text)
+    *_, sinks, more, verdict, rest = text.splitlines()
+    assert sinks.startswith("25.0 % of smell tokens are sinks at 2 of 2 inputs")
+    assert more == "model.layers.1.q 41, model.layers.0.q 40."
+    assert verdict.startswith(
+        "Modalities differ by much at 1 of 2 inputs (up to 5.5 dB"
+    )
+    assert rest.endswith("own factors (separation=1, or 'auto') may pay.")
     assert max(map(len, text.splitlines())) <= WIDTH
 
 
 def test_an_analysis_of_one_modality_has_no_tables_of_pairs():
     text = str(records.analysis(modalities=("text",), losses=False))
     assert "largest value" in text
-    assert "rank" not in text and "loss" not in text and "nan" not in text
+    assert "loss" not in text and "nan" not in text
+    for absent in ("rank of", "by rank", "range ratio", "own factor"):
+        assert absent not in text
+    assert "constant, %" in text and text.endswith("one factor serves it.")
 
 
 @pytest.mark.parametrize("record", [records.evaluation(), records.analysis()])
@@ -105,8 +121,14 @@ def test_the_figure_of_an_evaluation():
 def test_the_figures_of_an_analysis(names):
     analysis = records.analysis(names)
     figures = analysis.figures()
-    expected = ["ranges", "dominance", "theorem_1", "effective_ranks", "sqnr_by_rank"]
-    assert list(figures) == expected
+    assert list(figures) == [
+        "ranges",
+        "dominance",
+        "own_factors",
+        "theorem_1",
+        "effective_ranks",
+        "sqnr_by_rank",
+    ]
     for figure in figures.values():
         assert _drawn(figure).startswith(b"\x89PNG")
         for axis in figure.axes:

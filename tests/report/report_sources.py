@@ -10,6 +10,7 @@ import random
 import torch
 
 from torchao_masquant import LayerRecipe, Recipe
+from torchao_masquant.calibration.modality_spread import InputSpread, ModalitySpread
 from torchao_masquant.evaluation import (
     Analysis,
     ContentScore,
@@ -101,6 +102,20 @@ def analysis(layers=2, modalities=MODALITIES, losses=True, names=None, model="Mo
             }
             if losses
             else {},
+            spread=InputSpread(
+                range_ratio=draw.uniform(1, 4),
+                modalities={
+                    m: ModalitySpread(
+                        draw.random(),
+                        draw.uniform(0, 9),
+                        draw.uniform(0, 6),
+                        0.02,
+                        True,
+                        40.0,
+                    )
+                    for m in modalities
+                },
+            ),
         )
     others = modalities[1:]
     return Analysis(

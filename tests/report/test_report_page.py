@@ -29,6 +29,7 @@ FIGURES = {
     "sqnr_by_layer",
     "ranges",
     "dominance",
+    "own_factors",
     "theorem_1",
     "effective_ranks",
     "sqnr_by_rank",
@@ -487,6 +488,13 @@ def test_a_weight_only_analysis_says_why_theorem_1_is_not_there(tmp_path):
     report, page = _write(tmp_path, analysis=made.analysis(losses=False))
     assert "theorem_1" not in report.figures
     assert "w4a16 leaves activations" in page.one("section", id="modalities").text
+
+
+def test_the_modalities_end_with_which_kind_the_model_is(page):
+    asides = page.one("section", id="modalities").all("p", class_="aside")
+    sinks, verdict = asides[0].text, asides[-1].text
+    assert sinks.startswith("2.0 % of text tokens are sinks at 8 of 8 inputs")
+    assert verdict == made.analysis().verdict and "differ by much" in verdict
 
 
 def test_one_modality_has_nothing_to_compensate(tmp_path):

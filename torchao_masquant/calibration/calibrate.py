@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.calibration.expert_statistics import ExpertStatistics
+from torchao_masquant.calibration.notices import CalibrationNotices
 from torchao_masquant.calibration.passes import (
     MAX_STATISTICS_BYTES,
     check_bound,
@@ -47,14 +48,10 @@ __all__ = [
     "learned_factors",
     "library_versions",
     "solve",
-    "warn_of_few_tokens",
     "warn_of_left_out",
 ]
 
 _LOGGER = logging.getLogger(__name__)
-
-
-_FEW_TOKENS = 64
 
 #: Of samples.
 NEEDED = "calibration needs at least one sample of every modality"
@@ -226,6 +223,7 @@ def calibrate(
         layers: dict[str, LayerRecipe] = {}
         left_out = set(probe.not_matched)
         count, tokens = 0, dict.fromkeys(router.modalities, 0)
+        notices = CalibrationNotices(options)
         for index, chosen in enumerate(passes, start=1):
             session = CalibrationSession(
                 {name: linears[name] for name in chosen if name in linears},
@@ -244,6 +242,10 @@ def calibrate(
                     description=f"Calibrating{of}",
                 )
             tokens = {m: max(n, _tokens(session, m)) for m, n in tokens.items()}
+            check_session(session, options)
+            notices.see(session)
+            if index == len(passes):
+                notices.tell()
             layers |= solve(
                 session,
                 options,
@@ -304,7 +306,6 @@ def solve(
             not divide the width of a linear.
     """
     check_session(session, options)
-    warn_of_few_tokens(session)
     layers: dict[str, LayerRecipe] = {}
     groups = [
         ({name: session.linears[name].weight for name in names}, leader)
@@ -412,27 +413,6 @@ def warn_of_left_out(names: Sequence[str]) -> None:
         len(names),
         ", ".join(f"{pattern} ({count})" for pattern, count in patterns.items()),
     )
-
-
-def warn_of_few_tokens(session: CalibrationSession) -> None:
-    """Once for each modality that is too small a sample of what is to come."""
-    fewest: dict[str, int] = {}
-    for name, statistics in session.statistics.items():
-        if name in session.left_out:
-            continue
-        for modality, moments in zip(statistics.modalities, statistics.moments):
-            known = fewest.get(modality, moments.count)
-            fewest[modality] = min(known, moments.count)
-    for modality, count in fewest.items():
-        if count < _FEW_TOKENS:
-            _LOGGER.warning(
-                "the calibration data has %d %s tokens: their ranges and covariances are "
-                "guesses; add samples with %s (%d tokens or more).",
-                count,
-                modality,
-                modality,
-                _FEW_TOKENS,
-            )
 
 
 def library_versions() -> dict[str, str]:

@@ -78,6 +78,8 @@ class CalibrationSession:
         #: whether the model's first linears are among these, which see all tokens of a
         #: call unless its ids are wrong; others may all be given a part of them
         self.has_first = True
+        #: rows of the calls so far; tokens, where a call's rows are not told apart
+        self.sequences = 0
         # Of the call that runs: its ids, whether a linear was called with its tokens,
         # and what was wrong with the first one that was not.
         self._call_ids: Optional[torch.Tensor] = None
@@ -194,6 +196,7 @@ class CalibrationSession:
                 )
             return
         self._reading[name] = reader
+        self._count_sequences(name, x)
         try:
             ids = self.ids_of(name, x)
         except UnmatchedTokens:
@@ -262,6 +265,7 @@ class CalibrationSession:
         self.leaders[name] = name
         if name in self.left_out:
             return
+        self._count_sequences(name, x)
         if experts is None:
             self._update(name, x, ids)
             return
@@ -276,6 +280,13 @@ class CalibrationSession:
                 None if self.before is None else [times * n for n in self.before],
             )
         statistics.update_experts(name, x, ids, experts)
+
+    def _count_sequences(self, name: str, x: torch.Tensor) -> None:
+        """Of what the first layer that is observed at all reads."""
+        if name == next(iter(self.leaders)):
+            ids = self.router.call.ids
+            told = x if x.dim() > 2 or ids is None or ids.dim() < 2 else ids
+            self.sequences += len(told)
 
     def _update(self, name: str, x: torch.Tensor, ids: Optional[torch.Tensor]) -> None:
         self.solutions.clear()

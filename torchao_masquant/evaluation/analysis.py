@@ -7,11 +7,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 from rich.console import RenderableType
 
+from torchao_masquant.calibration.modality_spread import InputSpread, verdict
 from torchao_masquant.evaluation.json_record import JSONRecord
+from torchao_masquant.schemes import get_scheme
 
 __all__ = [
     "Analysis",
@@ -81,12 +83,17 @@ class InputAnalysis:
         in_features: K, its channels.
         ranges: modality to range.
         losses: modality to the loss by the unified factor.
+        spread: how much the modalities differ, and sinks; None in files of before it
+            was there.
     """
+
+    ADDED: ClassVar[tuple[str, ...]] = ("spread",)
 
     linears: tuple[str, ...]
     in_features: int
     ranges: dict[str, ModalityRange]
     losses: dict[str, SmoothingLoss]
+    spread: Optional[InputSpread] = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,21 @@ class Analysis(JSONRecord):
             [(loss.predicted_per_token, loss.measured) for loss in self._losses()]
         )
 
+    @property
+    def spreads(self) -> dict[str, InputSpread]:
+        """Input to how much the modalities differ there, where that is known."""
+        found = {name: i.spread for name, i in self.inputs.items()}
+        return {name: spread for name, spread in found.items() if spread is not None}
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether modalities differ by much, and what to do about it.
+
+        Empty for an analysis of before that was measured.
+        """
+        spreads = self.spreads
+        return verdict(spreads, get_scheme(self.scheme).act_bits) if spreads else ""
+
     def __rich__(self) -> RenderableType:
         from torchao_masquant.evaluation.analysis_table import render
 
@@ -170,8 +192,8 @@ class Analysis(JSONRecord):
         """Matplotlib figures, by name, each left out where there is nothing to show.
 
         "ranges" (activation range by layer), "dominance" (who sets the unified
-        factor), "theorem_1" (predicted against measured loss), "effective_ranks",
-        "sqnr_by_rank".
+        factor), "own_factors" (what factors of their own would gain), "theorem_1"
+        (predicted against measured loss), "effective_ranks", "sqnr_by_rank".
 
         Raises:
             ImportError: matplotlib is missing.

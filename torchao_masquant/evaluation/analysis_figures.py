@@ -8,6 +8,7 @@
 import math
 from typing import Any
 
+from torchao_masquant.calibration.modality_spread import MUCH
 from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.plotting import (
     by_place,
@@ -26,6 +27,8 @@ _LINESTYLES = {"masquant": "-", "masquant-paper": "--"}
 def figures(analysis: Analysis) -> dict[str, Any]:
     """See :meth:`~torchao_masquant.evaluation.analysis.Analysis.figures`."""
     found = {"ranges": _ranges(analysis), "dominance": _dominance(analysis)}
+    if analysis.spreads and len(analysis.modalities) > 1:
+        found["own_factors"] = _own_factors(analysis)
     if any(study.losses for study in analysis.inputs.values()):
         found["theorem_1"] = _theorem_1(analysis)
     if len(analysis.modalities) > 1:
@@ -108,6 +111,34 @@ def _dominance(analysis: Analysis) -> Any:
         axis.set_visible(False)
     legend_below(figure, entries)
     figure.suptitle(f"{analysis.model}: which modality sets the unified factor")
+    return figure
+
+
+def _own_factors(analysis: Analysis) -> Any:
+    spreads = analysis.spreads
+    kinds = by_place(spreads)
+    columns = min(2, len(kinds))
+    figure, axes = new_figure(math.ceil(len(kinds) / columns), columns, 2.6)
+    entries: dict[str, Any] = {}
+    for axis, (kind, places) in zip(axes, kinds.items()):
+        layers = [place for place, _ in places]
+        for modality in analysis.modalities:
+            (entries[modality],) = axis.plot(
+                layers,
+                finite(spreads[n].modalities[modality].gain_rotated for _, n in places),
+                **style_of(modality, analysis.modalities).line,
+            )
+        entries[f"{MUCH:g} dB: much"] = axis.axhline(
+            MUCH, color="0.5", linestyle="--", linewidth=1
+        )
+        axis.set_ylabel("less error, dB")
+        label_places(axis, kind, places)
+    for axis in axes[len(kinds) :]:
+        axis.set_visible(False)
+    legend_below(figure, entries)
+    figure.suptitle(
+        f"{analysis.model}: what factors of their own would gain, after the shift, rotated"
+    )
     return figure
 
 

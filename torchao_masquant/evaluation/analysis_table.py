@@ -7,11 +7,12 @@
 
 import math
 import statistics
-from typing import Sequence
+from typing import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from torchao_masquant.calibration.modality_spread import sinks_of
 from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.tables import new_table, number, short_names
 
@@ -35,8 +36,15 @@ def render(analysis: Analysis) -> RenderableType:
                 f"{analysis.correlation_per_token:.3f} (scale per token)"
             )
         )
-    if len(analysis.modalities) > 1:
+    differ = len(analysis.modalities) > 1
+    if differ:
         parts += [_effective_ranks(analysis), _curves(analysis)]
+    if analysis.spreads:
+        parts.append(_spreads(analysis))
+        if differ:
+            parts.append(_summary(analysis))
+        sentences = [*sinks_of(analysis.spreads), analysis.verdict]
+        parts.append(Text("\n".join(sentences)))
     return Group(*parts)
 
 
@@ -101,3 +109,71 @@ def _curves(analysis: Analysis) -> RenderableType:
         for modality, values in curves.items():
             table.add_row(method, modality, *(number(v, ".1f") for v in values))
     return table
+
+
+def _spreads(analysis: Analysis) -> RenderableType:
+    differ = len(analysis.modalities) > 1
+    names = " ".join(f"{m:>6}" for m in analysis.modalities)
+    path, inputs = short_names(list(analysis.spreads))
+    table = new_table(
+        "After the shift, by input" + (f", in {path}" if path else ""),
+        ["input"],
+        [
+            f"constant, %\n{names}",
+            f"sinks, %\n{names}",
+            *(["range ratio", f"own factor, dB\n{names}"] if differ else []),
+        ],
+    )
+    for name, spread in zip(inputs, analysis.spreads.values()):
+        found = [spread.modalities[m] for m in analysis.modalities]
+        table.add_row(
+            name,
+            _cells([m.constant_share for m in found], ".0f", 100),
+            _cells([m.sink_share for m in found], ".1f", 100),
+            *(
+                [
+                    number(spread.range_ratio, ".2f"),
+                    _cells([m.gain_rotated for m in found], ".1f"),
+                ]
+                if differ
+                else []
+            ),
+        )
+    return table
+
+
+def _summary(analysis: Analysis) -> RenderableType:
+    """Of how modalities differ, over all inputs."""
+    spreads = analysis.spreads.values()
+    ratios = _known(spread.range_ratio for spread in spreads)
+    table = new_table(
+        "After the shift, over all inputs: range ratio "
+        f"{statistics.geometric_mean(ratios):.2f}",
+        ["modality"],
+        [
+            "constant, %",
+            "own factor, dB\nmean",
+            "\nat most",
+            "not rotated, dB\nmean",
+            "\nat most",
+        ],
+    )
+    for modality in analysis.modalities:
+        found = [spread.modalities[modality] for spread in spreads]
+        constant = _known(m.constant_share for m in found)
+        rotated = _known(m.gain_rotated for m in found)
+        plain = _known(m.gain for m in found)
+        table.add_row(
+            modality,
+            number(statistics.mean(constant), ".0f", 100),
+            number(statistics.mean(rotated), ".1f"),
+            number(max(rotated), ".1f"),
+            number(statistics.mean(plain), ".1f"),
+            number(max(plain), ".1f"),
+        )
+    return table
+
+
+def _known(values: Iterable[float]) -> list[float]:
+    """Those that are not nan; nan alone for none."""
+    return [value for value in values if not math.isnan(value)] or [math.nan]

@@ -10,6 +10,7 @@ from typing import Sequence
 
 import torch
 
+from torchao_masquant.calibration.modality_spread import input_spread
 from torchao_masquant.evaluation.analysis import InputAnalysis, SmoothingLoss
 from torchao_masquant.evaluation.compensation_curves import (
     CompensationCurve,
@@ -30,7 +31,7 @@ class InputStudy:
     """Of one input.
 
     Attributes:
-        input: ranges and losses.
+        input: ranges, losses and spread.
         curves: modality (all but the base) to linear to its curves.
     """
 
@@ -84,6 +85,7 @@ def study_input(
             in_features=statistics.moments[0].sum.numel(),
             ranges=modality_ranges(statistics),
             losses=losses,
+            spread=input_spread(statistics, weights, alpha),
         ),
         {
             modality: compensation_curves(

@@ -8,6 +8,7 @@
 import math
 from typing import Optional, Sequence
 
+from torchao_masquant.calibration.modality_spread import MUCH
 from torchao_masquant.evaluation import Analysis, InputAnalysis
 from torchao_masquant.evaluation.tables import short_names
 from torchao_masquant.report.chart import (
@@ -29,6 +30,7 @@ from torchao_masquant.report.wording import amount, method_name, percent
 __all__ = [
     "dominance_figure",
     "effective_rank_figure",
+    "own_factor_figure",
     "range_figure",
     "rank_figure",
     "theorem_figure",
@@ -144,6 +146,64 @@ def dominance_figure(analysis: Analysis, modalities: Sequence[str]) -> Figure:
         "A bar shows in how many of an input's channels each modality is the loudest "
         "and so sets the smoothing factor of all: the others are rounded on its scale.",
         tuple(panels),
+    )
+
+
+def own_factor_figure(
+    analysis: Analysis, modalities: Sequence[str]
+) -> Optional[Figure]:
+    """What a factor of its own would gain a modality, after shift and rotation.
+
+    Returns:
+        None where there is one modality, or an analysis of before it was measured.
+    """
+    spreads = analysis.spreads
+    if not spreads or len(analysis.modalities) < 2:
+        return None
+    panels = []
+    for kind in _input_kinds(analysis):
+        places = [(layer, name) for layer, name in kind.places if name in spreads]
+        series: list[Series] = [
+            Line(
+                f"{MUCH:g} dB: much",
+                Look(MUTED, "", "dashed", 1.25),
+                tuple(Point(layer, MUCH) for layer, _ in places),
+            )
+        ]
+        for modality in analysis.modalities:
+            points = []
+            for layer, name in places:
+                found = spreads[name].modalities[modality]
+                points.append(
+                    Point(
+                        layer,
+                        found.gain_rotated,
+                        f"{kind.place_name(layer)}, {modality}: "
+                        f"{amount(found.gain_rotated, '.1f')} dB "
+                        f"({amount(found.gain, '.1f')} dB without rotation), "
+                        f"{percent(found.constant_share)} of the loudest channels "
+                        f"constant, {percent(found.sink_share)} sinks",
+                    )
+                )
+            look = modality_look(modality, modalities)
+            series.append(Line(modality, look, tuple(points)))
+        panels.append(
+            Panel(
+                kind.title,
+                "less rounding error, dB",
+                kind.x_label,
+                tuple(series),
+                categories=kind.categories,
+                whole=True,
+            )
+        )
+    return Figure(
+        "own_factors",
+        "What factors of their own would gain",
+        "Each line is how much less a modality's rounding would add with a factor of its "
+        "own, after shift and rotation: below the dashed line own factors cost the shared "
+        "weight more than they gain.",
+        share_y_range(panels),
     )
 
 

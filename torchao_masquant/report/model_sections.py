@@ -7,11 +7,13 @@
 
 from typing import Sequence
 
+from torchao_masquant.calibration.modality_spread import sinks_of
 from torchao_masquant.evaluation import Analysis, Evaluation
 from torchao_masquant.evaluation.tables import short_names
 from torchao_masquant.report.analysis_figures import (
     dominance_figure,
     effective_rank_figure,
+    own_factor_figure,
     range_figure,
     rank_figure,
     theorem_figure,
@@ -48,9 +50,10 @@ def modality_section(analysis: Analysis, modalities: Sequence[str]) -> Section:
         (
             range_figure(analysis, modalities),
             dominance_figure(analysis, modalities),
+            own_factor_figure(analysis, modalities),
             theorem,
         ),
-        notes=(note,),
+        notes=(note, *sinks_of(analysis.spreads), analysis.verdict),
     )
 
 

@@ -11,11 +11,8 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import (
-    check_session,
-    warn_of_few_tokens,
-    warn_of_left_out,
-)
+from torchao_masquant.calibration.calibrate import check_session, warn_of_left_out
+from torchao_masquant.calibration.notices import CalibrationNotices
 from torchao_masquant.calibration.passes import plan_passes
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.experts import ExpertWeight
@@ -89,7 +86,7 @@ class BlockSolver:
         self.router, self.options, self.team = router, options, team
         self.max_statistics_bytes = max_statistics_bytes
         self.before = before
-        self._warned = False
+        self.notices = CalibrationNotices(options)
         self._at_first = True
 
     def passes(self, layers: BlockLayers, run: Callable[[], None]) -> list[list[str]]:
@@ -139,9 +136,7 @@ class BlockSolver:
         check_session(session, self.options)
         if self.team.rank == 0:
             warn_of_left_out(session.not_matched)
-        if self.team.rank == 0 and not self._warned:
-            self._warned = True
-            warn_of_few_tokens(session)
+            self.notices.see(session)
         groups = [
             (
                 {name: chosen.linears[name].weight for name in names},

@@ -537,6 +537,8 @@ class _Run:
                     self._calibrate(index, activations, solver, learner)
                     seconds.append(time.perf_counter() - start)
             return_freed_memory()
+        if self.team.rank == 0:
+            solver.notices.tell()
         return seconds
 
     def _check_time(

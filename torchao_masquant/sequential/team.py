@@ -212,6 +212,7 @@ class Team:
                         f"as {leaders[name]} in others: exclude it."
                     )
         session.leaders = leaders
+        session.sequences = sum(self.gather(session.sequences))
         session.left_out = set().union(*self.gather(session.left_out))
         for name, layer in session.layers.items():
             if leaders.get(name) != name:

@@ -11,7 +11,12 @@ from typing import Callable, Mapping
 
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import solve, warn_of_left_out
+from torchao_masquant.calibration.calibrate import (
+    check_session,
+    solve,
+    warn_of_left_out,
+)
+from torchao_masquant.calibration.notices import CalibrationNotices
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.calibration.session import (
@@ -151,6 +156,10 @@ def _solution(
         if known == options:
             return layers
     rest = _rest_of(session)
+    check_session(rest, options)
+    notices = CalibrationNotices(options)
+    notices.see(rest)
+    notices.tell()
     layers = solve(rest, options, progress=True)
     session.solutions.append((options, layers))
     return layers
