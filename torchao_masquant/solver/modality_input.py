@@ -88,7 +88,9 @@ def _of(
             if len(tokens) < moments.count or not kept.all():
                 center = tokens[kept].mean(0)
             tokens = tokens[kept]
-        covariance.addr_(mean - center, mean - center)
+        # What is constant to within rounding has no variance about its center either.
+        moved = torch.where(covariance.diagonal() > 0, mean - center, 0.0)
+        covariance.addr_(moved, moved)
     shift = center if parts.shift else torch.zeros_like(center)
     return ModalityInput(
         share,
