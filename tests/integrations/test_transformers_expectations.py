@@ -129,6 +129,8 @@ def test_a_dict_in_place_of_a_config(original):
         ({"bits": 4}, "has no field 'bits'"),
         ({"modules_to_not_convert": ["model"]}, "leaves no linear to quantize"),
         ({"method": "masquant"}, "needs a calibration"),
+        ({"hadamard_size": 8}, "method 'rtn' is kept as it was published"),
+        ({"hadamard_size": 24}, "must be a power of two, or 1 for no rotation, got 24"),
     ):
         with pytest.raises(ValueError, match=message):
             load(folder, given | wrong)
@@ -140,7 +142,7 @@ def test_a_config_that_is_not_used_yet_through_a_dict(original):
     for config in (
         MASQuantHfConfig(config=masquant_config(path, exclude="*.mlp.*")),
         MASQuantHfConfig(
-            config=MASQuantConfig("convert", group_size=16, **RTN),
+            config=MASQuantConfig("convert", group_size=16, hadamard_size=1, **RTN),
             modules_to_not_convert=["lm_head"],
         ),
     ):
