@@ -41,6 +41,7 @@ from torchao_masquant.calibration.token_sample import SAMPLE_TOKENS
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.modality_input import ordinary
 from torchao_masquant.solver.rotation import rotated
+from torchao_masquant.solver.sampled_outputs import sampled_outputs
 from torchao_masquant.solver.smoothing import WeightSizes, smoothing_factor
 from torchao_masquant.threads import threads_for
 
@@ -130,7 +131,8 @@ def input_spread(
         alpha: exponent of the activations in the factors.
     """
     with threads_for(statistics.moments[0].sum.numel()):
-        sizes = WeightSizes.of(weights)
+        # Of a channel, hundreds of a weight's rows say as much as all of them.
+        sizes = WeightSizes.of(sampled_outputs(dict(weights)))
         seen = [_Tokens(moments) for moments in statistics.moments]
         deviations = torch.stack([tokens.deviation for tokens in seen])
         ranges = torch.stack([tokens.centered.abs().amax(0) for tokens in seen])
