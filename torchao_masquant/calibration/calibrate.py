@@ -291,7 +291,8 @@ def solve(
     """Solve for all linears of a session that has seen its data.
 
     Args:
-        session: its linears still hold their high-precision weights.
+        session: that :func:`check_session` lets pass; its linears still hold their
+            high-precision weights.
         options: scheme, method, alpha and rank.
         factors: see :func:`learned_factors`; None: in closed form.
         progress: show a bar on a terminal.
@@ -300,12 +301,7 @@ def solve(
     Returns:
         Name of each linear, and of each weight of experts, to its part of a recipe, but
         for those that were called with other tokens than the model's.
-
-    Raises:
-        ValueError: a linear or a modality was left out by the data; a group size does
-            not divide the width of a linear.
     """
-    check_session(session, options)
     layers: dict[str, LayerRecipe] = {}
     groups = [
         ({name: session.linears[name].weight for name in names}, leader)
@@ -387,7 +383,8 @@ def check_session(session: CalibrationSession, options: SolverOptions) -> None:
     """Raise unless a session has what :func:`solve` needs.
 
     Raises:
-        ValueError: as :func:`solve` does.
+        ValueError: a linear or a modality was left out by the data; a group size does
+            not divide the width of a linear.
     """
     session.check_complete()
     check_shapes(

@@ -92,6 +92,7 @@ def collect_statistics(model: nn.Module, progress: bool) -> CalibrationSession:
             progress=progress,
             description="Calibrating",
         )
+    session.check_complete()
     return session
 
 

@@ -101,7 +101,7 @@ def plan_observed(
     """Quantize what a session observed.
 
     Raises:
-        ValueError: as :func:`~torchao_masquant.calibration.calibrate.solve`; the session
+        ValueError: as :func:`~torchao_masquant.calibration.calibrate.check_session`; it
             kept too little for the method.
     """
     if config.options.parts.per_modality and not session.second_moments:
@@ -149,7 +149,7 @@ def _solution(
     """What a session is solved for; the same again where only a part was converted.
 
     Raises:
-        ValueError: as :func:`solve`; or a part was converted with other options, or
+        ValueError: as :func:`check_session`; or a part was converted with other options, or
             before more data was observed.
     """
     for known, layers in session.solutions:
