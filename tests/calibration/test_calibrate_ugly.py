@@ -137,6 +137,10 @@ def test_the_output_is_sound(scheme, change, low_rank_bits):
         if scheme == "w4a16" and change is _loud_tokens:
             # One factor for all: the others pay for a channel 1e4 louder in one.
             least = 0.5
+        if change is _loud_tokens and (scheme, low_rank_bits) == ("w8a8", 8):
+            # One factor for all: a pair with steps of 1/127 of what it makes of that
+            # channel takes the sign of a tanh wrong where a token has little in it.
+            least = 0.15
         assert error.norm() < least * signal.norm(), index
 
 

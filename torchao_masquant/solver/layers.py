@@ -43,6 +43,9 @@ __all__ = ["ROUNDED_TOGETHER", "factors_alone", "rounded_together", "solve_group
 #: Values of weights; the rounding of few rows is all overhead.
 ROUNDED_TOGETHER = 1 << 23
 
+# Times the energy of a token of the quietest modality.
+_LOUDEST = 10.0
+
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -207,6 +210,7 @@ class _PerModality:
         self.options, self.method = problem.options, problem.options.parts
         self.factors = factors
         self.differ = any(not torch.equal(f, factors[0]) for f in factors[1:])
+        self.shares = _shares(self.inputs, factors)
         # One factor for all modalities leaves nothing for a gauge to make up for.
         self.gauge = gauge and self.differ
         self.pairs: dict[str, list[Optional[_Pair]]] = {
@@ -255,8 +259,8 @@ class _PerModality:
     def _total(self) -> torch.Tensor:
         """``sum_m v_m A_m``, new memory."""
         total = torch.zeros_like(self.inputs[0].covariance)
-        for modality, factor in zip(self.inputs, self.factors):
-            _add_scaled(total, modality.covariance, 1 / factor, modality.share)
+        for modality, factor, share in zip(self.inputs, self.factors, self.shares):
+            _add_scaled(total, modality.covariance, 1 / factor, share)
         return rotated_both(total, self.problem.hadamard_size)
 
     def _noise(self) -> torch.Tensor:
@@ -265,13 +269,13 @@ class _PerModality:
         if self.options.bits.weight_only:
             return noise
         quant_max = 2 ** (self.options.bits.act_bits - 1) - 1
-        for modality, factor in zip(self.inputs, self.factors):
+        for modality, factor, share in zip(self.inputs, self.factors, self.shares):
             if len(modality.tokens):
                 seen = (modality.tokens - modality.shift) / factor
                 seen = rotated(seen, self.problem.hadamard_size)
                 steps = seen.abs().amax(1) / quant_max
                 # The variance of what is uniform over a step.
-                noise += modality.share * steps.square().mean() / 12
+                noise += share * steps.square().mean() / 12
         return noise
 
     def _target(self, name: str, hessian: JointHessian) -> torch.Tensor:
@@ -280,12 +284,14 @@ class _PerModality:
         if not self.differ:
             return hessian.target(base)
         wanted = torch.zeros_like(base)
-        for modality, factor, pair in zip(self.inputs, self.factors, self.pairs[name]):
+        for modality, factor, pair, share in zip(
+            self.inputs, self.factors, self.pairs[name], self.shares
+        ):
             met = weight @ modality.covariance
             if pair is not None:
                 down = rotated(pair[0].double().t(), size) / factor
                 met -= pair[1].double().t() @ (down @ modality.covariance)
-            wanted.add_(met / factor, alpha=modality.share)
+            wanted.add_(met / factor, alpha=share)
         return hessian.target_of(base, rotated(wanted, size))
 
     def _rounded(
@@ -415,6 +421,28 @@ def rounded_together(values: Sequence[int]) -> list[list[int]]:
             held = count
         batches[-1].append(index)
     return batches
+
+
+def _shares(
+    inputs: Sequence[ModalityInput], factors: Sequence[torch.Tensor]
+) -> list[float]:
+    """What a modality's squared error weighs.
+
+    As its tokens do, so that loud tokens count for more than quiet ones, which is what
+    they do in what comes next. But one that is far louder than the quietest counts as if
+    it were so many times as loud, for it would leave the other no say at all.
+    """
+    energies = [
+        ((i.tokens - i.center) / f).square().sum(1).mean().item()
+        if len(i.tokens)
+        else 0.0
+        for i, f in zip(inputs, factors)
+    ]
+    quietest = min((e for e in energies if e > 0), default=0.0)
+    return [
+        i.share / max(1.0, e / (_LOUDEST * quietest)) if quietest else i.share
+        for i, e in zip(inputs, energies)
+    ]
 
 
 def _add_scaled(

@@ -76,9 +76,22 @@ def smoothing_factors(
         ranges = [torch.maximum(i.range, RESOLUTION * i.absmax) for i in inputs]
         return factors_of_ranges(ranges, sizes.absmax, alpha, separation)
     own = [_rms(i) for i in inputs]
-    seen = [r for i, r in zip(inputs, own) if len(i.tokens)]
-    unified = torch.stack(seen or own).square().mean(0).sqrt()
-    return _between(own, unified, sizes.rms, alpha, separation)
+    return _between(own, _unified(own, sizes.rms), sizes.rms, alpha, separation)
+
+
+def _unified(own: Sequence[torch.Tensor], weight_rms: torch.Tensor) -> torch.Tensor:
+    """(K,) root mean square over modalities, each relative to what it makes in all.
+
+    A token is rounded relative to itself, so that a modality which is louder in every
+    channel needs no other factor for it.
+    """
+    squares = torch.stack(list(own)).square()
+    energies = (squares * weight_rms.square()).sum(1)
+    heard = energies > 0
+    if not heard.any():
+        return squares.mean(0).sqrt()
+    relative = squares[heard] / energies[heard, None]
+    return (relative.mean(0) * energies[heard].mean()).sqrt()
 
 
 def _rms(modality: ModalityInput) -> torch.Tensor:
