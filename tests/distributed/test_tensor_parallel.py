@@ -26,7 +26,7 @@ WORDS = tiny_models.words
 @pytest.fixture(scope="module")
 def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("recipe") / "recipe.safetensors"
-    tiny_models.recipe_of(tiny_models.qwen25_vl()).save(path)
+    tiny_models.recipe_of(tiny_models.qwen25_vl(), hadamard_size=16).save(path)
     return str(path)
 
 

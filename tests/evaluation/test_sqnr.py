@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from hadamard_oracle import hadamard_f64
 from torch import nn
 from torchao.quantization import quantize_
 
@@ -62,6 +63,9 @@ def _effective(weight, x, modality):
     smoothed = (x.float() * pre_scale.float()).double()
     if weight.act_shift is not None:
         smoothed = smoothed - weight.act_shift[modality].double()
+    smoothed = smoothed @ torch.from_numpy(
+        hadamard_f64(x.shape[1], weight.hadamard_size)
+    )
     quant_max = 2 ** (weight.act_bits - 1) - 1
     scale = smoothed.abs().amax(-1, keepdim=True) / quant_max
     x_hat = (smoothed / scale).round() * scale

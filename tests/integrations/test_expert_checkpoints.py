@@ -145,7 +145,7 @@ def test_rotated_experts_come_back_to_the_bit(tmp_path):
 def test_files_hold_packed_integers(saved):
     _, _, model, folder, _ = saved
     entry = entry_of(folder / "quantized")
-    assert entry["format_version"] == 3
+    assert entry["format_version"] == 4  # rotated
     stored = load_file(folder / "quantized" / "model.safetensors")
     for name, module in model.named_modules():
         if not isinstance(module, MASQuantExperts):

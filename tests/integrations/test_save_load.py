@@ -139,7 +139,7 @@ def test_the_files_hold_packed_integers(saved):
 def test_the_config_describes_every_linear(saved):
     model, folder = saved
     entry = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert (entry["quant_method"], entry["format_version"]) == ("masquant", 3)
+    assert (entry["quant_method"], entry["format_version"]) == ("masquant", 4)
     assert set(entry["layers"]) == set(linears(model))
     for name, numbers in entry["layers"].items():
         weight = linears(model)[name].weight
@@ -216,8 +216,13 @@ def test_a_rotated_model_comes_back_to_the_bit(saved, tmp_path, capsys):
     for name, weight in weights.items():
         assert torch.equal(loaded.get_submodule(name).weight, weight.dequantize())
     # Without any there is no trace of them.
-    text = (saved[1] / "config.json").read_text()
-    assert '"format_version": 3' in text and "hadamard" not in text
+    plain = tiny_models.qwen25_vl()
+    recipe = tiny_models.recipe_of(plain, hadamard_size=1, **FAST)
+    tiny_models.quantized(plain, recipe).save_pretrained(tmp_path / "plain")
+    text = (tmp_path / "plain" / "config.json").read_text()
+    assert '"format_version": 3' in text
+    formats = json.loads(text)["quantization_config"]["formats"]
+    assert not any("hadamard_size" in one for one in formats)
 
 
 def test_a_loaded_model_is_routed(saved):
