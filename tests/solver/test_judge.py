@@ -158,7 +158,10 @@ def _sizes(tokens, weights, hadamard_size):
             return np.sqrt((x**2).mean(axis))
 
         def both(sizes):
-            return np.sqrt((np.array(sizes) ** 2).mean(0))
+            # Each relative to what the weights make of it, at their mean loudness.
+            made = [(s**2 * size(rows) ** 2).sum() for s in sizes]
+            parts = [s**2 / e for s, e in zip(sizes, made)]
+            return np.sqrt(np.mean(parts, 0) * np.mean(made))
 
     own = []
     for x in tokens:
@@ -270,6 +273,16 @@ def test_clipping_goes_by_what_each_modality_loses(importances, hadamard_size):
     own, _, of_weights = _sizes(tokens, weights, hadamard_size)
     exact = {name: w.double().numpy() for name, w in weights.items()}
     importance, base, shared = 0.0, None, None
+    # No modality counts as more than ten times as loud as the quietest.
+    energies = [
+        ((x.double().numpy() - group_oracle.center(x)) ** 2 * of_weights / own[0])
+        .sum(1)
+        .mean()
+        for x in tokens
+    ]
+    shares = [
+        share * min(1, 10 * min(energies) / e) for share, e in zip(shares, energies)
+    ]
     for index, x in enumerate(tokens):
         centered = x.double().numpy() - group_oracle.center(x)
         factor = np.sqrt(own[index] / of_weights)

@@ -210,7 +210,7 @@ class _PerModality:
         self.options, self.method = problem.options, problem.options.parts
         self.factors = factors
         self.differ = any(not torch.equal(f, factors[0]) for f in factors[1:])
-        self.shares = _shares(self.inputs, factors)
+        self.shares = _shares(self.inputs, factors[0])
         # One factor for all modalities leaves nothing for a gauge to make up for.
         self.gauge = gauge and self.differ
         self.pairs: dict[str, list[Optional[_Pair]]] = {
@@ -423,20 +423,22 @@ def rounded_together(values: Sequence[int]) -> list[list[int]]:
     return batches
 
 
-def _shares(
-    inputs: Sequence[ModalityInput], factors: Sequence[torch.Tensor]
-) -> list[float]:
+def _shares(inputs: Sequence[ModalityInput], factor: torch.Tensor) -> list[float]:
     """What a modality's squared error weighs.
 
     As its tokens do, so that loud tokens count for more than quiet ones, which is what
     they do in what comes next. But one that is far louder than the quietest counts as if
     it were so many times as loud, for it would leave the other no say at all.
+
+    Args:
+        inputs: of each modality.
+        factor: (K,) of the base, which no gauge moves.
     """
     energies = [
-        ((i.tokens - i.center) / f).square().sum(1).mean().item()
+        ((i.tokens - i.center) / factor).square().sum(1).mean().item()
         if len(i.tokens)
         else 0.0
-        for i, f in zip(inputs, factors)
+        for i in inputs
     ]
     quietest = min((e for e in energies if e > 0), default=0.0)
     return [
