@@ -11,11 +11,10 @@ from typing import Any
 from torchao_masquant.calibration.modality_spread import MUCH
 from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.plotting import (
-    by_place,
     finite,
-    label_places,
     legend_below,
     new_figure,
+    panels_by_place,
     style_of,
 )
 
@@ -38,11 +37,9 @@ def figures(analysis: Analysis) -> dict[str, Any]:
 
 
 def _ranges(analysis: Analysis) -> Any:
-    kinds = by_place(analysis.inputs)
-    columns = min(2, len(kinds))
-    figure, axes = new_figure(math.ceil(len(kinds) / columns), columns, 3.0)
+    figure, panels = panels_by_place(analysis.inputs, 2, 3.0)
     entries: dict[str, Any] = {}
-    for axis, (kind, places) in zip(axes, kinds.items()):
+    for axis, places in panels:
         layers = [place for place, _ in places]
         for modality in analysis.modalities:
             ranges = [analysis.inputs[name].ranges[modality] for _, name in places]
@@ -66,9 +63,6 @@ def _ranges(analysis: Analysis) -> Any:
             )
         axis.set_yscale("log")
         axis.set_ylabel("max |x| over tokens")
-        label_places(axis, kind, places)
-    for axis in axes[len(kinds) :]:
-        axis.set_visible(False)
     legend_below(figure, entries)
     figure.suptitle(
         f"{analysis.model}: activation range (band: 5 to 95 % of the channels)"
@@ -82,11 +76,9 @@ def _positive(value: float) -> float:
 
 
 def _dominance(analysis: Analysis) -> Any:
-    kinds = by_place(analysis.inputs)
-    columns = min(2, len(kinds))
-    figure, axes = new_figure(math.ceil(len(kinds) / columns), columns, 2.6)
+    figure, panels = panels_by_place(analysis.inputs, 2, 2.6)
     entries: dict[str, Any] = {}
-    for axis, (kind, places) in zip(axes, kinds.items()):
+    for axis, places in panels:
         layers = [place for place, _ in places]
         bottom = [0.0] * len(places)
         for modality in analysis.modalities:
@@ -106,9 +98,6 @@ def _dominance(analysis: Analysis) -> Any:
             bottom = [b + s for b, s in zip(bottom, shares)]
         axis.set_ylim(0, 100)
         axis.set_ylabel("channels, %")
-        label_places(axis, kind, places)
-    for axis in axes[len(kinds) :]:
-        axis.set_visible(False)
     legend_below(figure, entries)
     figure.suptitle(f"{analysis.model}: which modality sets the unified factor")
     return figure
@@ -116,11 +105,9 @@ def _dominance(analysis: Analysis) -> Any:
 
 def _own_factors(analysis: Analysis) -> Any:
     spreads = analysis.spreads
-    kinds = by_place(spreads)
-    columns = min(2, len(kinds))
-    figure, axes = new_figure(math.ceil(len(kinds) / columns), columns, 2.6)
+    figure, panels = panels_by_place(spreads, 2, 2.6)
     entries: dict[str, Any] = {}
-    for axis, (kind, places) in zip(axes, kinds.items()):
+    for axis, places in panels:
         layers = [place for place, _ in places]
         for modality in analysis.modalities:
             (entries[modality],) = axis.plot(
@@ -132,9 +119,6 @@ def _own_factors(analysis: Analysis) -> Any:
             MUCH, color="0.5", linestyle="--", linewidth=1
         )
         axis.set_ylabel("less error, dB")
-        label_places(axis, kind, places)
-    for axis in axes[len(kinds) :]:
-        axis.set_visible(False)
     legend_below(figure, entries)
     figure.suptitle(
         f"{analysis.model}: what factors of their own would gain, after the shift, rotated"
@@ -179,11 +163,9 @@ def _theorem_1(analysis: Analysis) -> Any:
 
 
 def _effective_ranks(analysis: Analysis) -> Any:
-    kinds = by_place(analysis.effective_ranks)
-    columns = min(3, len(kinds))
-    figure, axes = new_figure(math.ceil(len(kinds) / columns), columns, 2.8)
+    figure, panels = panels_by_place(analysis.effective_ranks, 3, 2.8)
     entries: dict[str, Any] = {}
-    for axis, (kind, places) in zip(axes, kinds.items()):
+    for axis, places in panels:
         layers = [place for place, _ in places]
         for modality in analysis.modalities[1:]:
             ranks = [analysis.effective_ranks[name][modality] for _, name in places]
@@ -209,9 +191,6 @@ def _effective_ranks(analysis: Analysis) -> Any:
         )
         axis.set_yscale("log")
         axis.set_ylabel("effective rank")
-        label_places(axis, kind, places)
-    for axis in axes[len(kinds) :]:
-        axis.set_visible(False)
     legend_below(figure, entries)
     figure.suptitle(
         f"{analysis.model}, {analysis.scheme}: effective rank of the weight difference"

@@ -5,16 +5,13 @@
 # LICENSE file in the root directory of this source tree.
 """Figures of an evaluation."""
 
-import math
 from typing import Any
 
 from torchao_masquant.evaluation.evaluation import Evaluation
 from torchao_masquant.evaluation.plotting import (
-    by_place,
     finite,
-    label_places,
     legend_below,
-    new_figure,
+    panels_by_place,
     style_of,
 )
 
@@ -27,11 +24,9 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _sqnr_by_layer(evaluation: Evaluation) -> Any:
-    kinds = by_place(evaluation.sqnr)
-    columns = min(3, len(kinds))
-    figure, axes = new_figure(math.ceil(len(kinds) / columns), columns, 2.8)
+    figure, panels = panels_by_place(evaluation.sqnr, 3, 2.8)
     entries: dict[str, Any] = {}
-    for axis, (kind, places) in zip(axes, kinds.items()):
+    for axis, places in panels:
         for modality in evaluation.modalities:
             found = [
                 (place, evaluation.sqnr[name][modality])
@@ -53,9 +48,6 @@ def _sqnr_by_layer(evaluation: Evaluation) -> Any:
                 **style.line,
             )
         axis.set_ylabel("output SQNR, dB")
-        label_places(axis, kind, places)
-    for axis in axes[len(kinds) :]:
-        axis.set_visible(False)
     legend_below(figure, entries)
     figure.suptitle(
         f"{evaluation.model}, {evaluation.scheme}: "

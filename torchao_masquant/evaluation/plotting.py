@@ -7,7 +7,7 @@
 
 import math
 import re
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
     "Style",
@@ -16,6 +16,7 @@ __all__ = [
     "label_places",
     "legend_below",
     "new_figure",
+    "panels_by_place",
     "style_of",
 ]
 
@@ -122,6 +123,34 @@ def label_places(axis: Any, kind: str, places: Sequence[tuple[int, str]]) -> Non
             ha="right",
             fontsize=7,
         )
+
+
+def panels_by_place(
+    names: Iterable[str], columns: int, height: float
+) -> tuple[Any, Iterator[tuple[Any, list[tuple[int, str]]]]]:
+    """A figure with a panel for each kind of linear.
+
+    Args:
+        names: of linears, in the model's order.
+        columns: of panels, at most.
+        height: of a panel, as of :func:`new_figure`.
+
+    Returns:
+        The figure, and each panel's axes with the (layer, name) pairs of its kind. A panel
+        is labelled once it is drawn on, when the next one is asked for.
+    """
+    kinds = by_place(names)
+    columns = min(columns, len(kinds))
+    figure, axes = new_figure(math.ceil(len(kinds) / columns), columns, height)
+
+    def panels() -> Iterator[tuple[Any, list[tuple[int, str]]]]:
+        for axis, (kind, places) in zip(axes, kinds.items()):
+            yield axis, places
+            label_places(axis, kind, places)
+        for axis in axes[len(kinds) :]:
+            axis.set_visible(False)
+
+    return figure, panels()
 
 
 def legend_below(figure: Any, entries: Mapping[str, Any]) -> None:
