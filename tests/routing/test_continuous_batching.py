@@ -71,10 +71,17 @@ def test_placeholders_are_routed_wherever_they_are_packed(omni):
         [BOS, *[IMAGE] * 18],
     ]
     with batches_of(omni) as batches, recorded(omni) as calls:
-        omni.generate_batch(
+        outputs = omni.generate_batch(
             prompts, generation_config=GREEDY, continuous_batching_config=small()
         )
-    assert sum((tokens == IMAGE).sum() for tokens in batches[:2]) == 38
+    # Beside the rest of the last prompt the second batch holds what the others said first,
+    # which in a model of random weights may be this token, too.
+    said = [
+        o.generated_tokens[0] for o in outputs.values() if o.prompt_ids != prompts[3]
+    ]
+    assert len(said) == 3
+    images = 38 + said.count(IMAGE)
+    assert sum((tokens == IMAGE).sum() for tokens in batches[:2]) == images
     assert all((tokens == IMAGE).any() for tokens in batches[:2])
     assert_batches_routed(omni, batches, calls)
 

@@ -272,17 +272,7 @@ def test_clipping_goes_by_what_each_modality_loses(importances, hadamard_size):
     shares = [i.share for i in modality_inputs(statistics(tokens), options)]
     own, _, of_weights = _sizes(tokens, weights, hadamard_size)
     exact = {name: w.double().numpy() for name, w in weights.items()}
-    importance, base, shared = 0.0, None, None
-    # No modality counts as more than ten times as loud as the quietest.
-    energies = [
-        ((x.double().numpy() - group_oracle.center(x)) ** 2 * of_weights / own[0])
-        .sum(1)
-        .mean()
-        for x in tokens
-    ]
-    shares = [
-        share * min(1, 10 * min(energies) / e) for share, e in zip(shares, energies)
-    ]
+    lost, base, shared = [], None, None
     for index, x in enumerate(tokens):
         centered = x.double().numpy() - group_oracle.center(x)
         factor = np.sqrt(own[index] / of_weights)
@@ -304,8 +294,13 @@ def test_clipping_goes_by_what_each_modality_loses(importances, hadamard_size):
             wanted = np.concatenate([y.ravel() / n for (y, _), n in zip(parts, sizes)])
             met = np.concatenate([v.ravel() / n for (_, v), n in zip(parts, sizes)])
             factor = factor / (met @ wanted / (met @ met))
-        lost = ((centered / factor @ rotation) ** 2).mean(0)
-        importance = importance + shares[index] * lost
+        lost.append(((centered / factor @ rotation) ** 2).mean(0))
+    # No modality counts as more than ten times as loud as the quietest.
+    quietest = min(own.sum() for own in lost)
+    importance = sum(
+        share * own * min(1, 10 * quietest / own.sum())
+        for share, own in zip(shares, lost)
+    )
     for name, weight in weights.items():
         expected = round_to_nearest(
             weight, base, options.bits, torch.from_numpy(importance), size

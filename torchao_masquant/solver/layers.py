@@ -210,9 +210,9 @@ class _PerModality:
         self.options, self.method = problem.options, problem.options.parts
         self.factors = factors
         self.differ = any(not torch.equal(f, factors[0]) for f in factors[1:])
-        self.shares = _shares(self.inputs, factors[0])
         # One factor for all modalities leaves nothing for a gauge to make up for.
         self.gauge = gauge and self.differ
+        self.shares = [modality.share for modality in self.inputs]
         self.pairs: dict[str, list[Optional[_Pair]]] = {
             name: [None] * len(factors) for name in self.weights
         }
@@ -230,6 +230,7 @@ class _PerModality:
 
     def _weighed(self, shared: dict[str, SharedWeight]) -> dict[str, SharedWeight]:
         """Clipped and rounded by what errors cost."""
+        self.shares = _shares(self.inputs, self.factors)
         if self.method.rounding != "gptq":
             importance = self._total().diagonal()
             return {n: self._nearest(n, importance) for n in self.weights}
@@ -423,7 +424,9 @@ def rounded_together(values: Sequence[int]) -> list[list[int]]:
     return batches
 
 
-def _shares(inputs: Sequence[ModalityInput], factor: torch.Tensor) -> list[float]:
+def _shares(
+    inputs: Sequence[ModalityInput], factors: Sequence[torch.Tensor]
+) -> list[float]:
     """What a modality's squared error weighs.
 
     As its tokens do, so that loud tokens count for more than quiet ones, which is what
@@ -432,13 +435,13 @@ def _shares(inputs: Sequence[ModalityInput], factor: torch.Tensor) -> list[float
 
     Args:
         inputs: of each modality.
-        factor: (K,) of the base, which no gauge moves.
+        factors: (K,) of each; a gauge has made them commensurable where they differ.
     """
     energies = [
-        ((i.tokens - i.center) / factor).square().sum(1).mean().item()
+        ((i.tokens - i.center) / f).square().sum(1).mean().item()
         if len(i.tokens)
         else 0.0
-        for i in inputs
+        for i, f in zip(inputs, factors)
     ]
     quietest = min((e for e in energies if e > 0), default=0.0)
     return [
