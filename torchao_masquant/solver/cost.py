@@ -150,11 +150,11 @@ def _attempt(
     """Of one exponent and separation, for one linear."""
     parts, others = options.parts, modalities - 1
     jointly, rank = parts.rounding == "gptq", average_rank(options, n, k)
-    passes = 1 + _CLIPPED * parts.clip + modalities
+    passes = (_CLIPPED if parts.clip else 1) + modalities
     work, met = Work(), _rotated(n, k, options)
     if differ and parts.gauge:
         fits = others * (1 + (jointly or parts.clip))
-        passes += 2 * fits
+        passes += 1 + 2 * fits
         work += (met + Work(2 * n * k * k)) * fits
     if rank:
         fits = others * (1 + (jointly and differ))

@@ -212,41 +212,43 @@ class _PerModality:
         self.differ = any(not torch.equal(f, factors[0]) for f in factors[1:])
         # One factor for all modalities leaves nothing for a gauge to make up for.
         self.gauge = gauge and self.differ
-        self.shares = [modality.share for modality in self.inputs]
+        self.shares: list[float]
         self.pairs: dict[str, list[Optional[_Pair]]] = {
             name: [None] * len(factors) for name in self.weights
         }
 
     def solve(self) -> dict[str, LayerRecipe]:
-        shared = {name: self._nearest(name, None) for name in self.weights}
+        weighed = self.method.rounding == "gptq" or self.method.clip
         if self.gauge:
+            # What a modality's error weighs depends on its gauge.
+            self._fit_gauges(self._all_nearest(None))
+        shared = self._weighed() if weighed else self._all_nearest(None)
+        if self.gauge and weighed:
             self._fit_gauges(shared)
-        if self.method.rounding == "gptq" or self.method.clip:
-            shared = self._weighed(shared)
-            if self.gauge:
-                self._fit_gauges(shared)
         self._fit_pairs(shared)
         return {name: self._layer(name, shared[name]) for name in self.weights}
 
-    def _weighed(self, shared: dict[str, SharedWeight]) -> dict[str, SharedWeight]:
+    def _weighed(self) -> dict[str, SharedWeight]:
         """Clipped and rounded by what errors cost."""
         self.shares = _shares(self.inputs, self.factors)
         if self.method.rounding != "gptq":
-            importance = self._total().diagonal()
-            return {n: self._nearest(n, importance) for n in self.weights}
+            return self._all_nearest(self._total().diagonal())
         hessian = JointHessian(self._total(), self._noise())
         if not hessian.active:
-            return shared
-        if self.method.clip:
-            shared = {n: self._nearest(n, hessian.importance) for n in self.weights}
+            return self._all_nearest(None)
+        shared = self._all_nearest(hessian.importance if self.method.clip else None)
         if self.differ:
             # What pairs will make up for does not draw the weight away.
             self._fit_pairs(shared)
-        shared = dict(shared)
         names = list(self.weights)
         for batch in rounded_together([w.numel() for w in self.weights.values()]):
             shared |= self._rounded([names[i] for i in batch], shared, hessian)
         return shared
+
+    def _all_nearest(
+        self, importance: Optional[torch.Tensor]
+    ) -> dict[str, SharedWeight]:
+        return {name: self._nearest(name, importance) for name in self.weights}
 
     def _nearest(self, name: str, importance: Optional[torch.Tensor]) -> SharedWeight:
         return round_to_nearest(
