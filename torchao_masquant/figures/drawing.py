@@ -16,12 +16,12 @@ from torchao_masquant.figures.places import Kind
 from torchao_masquant.figures.style import GUIDE, PAPER, styled
 from torchao_masquant.wording import amount
 
-__all__ = ["Bar", "Drawing", "Panel", "by_kind", "drawing"]
+__all__ = ["Bar", "Drawing", "Panel", "by_kind", "drawing", "plain"]
 
 # In inches.
 _WIDTH, _HEIGHT = 9.0, 2.4
 
-# More points than this have small markers.
+# Lines of more points than this have small markers, or none where they are hollow.
 _MANY = 24
 
 # Of the names under an axis: more letters than these slant, longer ones are cut, and
@@ -32,9 +32,14 @@ _UPRIGHT, _LONGEST, _MOST = 30, 24, 16
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
+def plain(text: str) -> str:
+    """Whatever a file says, without characters that no figure can hold."""
+    return _NO_TEXT.sub("\ufffd", text)
+
+
 def _legible(text: str, width: int = 48) -> str:
-    """Whatever a file says, as text that can be drawn, in lines of some letters."""
-    return textwrap.fill(_NO_TEXT.sub("\ufffd", text), width) or " "
+    """Text that can be drawn, in lines of some letters."""
+    return textwrap.fill(plain(text), width) or " "
 
 
 @dataclass
@@ -114,6 +119,8 @@ class Panel:
         x, y = [v if math.isfinite(v) else math.nan for v in x], self._shown(y)
         if len(x) > _MANY:
             look = {"markersize": 2.5, **look}
+            if look.get("markerfacecolor") == "none":
+                look, hints = {**look, "marker": ""}, ()
         (artist,) = self.axis.plot(x, y, **look)
         if label:
             self.legend[label] = artist
@@ -173,7 +180,13 @@ class Panel:
                 self.hints.append((drawn, [hint]))
                 if label:
                     self.legend.setdefault(label, drawn)
-            self.axis.text(left, index, f"  {_legible(bar.text)}", va="center")
+            self.axis.annotate(
+                _legible(bar.text),
+                (left, index),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+            )
             self.said.append(f"{bar.label} {bar.text}")
         labels = [_legible(bar.label, 36) for bar in bars]
         self.axis.set_yticks(range(len(bars)), labels)
@@ -275,12 +288,16 @@ class Drawing:
             entries |= {k: v for k, v in panel.legend.items() if k not in entries}
         if not entries:
             return
-        longest = max(map(len, entries))
+        # In letters, of which a row has room for some 130.
+        widths = [min(len(label), 48) + 7 for label in entries]
+        columns = 130 // max(widths)
+        if sum(widths) <= 130 or columns > len(entries):
+            columns = len(entries)
         self.canvas.legend(
             list(entries.values()),
             [_legible(label) for label in entries],
             loc="outside lower center",
-            ncols=max(1, min(len(entries), 130 // (min(longest, 48) + 6))),
+            ncols=columns,
         )
 
 

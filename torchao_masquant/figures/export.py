@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from torchao_masquant.figures.drawing import Drawing
+from torchao_masquant.figures.drawing import Drawing, plain
 from torchao_masquant.figures.style import VARIABLES, styled
 from torchao_masquant.replacing import replacing
 
@@ -50,7 +50,7 @@ def to_svg(drawing: Drawing) -> str:
         for artist, hints in panel.hints:
             gid = f"hints-{len(hinted)}"
             artist.set_gid(gid)
-            hinted[gid] = hints
+            hinted[gid] = [plain(hint) for hint in hints]
     file = io.StringIO()
     with styled(), warnings.catch_warnings():
         # The page's font has what ours may lack.
@@ -65,7 +65,7 @@ def to_svg(drawing: Drawing) -> str:
     _add_hints(root, hinted)
     _clean(root)
     root.set("role", "img")
-    root.set("aria-label", drawing.description)
+    root.set("aria-label", plain(drawing.description))
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -93,28 +93,45 @@ def _clean(root: Any) -> None:
             if name == "id" and value not in used:
                 continue
             if name in _COORDINATES:
-                value = re.sub(r"(\.\d\d)\d+", r"\1", " ".join(value.split()))
+                value = _short(value)
             elif name == "style":
                 value = re.sub(r"font-family:[^;]*;? ?", "", value)
                 value = _COLOR.sub(lambda m: VARIABLES.get(m[0], m[0]), value)
             if not value.startswith("rotate(-0 "):
                 element.set(name.rpartition("}")[2], value)
-        if element.tag != "text" and element.tag != "title":
+        if not (element.text or "").strip():
             element.text = None
         element.tail = None
+    for element in reversed(list(root.iter())):
+        _unwrap(element)
         _share_style(element)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
+
+
+def _short(coordinates: str) -> str:
+    """With a tenth of a point, and small outlines with a hundredth."""
+    found = re.sub(r"(\d\d\.\d|\.\d\d)\d+", r"\1", coordinates)
+    return re.sub(r"\s*([A-Zz])\s*", r"\1", found)
 
 
 def _attributes(root: Any) -> str:
     return " ".join(value for e in root.iter() for value in e.attrib.values())
 
 
+def _unwrap(parent: Any) -> None:
+    """Leave out groups of nothing and of one, which say nothing of it."""
+    parent[:] = [
+        child[0] if len(child) == 1 and child.tag == "g" and not child.attrib else child
+        for child in parent
+        if len(child) or child.tag not in ("g", "defs")
+    ]
+
+
 def _share_style(group: Any) -> None:
     """What all marks of a line look like is said once."""
     styles = {child.get("style") for child in group}
-    marks = all(child.tag.endswith("use") for child in group)
+    marks = all(child.tag == "use" for child in group)
     if len(group) > 1 and marks and len(styles) == 1 and "style" not in group.attrib:
         group.set("style", styles.pop() or "")
         for child in group:
