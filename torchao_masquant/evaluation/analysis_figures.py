@@ -8,7 +8,6 @@
 import math
 from typing import Any
 
-from torchao_masquant.calibration.modality_spread import MUCH
 from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.plotting import (
     finite,
@@ -17,6 +16,7 @@ from torchao_masquant.evaluation.plotting import (
     panels_by_place,
     style_of,
 )
+from torchao_masquant.solver.modality_spread import MUCH
 
 __all__ = ["figures"]
 

@@ -8,7 +8,6 @@
 import math
 from typing import Optional, Sequence
 
-from torchao_masquant.calibration.modality_spread import MUCH
 from torchao_masquant.evaluation import Analysis, InputAnalysis
 from torchao_masquant.evaluation.tables import short_names
 from torchao_masquant.report.chart import (
@@ -26,6 +25,7 @@ from torchao_masquant.report.palette import MUTED, method_look, modality_look
 from torchao_masquant.report.places import Kind, input_kinds, kinds
 from torchao_masquant.report.scale import share_y_range
 from torchao_masquant.report.wording import amount, method_name, percent
+from torchao_masquant.solver.modality_spread import MUCH
 
 __all__ = [
     "dominance_figure",

@@ -7,7 +7,6 @@
 
 from typing import Sequence
 
-from torchao_masquant.calibration.modality_spread import sinks_of
 from torchao_masquant.evaluation import Analysis, Evaluation
 from torchao_masquant.evaluation.tables import short_names
 from torchao_masquant.report.analysis_figures import (
@@ -21,6 +20,7 @@ from torchao_masquant.report.analysis_figures import (
 from torchao_masquant.report.evaluation_figures import sqnr_figure
 from torchao_masquant.report.section import Cell, Column, Section, Table
 from torchao_masquant.report.wording import MISSING, amount, method_name
+from torchao_masquant.solver.modality_spread import sinks_of
 
 __all__ = ["compensation_section", "layer_section", "modality_section"]
 
