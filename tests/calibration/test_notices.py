@@ -125,7 +125,7 @@ def test_modalities_that_differ_by_much_where_that_can_be_used(said):
     assert told.startswith("Modalities differ by much at 1 of 2 inputs (up to")
     assert told.endswith("compare separation=1 with separation=0 on held-out data.")
     for options in (
-        dict(scheme="w4a16", group_size=16),
+        dict(scheme="w4a16", group_size=8),
         dict(scheme="w4a4", separation="auto"),
         dict(scheme="w4a4", separation=1.0),
         dict(scheme="w4a4", method="masquant-paper"),
