@@ -198,9 +198,17 @@ class Analysis(JSONRecord):
         Raises:
             ImportError: matplotlib is missing.
         """
-        from torchao_masquant.evaluation.analysis_figures import figures
+        from torchao_masquant.evaluation.analysis_figures import (
+            compensation_drawings,
+            modality_drawings,
+        )
 
-        return figures(self)
+        found = [
+            *modality_drawings(self, self.modalities),
+            *compensation_drawings(self, self.modalities),
+        ]
+        about = f"{self.model}, {self.scheme}"
+        return {drawing.name: drawing.titled(about) for drawing in found}
 
 
 def _pearson(points: list[tuple[float, float]]) -> float:
