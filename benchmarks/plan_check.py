@@ -45,6 +45,7 @@ from torchao_masquant import (
     masquant_config,
     token_modalities,
 )
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.planning.estimate import (
     linear_seconds,
     plan_calibration,
@@ -64,7 +65,6 @@ from torchao_masquant.planning.measuring import (
 from torchao_masquant.planning.processor_time import peak_bytes, processor_seconds
 from torchao_masquant.planning.skeleton import InputGroup, LinearShape, read_skeleton
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
-from torchao_masquant.replacing import replacing
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.solver.cost import solver_bytes
 from torchao_masquant.solver.layers import solve_group

@@ -15,9 +15,9 @@ import argparse
 from pathlib import Path
 from typing import Optional
 
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.planning.machine import Machine
 from torchao_masquant.planning.measuring import measure_machine
-from torchao_masquant.replacing import replacing
 
 _SHIPPED = Path(__file__).parents[1] / "torchao_masquant/planning/machines/cpu.json"
 

@@ -19,10 +19,10 @@ from real.scoring import Reference
 from real.thinker import load_model
 from torch import nn
 
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.replacing import replacing
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import select_linears
 

@@ -30,7 +30,7 @@ from real.thinker import build, load_model, tower_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from torchao_masquant.replacing import replacing
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.testing.digits.augment import augment
 from torchao_masquant.testing.digits.train import Optimizer
 

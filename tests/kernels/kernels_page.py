@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from gpu_bench.plan import GROUPS, SHAPES, Place, paper  # noqa: E402
 
+from torchao_masquant.atomic_files import replacing  # noqa: E402
 from torchao_masquant.kernels.aot import TARGETS  # noqa: E402
 from torchao_masquant.kernels.gpu.roofline import (  # noqa: E402
     DEVICES,
@@ -30,7 +31,6 @@ from torchao_masquant.kernels.gpu.roofline import (  # noqa: E402
     microseconds,
     microseconds_together,
 )
-from torchao_masquant.replacing import replacing  # noqa: E402
 
 
 def _cells(place: Place, card: Device) -> list[str]:

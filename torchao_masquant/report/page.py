@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.evaluation import Analysis, Evaluation
 from torchao_masquant.outputs import check_file
 from torchao_masquant.recipe import Recipe
-from torchao_masquant.replacing import replacing
 from torchao_masquant.report.chart import BarPanel, Figure
 from torchao_masquant.report.headline import headline
 from torchao_masquant.report.missing import missing_parts
@@ -275,8 +275,7 @@ def _write_drawings(
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
+        write_whole(path, data)
     except OSError as error:
         raise OSError(
             f"cannot write {os.fspath(path)!r}: {error.strerror or error}."

@@ -8,7 +8,7 @@
 from pathlib import Path
 from typing import Any
 
-from torchao_masquant.replacing import replacing
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.report.chart import Band, BarPanel, Figure, Line, Look, Panel
 from torchao_masquant.report.scale import value_scale, y_values
 

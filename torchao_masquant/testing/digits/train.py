@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from torchao_masquant.replacing import replacing
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.testing.digits import features
 from torchao_masquant.testing.digits.architecture import HIDDEN_SIZE, thinker_config
 from torchao_masquant.testing.digits.augment import augment
