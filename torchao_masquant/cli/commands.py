@@ -108,7 +108,7 @@ _COMMANDS = (
         "plan",
         "torchao_masquant.cli.plan",
         "what quantizing a model, and running it, will take",
-        "Reckon memory, time and traffic of calibration, and of inference\n"
+        "Reckon memory and traffic of calibration, and of inference\n"
         "in each scheme, from a model's config alone.",
     ),
     _Command(
