@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence
 
+# The methods that ours are compared with.
+sys.path.insert(0, str(Path(__file__).parents[1] / "research"))
+
 import torch
 from baselines.fingerprint import code_fingerprint
 from baselines.quantizing import Quantizing, weight_bytes

@@ -112,14 +112,6 @@ _COMMANDS = (
         "in each scheme, from a model's config alone.",
     ),
     _Command(
-        "kernels",
-        "torchao_masquant.cli.kernels",
-        "what the GPU kernels compile to, with no GPU",
-        "Compile every Triton kernel in every tiling for several\n"
-        "architectures ahead of time, and print registers, spills, shared memory and\n"
-        "matrix instructions of each.",
-    ),
-    _Command(
         "tune",
         "torchao_masquant.cli.tune",
         "measure the GPU kernels' tilings for a model",
