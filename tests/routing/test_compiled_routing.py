@@ -28,7 +28,9 @@ from transformers import StaticCache
 from torchao_masquant import token_modalities
 from torchao_masquant.routing import _carries_features
 
-LENGTHS = (5, 7, 9, 13, 21)
+# Options that are quick to solve for.
+QUICK = {"scheme": "w8a8", "alpha": 0.5, "separation": 1.0, "rounding": "nearest"}
+LENGTHS = (5, 9, 21)
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -97,18 +99,10 @@ def test_the_whole_model_on_text_is_one_graph_as_it_was_before(vl):
     assert counts == [1, 1]
 
 
-@pytest.mark.parametrize(
-    "mask, features",
-    [(True, {}), (False, {}), (True, {"labels": True})],
-    ids=["mask", "no mask", "labels"],
-)
-def test_placeholders_without_features_fail_loudly(vl, mask, features):
-    inputs = mixed(0)
-    arguments = {"input_ids": inputs["input_ids"]}
-    if mask:
-        arguments["attention_mask"] = inputs["attention_mask"]
-    if features:
-        arguments["labels"] = inputs["input_ids"]
+@pytest.mark.parametrize("beside", ["attention_mask", "labels"])
+def test_placeholders_without_features_fail_loudly(vl, beside):
+    ids = mixed(0)["input_ids"]
+    arguments = {"input_ids": ids, beside: ids if beside == "labels" else ids**0}
     compiled = torch.compile(vl, backend="eager", fullgraph=True)
     message = (
         "a compiled call has placeholder tokens of an image or a sound, but no features"
@@ -152,10 +146,9 @@ def test_what_counts_as_features():
         assert _carries_features(arguments) is wanted, arguments
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_regional_compilation_computes_what_eager_does(vl, backend):
+def test_regional_compilation_computes_what_eager_does(vl):
     for layer in layers_of(vl):
-        layer.compile(fullgraph=True, backend=backend)
+        layer.compile(fullgraph=True, backend="aot_eager")
     captured = []
 
     def keep(layer, args, kwargs, y):
@@ -172,11 +165,10 @@ def test_regional_compilation_computes_what_eager_does(vl, backend):
                 same(y, layer.forward(*args, **kwargs))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_every_linear_of_a_compiled_layer_is_routed(vl, backend):
+def test_every_linear_of_a_compiled_layer_is_routed(vl):
     """The recording hooks are compiled along; their linears are checked one by one."""
     layer = layers_of(vl)[0]
-    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     with recorded(layer) as calls:
         for length in (6, 9):
             x, ids = embeds(length)
@@ -190,10 +182,9 @@ def test_every_linear_of_a_compiled_layer_is_routed(vl, backend):
                 assert_routed(calls, these, linears=7)
 
 
-@pytest.mark.parametrize("number", [3, 10])
-def test_layers_compile_once_for_all_of_them(number):
-    """As many graphs for ten layers as for three: nothing of one layer is baked in."""
-    model = quantized(qwen25_vl(layers=number), scheme="w8a8")
+def test_layers_compile_once_for_all_of_them():
+    """As many graphs for six layers as for one: nothing of one layer is baked in."""
+    model = quantized(qwen25_vl(layers=6), **QUICK)
     wanted = [model(**i).logits for i in (mixed(0), mixed(1), text(9), text(6))]
     graphs = Graphs()
     for layer in layers_of(model):
@@ -203,10 +194,9 @@ def test_layers_compile_once_for_all_of_them(number):
     assert graphs.count == 2
 
 
-def test_graphs_of_the_language_model():
+def test_graphs_of_the_language_model(vl):
     """Mixed prefill, base-only prefill, and decode steps: over any length, no more."""
-    model = quantized(qwen25_vl())
-    part = model.get_decoder()
+    part = vl.get_decoder()
     graphs = Graphs()
     compiled = torch.compile(part, fullgraph=True, dynamic=True, backend=graphs)
     for length in LENGTHS:
@@ -224,7 +214,7 @@ def test_graphs_of_the_language_model():
 
 def test_generate_takes_three_graphs_of_the_language_model():
     """Prefills of both kinds, and decoding, also where there are more layers."""
-    model = quantized(qwen25_vl(layers=4), scheme="w8a8")
+    model = quantized(qwen25_vl(layers=4), **QUICK)
     graphs = Graphs()
     model.get_decoder().compile(fullgraph=True, dynamic=True, backend=graphs)
     for inputs in (text(6), mixed(0), text(9), mixed(1, extra=3), text(5)):
@@ -232,16 +222,16 @@ def test_generate_takes_three_graphs_of_the_language_model():
     assert graphs.count == 3
 
 
-def test_decode_steps_with_a_static_cache_share_a_graph():
+def test_decode_steps_with_a_static_cache_share_a_graph(vl):
     """After a mixed prefill; and as many graphs as the unquantized model needs."""
     counts = []
-    for model in (qwen25_vl(), quantized(qwen25_vl())):
+    for model in (qwen25_vl(), vl):
         torch._dynamo.reset()
         part, graphs = model.get_decoder(), Graphs()
         compiled = torch.compile(part, fullgraph=True, backend=graphs)
         cache = StaticCache(config=part.config, max_cache_len=32)
         x, ids = embeds(6, rows=1)
-        modalities = [ids, *[None] * 6]
+        modalities = [ids, *[None] * 4]
         for step, these in enumerate(modalities):
             start = 0 if step == 0 else 5 + step
             arguments = {
@@ -326,7 +316,7 @@ def test_a_mixed_call_of_the_whole_model(vl):
 @pytest.mark.slow
 def test_a_mixed_call_of_the_whole_model_is_routed(vl):
     compiled = torch.compile(vl, backend="eager")
-    for inputs in (mixed(0), mixed(1), text(6)):
+    for inputs in (mixed(0), mixed(1)):
         with recorded(vl) as calls:
             found = compiled(**inputs, use_cache=False).logits
         assert_routed(calls, true_ids(vl, inputs), linears=14)
@@ -334,20 +324,16 @@ def test_a_mixed_call_of_the_whole_model_is_routed(vl):
         assert not router(vl).call.known and router(vl).call.ids is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "error, inputs", [(RuntimeError, text(6)), (KeyboardInterrupt, mixed(0))]
-)
-def test_an_exception_inside_a_compiled_model(vl, error, inputs):
+def test_an_exception_inside_a_compiled_model(vl):
     @torch.compiler.disable
     def fail(*_):
         assert router(vl).call.known
-        raise error
+        raise KeyboardInterrupt
 
     compiled = torch.compile(vl, backend="eager")
-    layers_of(vl)[1].register_forward_pre_hook(fail)
-    with pytest.raises(error):
-        compiled(**inputs, use_cache=False)
+    layers_of(vl)[0].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(**text(6), use_cache=False)
     assert not router(vl).call.known and router(vl).call.ids is None
 
 
@@ -383,7 +369,7 @@ def test_generate_with_a_compiled_model(vl, how):
     assert not router(vl).call.known
 
 
-def run_in_threads(call, inputs, wanted, threads=4, steps=30):
+def run_in_threads(call, inputs, wanted, threads=4, steps=8):
     def work(worker):
         wrong = []
         with torch.no_grad():
@@ -475,7 +461,7 @@ def test_threads_that_compile_at_the_same_time(vl):
     wanted = [vl(**i).logits for i in inputs]
     for layer in layers_of(vl):
         layer.compile(backend="eager")
-    assert run_in_threads(vl, inputs, wanted, steps=12) == []
+    assert run_in_threads(vl, inputs, wanted) == []
     assert not router(vl).call.known
 
 
