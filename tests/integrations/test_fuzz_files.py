@@ -22,17 +22,15 @@ from typing import Any, Callable, Iterator
 import format_1
 import pytest
 import tiny_models
-import torch
+from before_loading import look_at
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchao.quantization import quantize_
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from torchao_masquant import MASQuantHfConfig, Recipe, masquant_config
-from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
+from torchao_masquant import Recipe, masquant_config
 
-EXAMPLES = int(os.environ.get("MASQUANT_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("MASQUANT_FUZZ_EXAMPLES", "30"))
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -268,26 +266,13 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint_calls() -> int:
-    return calls_of(lambda: _use_checkpoint(format_1.FOLDER))
-
-
-def _use_checkpoint(folder: Path) -> None:
-    """All that is looked at before a weight is loaded."""
-    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
-    checked = MASQuantHfConfig.from_dict(entry)
-    config = AutoConfig.from_pretrained(format_1.FOLDER)
-    with torch.device("meta"):
-        empty = Qwen2_5_VLForConditionalGeneration(config)
-    quantizer = MASQuantHfQuantizer(checked, pre_quantized=True)
-    files = [str(folder / "model.safetensors")]
-    quantizer._process_model_before_weight_loading(empty, files)
-    get_model_conversion_mapping(empty, None, quantizer)
+    return calls_of(lambda: look_at(format_1.FOLDER))
 
 
 def _read_checkpoint(folder: Path, calls: int) -> None:
     with counted_calls(MOST_CALLS * calls):
         try:
-            _use_checkpoint(folder)
+            look_at(folder)
         except CLEAR as error:
             _is_clear(error)
 
