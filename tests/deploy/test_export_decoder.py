@@ -15,14 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    PlainModel,
-    batch,
-    quantized,
-    qwen25_vl,
-    recipe_of,
-    token_row,
-)
+from tiny_models import PlainModel, batch, quantized, qwen25_vl, recipe_of, token_row
 from torch import nn
 
 from torchao_masquant import token_modalities
@@ -141,7 +134,7 @@ def run(folder: Path, calls: list[dict[str, Any]], scratch: Path) -> tuple[Any, 
 
 
 @pytest.mark.slow
-def test_a_process_with_torch_alone_gives_the_model_s_results(tmp_path: Path) -> None:
+def test_a_process_with_torch_alone_gives_the_model_s_results(tmp_path):
     options = dict(rounding="nearest", clip=False, alpha=0.5, separation=1.0)
     recipe = recipe_of(qwen25_vl(layers=1), scheme="w4a8", rank=4, **options)
     # Rotated ones, which share their input with each other, beside ones that are not.
@@ -200,7 +193,7 @@ class Wide(nn.Module):
 
 
 @pytest.mark.slow
-def test_a_program_of_your_own_without_any_library(tmp_path: Path) -> None:
+def test_a_program_of_your_own_without_any_library(tmp_path):
     """kernels="aten": the package and the weights are all there is."""
     model = Wide().eval()
     x, ids = torch.randn(1, 9, 16), torch.tensor([[0, 1, 2] * 3])
@@ -240,9 +233,7 @@ def test_a_program_of_your_own_without_any_library(tmp_path: Path) -> None:
     )
 
 
-def test_what_cannot_be_exported_is_refused_before_anything_is_written(
-    tmp_path: Path,
-) -> None:
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
     model = qwen25_vl(layers=1)
     taken = tmp_path / "taken"
     taken.mkdir()

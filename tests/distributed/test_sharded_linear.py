@@ -10,7 +10,7 @@ from typing import Any, Optional
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import WORLD, Ranks
+from ranks import WORLD
 from sharded_oracle import columns_of, expected_sum
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -106,7 +106,7 @@ def check_rows(rank: int, case: str, mixed: bool, source: Optional[int]) -> None
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("check", [check_columns, check_rows])
-def test_sharded_is_whole(ranks: Ranks, check: Any, case: str) -> None:
+def test_sharded_is_whole(ranks, check, case):
     ranks.run(check, case, True, 0)
     ranks.run(check, case, False, None)
 
@@ -143,7 +143,7 @@ def check_compiled(rank: int, act_bits: int) -> None:
 # torch keeps graphs on disk: the second one must not be taken for the first.
 @pytest.mark.slow
 @pytest.mark.parametrize("act_bits", [8, 3])
-def test_compiled(ranks: Ranks, act_bits: int) -> None:
+def test_compiled(ranks, act_bits):
     ranks.run(check_compiled, act_bits)
 
 
@@ -158,7 +158,7 @@ def cache_keys(rank: int) -> set[str]:
     return keys
 
 
-def test_graphs_are_told_apart_by_the_local_weight(ranks: Ranks) -> None:
+def test_graphs_are_told_apart_by_the_local_weight(ranks):
     for keys in ranks.run(cache_keys):
         assert len(keys) == 2 * len(CASES)
 
@@ -195,7 +195,7 @@ def check_placements(rank: int) -> None:
     )
 
 
-def test_placements(ranks: Ranks) -> None:
+def test_placements(ranks):
     ranks.run(check_placements)
 
 
@@ -234,7 +234,7 @@ NOT_SHARDED = [
 ]
 
 
-def test_what_cannot_be_sharded(ranks: Ranks) -> None:
+def test_what_cannot_be_sharded(ranks):
     for case, message in NOT_SHARDED:
         assert ranks.run(refusal, *case) == [message] * WORLD
 
@@ -255,7 +255,7 @@ def check_uneven_local(rank: int) -> str:
     return str(raised.value)
 
 
-def test_uneven_pieces_raise(ranks: Ranks) -> None:
+def test_uneven_pieces_raise(ranks):
     assert (
         ranks.run(check_uneven_local)
         == [

@@ -433,11 +433,7 @@ def _gemma3n() -> Any:
             "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
             "laurel_rank": 8,
         },
-        vision_config={
-            "hidden_size": 32,
-            "vocab_size": 8,
-            "vocab_offset": VOCABULARY,
-        },
+        vision_config={"hidden_size": 32, "vocab_size": 8, "vocab_offset": VOCABULARY},
         audio_config={
             "vocab_size": 8,
             "vocab_offset": VOCABULARY + 8,

@@ -43,7 +43,7 @@ CLEAR = (ValueError, OSError)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bounded_memory() -> Iterator[None]:
+def bounded_memory():
     """A huge allocation fails, rather than being made and never touched."""
     if sys.platform != "linux":
         yield
@@ -92,7 +92,7 @@ def calls_of(read: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("caught", [False, True])
-def test_a_search_is_found(caught: bool) -> None:
+def test_a_search_is_found(caught):
     with pytest.raises(AssertionError, match="more than 50 calls"):
         with counted_calls(50):
             with contextlib.suppress(AssertionError if caught else OSError):
@@ -193,14 +193,14 @@ def _is_clear(error: Exception) -> None:
 
 
 @pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory) -> Path:
+def recipe_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "recipe.safetensors"
     tiny_models.recipe_of(tiny_models.PlainModel(), rank=2).save(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def recipe_calls(recipe_file: Path) -> int:
+def recipe_calls(recipe_file):
     return calls_of(lambda: _use_recipe(recipe_file))
 
 
@@ -259,13 +259,13 @@ def test_a_recipe_whose_metadata_is_nested_too_deep(recipe_file, tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path):
     shutil.copytree(format_1.FOLDER, tmp_path / "model")
     return tmp_path / "model"
 
 
 @pytest.fixture(scope="module")
-def checkpoint_calls() -> int:
+def checkpoint_calls():
     return calls_of(lambda: look_at(format_1.FOLDER))
 
 

@@ -31,12 +31,12 @@ def sample() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def dense() -> Any:
+def dense():
     return tiny_models.omni_thinker()
 
 
 @pytest.fixture(scope="module")
-def recipe(dense: Any) -> Recipe:
+def recipe(dense):
     return calibrate(dense, [sample()], alpha=0.5, separation=1.0, progress=False)
 
 

@@ -14,13 +14,7 @@ import format_1
 import pytest
 import tiny_models
 import torch
-from checkpoints import (
-    assert_same_logits,
-    assert_same_state,
-    entry_of,
-    logits,
-    stored,
-)
+from checkpoints import assert_same_logits, assert_same_state, entry_of, logits, stored
 from linear_oracle import linears_of as linears
 from refusals import refused
 from safetensors import safe_open

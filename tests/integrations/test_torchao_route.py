@@ -25,7 +25,6 @@ from torchao_masquant import (
     MASQuantConfig,
     MASQuantHfConfig,
     MASQuantTensor,
-    Recipe,
     masquant_config,
 )
 from torchao_masquant.integrations import torchao_config
@@ -34,7 +33,7 @@ FAST = {"alpha": 0.5, "separation": 1.0}
 
 
 @pytest.fixture(scope="module")
-def recipe() -> Recipe:
+def recipe():
     return tiny_models.recipe_of(tiny_models.PlainModel(), **FAST)
 
 

@@ -24,11 +24,7 @@ def share_of(rank, size, count):
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    count=st.integers(1, 70),
-    each=st.integers(1, 6),
-    processes=st.integers(1, 5),
-)
+@given(count=st.integers(1, 70), each=st.integers(1, 6), processes=st.integers(1, 5))
 def test_every_sample_is_in_one_batch(count, each, processes):
     size = each * processes
     taught, _ = held_back(count)

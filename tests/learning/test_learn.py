@@ -273,9 +273,8 @@ def test_every_part_has_a_gradient():
 def test_on_the_small_model():
     """A real decoder: masks, rotary positions, a cache argument, padding."""
     model = digits.load_model("outliers")
-    samples = digits.calibration_samples(8)
+    samples = digits.calibration_samples(16)
     options = dict(scheme="w4a4", alpha=0.5, separation=1.0, progress=False)
-    options |= dict(rounding="nearest", clip=False)
     start = calibrate(model, samples, **options)
     learned = calibrate(model, samples, epochs=1, **options)
     assert list(learned.layers) == list(start.layers)

@@ -122,10 +122,7 @@ def test_a_generated_placeholder_is_routed_by_its_token(vl):
     with recorded(vl) as calls:
         vl.generate(
             **batch([BOS, 11]),
-            **{
-                **OPTIONS,
-                "suppress_tokens": [t for t in range(48) if t != IMAGE],
-            },
+            **{**OPTIONS, "suppress_tokens": [t for t in range(48) if t != IMAGE]},
         )
     steps = [c for c in calls if c.x.shape[1] == 1]
     assert_routed(steps, torch.ones(1, 1, dtype=torch.int64), linears=14 * (STEPS - 1))

@@ -24,8 +24,7 @@ OF_A_LAYER = [
 
 
 @pytest.mark.parametrize(
-    "make, decoder",
-    [(qwen25_vl, "model.language_model"), (omni_thinker, OMNI_DECODER)],
+    "make, decoder", [(qwen25_vl, "model.language_model"), (omni_thinker, OMNI_DECODER)]
 )
 def test_default_is_the_decoder_without_towers_and_head(make, decoder):
     model = make()

@@ -14,14 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_oracle import ids_by_hand
 from refusals import refused
-from tiny_models import (
-    AUDIO,
-    IMAGE,
-    VIDEO,
-    PlainModel,
-    omni_thinker,
-    qwen25_vl,
-)
+from tiny_models import AUDIO, IMAGE, VIDEO, PlainModel, omni_thinker, qwen25_vl
 from transformers import Qwen2_5OmniConfig, Qwen2Config
 
 from torchao_masquant import Router

@@ -14,12 +14,7 @@ import transformers
 from torch import nn
 from torchao.quantization import quantize_
 
-from torchao_masquant import (
-    MASQuantConfig,
-    MASQuantLinear,
-    calibrate,
-    masquant_config,
-)
+from torchao_masquant import MASQuantConfig, MASQuantLinear, calibrate, masquant_config
 from torchao_masquant.calibration.calibrate import base_first
 from torchao_masquant.selection import select
 from torchao_masquant.solver.methods import SolverOptions

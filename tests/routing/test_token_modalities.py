@@ -7,13 +7,7 @@
 
 import pytest
 import torch
-from linear_oracle import (
-    assert_routed,
-    linears_of,
-    literal,
-    misrouted,
-    recorded,
-)
+from linear_oracle import assert_routed, linears_of, literal, misrouted, recorded
 from tiny_models import (
     BOS,
     HIDDEN,

@@ -59,10 +59,7 @@ def test_auto_takes_the_best_of_what_it_tries(scheme, modalities, seed):
     def attempt(alpha, separation):
         options = dataclasses.replace(auto, alpha=alpha, separation=separation)
         layers = _solve(tokens, weights, options)
-        tried[alpha, separation] = (
-            _judge(layers, weights, tokens, auto),
-            layers,
-        )
+        tried[alpha, separation] = (_judge(layers, weights, tokens, auto), layers)
 
     for alpha in (0.3, 0.5, 0.7):
         attempt(alpha, 1.0)
