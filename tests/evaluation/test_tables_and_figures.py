@@ -50,7 +50,7 @@ def test_an_analysis_shows_its_numbers():
     assert verdict.startswith(
         "Modalities differ by much at 1 of 2 inputs (up to 5.5 dB"
     )
-    assert rest.endswith("own factors (separation=1, or 'auto') may pay.")
+    assert rest.endswith("separation=0 on held-out data.")
     assert max(map(len, text.splitlines())) <= WIDTH
 
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Optional
 
 from rich.console import RenderableType
 
-from torchao_masquant.calibration.modality_spread import InputSpread, verdict
 from torchao_masquant.evaluation.json_record import JSONRecord
 from torchao_masquant.schemes import get_scheme
+from torchao_masquant.solver.modality_spread import InputSpread, verdict
 
 __all__ = [
     "Analysis",

@@ -8,7 +8,6 @@
 import math
 from typing import Optional, Sequence
 
-from torchao_masquant.calibration.modality_spread import MUCH
 from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.tables import short_names
 from torchao_masquant.figures.drawing import Drawing, by_kind, drawing
@@ -22,6 +21,7 @@ from torchao_masquant.figures.style import (
     modality_color,
     modality_look,
 )
+from torchao_masquant.solver.modality_spread import MUCH
 from torchao_masquant.wording import amount, method_name, percent
 
 __all__ = ["compensation_drawings", "modality_drawings"]

@@ -8,7 +8,6 @@
 from dataclasses import replace
 from typing import Sequence, Union
 
-from torchao_masquant.calibration.modality_spread import sinks_of
 from torchao_masquant.evaluation import Analysis, Evaluation
 from torchao_masquant.evaluation.analysis_figures import (
     compensation_drawings,
@@ -17,6 +16,7 @@ from torchao_masquant.evaluation.analysis_figures import (
 from torchao_masquant.evaluation.evaluation_figures import kind_drawing, layer_drawing
 from torchao_masquant.evaluation.tables import short_names
 from torchao_masquant.report.section import Cell, Section, Table
+from torchao_masquant.solver.modality_spread import sinks_of
 from torchao_masquant.wording import MISSING, amount, method_name
 
 __all__ = ["compensation_section", "layer_section", "modality_section"]

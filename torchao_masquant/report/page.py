@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.evaluation import Analysis, Evaluation
 from torchao_masquant.figures.drawing import Drawing
 from torchao_masquant.figures.export import to_svg, write_png
@@ -24,7 +25,6 @@ from torchao_masquant.figures.style import (
 )
 from torchao_masquant.outputs import check_file
 from torchao_masquant.recipe import Recipe
-from torchao_masquant.replacing import replacing
 from torchao_masquant.report.headline import headline
 from torchao_masquant.report.missing import missing_parts
 from torchao_masquant.report.model_sections import (
@@ -271,8 +271,7 @@ def _write_drawings(figures: Sequence[Drawing], folder: Path) -> tuple[Path, ...
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
+        write_whole(path, data)
     except OSError as error:
         raise OSError(
             f"cannot write {os.fspath(path)!r}: {error.strerror or error}."
