@@ -31,6 +31,7 @@ from torchao_masquant.report.recipe_figures import (
 )
 from torchao_masquant.report.result_rows import rows_of_results
 from torchao_masquant.report.row_figures import accuracy_figure, memory_figure
+from torchao_masquant.solver.modality_spread import MUCH
 
 ALL = made.MODALITIES
 METHODS = ("masquant", "rtn", "smoothquant")
@@ -89,8 +90,8 @@ def test_what_own_factors_gain_is_drawn_against_what_is_much(drawings):
     spread = made.analysis().inputs["model.layers.1.mlp.down_proj"].spread
     found = _values(drawings["own_factors"], "mlp: down_proj", "audio")
     assert found[1] == spread.modalities["audio"].gain_rotated
-    guide = _panel(drawings["own_factors"], "mlp: down_proj").legend["3 dB: much"]
-    assert set(guide.get_ydata()) == {3.0}
+    guide = _panel(drawings["own_factors"], "mlp: down_proj").legend[f"{MUCH:g} dB: much"]
+    assert set(guide.get_ydata()) == {MUCH}
 
 
 def test_theorem_1_is_drawn_with_its_correlation(drawings):
