@@ -45,6 +45,7 @@ from torchao_masquant import (
     masquant_config,
     token_modalities,
 )
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.planning.estimate import (
     linear_seconds,
     plan_calibration,
@@ -68,7 +69,6 @@ from torchao_masquant.replacing import replacing
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.solver.cost import solver_bytes
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
 _LINEARS = ((1536, 896), (896, 1536), (2432, 896))

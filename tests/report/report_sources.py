@@ -23,7 +23,7 @@ from torchao_masquant.evaluation import (
     SmoothingLoss,
     TaskScore,
 )
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 
 MODALITIES = ("text", "vision", "audio")
 TASKS = ("read", "see", "hear")

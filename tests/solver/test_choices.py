@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import ALPHAS, SEPARATIONS, SolverOptions
 from torchao_masquant.solver.judge import mean_log_error
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import ALPHAS, SEPARATIONS, SolverOptions
 from torchao_masquant.solver.ranks import AUTO_SHARE, allocate, spend_ranks
 
 NAMES = ("text", "vision", "audio")
@@ -44,7 +44,7 @@ def _mean_log_error(weights, layers, data, options):
     """By definition, over all tokens: there are fewer than a sample holds."""
     total, importances = 0.0, (1.0, 1.0, 1.0)
     for name, weight in weights.items():
-        quantized = layers[name].quantize(weight, options.bits, NAMES)
+        quantized = layers[name].quantize(weight, options.number_format, NAMES)
         for index, (x, importance) in enumerate(zip(data, importances)):
             y = torch.ops.masquant.linear(
                 x, quantized, torch.full((len(x),), index), None

@@ -13,9 +13,8 @@ from group_oracle import data, statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchao_masquant.schemes import get_scheme
+from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 
 UNIT = 2.0**-24
 
@@ -170,7 +169,7 @@ def test_a_weight_only_scheme_needs_none():
     layers = _solve(tokens, weights, scheme="w4a16", group_size=8)
     for name, layer in layers.items():
         assert layer.act_shift is None and layer.modality_bias.shape[0] == 3
-        bits = SolverOptions("w4a16", group_size=8).bits
+        bits = SolverOptions("w4a16", group_size=8).number_format
         for index, x in enumerate(tokens):
             y = group_oracle.output(layer, weights[name], x, index, bits)
             exact = x.double().numpy() @ weights[name].double().numpy().T

@@ -11,8 +11,8 @@ import torch
 from solver_oracle import check_rounded, smooth, truncated
 
 from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import quantize_smoothed_weight
 
 #: Without what the closed form of the paper has not, but the gauge and the bias.

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from torchao_masquant import SCHEMES
 from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import METHODS, SolverOptions
 from torchao_masquant.solver import smoothing
 from torchao_masquant.solver.compensation import low_rank_pair, whitening
 from torchao_masquant.solver.gauge import gauge
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import METHODS, SolverOptions
 from torchao_masquant.solver.smoothing import smoothing_factor
 
 DOUBLE = torch.float64

@@ -13,7 +13,7 @@ from rich.console import RenderableType
 
 from torchao_masquant.calibration.modality_spread import InputSpread, verdict
 from torchao_masquant.evaluation.json_record import JSONRecord
-from torchao_masquant.schemes import get_scheme
+from torchao_masquant.options import get_scheme
 
 __all__ = [
     "Analysis",

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from typing import Optional, Sequence
 
 from torchao_masquant.calibration import statistics
-from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, in_passes
+from torchao_masquant.calibration.passes import in_passes
+from torchao_masquant.options import (
+    MAX_STATISTICS_BYTES,
+    Scheme,
+    SolverOptions,
+    resolve_rank,
+)
 from torchao_masquant.planning.machine import Machine
 from torchao_masquant.planning.skeleton import InputGroup, LinearShape, Skeleton
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.cost import solver_bytes, solver_work
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = [
     "CalibrationPlan",

@@ -21,16 +21,14 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
+from torchao_masquant.options import Scheme, SolverOptions, get_scheme, resolve_rank
 from torchao_masquant.planning.least_squares import non_negative_fit
 from torchao_masquant.planning.machine import Machine, Rates
 from torchao_masquant.planning.measuring_rest import rest_rates
 from torchao_masquant.planning.processor_time import processor_seconds
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
-from torchao_masquant.schemes import Scheme, get_scheme
-from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.cost import Work, solver_work
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 from torchao_masquant.evaluation import Analysis, Evaluation
+from torchao_masquant.options import SCHEMES
 from torchao_masquant.outputs import check_file
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.replacing import replacing
@@ -33,7 +34,6 @@ from torchao_masquant.report.rows import Rows, rows_of_evaluations
 from torchao_masquant.report.section import Section
 from torchao_masquant.report.sources import UNNAMED, Sources
 from torchao_masquant.report.svg import MARKERS, place
-from torchao_masquant.schemes import SCHEMES
 
 __all__ = ["Report", "write_report"]
 

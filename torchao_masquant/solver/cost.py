@@ -12,9 +12,10 @@ from dataclasses import astuple, dataclass
 from typing import Sequence
 
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
+from torchao_masquant.option_values import AUTO
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.in_place import ROWS
 from torchao_masquant.solver.layers import ROUNDED_TOGETHER, rounded_together
-from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.solver.rotation import halves
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
@@ -78,7 +79,7 @@ def solver_work(
         modalities: M.
         options: of the solution.
     """
-    if not options.parts.per_modality:
+    if not options.procedure.per_modality:
         return Work(values=sum(n * k for n, k in shapes), calls=len(shapes))
     k = shapes[0][1]
     work = Work(entries=modalities * k * k)
@@ -119,7 +120,7 @@ def _solution(
 
 def _differ(modalities: int, options: SolverOptions, separation: float) -> bool:
     """Whether modalities have factors of their own."""
-    return modalities > 1 and separation > 0 and not options.bits.weight_only
+    return modalities > 1 and separation > 0 and not options.number_format.weight_only
 
 
 def _rotated(rows: float, k: int, options: SolverOptions) -> Work:
@@ -130,7 +131,7 @@ def _rotated(rows: float, k: int, options: SolverOptions) -> Work:
 
 def _joint(shapes: Sequence[Shape], modalities: int, options: SolverOptions) -> Work:
     """Of the Hessian, and of the channels that are rounded one after the other."""
-    parts, k = options.parts, shapes[0][1]
+    parts, k = options.procedure, shapes[0][1]
     jointly = parts.rounding == "gptq"
     if not (jointly or parts.clip):
         return Work()
@@ -139,7 +140,7 @@ def _joint(shapes: Sequence[Shape], modalities: int, options: SolverOptions) -> 
         return work
     batches = rounded_together([n * k for n, _ in shapes])
     work += Work(k**3 / 3, entries=k * k, channels=k * len(batches))
-    if not options.bits.weight_only:
+    if not options.number_format.weight_only:
         work += _rotated(modalities * SAMPLE_TOKENS, k, options)
     return work
 
@@ -148,7 +149,7 @@ def _attempt(
     n: int, k: int, modalities: int, options: SolverOptions, differ: bool
 ) -> Work:
     """Of one exponent and separation, for one linear."""
-    parts, others = options.parts, modalities - 1
+    parts, others = options.procedure, modalities - 1
     jointly, rank = parts.rounding == "gptq", average_rank(options, n, k)
     passes = (_CLIPPED if parts.clip else 1) + modalities
     work, met = Work(), _rotated(n, k, options)
@@ -172,7 +173,7 @@ def _attempt(
 
 def _noisy(options: SolverOptions) -> bool:
     """Whether rounded activations move the target of the weight, as a rule."""
-    return options.bits.act_bits < 8
+    return options.number_format.act_bits < 8
 
 
 def _eigen(size: int) -> Work:
@@ -200,10 +201,10 @@ def solver_bytes(
         options: of the solution.
     """
     weight, square = 8 * n * k, 8 * k * k
-    if not options.parts.per_modality:
+    if not options.procedure.per_modality:
         # Rounding holds copies in float32 and integers.
         return 2 * weight
-    parts, others = options.parts, modalities - 1
+    parts, others = options.procedure, modalities - 1
     jointly = parts.rounding == "gptq"
     differ = _differ(modalities, options, max(options.separations))
     tries = len(options.alphas) + len(options.separations) - 1

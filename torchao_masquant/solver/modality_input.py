@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 
 __all__ = ["ModalityInput", "modality_inputs", "ordinary"]
 
@@ -78,7 +78,7 @@ def modality_inputs(
 def _of(
     moments: Moments, share: float, options: SolverOptions, spend: bool
 ) -> ModalityInput:
-    parts = options.parts
+    parts = options.procedure
     tokens = moments.sample.double()
     mean = moments.mean()
     covariance = moments.covariance(parts.centered, spend=spend)
