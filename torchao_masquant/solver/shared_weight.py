@@ -11,7 +11,7 @@ from typing import Optional, Sequence
 import torch
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
-from torchao_masquant.schemes import Scheme
+from torchao_masquant.options import Scheme
 from torchao_masquant.solver.in_place import on_both_sides
 from torchao_masquant.solver.rounding import (
     damped_factor,
