@@ -87,7 +87,7 @@ def _mismatch(target: MASQuantTensor, source: MASQuantTensor) -> Optional[str]:
         if name == "act_pre_scale" and theirs.shape == (1, *ours.shape[1:]):
             continue
         # As is a shift that experts share.
-        if part.of_experts is OfExperts.EITHER and theirs.shape == ours.shape[-2:]:
+        if part.experts is OfExperts.EITHER and theirs.shape == ours.shape[-2:]:
             continue
         if ours.shape != theirs.shape:
             return (

@@ -31,7 +31,6 @@ from torchao_masquant.tensor_subclasses.smoothed_weight import (
 from torchao_masquant.tensor_subclasses.weight_layout import (
     INTEGERS,
     PARTS,
-    OfExperts,
     WeightLayout,
 )
 
@@ -381,24 +380,20 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         if not weights:
             raise ValueError("MASQuantTensor.stack needs at least one weight.")
         first = weights[0]
-        names, attributes = first.__tensor_flatten__()
         for weight in weights[1:]:
-            if weight.__tensor_flatten__() != (names, attributes) or not _same(
-                [first.act_pre_scale, weight.act_pre_scale]
+            if weight.__tensor_flatten__() != first.__tensor_flatten__() or not (
+                torch.equal(weight.act_pre_scale, first.act_pre_scale)
             ):
                 raise ValueError(
                     "experts need weights of one layout, with the same smoothing "
                     f"factors: got {weight!r} beside {first!r}."
                 )
-        stacked = {}
-        for name, part in first.parts().items():
-            parts = [getattr(weight, name) for weight in weights]
-            of_experts = PARTS[name].of_experts
-            shared = of_experts is OfExperts.SHARED or (
-                of_experts is OfExperts.EITHER and _same(parts)
-            )
-            stacked[name] = part if shared else torch.stack(parts)
-        return first.with_parts(stacked)
+        return first.with_parts(
+            {
+                name: PARTS[name].stacked([getattr(weight, name) for weight in weights])
+                for name in first.parts()
+            }
+        )
 
     def parts(self) -> dict[str, torch.Tensor]:
         """The tensors that it consists of, by name."""
@@ -636,10 +631,6 @@ def _rebuild_rotated(rebuild: Callable[..., Any], *args: Any) -> Any:
     they would take the integers for those of other channels.
     """
     return rebuild(*args)
-
-
-def _same(tensors: Sequence[torch.Tensor]) -> bool:
-    return all(t is tensors[0] or torch.equal(t, tensors[0]) for t in tensors[1:])
 
 
 torch.serialization.add_safe_globals([MASQuantTensor, _rebuild_rotated])

@@ -29,7 +29,7 @@ experts share them.
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
-from typing import Callable, Iterator, Mapping, Optional
+from typing import Iterator, Mapping, Optional, Sequence, Union
 
 import torch
 
@@ -87,6 +87,9 @@ class OfExperts(Enum):
     EITHER = "they share one where theirs are equal"
 
 
+_SHARED, _EITHER = OfExperts.SHARED, OfExperts.EITHER
+
+
 @dataclass(frozen=True)
 class Part:
     """One tensor of a quantized weight.
@@ -95,9 +98,10 @@ class Part:
         name: of the tensor's attribute, and in checkpoints.
         dims: a symbol for each dimension of a linear's.
         role: what it is there for, which bytes are told by.
-        dtype: its type in a weight of some layout.
-        when: whether a weight of some layout has it; None: every weight has.
-        of_experts: whether experts share it.
+        dtype: its type, or the attribute of :class:`WeightLayout` that tells it.
+        when: the attribute of :class:`WeightLayout` that tells whether a weight has it;
+            None: every weight has.
+        experts: whether they share it, where a weight is that of several.
         neutral: the value that changes nothing, which placeholders are filled with.
         fillable: whether a weight without it is one with neutral values there.
         added: whether it is added to the sum of the products of pieces, so that one piece
@@ -107,9 +111,9 @@ class Part:
     name: str
     dims: str
     role: str
-    dtype: "Callable[[WeightLayout], torch.dtype]" = lambda layout: torch.float32
-    when: "Optional[Callable[[WeightLayout], bool]]" = None
-    of_experts: OfExperts = OfExperts.OWN
+    dtype: Union[torch.dtype, str] = torch.float32
+    when: Optional[str] = None
+    experts: OfExperts = OfExperts.OWN
     neutral: float = 0
     fillable: bool = False
     added: bool = False
@@ -124,6 +128,19 @@ class Part:
         at = self.dims.find(symbol)
         return None if at < 0 else at - len(self.dims)
 
+    def stacked(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """That of several experts' weight, from theirs.
+
+        Args:
+            tensors: one of each expert, all the same where experts share the part.
+        """
+        first, *others = tensors
+        shared = self.experts is OfExperts.SHARED or (
+            self.experts is OfExperts.EITHER
+            and all(t is first or torch.equal(t, first) for t in others)
+        )
+        return first if shared else torch.stack(list(tensors))
+
     def is_of_each_expert(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor of this part has a leading dimension of experts."""
         return tensor.dim() > len(self.dims)
@@ -133,54 +150,16 @@ class Part:
 PARTS: Mapping[str, Part] = {
     part.name: part
     for part in (
-        Part("qdata", "NB", "integers", lambda w: INTEGERS[w.weight_bits].dtype),
+        Part("qdata", "NB", "integers", "integer_dtype"),
         Part("scale", "NG", "scales"),
-        Part("act_pre_scale", "FK", "factors", of_experts=OfExperts.SHARED, neutral=1),
+        Part("act_pre_scale", "FK", "factors", experts=_SHARED, neutral=1),
+        Part("l1", "KR", "pairs", "pair_dtype", when="paired", fillable=True),
+        Part("l2", "RN", "pairs", "pair_dtype", when="paired", fillable=True),
+        Part("modality_bias", "MN", "offsets", when="bias", fillable=True, added=True),
+        Part("zero_point", "NG", "scales", torch.int8, when="asymmetric"),
+        Part("low_rank_scale", "R", "pairs", when="integer_pair", fillable=True),
         Part(
-            "l1",
-            "KR",
-            "pairs",
-            lambda w: w.pair_dtype,
-            when=lambda w: w.rank > 0,
-            fillable=True,
-        ),
-        Part(
-            "l2",
-            "RN",
-            "pairs",
-            lambda w: w.pair_dtype,
-            when=lambda w: w.rank > 0,
-            fillable=True,
-        ),
-        Part(
-            "modality_bias",
-            "MN",
-            "offsets",
-            when=lambda w: w.bias,
-            fillable=True,
-            added=True,
-        ),
-        Part(
-            "zero_point",
-            "NG",
-            "scales",
-            lambda w: torch.int8,
-            when=lambda w: not w.symmetric,
-        ),
-        Part(
-            "low_rank_scale",
-            "R",
-            "pairs",
-            when=lambda w: w.rank > 0 and w.pair_dtype == torch.int8,
-            fillable=True,
-        ),
-        Part(
-            "act_shift",
-            "MK",
-            "offsets",
-            when=lambda w: w.shift,
-            of_experts=OfExperts.EITHER,
-            fillable=True,
+            "act_shift", "MK", "offsets", when="shift", experts=_EITHER, fillable=True
         ),
     )
 }
@@ -230,24 +209,48 @@ class WeightLayout:
             "R": self.rank,
         }
 
+    @property
+    def integer_dtype(self) -> torch.dtype:
+        """What holds the integers of the weight."""
+        return INTEGERS[self.weight_bits].dtype
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether there are zero points."""
+        return not self.symmetric
+
+    @property
+    def paired(self) -> bool:
+        """Whether there are low-rank pairs."""
+        return self.rank > 0
+
+    @property
+    def integer_pair(self) -> bool:
+        """Whether there are low-rank pairs that are quantized, too."""
+        return self.paired and self.pair_dtype == torch.int8
+
     def parts(self) -> Iterator[Part]:
         """Those that a weight of this layout has."""
-        return (p for p in PARTS.values() if p.when is None or p.when(self))
+        for part in PARTS.values():
+            if part.when is None or getattr(self, part.when):
+                yield part
+
+    def dtype_of(self, part: Part) -> torch.dtype:
+        """Of a part, whether or not the weight has it."""
+        return getattr(self, part.dtype) if isinstance(part.dtype, str) else part.dtype
 
     def shape_of(self, part: Part) -> tuple[int, ...]:
         """Of a part, whether or not the weight has it."""
-        own = part.of_experts is OfExperts.OWN or (
-            part.of_experts is OfExperts.EITHER and self.own_shift
+        own = part.experts is OfExperts.OWN or (
+            part.experts is OfExperts.EITHER and self.own_shift
         )
+        experts = self.shape[:-2] if own else ()
         sizes = self.sizes
-        return (
-            *(self.shape[:-2] if own else ()),
-            *(sizes[symbol] for symbol in part.dims),
-        )
+        return (*experts, *(sizes[symbol] for symbol in part.dims))
 
     def kinds(self) -> dict[str, TensorKind]:
         """Name of each part to its type and shape."""
-        return {p.name: (p.dtype(self), self.shape_of(p)) for p in self.parts()}
+        return {p.name: (self.dtype_of(p), self.shape_of(p)) for p in self.parts()}
 
     def check_kinds(self, found: Mapping[str, TensorKind]) -> None:
         """Raise unless some parts are those of this layout.
@@ -274,10 +277,8 @@ class WeightLayout:
     def bytes_by_role(self) -> dict[str, int]:
         """What each role takes, those that no part is there for among them."""
         found = {part.role: 0 for part in PARTS.values()}
-        kinds = self.kinds()
-        for part in self.parts():
-            dtype, shape = kinds[part.name]
-            found[part.role] += dtype.itemsize * prod(shape)
+        for name, (dtype, shape) in self.kinds().items():
+            found[PARTS[name].role] += dtype.itemsize * prod(shape)
         return found
 
     @property

@@ -26,7 +26,6 @@ from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.low_rank_pair import copy_components
 from torchao_masquant.tensor_subclasses.weight_layout import (
     PARTS,
-    OfExperts,
     Part,
     WeightLayout,
     group_count,
@@ -328,15 +327,10 @@ class LayerRecipe:
             )
         ranks = tuple(max(r) for r in zip(*(p.ranks for p in parts if p.ranks)))
         padded = [_padded(part, ranks) for part in parts]
-        stacked = {}
-        for name, tensor in padded[0].tensors().items():
-            own = [getattr(part, name) for part in padded]
-            of_experts = _part(name).of_experts
-            shared = of_experts is OfExperts.SHARED or (
-                of_experts is OfExperts.EITHER
-                and all(torch.equal(other, tensor) for other in own[1:])
-            )
-            stacked[name] = tensor if shared else torch.stack(own)
+        stacked = {
+            name: _part(name).stacked([getattr(part, name) for part in padded])
+            for name in padded[0].tensors()
+        }
         return cls(
             shape=(len(parts), *first.shape),
             fingerprint=fingerprint,
