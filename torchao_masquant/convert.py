@@ -14,10 +14,9 @@ from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.kernels.hadamard import check_hadamard_size
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.options import Scheme, SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
@@ -128,7 +127,7 @@ def placeholder_weight(
             width.
     """
     n, k = weight.shape[-2:]
-    scheme, method = options.bits, options.parts
+    scheme, method = options.number_format, options.procedure
     check_group_size(scheme.group_size, (n, k))
     told_apart = method.per_modality and not options.spares(name)
     rank = average_rank(options, n, k) if told_apart else 0

@@ -48,8 +48,8 @@ from torchao_masquant.integrations.torchao_tensors import (
     taken_apart,
 )
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import QUANT_METHOD
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 

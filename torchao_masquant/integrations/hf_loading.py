@@ -357,7 +357,7 @@ class QuantizingLoading:
     def nbytes_of(self, name: str, weight: torch.Tensor) -> float:
         """Bytes of a linear's weight once it is quantized."""
         layer = self._layers[name]
-        packed = self.config.options.bits.weight_bits <= 4
+        packed = self.config.options.number_format.weight_bits <= 4
         integers = weight.numel() * (0.5 if packed else 1)
         if layer is None:
             return integers
@@ -404,7 +404,10 @@ class QuantizingLoading:
             )
         try:
             return layer.quantize(
-                weight, options.bits, self.router.modalities, options.low_rank_bits
+                weight,
+                options.number_format,
+                self.router.modalities,
+                options.low_rank_bits,
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

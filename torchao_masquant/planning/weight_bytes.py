@@ -10,9 +10,7 @@ from typing import Optional
 
 import torch
 
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.compensation import resolve_rank
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import Scheme, SolverOptions, resolve_rank
 from torchao_masquant.solver.ranks import average_share
 from torchao_masquant.tensor_subclasses.weight_layout import WeightLayout, group_count
 
@@ -45,7 +43,7 @@ class Compensation:
             options: of the solution.
             modalities: that it is for, base among them.
         """
-        parts = options.parts
+        parts = options.procedure
         return cls(
             modalities=modalities if parts.per_modality else 1,
             rank=average_share(options),

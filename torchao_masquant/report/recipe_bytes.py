@@ -8,8 +8,8 @@
 from dataclasses import dataclass
 from math import prod
 
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, Recipe
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["PART_NAMES", "LayerBytes", "layer_bytes", "recipe_bytes"]
 
@@ -69,7 +69,7 @@ def layer_bytes(
         modalities: M.
     """
     sizes = layer.layout(
-        options.bits, modalities, options.low_rank_bits
+        options.number_format, modalities, options.low_rank_bits
     ).bytes_by_role()
     return LayerBytes(**sizes, bfloat16=2 * prod(layer.shape))
 
