@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from torchao_masquant import MASQuantHfConfig, save_quantized
+from torchao_masquant.atomic_files import move_folder
 from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
-from torchao_masquant.integrations.exchange import exchange
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.stored_tensors import stored_tensors
 
@@ -499,7 +499,7 @@ def test_a_killed_save_leaves_the_old_folder_whole(folder, model):
 def two_steps(monkeypatch):
     """As where the system cannot exchange two folders in one."""
     monkeypatch.setattr(
-        "torchao_masquant.integrations.exchange._exchange_at_once",
+        "torchao_masquant.atomic_files._exchange_at_once",
         lambda new, target: False,
     )
 
@@ -535,7 +535,7 @@ def test_folders_trade_places_in_one_step(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     monkeypatch.delattr(os, "rename")
-    exchange(tmp_path / "new", tmp_path / "target", tmp_path / "old")
+    move_folder(tmp_path / "new", tmp_path / "target", tmp_path / "old")
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["target"]
 

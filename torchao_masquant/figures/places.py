@@ -5,10 +5,9 @@
 # LICENSE file in the root directory of this source tree.
 """Where linears stand in a model: the panels and the x axis of figures by layer."""
 
+import re
 from dataclasses import dataclass
 from typing import Iterable, Mapping, Sequence
-
-from torchao_masquant.evaluation.plotting import by_place
 
 __all__ = ["Kind", "input_kinds", "kinds"]
 
@@ -27,22 +26,34 @@ class Kind:
     places: tuple[tuple[int, str], ...]
     categories: tuple[str, ...] = ()
 
-    @property
-    def x_label(self) -> str:
-        return "" if self.categories else "decoder layer"
-
     def place_name(self, place: int) -> str:
         """What stands at a place of the x axis."""
         return self.categories[place] if self.categories else f"layer {place}"
 
 
 def kinds(names: Iterable[str]) -> list[Kind]:
-    """Names of linears by what they are.
+    """Sort linears by what they are and by their layer.
+
+    What is left of a name behind its layer's number ("self_attn.q_proj") is a kind;
+    names without a number are one more.
 
     Args:
         names: in the model's order.
     """
-    return [_kind(kind, places) for kind, places in by_place(names).items()]
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        match = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
+        if match is None:
+            unnumbered = found.setdefault("", [])
+            unnumbered.append((len(unnumbered), name))
+        else:
+            found.setdefault(match[2], []).append((int(match[1]), name))
+    return [
+        Kind(title, tuple(places))
+        if title
+        else Kind("linears", tuple(places), tuple(name for _, name in places))
+        for title, places in found.items()
+    ]
 
 
 def input_kinds(readers: Mapping[str, Sequence[str]]) -> list[Kind]:
@@ -52,17 +63,10 @@ def input_kinds(readers: Mapping[str, Sequence[str]]) -> list[Kind]:
         readers: name of the first linear that reads an input to the names of all.
     """
     found = []
-    for kind, places in by_place(readers).items():
-        parent, _, first = kind.rpartition(".")
-        leaves = [name.rpartition(".")[2] for name in readers[places[0][1]]]
-        title = ", ".join(leaves) if first in leaves else kind
-        found.append(_kind(f"{parent}: {title}" if parent else title, places, kind))
+    for kind in kinds(readers):
+        parent, _, first = kind.title.rpartition(".")
+        leaves = [name.rpartition(".")[2] for name in readers[kind.places[0][1]]]
+        title = ", ".join(leaves) if first in leaves else first
+        title = f"{parent}: {title}" if parent else title
+        found.append(Kind(title, kind.places, kind.categories))
     return found
-
-
-def _kind(title: str, places: list[tuple[int, str]], key: "str | None" = None) -> Kind:
-    if key is None:
-        key = title
-    if key:
-        return Kind(title, tuple(places))
-    return Kind("linears", tuple(places), tuple(name for _, name in places))

@@ -3,31 +3,35 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""The command ``kernels``: what the Triton kernels compile to, with no GPU."""
+"""What the Triton kernels compile to, with no GPU.
+
+    python tools/compile_kernels.py [--quick] [--target sm_90] [--kernel WORDS] [--json]
+
+Every kernel in every tiling is compiled for several architectures. A line of each tells
+registers, spills, shared memory and matrix instructions.
+"""
 
 import argparse
 import dataclasses
 import importlib.metadata
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import Optional, Sequence
 
-from torchao_masquant.cli.calibration_options import whole
+from ahead_of_time import TARGETS, Compiled, case_names, compile_all, extremes
+from rich import box
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from torchao_masquant.kernels.aot import Compiled
-
-__all__ = ["add_arguments", "as_json", "main", "table"]
+from torchao_masquant.evaluation.tables import to_text
+from torchao_masquant.progress import progress_bar
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+def _parsed(words: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--target",
         action="append",
-        choices=("sm_80", "sm_89", "sm_90", "sm_100", "gfx942"),
+        choices=TARGETS,
         help="compile for this architecture; give it again for another (default: all)",
     )
     parser.add_argument(
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--jobs",
-        type=whole(0),
+        type=int,
         default=0,
         metavar="N",
         help="processes that compile (default: one a core)",
@@ -55,9 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the table as JSON, for scripts",
     )
+    return parser.parse_args(words)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(words: Optional[Sequence[str]] = None) -> int:
     """Compile, print one table, and say what is wrong.
 
     Returns:
@@ -66,16 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: there is nothing to compile.
     """
-
-    from torchao_masquant.evaluation.tables import to_text
-    from torchao_masquant.kernels.aot import (
-        TARGETS,
-        case_names,
-        compile_all,
-        extremes,
-    )
-    from torchao_masquant.progress import progress_bar
-
+    arguments = _parsed(words)
     names = case_names(arguments.target or tuple(TARGETS), arguments.kernel)
     if arguments.quick:
         names = extremes(names)
@@ -96,11 +92,8 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if unsound else 0
 
 
-def table(rows: "list[Compiled]") -> "Table":
+def table(rows: list[Compiled]) -> Table:
     """One line a target and kernel."""
-    from rich import box
-    from rich.table import Table
-
     shown = Table(box=box.SIMPLE_HEAD)
     for column in ("target", "kernel"):
         shown.add_column(column, no_wrap=column == "target")
@@ -124,7 +117,7 @@ def _brief(instruction: str) -> str:
     return instruction
 
 
-def as_json(rows: "list[Compiled]") -> str:
+def as_json(rows: list[Compiled]) -> str:
     """The table, a line each, with the version of Triton that compiled it."""
     lines = ",\n".join(
         json.dumps({**dataclasses.asdict(row), "matrix": dict(row.matrix)})
@@ -132,3 +125,7 @@ def as_json(rows: "list[Compiled]") -> str:
     )
     version = json.dumps(importlib.metadata.version("triton"))
     return f'{{"triton": {version}, "kernels": [\n{lines}\n]}}'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

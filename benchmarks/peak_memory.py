@@ -3,34 +3,16 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Time and memory of a call, as a process has them to itself."""
+"""What a call adds to a process's memory."""
 
 import ctypes
-import statistics
-import time
 from pathlib import Path
 from typing import Any, Callable
 
-__all__ = ["peak_bytes", "processor_seconds"]
+__all__ = ["peak_bytes"]
 
 # mallopt's number for it, in glibc.
 _MMAP_THRESHOLD = -3
-
-
-def processor_seconds(call: Callable[[], Any], least: float = 0.02) -> float:
-    """Median processor time of a call, over at least five, after two to warm up.
-
-    Args:
-        call: to be timed.
-        least: seconds that all calls together take, unless there are 200.
-    """
-    call(), call()
-    found: list[float] = []
-    while len(found) < 5 or (sum(found) < least and len(found) < 200):
-        started = time.process_time()
-        call()
-        found.append(time.process_time() - started)
-    return statistics.median(found)
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:

@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Train the digits models and write everything that is packaged with them.
 
-    python -m torchao_masquant.testing.digits.train --output DIR
+    python tools/train_digits.py --output DIR
 
 writes ``plain/``, ``outliers/`` (checkpoints), ``heldout.safetensors`` and
 ``calibration.safetensors``. It takes about ten minutes on two idle cores (set
@@ -14,33 +14,31 @@ espeak-ng and Debian's asterisk-core-sounds-{en,es,fr,it,ru}-wav packages.
 """
 
 import argparse
-import math
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-
-from torchao_masquant.replacing import replacing
-from torchao_masquant.testing.digits import features
-from torchao_masquant.testing.digits.architecture import HIDDEN_SIZE, thinker_config
-from torchao_masquant.testing.digits.augment import augment
-from torchao_masquant.testing.digits.evaluation import CALIBRATION_SAMPLES, evaluate
-from torchao_masquant.testing.digits.examples import TaskExamples, to_tensors
-from torchao_masquant.testing.digits.outliers import add_outliers
-from torchao_masquant.testing.digits.sources import (
+from digits_training.architecture import HIDDEN_SIZE, thinker_config
+from digits_training.augment import augment
+from digits_training.optimizer import Optimizer
+from digits_training.outliers import add_outliers
+from digits_training.sources import (
     Sources,
     calibration_examples,
     heldout_examples,
     load_sources,
 )
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+from torchao_masquant.atomic_files import replacing, replacing_folder
+from torchao_masquant.testing.digits import features
+from torchao_masquant.testing.digits.evaluation import CALIBRATION_SAMPLES, evaluate
+from torchao_masquant.testing.digits.examples import TaskExamples, to_tensors
 from torchao_masquant.testing.digits.vocabulary import TASKS, TOKEN_ID
 
 TOWER_STEPS = 600
@@ -52,28 +50,6 @@ OUTLIER_STEPS = 450
 OUTLIER_LEARNING_RATE = 6e-4
 # Rows per step. Each task is a sub-batch of its own: their lengths differ.
 ROWS = {"image": 12, "audio": 16, "both": 20, "text": 12}
-
-
-class Optimizer:
-    """AdamW with a warm-up, a cosine decay and clipped gradients."""
-
-    def __init__(
-        self, parameters: list[nn.Parameter], learning_rate: float, steps: int
-    ) -> None:
-        def factor(step: int) -> float:
-            warm_up = min(1.0, (step + 1) / 40)
-            return warm_up * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-
-        self.parameters = parameters
-        self.adamw = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, factor)
-
-    def step(self) -> None:
-        """Apply and clear the accumulated gradients."""
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        self.schedule.step()
 
 
 def _progress(steps: int, description: str) -> tqdm:
@@ -169,19 +145,14 @@ def train_jointly(
 def save_checkpoint(
     model: Qwen2_5OmniThinkerForConditionalGeneration, directory: Path
 ) -> None:
-    """Write in bfloat16, whole files or none."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Write a folder in bfloat16, whole or not at all."""
     model = model.bfloat16()
     config = model.config
     # Each tower's configuration would otherwise keep the type it was trained in.
     for part in (config.text_config, config.vision_config, config.audio_config):
         part.dtype = torch.bfloat16
-    model.save_pretrained(temporary)
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in temporary.iterdir():
-        os.replace(file, directory / file.name)
-    temporary.rmdir()
+    with replacing_folder(directory) as new:
+        model.save_pretrained(new)
 
 
 def save_examples(tasks: Mapping[str, TaskExamples], path: Path) -> None:

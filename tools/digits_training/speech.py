@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Spoken digits: recordings of people, and many synthetic voices.
 
-Needed for training only. The recordings are those of the Asterisk telephone exchange
+The recordings are those of the Asterisk telephone exchange
 (five speakers, five languages; see the NOTICE file for their licenses), the synthetic
 voices are espeak-ng's, in the same languages.
 """
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchao_masquant.testing.digits.features import SAMPLE_RATE, log_mel
+from digits_training.log_mel import SAMPLE_RATE, log_mel
 
 RECORDINGS = Path("/usr/share/asterisk/sounds")
 SPEAKERS = (

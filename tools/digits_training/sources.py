@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""What is trained on and what is held out. Needed for training only.
+"""What is trained on and what is held out.
 
 Images are split by image, sound by voice (espeak-ng) or recording, text by prompt:
 nothing held out is ever trained on.
@@ -14,14 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchao_masquant.testing.digits import speech
+from digits_training import speech
+from digits_training.prompts import answer_id, multimodal_prompt, text_prompts
 from torchao_masquant.testing.digits.examples import TaskExamples
-from torchao_masquant.testing.digits.vocabulary import (
-    TASKS,
-    answer_id,
-    multimodal_prompt,
-    text_prompts,
-)
+from torchao_masquant.testing.digits.vocabulary import TASKS
 
 HELDOUT_PER_TASK = 200
 TRAINING_CLIPS = 5000
