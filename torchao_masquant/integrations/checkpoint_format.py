@@ -41,16 +41,17 @@ from torch import nn
 from torchao_masquant.expert_modules import MASQuantExperts
 from torchao_masquant.experts import PROJECTIONS, projections
 from torchao_masquant.integrations.guard import guard
-from torchao_masquant.integrations.layer_format import PARTS, LayerFormat
+from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import (
     check_entry,
     is_torchao,
     taken_apart,
 )
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import QUANT_METHOD
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 
 __all__ = [
     "FORMAT_VERSION",

@@ -24,11 +24,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_part,
 )
 from torchao_masquant.integrations.guard import is_guard
-from torchao_masquant.integrations.layer_format import (
-    PARTS,
-    LayerFormat,
-    TensorKind,
-)
+from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import assembled, parts_of
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.names import named_here
@@ -36,6 +32,7 @@ from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import check_whole, match_names, select
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS, TensorKind
 
 __all__ = ["CheckpointLoading", "QuantizingLoading", "attach_routers"]
 
@@ -134,7 +131,7 @@ class CheckpointLoading:
         parts = {
             stored_name(parameter_of(name, layer.shape), part): True
             for name, layer in self.formats.items()
-            for part in layer.kinds()
+            for part in layer.layout.kinds()
         }
         return self._state | parts | dict.fromkeys(self._torchao_parts, True)
 
@@ -162,7 +159,7 @@ class CheckpointLoading:
 
     def nbytes_of(self, name: str, weight: torch.Tensor) -> int:
         """Bytes of a linear's quantized weight."""
-        return self.formats[name].nbytes
+        return self.formats[name].layout.nbytes
 
     def check_stored(self, rename: Callable[[str], tuple[list[str], bool]]) -> None:
         """Compare the files with the model, before anything is allocated.
@@ -198,7 +195,7 @@ class CheckpointLoading:
                 )
         for name, layer in self.formats.items():
             try:
-                layer.check_tensors(parts[name])
+                layer.layout.check_kinds(parts[name])
             except ValueError as error:
                 raise ValueError(
                     f"the checkpoint's {name} does not fit its config.json: {error}; "
@@ -360,7 +357,7 @@ class QuantizingLoading:
     def nbytes_of(self, name: str, weight: torch.Tensor) -> float:
         """Bytes of a linear's weight once it is quantized."""
         layer = self._layers[name]
-        packed = self.config.options.bits.weight_bits <= 4
+        packed = self.config.options.number_format.weight_bits <= 4
         integers = weight.numel() * (0.5 if packed else 1)
         if layer is None:
             return integers
@@ -407,7 +404,10 @@ class QuantizingLoading:
             )
         try:
             return layer.quantize(
-                weight, options.bits, self.router.modalities, options.low_rank_bits
+                weight,
+                options.number_format,
+                self.router.modalities,
+                options.low_rank_bits,
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

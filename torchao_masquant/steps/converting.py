@@ -50,7 +50,7 @@ def plan_recipe(model: nn.Module, config: MASQuantConfig, recipe: Recipe) -> Act
         for name in names
         if layers[name].made(
             _held_weight(modules.get(name), experts.get(name)),
-            config.options.bits,
+            config.options.number_format,
             recipe.modalities,
             config.options.low_rank_bits,
         )
@@ -85,7 +85,7 @@ def plan_rounding(model: nn.Module, config: MASQuantConfig) -> Actions:
             device, or a group size does not divide its rows.
     """
     modalities = base_first(model, config.base_modality, config.modalities)
-    bits = config.options.bits
+    bits = config.options.number_format
 
     def is_made(name: str, weight: MASQuantTensor) -> bool:
         return LayerRecipe.rounded(weight.shape).made(weight, bits, modalities)

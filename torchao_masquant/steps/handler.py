@@ -123,7 +123,7 @@ def _plan(model: nn.Module, config: MASQuantConfig, module: nn.Module) -> Action
     if config.loaded_recipe is not None:
         return plan_recipe(model, config, config.loaded_recipe)
     observed = [m for m in model.modules() if isinstance(m, OBSERVED)]
-    if not observed and not config.options.parts.smooth:
+    if not observed and not config.options.procedure.smooth:
         return plan_rounding(model, config)
     if not observed:
         raise ValueError(

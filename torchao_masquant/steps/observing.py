@@ -27,9 +27,9 @@ from torchao_masquant.config import MASQuantConfig
 from torchao_masquant.convert import convert_linear
 from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.in_memory import check_in_memory, is_hooked
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.steps.actions import (
     Actions,
     by_module,
@@ -51,7 +51,7 @@ def plan_prepare(model: nn.Module, config: MASQuantConfig) -> Actions:
         ValueError: as :func:`~torchao_masquant.selection.select`.
     """
     modalities = base_first(model, config.base_modality, config.modalities)
-    second_moments = config.options.parts.per_modality
+    second_moments = config.options.procedure.per_modality
     observed = [m for m in model.modules() if isinstance(m, OBSERVED)]
     session = next(
         (
@@ -104,7 +104,7 @@ def plan_observed(
         ValueError: as :func:`~torchao_masquant.calibration.calibrate.check_session`; it
             kept too little for the method.
     """
-    if config.options.parts.per_modality and not session.second_moments:
+    if config.options.procedure.per_modality and not session.second_moments:
         raise ValueError(
             f"method {config.method!r} needs covariances that step 'prepare' was not "
             "told to keep: give both steps the same method."
@@ -222,7 +222,7 @@ def _convert_observed(
             linear,
             name,
             layer,
-            config.options.bits,
+            config.options.number_format,
             router.modalities,
             router,
             config.options.low_rank_bits,
