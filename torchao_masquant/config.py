@@ -12,7 +12,7 @@ from dataclasses import InitVar, dataclass
 from typing import Any, Mapping, Optional, Sequence, Union
 
 from torch import nn
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.core.config import AOBaseConfig
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
 from torchao_masquant.base_configs import scheme_of_base_config
@@ -242,10 +242,6 @@ def _plan(model: nn.Module, config: MASQuantConfig) -> Changes:
 
 
 handle_whole_models(MASQuantConfig, _plan)
-
-# A config is named in checkpoints by its class alone, looked up in these modules; one of
-# its own, since torchao calls whatever has the name.
-ALLOWED_AO_MODULES.add("torchao_masquant.integrations.torchao_config")
 
 
 def masquant_config(

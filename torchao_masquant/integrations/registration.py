@@ -68,7 +68,14 @@ def _watch_models(modeling: ModuleType) -> None:
         kind.save_pretrained = saving_whole(kind.save_pretrained)
 
 
-def _register_with_torchao(registry: ModuleType) -> None:
+def _register_config(registry: ModuleType) -> None:
+    """The module of our config, for ``config_from_dict``."""
+    # A config is named in JSON by its class alone, looked up in the modules of this set;
+    # one of its own, since torchao calls whatever has the name.
+    registry.ALLOWED_AO_MODULES.add("torchao_masquant.integrations.torchao_config")
+
+
+def _register_tensor(registry: ModuleType) -> None:
     """The tensor, for ``flatten_tensor_state_dict`` and its reverse."""
     from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -96,7 +103,8 @@ def _register_with_torch(registry: ModuleType) -> None:
 # The modules that keep what a library knows.
 _REGISTRIES: Mapping[str, Callable[[ModuleType], None]] = {
     "torch": _register_with_torch,
-    "torchao.prototype.safetensors.safetensors_utils": _register_with_torchao,
+    "torchao.core.config": _register_config,
+    "torchao.prototype.safetensors.safetensors_utils": _register_tensor,
     "transformers.modeling_utils": _watch_models,
     "transformers.quantizers.auto": _register_with_transformers,
 }
