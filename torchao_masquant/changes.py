@@ -8,9 +8,8 @@
 A call may be interrupted between two changes. The next one like it chooses what is left.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Collection, Mapping, Optional, Sequence
+from typing import Callable, Collection, Mapping
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from torch import nn
 from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.experts import Layer, by_module
 from torchao_masquant.kernels import cpu_lowering
-from torchao_masquant.modality import TEXT
+from torchao_masquant.options import QuantizationOptions
 from torchao_masquant.quantized_modules import (
     quantized_modules,
     quantized_weights,
@@ -26,18 +25,18 @@ from torchao_masquant.quantized_modules import (
 )
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.selection import Patterns, Selected, select
+from torchao_masquant.selection import Selected, select
 from torchao_masquant.sharing import share_smoothing
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = [
     "Changes",
-    "Choice",
     "made",
+    "modalities_of",
     "needs_router",
     "replace",
     "replacing",
+    "selected_of",
 ]
 
 #: Module to what changes it, in place.
@@ -47,52 +46,32 @@ Changes = dict[nn.Module, Callable[[], object]]
 Make = Callable[[str, torch.Tensor], MASQuantTensor]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What of a model is quantized, and for which modalities.
+def selected_of(
+    model: nn.Module, asked: QuantizationOptions, done: Collection[nn.Module]
+) -> Selected:
+    """The linears and experts that are asked for, and not done yet.
 
-    Attributes:
-        base_modality: the one that the shared weight is smoothed for.
-        modalities: those that the model will meet; None for all its config declares.
-        include: patterns of names of linears and expert weights, in place of all of the
-            decoder.
-        exclude: patterns of names to leave out.
+    Args:
+        model: to choose from.
+        asked: what of it, and how it will be quantized.
+        done: modules that a call has been through that did not finish.
+
+    Raises:
+        ValueError: as :func:`select`, which names a module where all are done, and as
+            :func:`check_request`.
     """
+    met, options = modalities_of(model, asked), asked.options
+    given = asked.include, asked.exclude, options, len(met)
+    selected = select(model, *given, done)
+    if done and not selected.weights:
+        selected = select(model, *given)
+    check_request(model, selected, met, options)
+    return selected
 
-    base_modality: str = TEXT
-    modalities: Optional[Sequence[str]] = None
-    include: Patterns = None
-    exclude: Patterns = None
 
-    def met(self, model: nn.Module) -> tuple[str, ...]:
-        """The modalities, base first.
-
-        Raises:
-            ValueError, TypeError: as :func:`base_first`.
-        """
-        return base_first(model, self.base_modality, self.modalities)
-
-    def selected(
-        self, model: nn.Module, options: SolverOptions, done: Collection[nn.Module]
-    ) -> Selected:
-        """The linears and experts that are left by a call that did not finish.
-
-        Args:
-            model: to choose from.
-            options: of the solution.
-            done: modules that the call has been through.
-
-        Raises:
-            ValueError: as :func:`select`, which names a module where all are done, and
-                as :func:`check_request`.
-        """
-        met = self.met(model)
-        given = self.include, self.exclude, options, len(met)
-        selected = select(model, *given, done)
-        if done and not selected.weights:
-            selected = select(model, *given)
-        check_request(model, selected, met, options)
-        return selected
+def modalities_of(model: nn.Module, asked: QuantizationOptions) -> tuple[str, ...]:
+    """The modalities that are asked for, base first; see :func:`base_first`."""
+    return base_first(model, asked.base_modality, asked.modalities)
 
 
 def made(

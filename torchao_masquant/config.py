@@ -6,36 +6,47 @@
 """The torchao config of MASQuant, and what ``quantize_`` does with it."""
 
 import copy
-import dataclasses
 import os
 from dataclasses import InitVar, dataclass
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Any, Optional, Union
 
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
 from torchao_masquant.base_configs import scheme_of_base_config
-from torchao_masquant.changes import Changes, Choice
-from torchao_masquant.modality import TEXT
+from torchao_masquant.option_fields import shows_options
+from torchao_masquant.options import QuantizationOptions
 from torchao_masquant.quantize import (
+    Changes,
     plan_convert,
     plan_loading,
     plan_prepare,
     plan_recipe,
 )
 from torchao_masquant.recipe import Recipe
-from torchao_masquant.selection import Patterns
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.torchao_adapter import handle_whole_models
 
 __all__ = ["MASQuantConfig", "masquant_config"]
 
-_STEPS = ("prepare", "convert", "prepare_for_loading")
+_STEPS = {
+    "prepare": plan_prepare,
+    "convert": plan_convert,
+    "prepare_for_loading": plan_loading,
+}
 
 
 @dataclass
-class MASQuantConfig(AOBaseConfig):
+class _First(AOBaseConfig):
+    """The first arguments of a config: dataclasses take fields from the last base on."""
+
+    base_config: InitVar[Union[AOBaseConfig, str, None]] = None
+    step: Union[str, QuantizationStep, None] = None
+
+
+@shows_options
+@dataclass
+class MASQuantConfig(QuantizationOptions, _First):
     """
     Configuration for MASQuant when passed into quantize_()
 
@@ -63,28 +74,7 @@ class MASQuantConfig(AOBaseConfig):
             "prepare_for_loading" (give the linears quantized weights of zeros, to load
             a quantized state_dict into, with ``assign=True``, or in place where the
             other options are those that it was made with).
-        scheme: "w8a8", "w4a8", "w4a6", "w4a4", "w4a16" or "w3a3".
-        method: "masquant", "masquant-paper", "smoothquant" or "rtn".
-        alpha: 0..1, exponent of the activations in the smoothing factor, or "auto".
-        separation: 0..1 or "auto", see :func:`~torchao_masquant.calibrate`.
-        rank: of each modality's low-rank pair, an int, or a float, the share of
-            ``min(N, K)``, or "auto".
-        group_size: of the weight, in place of the scheme's.
-        shift: see there, as the four below.
-        rounding: "gptq" or "nearest".
-        clip: search the part of the weight's range that its scales are made for.
-        low_rank_bits: 16 or 8.
-        modality_weights: name of a modality to a factor of what its errors weigh.
-        epochs: of learning; only a recipe from ``calibrate`` has learned anything.
-        lr: its learning rate.
-        batch_size: samples of one of its steps.
-        hadamard_size: neighbouring channels that are rotated together; 1 for no rotation,
-            None for what the method does.
-        base_modality: the one that the shared weight is smoothed for.
-        modalities: those that the model will meet; None for all its config declares.
-        include: patterns of names of linears and expert weights, in place of all of the
-            decoder.
-        exclude: patterns of names to leave out.
+        {options}
         recipe: what ``calibrate`` found, or the path of one; its options take the
             place of those above. Only a path can be written to JSON
             (``torchao.core.config.config_to_dict``).
@@ -94,28 +84,7 @@ class MASQuantConfig(AOBaseConfig):
         FileNotFoundError: there is no recipe at the path.
     """
 
-    base_config: InitVar[Union[AOBaseConfig, str, None]] = None
-    step: Union[str, QuantizationStep, None] = None
-    scheme: str = "w4a8"
-    method: str = "masquant"
-    alpha: Union[float, str, None] = None
-    separation: Union[float, str, None] = None
-    rank: Union[int, float, str] = 0.05
-    group_size: Optional[int] = None
-    shift: Optional[bool] = None
-    rounding: Optional[str] = None
-    clip: Optional[bool] = None
-    low_rank_bits: int = 16
-    modality_weights: Optional[Mapping[str, float]] = None
-    epochs: int = 0
-    lr: float = 3e-4
-    batch_size: int = 1
-    base_modality: str = TEXT
-    modalities: Optional[Sequence[str]] = None
-    include: Patterns = None
-    exclude: Patterns = None
     recipe: Optional[Union[Recipe, str, os.PathLike]] = None
-    hadamard_size: Optional[int] = None
 
     def __post_init__(self, base_config: Union[AOBaseConfig, str, None] = None) -> None:
         if isinstance(base_config, AOBaseConfig):
@@ -204,18 +173,6 @@ class MASQuantConfig(AOBaseConfig):
         """The recipe itself, where ``recipe`` may be its path."""
         return self._loaded[1]
 
-    @property
-    def options(self) -> SolverOptions:
-        """Options of the solution."""
-        names = [field.name for field in dataclasses.fields(SolverOptions)]
-        return SolverOptions(**{name: getattr(self, name) for name in names})
-
-    @property
-    def choice(self) -> Choice:
-        """What of a model it is for."""
-        names = [field.name for field in dataclasses.fields(Choice)]
-        return Choice(**{name: getattr(self, name) for name in names})
-
 
 def _fixed_by(recipe: Optional[Recipe]) -> dict[str, Any]:
     """Fields of a config that go with a recipe."""
@@ -233,12 +190,7 @@ def _plan(model: nn.Module, config: MASQuantConfig) -> Changes:
     config = config.checked()
     if config.loaded_recipe is not None:
         return plan_recipe(model, config.loaded_recipe, config.include, config.exclude)
-    plans = {
-        "prepare": plan_prepare,
-        "convert": plan_convert,
-        "prepare_for_loading": plan_loading,
-    }
-    return plans[str(config.step)](model, config.options, config.choice)
+    return _STEPS[str(config.step)](model, config)
 
 
 handle_whole_models(MASQuantConfig, _plan)

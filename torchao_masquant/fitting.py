@@ -12,9 +12,9 @@ from torch import nn
 
 from torchao_masquant.experts import experts_of, layers_of_model
 from torchao_masquant.names import named_here
+from torchao_masquant.options import NamePatterns, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, Recipe, weight_fingerprint
-from torchao_masquant.selection import Patterns, check_whole, match_names
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.selection import check_whole, match_names
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["check_fingerprint", "fitting_layers", "quantized_weight"]
@@ -23,7 +23,10 @@ _AGAIN = "use the model that it was made for, in the same dtype, or calibrate ag
 
 
 def fitting_layers(
-    model: nn.Module, recipe: Recipe, include: Patterns = None, exclude: Patterns = None
+    model: nn.Module,
+    recipe: Recipe,
+    include: NamePatterns = None,
+    exclude: NamePatterns = None,
 ) -> dict[str, LayerRecipe]:
     """The parts of a recipe that patterns leave, by the names that they have in a model.
 
@@ -76,7 +79,9 @@ def quantized_weight(
         ValueError: the weight does not fit the scheme or the recipe; names it.
     """
     try:
-        return layer.quantize(weight, options.bits, modalities, options.low_rank_bits)
+        return layer.quantize(
+            weight, options.number_format, modalities, options.low_rank_bits
+        )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

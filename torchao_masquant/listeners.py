@@ -9,7 +9,7 @@ from typing import Any, Callable, Collection, Mapping, Optional
 
 from torch import nn
 
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 
 __all__ = ["Listener", "listen", "tell"]
 

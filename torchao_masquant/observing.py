@@ -14,26 +14,33 @@ from torch import nn
 from torchao_masquant.calibration.calibrate import library_versions, warn_of_left_out
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.calibration.solution import OBSERVED, solution_of
-from torchao_masquant.changes import Changes, Choice, needs_router, replace
+from torchao_masquant.changes import (
+    Changes,
+    modalities_of,
+    needs_router,
+    replace,
+    selected_of,
+)
 from torchao_masquant.experts import ExpertWeight, Layer, by_module
 from torchao_masquant.fitting import quantized_weight
 from torchao_masquant.in_memory import check_in_memory, is_hooked
 from torchao_masquant.listeners import tell
+from torchao_masquant.options import QuantizationOptions, SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["plan_observed", "plan_prepare"]
 
 
-def plan_prepare(model: nn.Module, options: SolverOptions, choice: Choice) -> Changes:
+def plan_prepare(model: nn.Module, asked: QuantizationOptions) -> Changes:
     """What makes linears and experts show their inputs to one session.
 
     Raises:
-        ValueError: as :meth:`Choice.selected`; a weight is never in memory.
+        ValueError: as :func:`selected_of`; a weight is never in memory.
     """
-    met, second_moments = choice.met(model), options.parts.per_modality
+    met = modalities_of(model, asked)
+    second_moments = asked.options.procedure.per_modality
     observed = [m for m in model.modules() if isinstance(m, OBSERVED)]
     # One that has seen nothing yet may be that of a call that did not finish.
     session = next(
@@ -47,7 +54,7 @@ def plan_prepare(model: nn.Module, options: SolverOptions, choice: Choice) -> Ch
         None,
     )
     done = {m for m in observed if m.session is session}
-    selected = choice.selected(model, options, done)
+    selected = selected_of(model, asked, done)
     if is_hooked(model):
         # Elsewhere values may still be loaded; these never are, but during calls.
         for name, weight in selected.weights.items():

@@ -10,7 +10,7 @@ from typing import Any, Sequence
 import torch
 
 from torchao_masquant.kernels.hadamard import check_hadamard_size
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
@@ -45,7 +45,7 @@ def placeholder_weight(
             width.
     """
     *experts, n, k = weight.shape
-    scheme, method = options.bits, options.parts
+    scheme, method = options.number_format, options.procedure
     check_group_size(scheme.group_size, (n, k))
     groups = 1 if scheme.group_size is None else k // scheme.group_size
     packed = scheme.weight_bits <= 4

@@ -15,7 +15,14 @@ from torch import nn
 
 from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.calibration.solution import OBSERVED
-from torchao_masquant.changes import Changes, Choice, made, needs_router, replacing
+from torchao_masquant.changes import (
+    Changes,
+    made,
+    modalities_of,
+    needs_router,
+    replacing,
+    selected_of,
+)
 from torchao_masquant.experts import layers_of_model
 from torchao_masquant.fitting import (
     check_fingerprint,
@@ -25,16 +32,16 @@ from torchao_masquant.fitting import (
 from torchao_masquant.in_memory import check_in_memory
 from torchao_masquant.listeners import tell
 from torchao_masquant.observing import plan_observed, plan_prepare
+from torchao_masquant.options import NamePatterns, QuantizationOptions
 from torchao_masquant.placeholders import placeholder_weight
 from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router, router_of
-from torchao_masquant.selection import Patterns, check_plain
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.selection import check_plain
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.wrappers import unwrapped
 
 __all__ = [
-    "Choice",
+    "Changes",
     "apply_recipe",
     "convert",
     "plan_convert",
@@ -50,8 +57,8 @@ __all__ = [
 def apply_recipe(
     model: nn.Module,
     recipe: Recipe,
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: NamePatterns = None,
+    exclude: NamePatterns = None,
 ) -> None:
     """Quantize the linears and experts that a recipe was made for, in place.
 
@@ -68,53 +75,45 @@ def apply_recipe(
     _run(plan_recipe(unwrapped(model), recipe, include, exclude))
 
 
-def prepare(
-    model: nn.Module, options: SolverOptions, choice: Choice = Choice()
-) -> None:
+def prepare(model: nn.Module, asked: QuantizationOptions) -> None:
     """Observe the inputs of a model's linears and experts, until :func:`convert`.
 
     Args:
         model: changed in place; it answers as before.
-        options: that it will be solved with.
-        choice: of linears and modalities.
+        asked: what is observed, and how it will be quantized.
 
     Raises:
         ValueError: as :func:`~torchao_masquant.selection.select`, and as
             :func:`~torchao_masquant.calibration.request.check_request`.
     """
-    _run(plan_prepare(unwrapped(model), options, choice))
+    _run(plan_prepare(unwrapped(model), asked))
 
 
-def convert(
-    model: nn.Module, options: SolverOptions, choice: Choice = Choice()
-) -> None:
+def convert(model: nn.Module, asked: QuantizationOptions) -> None:
     """Quantize all that :func:`prepare` left, from what it has observed since.
 
     Args:
         model: changed in place.
-        options: of the solution.
-        choice: where the method needs no data, and the model was not prepared.
+        asked: how it is quantized; and what is, where the method needs no data and the
+            model was not prepared.
 
     Raises:
         ValueError: nothing was observed, or too little; as :func:`prepare`.
     """
-    _run(plan_convert(unwrapped(model), options, choice))
+    _run(plan_convert(unwrapped(model), asked))
 
 
-def prepare_for_loading(
-    model: nn.Module, options: SolverOptions, choice: Choice = Choice()
-) -> None:
+def prepare_for_loading(model: nn.Module, asked: QuantizationOptions) -> None:
     """Give a model quantized weights of zeros, to load a quantized state_dict into.
 
     Args:
         model: changed in place, on any device, also on meta.
-        options: those that the state_dict was made with, where it is loaded in place.
-        choice: that it was made for.
+        asked: what the state_dict was made with, where it is loaded in place.
 
     Raises:
         ValueError: as :func:`prepare`.
     """
-    _run(plan_loading(unwrapped(model), options, choice))
+    _run(plan_loading(unwrapped(model), asked))
 
 
 def _run(changes: Changes) -> None:
@@ -123,7 +122,10 @@ def _run(changes: Changes) -> None:
 
 
 def plan_recipe(
-    model: nn.Module, recipe: Recipe, include: Patterns = None, exclude: Patterns = None
+    model: nn.Module,
+    recipe: Recipe,
+    include: NamePatterns = None,
+    exclude: NamePatterns = None,
 ) -> Changes:
     """See :func:`apply_recipe`."""
     options, modalities = recipe.options, recipe.modalities
@@ -136,7 +138,10 @@ def plan_recipe(
         name: layer
         for name, layer in layers.items()
         if not layer.made(
-            held[name].weight.data, options.bits, modalities, options.low_rank_bits
+            held[name].weight.data,
+            options.number_format,
+            modalities,
+            options.low_rank_bits,
         )
     }
     # Where nothing is left, the first one says so.
@@ -166,35 +171,34 @@ def plan_recipe(
     return changes
 
 
-def rounding_recipe(
-    model: nn.Module, options: SolverOptions, choice: Choice = Choice()
-) -> Recipe:
+def rounding_recipe(model: nn.Module, asked: QuantizationOptions) -> Recipe:
     """The recipe of a method that needs no data, for what is not rounded so already.
 
     Args:
         model: on any device.
-        options: of the method.
-        choice: of linears and modalities.
+        asked: what is rounded, and how.
 
     Raises:
         ValueError: as :func:`prepare`.
     """
-    met = choice.met(model)
+    met, options = modalities_of(model, asked), asked.options
 
     def is_made(name: str, weight: MASQuantTensor) -> bool:
-        return LayerRecipe.rounded(weight.shape).made(weight, options.bits, met)
+        return LayerRecipe.rounded(weight.shape).made(
+            weight, options.number_format, met
+        )
 
-    selected = choice.selected(model, options, made(model, is_made))
+    selected = selected_of(model, asked, made(model, is_made))
     layers = {n: LayerRecipe.rounded(w.shape) for n, w in selected.weights.items()}
     return Recipe(options, met, layers, library_versions())
 
 
-def plan_convert(model: nn.Module, options: SolverOptions, choice: Choice) -> Changes:
+def plan_convert(model: nn.Module, asked: QuantizationOptions) -> Changes:
     """See :func:`convert`."""
     if any(isinstance(module, OBSERVED) for module in model.modules()):
-        return plan_observed(model, options)
-    if not options.parts.smooth:
-        return plan_recipe(model, rounding_recipe(model, options, choice))
+        return plan_observed(model, asked.options)
+    if not asked.options.procedure.smooth:
+        return plan_recipe(model, rounding_recipe(model, asked))
     raise ValueError(
         f"{type(model).__name__} has no observed linear to convert: call "
         "quantize_(model, MASQuantConfig(step='prepare', ...)) and run calibration "
@@ -202,9 +206,9 @@ def plan_convert(model: nn.Module, options: SolverOptions, choice: Choice) -> Ch
     )
 
 
-def plan_loading(model: nn.Module, options: SolverOptions, choice: Choice) -> Changes:
+def plan_loading(model: nn.Module, asked: QuantizationOptions) -> Changes:
     """See :func:`prepare_for_loading`."""
-    met = choice.met(model)
+    met, options = modalities_of(model, asked), asked.options
 
     def placeholder(name: str, weight: torch.Tensor) -> MASQuantTensor:
         return placeholder_weight(name, weight, options, met)
@@ -212,7 +216,7 @@ def plan_loading(model: nn.Module, options: SolverOptions, choice: Choice) -> Ch
     def is_made(name: str, weight: MASQuantTensor) -> bool:
         return weight.same_layout(placeholder(name, weight))
 
-    selected = choice.selected(model, options, made(model, is_made))
+    selected = selected_of(model, asked, made(model, is_made))
     # Another part of the model may be made ready already, by another config, which may
     # not have needed it.
     router = router_of(model)

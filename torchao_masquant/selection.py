@@ -9,7 +9,7 @@ import fnmatch
 import logging
 import re
 from dataclasses import dataclass, replace
-from typing import Collection, Iterable, Mapping, Optional, Sequence, Union
+from typing import Collection, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -25,12 +25,10 @@ from torchao_masquant.experts import (
 )
 from torchao_masquant.families import family_of
 from torchao_masquant.model_parts import Decoder, find_decoder, heads_of
+from torchao_masquant.options import NamePatterns, SolverOptions, resolve_rank
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
-from torchao_masquant.solver.compensation import resolve_rank
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = [
-    "Patterns",
     "Selected",
     "check_plain",
     "check_whole",
@@ -45,10 +43,8 @@ _LOGGER = logging.getLogger(__name__)
 # Of a decoder's weights that are left out for being small.
 _LARGEST_SHARE = 0.25
 
-Patterns = Optional[Union[str, Sequence[str]]]
 
-
-def _matching(names: Sequence[str], patterns: Patterns, option: str) -> set[str]:
+def _matching(names: Sequence[str], patterns: NamePatterns, option: str) -> set[str]:
     """Names that match a pattern; raises for a pattern that matches none."""
     matched: set[str] = set()
     given = [patterns] if isinstance(patterns, str) else patterns or ()
@@ -74,8 +70,8 @@ def _matching(names: Sequence[str], patterns: Patterns, option: str) -> set[str]
 
 def match_names(
     names: Sequence[str],
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: NamePatterns = None,
+    exclude: NamePatterns = None,
     default: Optional[Sequence[str]] = None,
 ) -> list[str]:
     """Narrow names down by patterns.
@@ -149,7 +145,7 @@ class Selected:
 
 
 def select_linears(
-    model: nn.Module, include: Patterns = None, exclude: Patterns = None
+    model: nn.Module, include: NamePatterns = None, exclude: NamePatterns = None
 ) -> dict[str, nn.Linear]:
     """The linears of :func:`select`, for what has nothing to say of experts.
 
@@ -167,8 +163,8 @@ def select_linears(
 
 def select(
     model: nn.Module,
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: NamePatterns = None,
+    exclude: NamePatterns = None,
     options: Optional[SolverOptions] = None,
     modalities: int = 1,
     done: Collection[nn.Module] = (),
@@ -281,7 +277,7 @@ def _growing(
         and weight_bytes(
             n := linear.out_features,
             k := linear.in_features,
-            options.bits,
+            options.number_format,
             replace(found, rank=min(found.rank, resolve_rank(usual, n, k)))
             if isinstance(found.rank, int)
             else replace(found, rank=min(found.rank, usual)),

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantLinear, Recipe, calibrate, masquant_config
+from torchao_masquant.options import METHODS, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, read_header, weight_fingerprint
-from torchao_masquant.solver.methods import METHODS, SolverOptions
 from torchao_masquant.testing import digits
 
 
@@ -183,7 +183,7 @@ def test_rotations_come_back(scheme, rounding, tmp_path):
     found = model.first.weight.data
     assert found.hadamard_size == 8
     part = loaded.layers["first"]
-    bits = recipe.options.bits
+    bits = recipe.options.number_format
     assert part.made(found, bits, recipe.modalities)
     assert not plain.made(found, bits, recipe.modalities)
     if rounding == "nearest" and scheme == "w4a8":
@@ -228,7 +228,7 @@ def test_an_interrupted_save_keeps_the_old_file(recipe, tmp_path, monkeypatch, b
             save_file(*arguments, **options)
         raise KeyboardInterrupt
 
-    target = f"torchao_masquant.recipe.{broken}"
+    target = broken if "." in broken else f"torchao_masquant.recipe.{broken}"
     monkeypatch.setattr(target, interrupt)
     with pytest.raises(KeyboardInterrupt):
         recipe.save(path)

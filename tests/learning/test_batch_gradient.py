@@ -102,7 +102,9 @@ def test_a_step_is_of_the_mean_loss(monkeypatch):
         name: LearnableWeight(
             layer,
             layer.quantize(
-                model.get_submodule(name).weight.data, start.options.bits, NAMES
+                model.get_submodule(name).weight.data,
+                start.options.number_format,
+                NAMES,
             ),
         )
         for name, layer in start.layers.items()
@@ -120,7 +122,7 @@ def test_a_step_is_of_the_mean_loss(monkeypatch):
         assert value.abs().sum() > 0
 
 
-@pytest.mark.parametrize("size, steps", [(1, 18), (2, 9), (4, 5), (COUNT, 1), (99, 1)])
+@pytest.mark.parametrize("size, steps", [(1, 18), (4, 5), (99, 1)])
 def test_steps_of_an_epoch(monkeypatch, size, steps):
     calls = []
     step = torch.optim.Adam.step

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 
 NAMES = ("text", "vision", "audio")
 OUT, WIDTH = 32, 192  # rotated in blocks of 64
@@ -39,7 +39,9 @@ def problem(scheme):
     options = SolverOptions(scheme, rank=4)
     assert options.hadamard_size_of(WIDTH) == 64
     (layer,) = solve_group({"linear": weight}, statistics, options).values()
-    quantized = layer.quantize(weight, options.bits, NAMES, options.low_rank_bits)
+    quantized = layer.quantize(
+        weight, options.number_format, NAMES, options.low_rank_bits
+    )
     return weight, quantized, x, ids
 
 

@@ -18,11 +18,10 @@ from torch import nn
 
 from torchao_masquant import MASQuantLinear, Router, token_modalities
 from torchao_masquant.fitting import quantized_weight
+from torchao_masquant.options import SCHEMES, Scheme, SolverOptions, get_scheme
 from torchao_masquant.placeholders import placeholder_weight
 from torchao_masquant.quantized_modules import replace_weights
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
-from torchao_masquant.schemes import SCHEMES, Scheme, get_scheme
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
     quantize_smoothed_weight,

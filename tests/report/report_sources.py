@@ -10,7 +10,6 @@ import random
 import torch
 
 from torchao_masquant import LayerRecipe, Recipe
-from torchao_masquant.calibration.modality_spread import InputSpread, ModalitySpread
 from torchao_masquant.evaluation import (
     Analysis,
     ContentScore,
@@ -23,7 +22,8 @@ from torchao_masquant.evaluation import (
     SmoothingLoss,
     TaskScore,
 )
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
+from torchao_masquant.solver.modality_spread import InputSpread, ModalitySpread
 
 MODALITIES = ("text", "vision", "audio")
 TASKS = ("read", "see", "hear")

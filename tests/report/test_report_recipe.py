@@ -22,10 +22,10 @@ from torchao_masquant import (
     masquant_config,
 )
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.report import write_report
 from torchao_masquant.report.recipe_bytes import LayerBytes, layer_bytes, recipe_bytes
 from torchao_masquant.report.recipe_figures import shared_inputs
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
 LAYER = r"re:model\.(language_model\.)?layers\.0\..*"

@@ -10,7 +10,7 @@ import math
 import pytest
 
 from torchao_masquant import MASQuantConfig
-from torchao_masquant.solver.methods import ALPHAS, METHODS, SEPARATIONS, SolverOptions
+from torchao_masquant.options import ALPHAS, METHODS, SEPARATIONS, SolverOptions
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,15 @@ def test_what_none_stands_for():
     assert ours.separations == (0.0,) and published.separations == (1.0,)
     chosen = SolverOptions(alpha="auto", separation="auto")
     assert chosen.alphas == ALPHAS and chosen.separations == SEPARATIONS
-    assert ours.parts.shift and ours.parts.clip and ours.parts.rounding == "gptq"
-    assert not published.parts.shift and published.parts.rounding == "nearest"
-    assert not SolverOptions(shift=False).parts.shift
-    assert not SolverOptions("w4a16").parts.shift
-    assert SolverOptions(group_size=64).bits.group_size == 64
+    assert (
+        ours.procedure.shift
+        and ours.procedure.clip
+        and ours.procedure.rounding == "gptq"
+    )
+    assert not published.procedure.shift and published.procedure.rounding == "nearest"
+    assert not SolverOptions(shift=False).procedure.shift
+    assert not SolverOptions("w4a16").procedure.shift
+    assert SolverOptions(group_size=64).number_format.group_size == 64
     assert ours.weights_of(("text", "vision", "audio")) == [1.0, 1.0, 1.0]
     given = SolverOptions(modality_weights={"text": 0.5, "audio": 2})
     assert given.weights_of(("text", "vision", "audio")) == [0.5, 1.0, 2.0]
@@ -106,7 +110,7 @@ def test_published_methods_may_be_told_what_they_do(method):
         method=method, shift=False, clip=False, rounding="nearest", hadamard_size=1
     )
     assert said.hadamard_size_of(64) is None
-    assert said.parts == SolverOptions(method=method).parts == METHODS[method]
+    assert said.procedure == SolverOptions(method=method).procedure == METHODS[method]
 
 
 def test_files_from_before_there_were_batches_and_rotations():

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics
-from torchao_masquant.schemes import get_scheme
+from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 
 K, N, TOKENS = 24, 16, 300
 NAMES = ("text", "vision", "audio")
@@ -32,13 +31,12 @@ def _problem(modalities=3, constants=30.0, tokens=TOKENS, seed=0):
 
 
 def _output(layer, weight, options, x, index, modalities):
-    quantized = layer.quantize(weight, options.bits, NAMES[:modalities])
+    quantized = layer.quantize(weight, options.number_format, NAMES[:modalities])
     ids = torch.full((len(x),), index)
     return torch.ops.masquant.linear(x, quantized, ids, None)
 
 
-@pytest.mark.parametrize("modalities", [1, 3])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a4", "w3a3"])
+@pytest.mark.parametrize("scheme, modalities", [("w8a8", 1), ("w3a3", 3)])
 def test_the_central_token_is_exact(scheme, modalities):
     """Its activations are zeros, whatever the integers: the bias alone is its output."""
     data, weights, statistics = _problem(modalities)

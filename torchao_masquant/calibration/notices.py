@@ -10,15 +10,15 @@ from typing import Iterator
 
 import torch
 
-from torchao_masquant.calibration.modality_spread import (
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.options import SolverOptions
+from torchao_masquant.solver.modality_spread import (
     InputSpread,
+    differ_by_much,
     input_spread,
-    own_factors_may_pay,
     sinks_of,
     verdict,
 )
-from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["CalibrationNotices"]
 
@@ -49,7 +49,7 @@ class CalibrationNotices:
             self._told = True
             _warn_of_few_tokens(session)
             _warn_of_one_sequence(session)
-        if self.options.parts.per_modality:
+        if self.options.procedure.per_modality:
             for name, weights in _weights(session):
                 self.inputs[name] = input_spread(session.statistics[name], weights)
 
@@ -61,8 +61,11 @@ class CalibrationNotices:
                 "for counts them.",
                 sentence,
             )
-        bits, one_factor = self.options.bits.act_bits, not any(self.options.separations)
-        if one_factor and own_factors_may_pay(self.inputs, bits):
+        bits, one_factor = (
+            self.options.number_format.act_bits,
+            not any(self.options.separations),
+        )
+        if one_factor and differ_by_much(self.inputs, bits):
             _LOGGER.warning("%s", verdict(self.inputs, bits))
 
 

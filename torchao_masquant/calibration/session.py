@@ -17,10 +17,10 @@ from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.experts import ExpertWeight, Layer, module_of
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router, UnmatchedTokens
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["CalibrationSession", "MASQuantObservedLinear"]
 

@@ -15,8 +15,8 @@ from torchao_masquant.calibration.session import (
     MASQuantObservedLinear,
 )
 from torchao_masquant.experts import module_of
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["OBSERVED", "solution_of"]
 
@@ -36,7 +36,7 @@ def solution_of(
     for known, layers in session.solutions:
         if known == options:
             return layers
-    if options.parts.per_modality and not session.second_moments:
+    if options.procedure.per_modality and not session.second_moments:
         raise ValueError(
             f"method {options.method!r} needs covariances that step 'prepare' was not "
             "told to keep: give both steps the same method."

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchao_masquant.cli.calibration_options import (
-    MEASURE,
     add_calibration_options,
     add_patterns,
     calibration_options,
@@ -42,6 +41,7 @@ from torchao_masquant.cli.sequential import (
     is_first_process,
     stray_option,
 )
+from torchao_masquant.option_values import MEASURE
 from torchao_masquant.outputs import check_file, check_folder
 
 if TYPE_CHECKING:

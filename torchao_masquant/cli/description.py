@@ -20,8 +20,8 @@ from torchao_masquant.integrations.checkpoint_format import (
 )
 from torchao_masquant.integrations.layer_format import TensorKind
 from torchao_masquant.integrations.stored_tensors import stored_tensors
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import described, read_header
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = [
     "Description",
@@ -301,7 +301,7 @@ def _recipe_line(
         name=name,
         shape=tuple(int(size) for size in entry["shape"]),
         scheme=options.scheme,
-        group_size=options.bits.group_size,
+        group_size=options.number_format.group_size,
         modalities=modalities if routed else modalities[:1],
         ranks={m: int(r) for m, r in zip(modalities[1:], entry["ranks"]) if r},
         method=options.method,

@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
-from torchao_masquant.cli.calibration_options import MEASURE
 from torchao_masquant.cli.models import auto_class, model_folder
+from torchao_masquant.option_values import MEASURE
 
 if TYPE_CHECKING:
     import torch

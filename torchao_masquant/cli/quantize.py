@@ -46,8 +46,8 @@ from torchao_masquant.cli.sequential import (
     is_first_process,
     stray_option,
 )
+from torchao_masquant.options import SCHEMES
 from torchao_masquant.outputs import check_folder
-from torchao_masquant.schemes import SCHEMES
 
 __all__ = ["add_arguments", "main"]
 

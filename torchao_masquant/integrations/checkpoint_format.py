@@ -46,9 +46,9 @@ from torchao_masquant.integrations.torchao_tensors import (
     is_torchao,
     taken_apart,
 )
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import QUANT_METHOD
 from torchao_masquant.quantized_modules import quantized_modules, quantized_weights
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = [

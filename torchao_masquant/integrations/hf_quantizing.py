@@ -49,7 +49,7 @@ class QuantizingLoading:
         self._experts = experts_of(model)
         recipe = config.loaded_recipe
         if recipe is None:
-            recipe = rounding_recipe(model, config.options, config.choice)
+            recipe = rounding_recipe(model, config)
             self._layers = recipe.layers
         else:
             given = config.include, config.exclude
@@ -88,7 +88,7 @@ class QuantizingLoading:
 
     def nbytes_of(self, name: str, weight: torch.Tensor) -> float:
         """Bytes of a linear's weight once it is quantized."""
-        packed = self.recipe.options.bits.weight_bits <= 4
+        packed = self.recipe.options.number_format.weight_bits <= 4
         integers = weight.numel() * (0.5 if packed else 1)
         parts = self._layers[name].tensors()
         return integers + sum(t.nbytes for part, t in parts.items() if part != "qdata")

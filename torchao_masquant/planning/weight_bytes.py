@@ -8,9 +8,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.compensation import resolve_rank
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import Scheme, SolverOptions, resolve_rank
 from torchao_masquant.solver.ranks import average_share
 
 __all__ = ["Compensation", "weight_bytes"]
@@ -45,7 +43,7 @@ class Compensation:
             options: of the solution.
             modalities: that it is for, base among them.
         """
-        parts = options.parts
+        parts = options.procedure
         return cls(
             modalities=modalities if parts.per_modality else 1,
             rank=average_share(options),

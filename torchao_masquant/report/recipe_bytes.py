@@ -8,8 +8,8 @@
 import math
 from dataclasses import dataclass
 
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, Recipe
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["PART_NAMES", "LayerBytes", "layer_bytes", "recipe_bytes"]
 
@@ -72,7 +72,7 @@ def layer_bytes(layer: LayerRecipe, options: SolverOptions) -> LayerBytes:
     *leading, k = layer.shape
     # Output channels, of all experts where there are several.
     n = math.prod(leading)
-    bits = options.bits
+    bits = options.number_format
     sizes = {part: 0 for part in PART_NAMES}
     sizes["integers"] = n * (-(-k // 2) if bits.weight_bits <= 4 else k)
     if layer.scale is not None:

@@ -8,6 +8,7 @@
 from typing import Sequence
 
 from torchao_masquant.evaluation.tables import short_names
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.report.recipe_bytes import PART_NAMES, LayerBytes, recipe_bytes
 from torchao_masquant.report.recipe_figures import (
@@ -18,7 +19,7 @@ from torchao_masquant.report.recipe_figures import (
     smoothing_figure,
 )
 from torchao_masquant.report.section import Cell, Column, Section, Table
-from torchao_masquant.report.wording import (
+from torchao_masquant.wording import (
     MISSING,
     amount,
     byte_size,
@@ -26,7 +27,6 @@ from torchao_masquant.report.wording import (
     method_name,
     percent,
 )
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["recipe_section"]
 
@@ -66,17 +66,17 @@ def recipe_section(recipe: Recipe, modalities: Sequence[str]) -> Section:
 
 
 def _options(recipe: Recipe) -> Table:
-    options, bits = recipe.options, recipe.options.bits
+    options, bits = recipe.options, recipe.options.number_format
     group = "output channel"
     if bits.group_size is not None:
         group = f"{bits.group_size} neighbours in an output channel"
     activations = "not quantized"
     if not bits.weight_only:
         activations = f"{bits.act_bits} bits, one scale per token"
-        if options.parts.shift:
+        if options.procedure.shift:
             activations += ", less each modality's mean"
-    rounding = _ROUNDINGS[options.parts.rounding]
-    if options.parts.clip:
+    rounding = _ROUNDINGS[options.procedure.rounding]
+    if options.procedure.clip:
         rounding += ", of a clipped range where that errs less"
     values = {
         "scheme": options.scheme,
@@ -85,9 +85,9 @@ def _options(recipe: Recipe) -> Table:
         f"{'symmetric' if bits.symmetric else 'asymmetric'}, one scale per {group}",
         "rounding of the weights": rounding,
         "activations": activations,
-        "alpha": _choice(options.alphas, options.parts.smooth),
+        "alpha": _choice(options.alphas, options.procedure.smooth),
         "separation of the modalities": _choice(
-            options.separations, options.parts.per_modality
+            options.separations, options.procedure.per_modality
         ),
         "low-rank pairs": _pairs(options),
         **_modality_weights(options),
@@ -110,7 +110,7 @@ def _choice(values: Sequence[float], used: bool) -> str:
 
 
 def _pairs(options: SolverOptions) -> str:
-    if not options.parts.per_modality:
+    if not options.procedure.per_modality:
         return "none"
     if isinstance(options.rank, str):
         rank = "rank chosen for each linear"

@@ -1,0 +1,182 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""A model, what calibration saw of it, and copies of it quantized by every method."""
+
+import copy
+import dataclasses
+from typing import Any, Mapping, Optional, Sequence
+
+import torch
+from baselines.control import ControlLinear
+from baselines.gptq import gptq
+from baselines.mbq import input_sensitivity
+from baselines.pooled import PooledLinear, pooled
+from baselines.published import PublishedLinear
+from baselines.search import searched_factor
+from baselines.unshared import UnsharedLinear
+from torch import nn
+from torchao.quantization import quantize_
+
+from torchao_masquant import MASQuantLinear, Recipe, masquant_config
+from torchao_masquant.calibration.calibrate import (
+    learned_factors,
+    library_versions,
+    solve,
+)
+from torchao_masquant.calibration.sensitivity import modality_sensitivity
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.learning import learn
+from torchao_masquant.options import SolverOptions
+from torchao_masquant.recipe import LayerRecipe
+from torchao_masquant.routing import Router
+from torchao_masquant.solver.layers import factors_alone, solve_group
+
+__all__ = ["BASELINES", "Quantizing", "weight_bytes"]
+
+#: Methods that the package has not.
+BASELINES = ("control", "pooled", "gptq", "awq", "mbq", "mas-unshared", "authors")
+
+
+class Quantizing:
+    """Quantized copies of one model, all from the same calibration.
+
+    Args:
+        model: the dense one; stays as it is.
+        session: that has seen the calibration data.
+        samples: the calibration data, for methods that call the model again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        session: CalibrationSession,
+        samples: Sequence[Mapping[str, Any]],
+    ):
+        self.model: Any = model
+        self.session = session
+        self.samples = samples
+        self.modalities = session.router.modalities
+        self.groups = [
+            ({n: session.linears[n].weight.data for n in names}, leader)
+            for leader, names in session.groups().items()
+        ]
+        self._sensitivity: Optional[dict[str, list[float]]] = None
+        self._of_modalities: Optional[dict[str, float]] = None
+        self._learned: dict[str, dict[str, torch.Tensor]] = {}
+
+    def sensitivity(self) -> dict[str, list[float]]:
+        """Of each input, by leader; found once."""
+        if self._sensitivity is None:
+            self._sensitivity = input_sensitivity(
+                self.model, self.samples, self.session.groups()
+            )
+        return self._sensitivity
+
+    def published(self, options: SolverOptions) -> dict[str, LayerRecipe]:
+        """Factors learned as published, and pairs for those; learned once a scheme."""
+        if self._of_modalities is None:
+            self._of_modalities = modality_sensitivity(
+                self.model, self.samples, progress=False
+            )
+        options = dataclasses.replace(options, modality_weights=self._of_modalities)
+        if options.scheme not in self._learned:
+            self._learned[options.scheme] = learned_factors(
+                self.model, self.samples, self.session, options
+            )
+        return solve(self.session, options, factors=self._learned[options.scheme])
+
+    def by_options(self, scheme: str, given: Mapping[str, Any]) -> nn.Module:
+        """A copy quantized by the package, with these options."""
+        options = SolverOptions(scheme=scheme, **given)
+        if options.learns_factors:
+            return self._convert(options, self.published(options))
+        layers = solve(
+            self.session, dataclasses.replace(options, epochs=0), progress=False
+        )
+        if options.epochs:
+            router = Router.for_model(self.model)
+            router.skip_padding = True
+            layers = learn(self.model, self.samples, layers, router, options)
+        return self._convert(options, layers)
+
+    def by_baseline(
+        self, scheme: str, method: str, given: Mapping[str, Any]
+    ) -> nn.Module:
+        """A copy quantized by one of ``BASELINES``.
+
+        Args:
+            given: options of "masquant" for "pooled"; ``rank`` for "control" too;
+                ``group_size`` for all.
+        """
+        options = SolverOptions(
+            scheme=scheme, method="smoothquant", group_size=given.get("group_size")
+        )
+        bits = options.number_format
+        layers: dict[str, LayerRecipe] = {}
+        modules: dict[str, nn.Module] = {}
+        quantized = copy.deepcopy(self.model)
+        router = Router.for_model(quantized)
+        found: dict[str, LayerRecipe] = {}
+        if method == "authors":
+            authors = SolverOptions(scheme, "masquant-paper", epochs=2, **given)
+            found = self.published(authors)
+        for weights, leader in self.groups:
+            seen = self.session.statistics[leader]
+            if method == "pooled":
+                ours = SolverOptions(scheme=scheme, **given)
+                for name, layer in pooled(weights, seen, ours).items():
+                    linear = self.session.linears[name]
+                    modules[name] = PooledLinear(linear, layer, bits)
+                continue
+            if method == "mas-unshared":
+                own = SolverOptions(scheme=scheme, alpha=0.5, separation=1.0)
+                for name, layer in factors_alone(weights, seen, own).items():
+                    factors = layer.smoothing_factor
+                    linear = self.session.linears[name]
+                    modules[name] = UnsharedLinear(name, linear, factors, bits, router)
+                continue
+            if method == "authors":
+                for name in weights:
+                    linear = self.session.linears[name]
+                    modules[name] = PublishedLinear(
+                        name, linear, found[name], bits, self.modalities, router
+                    )
+                continue
+            if method in ("awq", "mbq"):
+                balance = self.sensitivity()[leader] if method == "mbq" else None
+                layers |= searched_factor(weights, seen, bits, balance)
+                continue
+            smoothquant = solve_group(weights, seen, options)
+            if method == "gptq":
+                layers |= gptq(weights, seen, smoothquant, bits)
+            else:
+                for name, layer in smoothquant.items():
+                    linear = self.session.linears[name]
+                    modules[name] = ControlLinear(
+                        linear, layer, seen, bits, given["rank"]
+                    )
+        if layers:
+            return self._convert(options, layers)
+        for name, module in modules.items():
+            parent, _, child = name.rpartition(".")
+            setattr(quantized.get_submodule(parent), child, module)
+        router.attach(quantized)
+        return quantized
+
+    def _convert(
+        self, options: SolverOptions, layers: dict[str, LayerRecipe]
+    ) -> nn.Module:
+        recipe = Recipe(options, self.modalities, layers, library_versions())
+        quantized = copy.deepcopy(self.model)
+        quantize_(quantized, masquant_config(recipe))
+        return quantized
+
+
+def weight_bytes(module: Any) -> int:
+    """Of one quantized linear, factors, pairs and biases of modalities included."""
+    if isinstance(module, MASQuantLinear):
+        return module.weight.nbytes_stored
+    return module.nbytes_stored
