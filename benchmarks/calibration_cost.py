@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.calibration.calibrate import library_versions, solve
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.replacing import replacing
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import select_linears
 from torchao_masquant.solver.methods import SolverOptions

@@ -39,7 +39,7 @@ from torch._dynamo.utils import (
 from torchao.quantization import quantize_
 
 from torchao_masquant import SCHEMES, calibrate, masquant_config
-from torchao_masquant.replacing import replacing
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.testing import digits
 
 _LENGTHS = 10

@@ -44,8 +44,8 @@ from torchao.quantization import (
 )
 
 from torchao_masquant import SCHEMES
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.kernels import cpu_lowering
-from torchao_masquant.replacing import replacing
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 Shape = tuple[int, int]

@@ -46,9 +46,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from torchao_masquant import MASQuantConfig, Recipe, masquant_config
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
-from torchao_masquant.replacing import replacing
 from torchao_masquant.solver.methods import SolverOptions
 
 DENSE = "bf16"

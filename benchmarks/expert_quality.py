@@ -36,9 +36,9 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 )
 
 from torchao_masquant import calibrate, masquant_config, token_modalities
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.calibration.statistics import InputStatistics
-from torchao_masquant.replacing import replacing
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import METHODS, SolverOptions
 

@@ -40,13 +40,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.kernels.gpu.roofline import (
     DEVICES,
     Device,
     linears,
     microseconds_together,
 )
-from torchao_masquant.replacing import replacing
 
 # Seconds of a step for its timings alone, and for all of a step of a kind not yet seen.
 _MEASURING = 0.5

@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence
 
+# The methods that ours are compared with.
+sys.path.insert(0, str(Path(__file__).parents[1] / "research"))
+
 import torch
 from baselines.fingerprint import code_fingerprint
 from baselines.quantizing import Quantizing, weight_bytes
@@ -34,9 +37,9 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 from torchao_masquant import (
     MASQuantLinear,
 )
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.demo.compare import collect_statistics
-from torchao_masquant.replacing import replacing
 from torchao_masquant.routing import Router
 from torchao_masquant.schemes import SCHEMES
 from torchao_masquant.testing import digits

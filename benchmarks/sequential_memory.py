@@ -40,8 +40,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.calibration.calibrate import library_versions
-from torchao_masquant.replacing import replacing
 from torchao_masquant.sequential import calibrate_sequential
 
 _GIB = 1 << 30

@@ -27,8 +27,8 @@ from kill_resume import run_once
 from rich.console import Console
 from rich.table import Table
 
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.calibration.calibrate import library_versions
-from torchao_masquant.replacing import replacing
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -52,8 +52,8 @@ from torch._dynamo.utils import counters
 from torchao.quantization import quantize_
 
 from torchao_masquant import SCHEMES, calibrate, masquant_config
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.kernels.cpu_lowering import prepare
-from torchao_masquant.replacing import replacing
 from torchao_masquant.routing import router_of
 from torchao_masquant.testing import digits
 

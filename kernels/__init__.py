@@ -18,7 +18,6 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
   among them, and ``cpu_build`` compiles them at their first use;
 - ``gpu_lowering``: Triton kernels for CUDA and ROCm, which are in ``gpu``;
 - ``shared_prologue``: linears that share an input smooth it once in a compiled graph;
-- ``aot``: what the Triton kernels compile to, found out with no GPU.
 """
 
 # transformers looks for Hugging Face's package ``kernels`` and, from the root of a

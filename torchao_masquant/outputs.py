@@ -110,8 +110,9 @@ def check_file(
     if path.is_dir():
         raise IsADirectoryError(f"{shown} it is a folder; give the name of a file.")
     real = Path(os.path.realpath(path))
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{shown} the folder {str(path.parent)!r} is read-only.")
+    # Where a link leads, a new file takes the old one's place.
+    if not os.access(real.parent, os.W_OK):
+        raise PermissionError(f"{shown} the folder {str(real.parent)!r} is read-only.")
     if path.exists() and not path.is_file():
         raise ValueError(f"{shown} it is no ordinary file; give the name of one.")
     for source in map(Path, sources):

@@ -17,9 +17,9 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.kernels.hadamard import check_hadamard_size
 from torchao_masquant.outputs import RECIPE_FORMAT, check_file
-from torchao_masquant.replacing import replacing
 from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor

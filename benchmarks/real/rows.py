@@ -13,16 +13,16 @@ from typing import Any, Iterator, Optional, Sequence
 
 from baselines.fingerprint import code_fingerprint
 from baselines.quantizing import Quantizing, weight_bytes
+from torch import nn
+
 from real.examples import calibration_samples, heldout_samples
 from real.methods import quantize
 from real.scoring import Reference
 from real.thinker import load_model
-from torch import nn
-
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.replacing import replacing
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import select_linears
 

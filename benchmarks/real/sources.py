@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from real.examples import Material
+from digits_training import speech
 from torch import Tensor
 
-from torchao_masquant.testing.digits import speech
+from real.examples import Material
 from torchao_masquant.testing.digits.features import IMAGE_MAX
 
 __all__ = ["check_installed", "load_sources"]

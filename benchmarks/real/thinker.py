@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, Mapping
 
 import torch
-from real.llm import load_llm
-from real.prompts import MARKS
+from digits_training.architecture import thinker_config
 from safetensors.torch import load_file
 from transformers import (
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
-from torchao_masquant.testing.digits.architecture import thinker_config
+from real.llm import load_llm
+from real.prompts import MARKS
 
 __all__ = ["DATA", "build", "load_model", "tower_state"]
 

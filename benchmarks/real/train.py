@@ -18,21 +18,23 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Sequence
 
-# As a script it finds the folder that it is a part of.
+# As a script it finds the folder that it is a part of, and what the small model is
+# trained with.
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import torch
 import torch.nn.functional as F
+from digits_training.augment import augment
+from digits_training.optimizer import Optimizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from real.examples import BATCH, Material
 from real.prompts import ANSWERS, TASKS
 from real.sources import load_sources
 from real.thinker import build, load_model, tower_state
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from torchao_masquant.replacing import replacing
-from torchao_masquant.testing.digits.augment import augment
-from torchao_masquant.testing.digits.train import Optimizer
+from torchao_masquant.atomic_files import replacing
 
 CLIPS = 2000
 #: Of the training material, what calibration may draw from.

@@ -65,7 +65,7 @@ class Device:
 
     Attributes:
         name: of the product.
-        architecture: as :data:`torchao_masquant.kernels.aot.TARGETS` names it.
+        architecture: as ``tools/ahead_of_time.py`` names it.
         bandwidth: of memory, bytes a second.
         bf16: bfloat16 operations a second with float32 sums, a multiply-add being two.
         int8: of int8 with int32 sums.

@@ -21,18 +21,18 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("gpu_linear")
 
 
 @pytest.fixture
-def plan(bench: Any) -> Any:
+def plan(bench):
     return importlib.import_module("gpu_bench.plan")
 
 
 @pytest.fixture
-def candidates(bench: Any) -> Any:
+def candidates(bench):
     return importlib.import_module("gpu_bench.candidates")
 
 
@@ -65,7 +65,7 @@ def microseconds(candidate: str) -> float:
 
 
 @pytest.fixture
-def timer(bench: Any) -> Any:
+def timer(bench):
     def measure(calls: dict[str, Sequence[Any]], seconds: float) -> Any:
         return {
             name: bench.Timing(microseconds(name), microseconds(name) + 40, 7)
@@ -91,7 +91,7 @@ def run(
     )
 
 
-def test_plan_holds_every_place_and_begins_with_the_targets(plan: Any) -> None:
+def test_plan_holds_every_place_and_begins_with_the_targets(plan):
     steps = plan.plan(groups=[])
     everywhere = {
         (*shape, m) for shape in plan.SHAPES for m in (1, 16, 256, 2048, 8192)
@@ -117,7 +117,7 @@ def test_plan_holds_every_place_and_begins_with_the_targets(plan: Any) -> None:
     assert plan.plan(torchao=False, groups=[]) == ours
 
 
-def test_plan_holds_every_group_beside_bf16_and_as_one_product(plan: Any) -> None:
+def test_plan_holds_every_group_beside_bf16_and_as_one_product(plan):
     steps = [step for step in plan.plan() if step.place.parts]
     assert {step.place.linear for step in steps} == set(plan.GROUPS.values())
     assert len(steps) == len(plan.GROUPS) * len(plan.TOKENS)
@@ -134,7 +134,7 @@ def test_plan_holds_every_group_beside_bf16_and_as_one_product(plan: Any) -> Non
     assert all(step.place.parts for step in plan.plan()[16:24])
 
 
-def test_a_group_on_paper_smooths_once(plan: Any, bench: Any) -> None:
+def test_a_group_on_paper_smooths_once(plan, bench):
     place = plan.Place.of_group(3584, (3584, 512, 512), 2048)
     assert place.linear == "7B q, k and v" and place.sizes == (3584, 512, 512)
     calls = plan.paper(place, "w8a8 half vision")
@@ -148,7 +148,7 @@ def test_a_group_on_paper_smooths_once(plan: Any, bench: Any) -> None:
     assert (fused.out_features, fused.weight_bits) == (4608, 16)
 
 
-def test_rank_and_share_of_the_paper(plan: Any) -> None:
+def test_rank_and_share_of_the_paper(plan):
     place = plan.Place(3584, 18944, 2048)
     assert plan.rank_of(3584, 18944) == 179 and place.linear == "7B gate/up"
     (call,) = plan.paper(place, "w8a8 half vision")
@@ -163,9 +163,7 @@ def test_rank_and_share_of_the_paper(plan: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
-def test_candidates_compute_what_they_claim(
-    candidates: Any, plan: Any, scheme: str
-) -> None:
+def test_candidates_compute_what_they_claim(candidates, plan, scheme):
     place = plan.Place(256, 48, 20)
     device = torch.device("cpu")
     of = candidates.Bench(place, device, 30_000, lambda f, **how: f)
@@ -185,7 +183,7 @@ def test_candidates_compute_what_they_claim(
     assert of._ids(0.5).tolist() == [0] * 5 + [1] * 10 + [0] * 5
 
 
-def test_a_group_computes_each_of_its_linears(candidates: Any, plan: Any) -> None:
+def test_a_group_computes_each_of_its_linears(candidates, plan):
     place = plan.Place.of_group(256, (48, 16, 16), 20)
     of = candidates.Bench(place, torch.device("cpu"), 1, lambda f, **how: f)
     for name in ("bf16", "bf16 fused", "w8a8 half vision", "w4a16 base"):
@@ -198,9 +196,7 @@ def test_a_group_computes_each_of_its_linears(candidates: Any, plan: Any) -> Non
     assert all(torch.equal(w.act_pre_scale, first.act_pre_scale) for w in others)
 
 
-def test_a_candidate_that_computes_something_else_is_wrong(
-    candidates: Any, plan: Any
-) -> None:
+def test_a_candidate_that_computes_something_else_is_wrong(candidates, plan):
     def broken(function: Any, **how: Any) -> Any:
         return lambda *arguments: tuple(1.02 * y for y in function(*arguments))
 
@@ -209,7 +205,7 @@ def test_a_candidate_that_computes_something_else_is_wrong(
     assert built.error > built.bound and built.error == pytest.approx(0.02, rel=0.2)
 
 
-def test_torchao_stands_beside(candidates: Any, plan: Any) -> None:
+def test_torchao_stands_beside(candidates, plan):
     of = candidates.Bench(
         plan.Place(256, 48, 20), torch.device("cpu"), 1, lambda f, **how: f
     )
@@ -219,9 +215,7 @@ def test_torchao_stands_beside(candidates: Any, plan: Any) -> None:
     assert of.build("bf16").bound < built.bound == 0.05
 
 
-def test_ratios_are_of_one_step(
-    bench: Any, candidates: Any, plan: Any, timer: Any
-) -> None:
+def test_ratios_are_of_one_step(bench, candidates, plan, timer):
     shape = (3584, 18944)
     group = (3584, (18944, 18944))
     steps = plan.plan([shape], [2048, 1], groups=[group])
@@ -245,9 +239,7 @@ def test_ratios_are_of_one_step(
     assert together[0]["over bf16, graph"] == 2.0
 
 
-def test_targets_are_judged_at_every_place(
-    bench: Any, candidates: Any, plan: Any, timer: Any
-) -> None:
+def test_targets_are_judged_at_every_place(bench, candidates, plan, timer):
     shape = (3584, 18944)
     results = run(bench, candidates, timer, plan.plan([shape], [2048, 1], groups=[]))
     found = {t.name: t for t in bench.targets(results.rows)}
@@ -271,9 +263,7 @@ def test_targets_are_judged_at_every_place(
     assert bench.targets([])[0].verdict == "not measured"
 
 
-def test_a_short_run_skips_and_says_so(
-    bench: Any, candidates: Any, plan: Any, timer: Any
-) -> None:
+def test_a_short_run_skips_and_says_so(bench, candidates, plan, timer):
     shapes = [(2048, 2048), (2048, 256)]
     steps = plan.plan(shapes, [2048, 1], groups=[])
     # 26 seconds for each of two steps at 2048 tokens, 14 for two at one token; then 20
@@ -287,9 +277,7 @@ def test_a_short_run_skips_and_says_so(
     assert sorted({row.step for row in results.rows}) == [0, 1]
 
 
-def test_what_raises_or_is_wrong_is_said(
-    bench: Any, candidates: Any, plan: Any, timer: Any
-) -> None:
+def test_what_raises_or_is_wrong_is_said(bench, candidates, plan, timer):
     steps = plan.plan([(2048, 2048)], [2048], groups=[])
     results = run(
         bench,
@@ -313,7 +301,7 @@ def test_what_raises_or_is_wrong_is_said(
     assert report["rows"][0]["paper"] > 0
 
 
-def test_nan_is_wrong(bench: Any, candidates: Any, plan: Any, timer: Any) -> None:
+def test_nan_is_wrong(bench, candidates, plan, timer):
     class Nan:
         def build(self, candidate: str) -> Any:
             return candidates.Built([lambda: torch.zeros(1)], float("nan"), 0.01)
@@ -382,7 +370,7 @@ class FakeCuda:
         }
 
 
-def test_a_timing_is_of_one_call(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timing_is_of_one_call(bench, monkeypatch):
     fake = FakeCuda()
     for name, value in fake.names().items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -393,9 +381,7 @@ def test_a_timing_is_of_one_call(bench: Any, monkeypatch: pytest.MonkeyPatch) ->
         assert (timing.graph, timing.eager) == pytest.approx((10, 30))
 
 
-def test_dry_run_prints_the_plan(
-    bench: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_prints_the_plan(bench, capsys):
     options = ["--dry-run", "--linear", "3B down", "--tokens", "16"]
     assert bench.main([*options, "--card", "A100"]) == 0
     out = capsys.readouterr().out
@@ -410,8 +396,6 @@ def test_dry_run_prints_the_plan(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(
-    bench: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_gpu_it_says_so(bench, capsys):
     assert bench.main([]) == 2
     assert "there is no GPU here" in capsys.readouterr().err

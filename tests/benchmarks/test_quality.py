@@ -8,7 +8,6 @@
 import dataclasses
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -375,9 +374,3 @@ def test_search_finds_the_exponent():
         # Factors equal to rounding still flip one of the 4-bit integers now and then, of
         # which there are 90 * 24: two exponents may change places, but not two errors.
         assert sizes[step] <= min(sizes) * (1 + 5e-3)
-
-
-def teardown_module():
-    # Beside the script they are top-level modules; nothing else should find them.
-    for name in [n for n in sys.modules if n.split(".")[0] == "baselines"]:
-        del sys.modules[name]

@@ -8,6 +8,7 @@
 import importlib.util
 import json
 import runpy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,17 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def _as_a_script(monkeypatch):
-    """A script finds the folder beside it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+@pytest.fixture(scope="module", autouse=True)
+def _as_a_script():
+    """A script finds the folder beside it; SmolLM2 is read and dequantized once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        from real import examples, llm, thinker
+
+        patch.setattr(llm, "load_llm", cache(llm.load_llm))
+        patch.setattr(thinker, "load_llm", llm.load_llm)
+        patch.setattr(examples, "load_tokenizer", cache(llm.load_tokenizer))
+        yield
 
 
 needs_weights = pytest.mark.skipif(
@@ -35,10 +43,14 @@ def _main():
 
 @needs_weights
 @pytest.mark.slow
-def test_quick(tmp_path, capsys):
+def test_quick(tmp_path, capsys, monkeypatch):
+    # A third of the calibration data.
+    for name, count in (("_SINGLE", 32), ("_DOUBLE", 16), ("_PIECES", 4)):
+        monkeypatch.setattr(f"real.examples.{name}", count)
     report, page = tmp_path / "real.json", tmp_path / "page.md"
     page.write_text("Before.\n<!-- real_llm.json -->\n<!-- end -->\nAfter.\n")
-    arguments = ["--quick", "--json", str(report), "--page", str(page)]
+    arguments = ["--quick", "--layers", "2", "--examples", "8"]
+    arguments += ["--json", str(report), "--page", str(page)]
     assert _main()(arguments) == 0
     rows = {row["method"]: row for row in json.loads(report.read_text())["rows"]}
     nearest, ours = rows["rtn"], rows["masquant, no pair"]
@@ -52,7 +64,7 @@ def test_quick(tmp_path, capsys):
     assert again.err.count("KL") == 0
     assert again.out == made.out
     with pytest.raises(SystemExit):
-        _main()([*arguments, "--layers", "2"])
+        _main()([*arguments, "--layers", "1"])
     assert "give another file" in capsys.readouterr().err
     assert page.read_text() == (
         f"Before.\n<!-- real_llm.json -->\n{made.out}<!-- end -->\nAfter.\n"
@@ -141,29 +153,27 @@ def test_without_the_weights_one_sentence_says_what_to_install(monkeypatch, caps
 
 
 @needs_weights
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        (["--examples", "1"], "--examples must be 2 to 320"),
-        (["--pieces", "400"], "--pieces must be 2 to"),
-        (["--layers", "31"], "--layers must be 1 to 30"),
-        (["--json", "missing/rows.json"], "there is no folder missing"),
-        (["--page", "missing.md"], "there is no page missing.md"),
-    ],
-)
-def test_what_cannot_run_is_told_before_it_does(arguments, told, capsys):
-    with pytest.raises(SystemExit) as ended:
-        _main()(arguments)
-    assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+def test_what_cannot_run_is_told_before_it_does(capsys):
+    main = _main()
+    for *arguments, told in (
+        ("--examples", "1", "--examples must be 2 to 320"),
+        ("--pieces", "400", "--pieces must be 2 to"),
+        ("--layers", "31", "--layers must be 1 to 30"),
+        ("--json", "missing/rows.json", "there is no folder missing"),
+        ("--page", "missing.md", "there is no page missing.md"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("page", ["", "<!-- real_llm.json -->", "<!-- end -->"])
-def test_a_page_without_a_place_for_the_table_is_refused(page):
+def test_a_page_without_a_place_for_the_table_is_refused():
     from real.page import with_table
 
-    with pytest.raises(ValueError, match="no line <!-- real_llm.json -->"):
-        with_table(page, [])
+    for page in ("", "<!-- real_llm.json -->", "<!-- end -->"):
+        with pytest.raises(ValueError, match="no line <!-- real_llm.json -->"):
+            with_table(page, [])
 
 
 def test_the_pages_table_is_the_committed_result():

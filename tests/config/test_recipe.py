@@ -228,7 +228,7 @@ def test_an_interrupted_save_keeps_the_old_file(recipe, tmp_path, monkeypatch, b
             save_file(*arguments, **options)
         raise KeyboardInterrupt
 
-    target = f"torchao_masquant.recipe.{broken}"
+    target = broken if "." in broken else f"torchao_masquant.recipe.{broken}"
     monkeypatch.setattr(target, interrupt)
     with pytest.raises(KeyboardInterrupt):
         recipe.save(path)

@@ -58,12 +58,13 @@ def texts(conversations):
 EXPECTED = [["Which half?"], ["left"], ["Why\u2028not?"], ["It is."]]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_files_of_rows(folder, name):
-    (folder / name).write_bytes(FILES[name])
-    found = read_conversations(folder / name)
-    assert texts(found) == EXPECTED
-    assert [c.messages[0].parts[0].value.name for c in found] == ["a.png", "b.png"]
+def test_files_of_rows(folder):
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+        found = read_conversations(folder / name)
+        assert texts(found) == EXPECTED, name
+        images = [c.messages[0].parts[0].value.name for c in found]
+        assert images == ["a.png", "b.png"], name
 
 
 def test_one_object_or_one_conversation_is_one_row(folder):
@@ -151,12 +152,12 @@ def test_damage_is_named_by_its_line(folder, name, text, sentence):
     assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["[]", "", " \n", "image,question\n"])
-def test_no_rows_are_refused(folder, content):
-    path = folder / ("a.csv" if "image" in content else "a.json")
-    path.write_text(content)
-    with pytest.raises(ValueError, match="is empty: give at least one sample"):
-        read_conversations(path)
+def test_no_rows_are_refused(folder):
+    for content in ("[]", "", " \n", "image,question\n"):
+        path = folder / ("a.csv" if "image" in content else "a.json")
+        path.write_text(content)
+        with pytest.raises(ValueError, match="is empty: give at least one sample"):
+            read_conversations(path)
 
 
 def test_an_image_in_place_of_data_is_told(folder):

@@ -400,10 +400,7 @@ TEXTS = {
         {"inputs": "Add 1 and 2.", "targets": "3"},
         chat("Add 1 and 2.", "3"),
     ),
-    "an implicit prompt": (
-        {"chosen": [user("Hi"), assistant("Ho")]},
-        chat("Hi", "Ho"),
-    ),
+    "an implicit prompt": ({"chosen": [user("Hi"), assistant("Ho")]}, chat("Hi", "Ho")),
     "question and answer in one": (
         {"qa_pairs": [{"question": "Hi", "answer": "Ho"}]},
         chat("Hi", "Ho"),

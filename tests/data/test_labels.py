@@ -82,12 +82,11 @@ def test_a_question_after_the_last_answer_is_not_scored(models):
     assert runs(models["text"], template, turns("Hi", "Ho", "And?")) == ["Ho<end>"]
 
 
-@pytest.mark.parametrize(
-    "answer", ["Q", "Q.", "X~", "4", "45", "~", "#", "日本", "é", "QX"]
-)
-def test_an_answer_of_any_letters_is_scored_whole(models, answer):
+def test_an_answer_of_any_letters_is_scored_whole(models):
     template = "{% for m in messages %}" + MARKS + "{% endfor %}"
-    assert runs(models["text"], template, turns("Hi", answer)) == [f"{answer}<end>\n"]
+    for answer in ("Q", "Q.", "X~", "4", "45", "~", "#", "日本", "é", "QX"):
+        found = runs(models["text"], template, turns("Hi", answer))
+        assert found == [f"{answer}<end>\n"]
 
 
 def test_a_template_that_leaves_answers_out_is_told(models):

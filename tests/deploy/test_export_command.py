@@ -22,7 +22,7 @@ SAMPLE = batch([21, "image", 22])
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "quantized"
     model = quantized(
         qwen25_vl(layers=1), scheme="w4a8", rank=2, alpha=0.5, separation=1.0
@@ -33,7 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def exported(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def exported(monkeypatch):
     calls: list[tuple[Any, ...]] = []
 
     def export(model: Any, sample: Any, folder: Path, *, kernels: str) -> Path:
@@ -46,12 +46,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-def test_a_saved_model_and_its_inputs(
-    saved: Path,
-    exported: list[tuple[Any, ...]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_saved_model_and_its_inputs(saved, exported, tmp_path, capsys):
     inputs = str(saved.parent / "inputs.safetensors")
     target = tmp_path / "package"
     arguments = ["export", str(saved), str(target), "--inputs", inputs]
@@ -65,9 +60,7 @@ def test_a_saved_model_and_its_inputs(
     assert found == {"folder": str(target), "bytes": {"decoder.pt2": 5}}
 
 
-def test_what_is_missing(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_missing(saved, tmp_path, capsys):
     def said(*arguments: str) -> str:
         assert main(["export", *arguments]) == 1
         return capsys.readouterr().err

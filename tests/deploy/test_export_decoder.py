@@ -7,6 +7,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    PlainModel,
-    batch,
-    quantized,
-    qwen25_vl,
-    recipe_of,
-    token_row,
-)
+from tiny_models import PlainModel, batch, quantized, qwen25_vl, recipe_of, token_row
 from torch import nn
 
 from torchao_masquant import token_modalities
@@ -37,6 +31,7 @@ PROMPTS = [
 ANSWER = [40, 41, 42]
 
 _SCRIPT = """
+import json
 import sys
 folder, calls, results = sys.argv[1:]
 sys.path.insert(0, folder)
@@ -64,6 +59,22 @@ for token in [5] + [21] * 29:
         decoder.decode(torch.tensor([[token]]))
     except ValueError as error:
         print(error)
+call = torch.load(calls)[0]
+try:
+    decoder.embed(call["input_ids"], call["features"][1:])
+except ValueError as error:
+    print(error)
+# Another torch, another format.
+facts = json.loads(open(folder + "/decoder.json").read())
+for changed in ({"torch": "2.0.0"}, {"format": 99}):
+    with open(folder + "/decoder.json", "w") as file:
+        json.dump({**facts, **changed}, file)
+    try:
+        Decoder(folder)
+    except ValueError as error:
+        print(error)
+with open(folder + "/decoder.json", "w") as file:
+    json.dump(facts, file)
 """
 
 
@@ -123,12 +134,9 @@ def run(folder: Path, calls: list[dict[str, Any]], scratch: Path) -> tuple[Any, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["w4a8"])
-def test_a_process_with_torch_alone_gives_the_model_s_results(
-    scheme: str, tmp_path: Path
-) -> None:
+def test_a_process_with_torch_alone_gives_the_model_s_results(tmp_path):
     options = dict(rounding="nearest", clip=False, alpha=0.5, separation=1.0)
-    recipe = recipe_of(qwen25_vl(layers=1), scheme=scheme, rank=4, **options)
+    recipe = recipe_of(qwen25_vl(layers=1), scheme="w4a8", rank=4, **options)
     # Rotated ones, which share their input with each other, beside ones that are not.
     for name, layer in recipe.layers.items():
         if "self_attn" in name:
@@ -158,6 +166,9 @@ def test_a_process_with_torch_alone_gives_the_model_s_results(
     assert (wrong - right).norm() > 0.1 * right.norm()
     assert "there are 29 slots: make the Decoder with more" in said
     assert "token [5] stands for an image or a sound: give it to prefill" in said
+    assert re.search("4 placeholders .* there are 3 features", said)
+    assert "was compiled with torch 2.0.0" in said
+    assert "has the format 99" in said
 
     facts = json.loads((folder / "decoder.json").read_text())
     assert facts["modalities"] == ["text", "vision"] and facts["position_rows"] == 3
@@ -169,20 +180,6 @@ def test_a_process_with_torch_alone_gives_the_model_s_results(
     assert integers == sum(linear.weight.qdata.numel() for linear in linears)
     # Nothing half made is left beside it.
     assert {p.name for p in tmp_path.iterdir()} == {"package", "calls.pt", "r.pt"}
-
-    # Another torch, another format, features that do not fit.
-    for name, value, message in (
-        ("torch", "2.0.0", "was compiled with torch 2.0.0"),
-        ("format", 99, "has the format 99"),
-    ):
-        broken = {**facts, name: value}
-        (folder / "decoder.json").write_text(json.dumps(broken))
-        with pytest.raises(AssertionError, match=message):
-            run(folder, calls, tmp_path)
-    (folder / "decoder.json").write_text(json.dumps(facts))
-    calls[0]["features"] = calls[0]["features"][1:]
-    with pytest.raises(AssertionError, match="4 placeholders .* there are 3 features"):
-        run(folder, calls, tmp_path)
 
 
 class Wide(nn.Module):
@@ -196,7 +193,7 @@ class Wide(nn.Module):
 
 
 @pytest.mark.slow
-def test_a_program_of_your_own_without_any_library(tmp_path: Path) -> None:
+def test_a_program_of_your_own_without_any_library(tmp_path):
     """kernels="aten": the package and the weights are all there is."""
     model = Wide().eval()
     x, ids = torch.randn(1, 9, 16), torch.tensor([[0, 1, 2] * 3])
@@ -236,9 +233,7 @@ def test_a_program_of_your_own_without_any_library(tmp_path: Path) -> None:
     )
 
 
-def test_what_cannot_be_exported_is_refused_before_anything_is_written(
-    tmp_path: Path,
-) -> None:
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
     model = qwen25_vl(layers=1)
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -28,10 +28,7 @@ KERNELS = [
 
 
 def weight(
-    scheme: str,
-    seed: int,
-    low_rank_bits: int = 16,
-    hadamard_size: Optional[int] = None,
+    scheme: str, seed: int, low_rank_bits: int = 16, hadamard_size: Optional[int] = None
 ) -> MASQuantTensor:
     """Of two modalities beside text; the second has no pair."""
     torch.manual_seed(seed)
@@ -91,21 +88,11 @@ def lowered(
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "base"])
 @pytest.mark.parametrize(
     "scheme, low_rank_bits, hadamard_size",
-    [
-        ("w8a8", 16, None),
-        ("w4a8", 8, None),
-        ("w4a16", 16, None),
-        ("w4a8", 16, 32),
-        ("w4a16", 16, 32),
-    ],
+    [("w8a8", 16, None), ("w4a8", 8, 32), ("w4a16", 16, 32)],
 )
 def test_results_are_those_of_the_model(
-    scheme: str,
-    low_rank_bits: int,
-    hadamard_size: Optional[int],
-    mixed: bool,
-    kernels: str,
-) -> None:
+    scheme, low_rank_bits, hadamard_size, mixed, kernels
+):
     model, program = lowered(scheme, mixed, kernels, low_rank_bits, hadamard_size)
     called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert not [target for target in called if target.startswith("masquant.")]
@@ -121,7 +108,7 @@ def test_results_are_those_of_the_model(
 
 @pytest.mark.skipif(not HAVE_KERNELS, reason="no C++ kernels here")
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "base"])
-def test_a_shared_input_is_quantized_once(mixed: bool) -> None:
+def test_a_shared_input_is_quantized_once(mixed):
     _, program = lowered("w4a8", mixed, "cpu")
     names = [str(node.target) for node in program.graph.nodes]
     assert names.count("masquant_cpu.smooth_quantize.default") == 1
@@ -129,7 +116,7 @@ def test_a_shared_input_is_quantized_once(mixed: bool) -> None:
     assert names.count("masquant_cpu.low_rank_down.default") == 2 * mixed
 
 
-def test_for_gpus_the_operators_stay() -> None:
+def test_for_gpus_the_operators_stay():
     """They become Triton kernels where the program is compiled."""
     _, program = lowered("w4a8", True, "triton")
     names = [str(node.target) for node in program.graph.nodes]
@@ -137,9 +124,7 @@ def test_for_gpus_the_operators_stay() -> None:
     assert names.count("masquant.int_linear.default") == 2
 
 
-def test_which_kernels(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_which_kernels(monkeypatch, caplog):
     cpu = torch.device("cpu")
     assert choose_kernels("aten", cpu) == "aten"
     assert choose_kernels("auto", cpu) == ("cpu" if HAVE_KERNELS else "aten")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import WORLD, Ranks
-from test_sharded_linear import CASES, K, N, make_linear, run, tokens
+from ranks import WORLD
+from test_sharded_linear import K, N, make_linear, run, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -56,8 +56,8 @@ def check(rank: int, case: str) -> None:
     model.first.reshard()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fully_shard(ranks: Ranks, case: str) -> None:
+@pytest.mark.parametrize("case", ["w8a8", "w4a4, rotated", "w4a16"])
+def test_fully_shard(ranks, case):
     ranks.run(check, case)
 
 
@@ -84,7 +84,7 @@ def refusals(rank: int) -> list[str]:
     return messages
 
 
-def test_refusals(ranks: Ranks) -> None:
+def test_refusals(ranks):
     for messages in ranks.run(refusals):
         assert messages == [
             "a MASQuantTensor of shape (23, 32) can't be cut into pieces of 12 along "

@@ -10,12 +10,11 @@ from typing import Any, Optional
 import tiny_models
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 
 from torchao_masquant import MASQuantLinear, token_modalities
 
 
-def test_ids_follow_the_layers_devices() -> None:
+def test_ids_follow_the_layers_devices():
     """As accelerate places a model: layers move what they are called with.
 
     The second device is "meta", the only other one that every machine has.
@@ -76,6 +75,6 @@ def check_pipeline(rank: int) -> list[list[float]]:
     return result.flatten(1).tolist()
 
 
-def test_pipeline_stages(ranks: Ranks) -> None:
+def test_pipeline_stages(ranks):
     first, second = ranks.run(check_pipeline)
     assert first == second

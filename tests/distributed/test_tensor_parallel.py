@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from linear_oracle import expected
-from ranks import WORLD, Ranks
+from ranks import WORLD
 from sharded_oracle import columns_of, split_by_columns
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,7 +24,7 @@ WORDS = tiny_models.words
 
 
 @pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+def recipe_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "recipe.safetensors"
     tiny_models.recipe_of(tiny_models.qwen25_vl(), hadamard_size=16).save(path)
     return str(path)
@@ -105,7 +105,7 @@ def check_decoder(rank: int, recipe_path: str) -> None:
             assert ((y - reference).abs() <= bound).all(), name
 
 
-def test_decoder_is_the_single_process_one(ranks: Ranks, recipe_path: str) -> None:
+def test_decoder_is_the_single_process_one(ranks, recipe_path):
     ranks.run(check_decoder, recipe_path)
 
 
@@ -126,7 +126,7 @@ def check_compiled(rank: int, recipe_path: str) -> int:
 
 
 @pytest.mark.slow
-def test_compiled_layers(ranks: Ranks, recipe_path: str) -> None:
+def test_compiled_layers(ranks, recipe_path):
     # A base-only and a mixed graph, of each layer.
     assert ranks.run(check_compiled, recipe_path) == [4, 4]
 
@@ -143,7 +143,7 @@ def check_generation(rank: int, recipe_path: str) -> list[list[int]]:
     return answers[0].tolist()
 
 
-def test_generate(ranks: Ranks, recipe_path: str) -> None:
+def test_generate(ranks, recipe_path):
     first, second = ranks.run(check_generation, recipe_path)
     assert first == second
 
@@ -190,7 +190,7 @@ def check_refusals(rank: int, recipe_path: str) -> list[str]:
     return messages
 
 
-def test_refusals(ranks: Ranks, recipe_path: str) -> None:
+def test_refusals(ranks, recipe_path):
     layer = "model.language_model.layers.0"
     messages = ranks.run(check_refusals, recipe_path)
     assert (

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import torchao.testing.utils as torchao_cases
-from ranks import WORLD, Ranks
+from ranks import WORLD
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -88,9 +88,10 @@ def check(rank: int, scheme: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", torchao_case().COMMON_DTYPES)
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
-def test_tp(ranks: Ranks, scheme: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "scheme, dtype", zip(("w8a8", "w4a8", "w4a8"), torchao_case().COMMON_DTYPES)
+)
+def test_tp(ranks, scheme, dtype):
     ranks.run(check, scheme, dtype)
 
 
@@ -122,5 +123,5 @@ def check_results(rank: int) -> None:
     assert ((y.full_tensor() - whole).abs() < 3 * step).all()
 
 
-def test_its_results(ranks: Ranks) -> None:
+def test_its_results(ranks):
     ranks.run(check_results)

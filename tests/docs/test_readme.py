@@ -5,8 +5,10 @@
 # LICENSE file in the root directory of this source tree.
 """Every python block and masquant command of the pages runs, in order."""
 
+import inspect
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,17 +16,22 @@ import torch
 import torch._inductor.config
 from packaging.version import Version
 
+from torchao_masquant import calibrate
 from torchao_masquant.__main__ import main
+from torchao_masquant.sequential import calibrate_sequential
+from torchao_masquant.testing import model_folders
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "docs" / "checkpoints.md",
-    ROOT / "docs" / "cli.md",
-    ROOT / "docs" / "serving.md",
+ALL_PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "tutorials").glob("*.md")),
 ]
+BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [p for p in ALL_PAGES if re.search(r"^(```python|masquant )", p.read_text(), re.M)]
+
+#: Of the hub; in its place stands a tiny random model that is made on the spot.
+HUB_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
 def _run_commands(block, page):
@@ -35,11 +42,19 @@ def _run_commands(block, page):
             assert main(words[1:]) == 0, f"{page.name}: {line}"
 
 
+def _what_a_reader_has(folder):
+    """A model, and data with images, where a page takes them for granted."""
+    model_folders.vision_model(folder / "model")
+    samples = model_folders.vision_samples(folder)
+    shutil.copy(samples, folder / "held-out.jsonl")
+    model_folders.write_image(folder / "cat.png", seed=0)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page, tmp_path, monkeypatch):
     text = page.read_text()
-    blocks = list(BLOCK.finditer(text))
-    assert any(block.group(1) == "python" for block in blocks), page.name
+    if HUB_MODEL in text:
+        _what_a_reader_has(tmp_path)
     monkeypatch.chdir(tmp_path)
     # Where tests before this one compiled a class more often than Dynamo's limit allows,
     # Dynamo compiles it no more in this process.
@@ -47,11 +62,12 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     if Version(torch.__version__) < Version("2.13"):
         if page.name == "deploy_with_aotinductor.md":
             pytest.skip("torch.export finds no bounds for the cache before 2.13")
-        # As the README says.
+        # As docs/digits.md says.
         monkeypatch.setattr(torch._inductor.config, "assert_indirect_indexing", False)
     scope: dict[str, object] = {"__name__": "readme"}
-    for block in blocks:
+    for block in BLOCK.finditer(text):
         language, source = block.groups()
+        source = source.replace(HUB_MODEL, "model")
         if language == "bash":
             _run_commands(source, page)
             continue
@@ -60,7 +76,46 @@ def test_blocks_run(page, tmp_path, monkeypatch):
         exec(compile("\n" * line + source, str(page), "exec"), scope)
 
 
-def test_every_make_target_of_the_readme_exists():
-    targets = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.M))
+def test_every_make_target_that_a_page_names_exists():
+    pages = (ROOT / name for name in ("README.md", "CONTRIBUTING.md"))
+    text = "\n".join(page.read_text() for page in pages)
+    targets = set(re.findall(r"^make (\w+)", text, re.M))
     defined = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert targets and targets <= defined
+
+
+def _anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_links_lead_to_what_is_there(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+@pytest.mark.parametrize(
+    "function, heading",
+    [(calibrate, "# Options"), (calibrate_sequential, "## From disk")],
+    ids=lambda given: getattr(given, "__name__", None),
+)
+def test_the_page_of_options_has_each_with_its_default(function, heading):
+    page = (ROOT / "docs" / "options.md").read_text().split(f"{heading}\n")[1]
+    told = dict(re.findall(r"^\| `(\w+)` \|.*\| `([^`]*)`[^|]*\|[^|]*\|$", page, re.M))
+    common = inspect.signature(calibrate).parameters
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in ("model", "samples"):
+            continue
+        if function is not calibrate and name in common:
+            assert parameter.default == common[name].default
+            continue
+        assert name in told, name
+        assert eval(told[name]) == parameter.default, name

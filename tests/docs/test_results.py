@@ -3,16 +3,19 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""The README's numbers are those of the committed results."""
+"""The numbers of the README and of the pages are those of the committed results."""
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
+from typing import Any, Iterator
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 METHODS = {
     "": "",
@@ -29,6 +32,17 @@ METHODS = {
 }
 
 
+def _shown(page: str, name: str) -> list[str]:
+    """Lines of a page between the comment of this name and the one that ends it."""
+    text = (ROOT / page).read_text()
+    return text.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0].split("\n")[1:-1]
+
+
+def _rows(lines: list[str]) -> list[str]:
+    """Lines of a table without its head."""
+    return lines[2:]
+
+
 def _cell(rows, values, form, scale=1):
     columns = [[scale * v for v in column] for column in zip(*map(values, rows))]
     if not columns:
@@ -39,12 +53,11 @@ def _cell(rows, values, form, scale=1):
 
 
 @pytest.mark.parametrize("variant", ["outliers", "plain"])
-def test_readme_table_is_the_committed_result(variant):
+def test_table_of_the_small_model_is_the_committed_result(variant):
     name = f"quality_{variant}.json"
-    rows = json.loads((ROOT / "benchmarks/results" / name).read_text())["rows"]
-    page = (ROOT / "README.md").read_text()
-    shown = page.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0]
-    lines = re.findall(r"^\| (?:dense|w\da\d) .*$", shown, re.M)
+    rows = json.loads((RESULTS / name).read_text())["rows"]
+    lines = _shown("docs/results.md", name)
+    lines = [line for line in lines if re.match(r"\| (?:dense|w\da\d) ", line)]
     assert len(lines) > 15
     for line in lines:
         scheme, method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -71,7 +84,7 @@ def _spread(row, name, form):
 
 
 def _serving_lines(part):
-    rows = json.loads((ROOT / "benchmarks/results/serving_load.json").read_text())
+    rows = json.loads((RESULTS / "serving_load.json").read_text())
     for row in rows["loads"]:
         cells = [row["model"], row["load"]]
         if part == "memory":
@@ -92,19 +105,101 @@ def _serving_lines(part):
 
 @pytest.mark.parametrize("part", ["memory", "latency"])
 def test_serving_table_is_the_committed_result(part):
-    page = (ROOT / "docs/serving.md").read_text()
-    shown = page.split(f"<!-- serving_load.json: {part} -->")[1]
-    lines = shown.split("<!-- end -->")[0].strip().splitlines()
-    assert lines[2:] == list(_serving_lines(part))
+    lines = _shown("docs/serving.md", f"serving_load.json: {part}")
+    assert _rows(lines) == list(_serving_lines(part))
 
 
 def test_plan_table_is_the_committed_result():
-    checks = json.loads((ROOT / "benchmarks/results/plan_check.json").read_text())
-    page = (ROOT / "docs/plan.md").read_text()
-    shown = page.split("<!-- plan_check.json -->")[1].split("<!-- end -->")[0]
+    checks = json.loads((RESULTS / "plan_check.json").read_text())
     lines = []
     for c in checks["checks"]:
         form = "{:.0f}" if c["unit"] == "bytes" else "{:.2f}"
         numbers = " | ".join(form.format(c[key]) for key in ("predicted", "measured"))
         lines.append(f"| {c['what']} | {numbers} | {c['unit']} | {c['error']:+.1%} |")
-    assert shown.strip().splitlines()[2:] == lines
+    assert _rows(_shown("docs/plan.md", "plan_check.json")) == lines
+
+
+def _speed(candidate: str, tokens: int, peer: str) -> str:
+    """How many times as fast as a peer, the median over shapes."""
+    ratios = json.loads((RESULTS / "cpu_linear_epyc.json").read_text())["ratios"]
+    found = [
+        row[f"over {peer}"]
+        for row in ratios
+        if (row["candidate"], row["tokens"]) == (candidate, tokens)
+    ]
+    assert len(found) == 5, (candidate, tokens)
+    return f"{statistics.median(found):.1f}"
+
+
+PEERS = (
+    "bf16",
+    "torchao int8 dynamic",
+    "torchao SmoothQuant",
+    "torchao int8 weight-only",
+    "torchao int4 weight-only",
+)
+
+
+def _cpu_lines() -> Iterator[str]:
+    for scheme in ("w8a8", "w4a8", "w4a16"):
+        for tokens, of, shown in (
+            (1, "base", "text"),
+            (1, "all vision", "vision"),
+            (1024, "base", "text"),
+            (1024, "half vision", "half vision"),
+            (1024, "all vision", "vision"),
+        ):
+            cells = [_speed(f"{scheme} {of}", tokens, peer) for peer in PEERS]
+            yield f"| {scheme} | {tokens}, {shown} | {' | '.join(cells)} |"
+
+
+def test_table_of_linears_on_a_cpu_is_the_committed_result():
+    shown = _rows(_shown("docs/results.md", "cpu_linear_epyc.json"))
+    assert shown == list(_cpu_lines())
+
+
+# Of SmolLM2-135M: q and o, k and v, gate, up and down of thirty layers, in bfloat16.
+DENSE_BYTES = 2 * 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+REAL_METHODS = {
+    "gptq": "SmoothQuant + GPTQ",
+    "masquant, no pair": "**ours**, no pair",
+    "masquant": "**ours**",
+}
+
+
+def _readme_lines() -> Iterator[str]:
+    rows: list[dict[str, Any]] = json.loads((RESULTS / "real_llm.json").read_text())[
+        "rows"
+    ]
+    perplexity = math.exp(rows[0]["tasks"]["text"]["dense_loss"])
+    dense = f"| bfloat16 | {perplexity:.1f} |  |  | {DENSE_BYTES / 2**20:.0f}"
+    yield f"{dense} | 1.0 / 1.0 |  |"
+    for scheme in ("w8a8", "w4a8", "w4a4"):
+        for method, title in REAL_METHODS.items():
+            for row in rows:
+                if (row["scheme"], row["method"]) != (scheme, method):
+                    continue
+                text = row["tasks"]["text"]
+                kl = [t["kl"] for name, t in row["tasks"].items() if name != "text"]
+                cells = [
+                    f"{scheme}, {title}",
+                    f"{math.exp(text['loss']):.1f}",
+                    f"{text['kl']:.3f}",
+                    " / ".join(f"{value:.3f}" for value in kl),
+                    f"{row['bytes'] / 2**20:.0f}",
+                ]
+                for peer in ("bf16", "torchao SmoothQuant"):
+                    # Text has no pair; w4a4 was not timed.
+                    measured = method == "masquant, no pair" and scheme != "w4a4"
+                    times = [
+                        _speed(f"{scheme} base", tokens, peer)
+                        for tokens in (1, 1024)
+                        if measured
+                    ]
+                    cells.append(" / ".join(times))
+                yield f"| {' | '.join(cells)} |"
+
+
+def test_table_of_the_readme_is_the_committed_result():
+    shown = _shown("README.md", "real_llm.json, cpu_linear_epyc.json")
+    assert _rows(shown) == list(_readme_lines())

@@ -7,7 +7,6 @@
 
 import math
 
-from torchao_masquant.calibration.modality_spread import InputSpread, ModalitySpread
 from torchao_masquant.evaluation import (
     Analysis,
     ContentScore,
@@ -20,6 +19,7 @@ from torchao_masquant.evaluation import (
     SmoothingLoss,
     TaskScore,
 )
+from torchao_masquant.solver.modality_spread import InputSpread, ModalitySpread
 
 MODALITIES = ("text", "vision", "smell")
 

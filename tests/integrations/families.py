@@ -10,7 +10,9 @@ linears of its decoder, how far it compiles. Those are written down here by hand
 the model's own code, and the tests hold torchao_masquant to them.
 """
 
+import copy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Callable, Mapping, Optional, Sequence
 from unittest import mock
 
@@ -112,17 +114,9 @@ class Family:
             if self.has_experts and "mlp.up_proj" not in names
         }
 
-    def model(self, seed: int = 0) -> Any:
+    def model(self) -> Any:
         """The model, with random weights of usable size."""
-        torch.manual_seed(seed)
-        model = self.build()
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                # (experts, K, N) are several matrices.
-                width = parameter[(0,) * (parameter.dim() == 3)].shape[-1]
-                parameter.data.normal_(generator=generator).mul_(width**-0.5)
-        return model.eval()
+        return copy.deepcopy(_model(self.build))
 
     def mixed(self, seed: int = 0) -> Inputs:
         """Inputs of a call with every kind of placeholder (of text alone without)."""
@@ -173,6 +167,33 @@ def _words(count: int, seed: int) -> list[int]:
     return torch.randint(FIRST_WORD, VOCABULARY, (count,), generator=generator).tolist()
 
 
+@cache
+def _model(build: Callable[[], Any]) -> Any:
+    """Made once: transformers takes longer for it than most tests for theirs."""
+    torch.manual_seed(0)
+    model = build()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            # (experts, K, N) are several matrices.
+            width = parameter[(0,) * (parameter.dim() == 3)].shape[-1]
+            parameter.data.normal_(generator=generator).mul_(width**-0.5)
+    return model.eval()
+
+
+def _builds(kind: str, **config: Any) -> Callable[[], Any]:
+    """What makes the model of a kind, such as "Qwen2VL", by its config."""
+
+    def build() -> Any:
+        made = getattr(transformers, f"{kind}Config")(
+            # Some configs keep what they are given.
+            **copy.deepcopy({"tie_word_embeddings": False, **config})
+        )
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(made)
+
+    return build
+
+
 # Qwen-VL and its kin: patches in one row, (t, h, w) of each image beside them.
 
 _QWEN_RUNS = ((START, IMAGE, 4, END), (START, VIDEO, 2, END))
@@ -215,6 +236,7 @@ def _patches(generator: torch.Generator) -> Inputs:
 
 
 _PATCH = {"patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_QWEN_TEXT = {**_TEXT, **_mrope((2, 3, 3))}
 _QWEN_VISION = {
     **_PATCH,
     "depth": 1,
@@ -224,42 +246,8 @@ _QWEN_VISION = {
     "intermediate_size": 48,
     "out_hidden_size": HIDDEN,
 }
-
-
-def _qwen2_vl() -> Any:
-    return transformers.Qwen2VLForConditionalGeneration(
-        transformers.Qwen2VLConfig(
-            text_config={**_TEXT, **_mrope((2, 3, 3))},
-            vision_config={
-                **_PATCH,
-                "depth": 1,
-                "num_heads": 2,
-                "in_channels": 3,
-                "embed_dim": 32,
-                "mlp_ratio": 2,
-                "hidden_size": HIDDEN,
-            },
-            tie_word_embeddings=False,
-            **_QWEN_IDS,
-        )
-    )
-
-
-def _qwen25_vl() -> Any:
-    return transformers.Qwen2_5_VLForConditionalGeneration(
-        transformers.Qwen2_5_VLConfig(
-            text_config={**_TEXT, **_mrope((2, 3, 3))},
-            vision_config={
-                **_QWEN_VISION,
-                "window_size": 8,
-                "fullatt_block_indexes": [0],
-            },
-            tie_word_embeddings=False,
-            **_QWEN_IDS,
-        )
-    )
-
-
+_WINDOWS = {**_QWEN_VISION, "window_size": 8, "fullatt_block_indexes": [0]}
+_DEEP_TEXT = {**_TEXT, **_mrope((4, 2, 2), mrope_interleaved=True)}
 _DEEP_VISION = {
     **_QWEN_VISION,
     "depth": 2,
@@ -273,53 +261,16 @@ _EXPERTS = {
     "decoder_sparse_step": 1,
 }
 
-
-def _qwen3_vl() -> Any:
-    return transformers.Qwen3VLForConditionalGeneration(
-        transformers.Qwen3VLConfig(
-            text_config={**_TEXT, **_mrope((4, 2, 2), mrope_interleaved=True)},
-            vision_config=_DEEP_VISION,
-            tie_word_embeddings=False,
-            **_QWEN_IDS,
-        )
-    )
-
-
-def _qwen3_vl_moe() -> Any:
-    return transformers.Qwen3VLMoeForConditionalGeneration(
-        transformers.Qwen3VLMoeConfig(
-            text_config={
-                **_TEXT,
-                **_EXPERTS,
-                **_mrope((4, 2, 2), mrope_interleaved=True),
-                "mlp_only_layers": [0],
-            },
-            vision_config=_DEEP_VISION,
-            tie_word_embeddings=False,
-            **_QWEN_IDS,
-        )
-    )
-
-
-def _glm4v() -> Any:
-    return transformers.Glm4vForConditionalGeneration(
-        transformers.Glm4vConfig(
-            text_config={**_TEXT, **_mrope((2, 3, 3))},
-            vision_config={**_QWEN_VISION, "image_size": 8},
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_start_token_id=START,
-            image_end_token_id=END,
-            video_start_token_id=AUDIO_START,
-            video_end_token_id=AUDIO_END,
-            tie_word_embeddings=False,
-        )
-    )
-
-
 # Omni thinkers.
 
 _OMNI_RUNS = (*_QWEN_RUNS, (AUDIO_START, AUDIO, 4, AUDIO_END))
+_OMNI_IDS = {
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+    "audio_start_token_id": AUDIO_START,
+    "audio_end_token_id": AUDIO_END,
+    **_SPECIAL,
+}
 _MEL, _FRAMES = 8, 16
 _QWEN_AUDIO = {
     "num_mel_bins": _MEL,
@@ -340,69 +291,7 @@ def _omni_features(generator: torch.Generator) -> Inputs:
     }
 
 
-def _qwen25_omni() -> Any:
-    return transformers.Qwen2_5OmniThinkerForConditionalGeneration(
-        transformers.Qwen2_5OmniThinkerConfig(
-            text_config={**_TEXT, **_mrope((2, 3, 3))},
-            vision_config={
-                **_QWEN_VISION,
-                "in_chans": 3,
-                "window_size": 8,
-                "fullatt_block_indexes": [0],
-            },
-            audio_config={**_QWEN_AUDIO, "output_dim": HIDDEN},
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-            audio_token_index=AUDIO,
-            vision_start_token_id=START,
-            vision_end_token_id=END,
-            audio_start_token_id=AUDIO_START,
-            audio_end_token_id=AUDIO_END,
-            tie_word_embeddings=False,
-            **_SPECIAL,
-        )
-    )
-
-
-def _qwen3_omni_moe() -> Any:
-    return transformers.Qwen3OmniMoeThinkerForConditionalGeneration(
-        transformers.Qwen3OmniMoeThinkerConfig(
-            text_config={
-                **_TEXT,
-                **_EXPERTS,
-                **_mrope((4, 2, 2), mrope_interleaved=True),
-            },
-            vision_config=_DEEP_VISION,
-            audio_config={
-                **_QWEN_AUDIO,
-                "output_dim": HIDDEN,
-                "downsample_hidden_size": 8,
-            },
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            audio_token_id=AUDIO,
-            vision_start_token_id=START,
-            vision_end_token_id=END,
-            audio_start_token_id=AUDIO_START,
-            audio_end_token_id=AUDIO_END,
-            tie_word_embeddings=False,
-            **_SPECIAL,
-        )
-    )
-
-
 # Sounds alone.
-
-
-def _qwen2_audio() -> Any:
-    return transformers.Qwen2AudioForConditionalGeneration(
-        transformers.Qwen2AudioConfig(
-            text_config={"model_type": "qwen2", **_TEXT},
-            audio_config=_QWEN_AUDIO,
-            audio_token_index=AUDIO,
-            tie_word_embeddings=False,
-        )
-    )
 
 
 def _qwen2_audio_features(generator: torch.Generator) -> Inputs:
@@ -413,33 +302,28 @@ def _qwen2_audio_features(generator: torch.Generator) -> Inputs:
     }
 
 
-def _voxtral() -> Any:
-    return transformers.VoxtralForConditionalGeneration(
-        transformers.VoxtralConfig(
-            text_config={"model_type": "llama", **_TEXT},
-            audio_config={
-                "hidden_size": 32,
-                # Four neighbours make one token.
-                "intermediate_size": 128,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_mel_bins": _MEL,
-                "max_source_positions": _FRAMES,
-            },
-            audio_token_id=AUDIO,
-            tie_word_embeddings=False,
-        )
-    )
-
-
 def _voxtral_features(generator: torch.Generator) -> Inputs:
     return {"input_features": torch.randn(1, _MEL, 2 * _FRAMES, generator=generator)}
 
 
+_VOXTRAL_AUDIO = {
+    "hidden_size": 32,
+    # Four neighbours make one token.
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_mel_bins": _MEL,
+    "max_source_positions": _FRAMES,
+}
+
 # Images of a fixed size.
 
 
-def _vision(model_type: str, size: int, patch: int) -> Inputs:
+def _text(model_type: str) -> Inputs:
+    return {"model_type": model_type, **_TEXT}
+
+
+def _vision(model_type: str, size: int, patch: int, **more: Any) -> Inputs:
     return {
         "model_type": model_type,
         "hidden_size": 32,
@@ -449,6 +333,7 @@ def _vision(model_type: str, size: int, patch: int) -> Inputs:
         "num_channels": 3,
         "image_size": size,
         "patch_size": patch,
+        **more,
     }
 
 
@@ -459,20 +344,11 @@ def _image(*shape: int, **more: Any) -> Callable[[torch.Generator], Inputs]:
     }
 
 
-def _llava_onevision() -> Any:
-    return transformers.LlavaOnevisionForConditionalGeneration(
-        transformers.LlavaOnevisionConfig(
-            text_config={"model_type": "qwen2", **_TEXT},
-            vision_config={
-                **_vision("siglip_vision_model", 8, 4),
-                "vision_use_head": False,
-            },
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-            image_grid_pinpoints=[[8, 8]],
-            tie_word_embeddings=False,
-        )
-    )
+_ONE_SIZE = _image(1, 3, 8, 8, image_sizes=torch.tensor([[8, 8]]))
+
+
+def _one_image(length: int = 4) -> tuple[tuple[int, int, int, int], ...]:
+    return ((START, IMAGE, length, END),)
 
 
 def _onevision_features(generator: torch.Generator) -> Inputs:
@@ -483,111 +359,6 @@ def _onevision_features(generator: torch.Generator) -> Inputs:
         "image_sizes": torch.tensor([[8, 8]]),
         "pixel_values_videos": torch.randn(1, 2, 3, 8, 8, generator=generator),
     }
-
-
-def _internvl() -> Any:
-    return transformers.InternVLForConditionalGeneration(
-        transformers.InternVLConfig(
-            text_config={"model_type": "qwen2", **_TEXT},
-            vision_config={
-                **_vision("internvl_vision", 8, 2),
-                "image_size": [8, 8],
-                "patch_size": [2, 2],
-            },
-            image_token_id=IMAGE,
-            image_seq_length=4,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def _gemma3() -> Any:
-    return transformers.Gemma3ForConditionalGeneration(
-        transformers.Gemma3Config(
-            text_config={
-                **_TEXT,
-                "sliding_window": 16,
-                "layer_types": ["sliding_attention", "full_attention"],
-                "query_pre_attn_scalar": HIDDEN // HEADS,
-            },
-            vision_config=_vision("siglip_vision_model", 8, 2),
-            mm_tokens_per_image=4,
-            image_token_index=IMAGE,
-            boi_token_index=START,
-            eoi_token_index=END,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def _smolvlm() -> Any:
-    return transformers.SmolVLMForConditionalGeneration(
-        transformers.SmolVLMConfig(
-            text_config={"model_type": "llama", **_TEXT},
-            vision_config=_vision("smolvlm_vision", 8, 2),
-            image_token_id=IMAGE,
-            scale_factor=2,
-            tie_word_embeddings=False,
-            pad_token_id=PAD,
-        )
-    )
-
-
-def _idefics3() -> Any:
-    return transformers.Idefics3ForConditionalGeneration(
-        transformers.Idefics3Config(
-            text_config={"model_type": "llama", **_TEXT},
-            vision_config=_vision("idefics3_vision", 8, 2),
-            image_token_id=IMAGE,
-            scale_factor=2,
-            tie_word_embeddings=False,
-            pad_token_id=PAD,
-        )
-    )
-
-
-def _mistral3() -> Any:
-    return transformers.Mistral3ForConditionalGeneration(
-        transformers.Mistral3Config(
-            text_config={"model_type": "mistral", **_TEXT},
-            vision_config=_vision("pixtral", 8, 2),
-            image_token_index=IMAGE,
-            spatial_merge_size=2,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def _pixtral() -> Any:
-    return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            text_config={"model_type": "mistral", **_TEXT},
-            vision_config=_vision("pixtral", 8, 4),
-            image_token_index=IMAGE,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def _paligemma() -> Any:
-    return transformers.PaliGemmaForConditionalGeneration(
-        transformers.PaliGemmaConfig(
-            text_config={"model_type": "gemma", **_TEXT},
-            vision_config={
-                **_vision("siglip_vision_model", 8, 4),
-                "projection_dim": HIDDEN,
-                "vision_use_head": False,
-            },
-            image_token_index=IMAGE,
-            projection_dim=HIDDEN,
-            hidden_size=HIDDEN,
-            vocab_size=VOCABULARY,
-            tie_word_embeddings=False,
-            **_SPECIAL,
-        )
-    )
 
 
 # Those that torchao_masquant has an entry of its own for.
@@ -662,11 +433,7 @@ def _gemma3n() -> Any:
             "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
             "laurel_rank": 8,
         },
-        vision_config={
-            "hidden_size": 32,
-            "vocab_size": 8,
-            "vocab_offset": VOCABULARY,
-        },
+        vision_config={"hidden_size": 32, "vocab_size": 8, "vocab_offset": VOCABULARY},
         audio_config={
             "vocab_size": 8,
             "vocab_offset": VOCABULARY + 8,
@@ -705,30 +472,6 @@ def _gemma3n_features(generator: torch.Generator) -> Inputs:
         "input_features": torch.randn(1, 32, 16, generator=generator),
         "input_features_mask": torch.ones(1, 32, dtype=torch.bool),
     }
-
-
-def _minicpm() -> Any:
-    return transformers.MiniCPMV4_6ForConditionalGeneration(
-        transformers.MiniCPMV4_6Config(
-            text_config={
-                "model_type": "qwen3_5_text",
-                **_TEXT,
-                **_mrope((2, 1, 1), partial_rotary_factor=0.5),
-                "layer_types": ["linear_attention", "full_attention"],
-                "linear_conv_kernel_dim": 2,
-                "linear_key_head_dim": 16,
-                "linear_value_head_dim": 16,
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 4,
-            },
-            vision_config=_vision("minicpmv4_6_vision", 16, 2),
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            insert_layer_id=0,
-            image_size=16,
-            tie_word_embeddings=False,
-        )
-    )
 
 
 def _minicpm_features(generator: torch.Generator) -> Inputs:
@@ -771,14 +514,23 @@ _DELTA = (
 )
 
 
-def _one_image(length: int = 4) -> tuple[tuple[int, int, int, int], ...]:
-    return ((START, IMAGE, length, END),)
-
-
 FAMILIES = (
     Family(
         "Qwen2-VL",
-        _qwen2_vl,
+        _builds(
+            "Qwen2VL",
+            text_config=_QWEN_TEXT,
+            vision_config={
+                **_PATCH,
+                "depth": 1,
+                "num_heads": 2,
+                "in_channels": 3,
+                "embed_dim": 32,
+                "mlp_ratio": 2,
+                "hidden_size": HIDDEN,
+            },
+            **_QWEN_IDS,
+        ),
         _patches,
         _QWEN_RUNS,
         VISION_VIDEO,
@@ -786,7 +538,9 @@ FAMILIES = (
     ),
     Family(
         "Qwen2.5-VL",
-        _qwen25_vl,
+        _builds(
+            "Qwen2_5_VL", text_config=_QWEN_TEXT, vision_config=_WINDOWS, **_QWEN_IDS
+        ),
         _patches,
         _QWEN_RUNS,
         VISION_VIDEO,
@@ -794,7 +548,16 @@ FAMILIES = (
     ),
     Family(
         "Qwen2.5-Omni thinker",
-        _qwen25_omni,
+        _builds(
+            "Qwen2_5OmniThinker",
+            text_config=_QWEN_TEXT,
+            vision_config={**_WINDOWS, "in_chans": 3},
+            audio_config={**_QWEN_AUDIO, "output_dim": HIDDEN},
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            audio_token_index=AUDIO,
+            **_OMNI_IDS,
+        ),
         _omni_features,
         _OMNI_RUNS,
         {**VISION_VIDEO, **SOUND},
@@ -802,7 +565,9 @@ FAMILIES = (
     ),
     Family(
         "Qwen3-VL",
-        _qwen3_vl,
+        _builds(
+            "Qwen3VL", text_config=_DEEP_TEXT, vision_config=_DEEP_VISION, **_QWEN_IDS
+        ),
         _patches,
         _FRAME_RUNS,
         VISION_VIDEO,
@@ -810,7 +575,12 @@ FAMILIES = (
     ),
     Family(
         "Qwen3-VL-MoE",
-        _qwen3_vl_moe,
+        _builds(
+            "Qwen3VLMoe",
+            text_config={**_DEEP_TEXT, **_EXPERTS, "mlp_only_layers": [0]},
+            vision_config=_DEEP_VISION,
+            **_QWEN_IDS,
+        ),
         _patches,
         _FRAME_RUNS,
         VISION_VIDEO,
@@ -821,7 +591,20 @@ FAMILIES = (
     ),
     Family(
         "Qwen3-Omni-MoE thinker",
-        _qwen3_omni_moe,
+        _builds(
+            "Qwen3OmniMoeThinker",
+            text_config={**_DEEP_TEXT, **_EXPERTS},
+            vision_config=_DEEP_VISION,
+            audio_config={
+                **_QWEN_AUDIO,
+                "output_dim": HIDDEN,
+                "downsample_hidden_size": 8,
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=AUDIO,
+            **_OMNI_IDS,
+        ),
         _omni_features,
         (*_QWEN_RUNS, (AUDIO_START, AUDIO, 2, AUDIO_END)),
         {**VISION_VIDEO, **SOUND},
@@ -831,70 +614,162 @@ FAMILIES = (
     ),
     Family(
         "GLM-4V",
-        _glm4v,
+        _builds(
+            "Glm4v",
+            text_config=_QWEN_TEXT,
+            vision_config={**_QWEN_VISION, "image_size": 8},
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_start_token_id=START,
+            image_end_token_id=END,
+            video_start_token_id=AUDIO_START,
+            video_end_token_id=AUDIO_END,
+        ),
         _image_patches,
-        ((START, IMAGE, 4, END),),
+        _one_image(),
         VISION_VIDEO,
         layers=((*ATTENTION, "mlp.gate_up_proj", "mlp.down_proj"),) * LAYERS,
         types="mm_token_type_ids",
     ),
     Family(
         "Qwen2-Audio",
-        _qwen2_audio,
+        _builds(
+            "Qwen2Audio",
+            text_config=_text("qwen2"),
+            audio_config=_QWEN_AUDIO,
+            audio_token_index=AUDIO,
+        ),
         _qwen2_audio_features,
         ((AUDIO_START, AUDIO, 8, AUDIO_END),),
         SOUND,
     ),
-    Family("Voxtral", _voxtral, _voxtral_features, ((None, AUDIO, 4, None),), SOUND),
+    Family(
+        "Voxtral",
+        _builds(
+            "Voxtral",
+            text_config=_text("llama"),
+            audio_config=_VOXTRAL_AUDIO,
+            audio_token_id=AUDIO,
+        ),
+        _voxtral_features,
+        ((None, AUDIO, 4, None),),
+        SOUND,
+    ),
     Family(
         "LLaVA-OneVision",
-        _llava_onevision,
+        _builds(
+            "LlavaOnevision",
+            text_config=_text("qwen2"),
+            vision_config=_vision("siglip_vision_model", 8, 4, vision_use_head=False),
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            image_grid_pinpoints=[[8, 8]],
+        ),
         _onevision_features,
         ((None, IMAGE, 10, None), (None, VIDEO, 3, None)),
         VISION_VIDEO,
     ),
-    Family("InternVL", _internvl, _image(1, 3, 8, 8), _one_image(), VISION),
+    Family(
+        "InternVL",
+        _builds(
+            "InternVL",
+            text_config=_text("qwen2"),
+            vision_config={
+                **_vision("internvl_vision", 8, 2),
+                "image_size": [8, 8],
+                "patch_size": [2, 2],
+            },
+            image_token_id=IMAGE,
+            image_seq_length=4,
+        ),
+        _image(1, 3, 8, 8),
+        _one_image(),
+        VISION,
+    ),
     Family(
         "Gemma 3",
-        _gemma3,
+        _builds(
+            "Gemma3",
+            text_config={
+                **_TEXT,
+                "sliding_window": 16,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "query_pre_attn_scalar": HIDDEN // HEADS,
+            },
+            vision_config=_vision("siglip_vision_model", 8, 2),
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE,
+            boi_token_index=START,
+            eoi_token_index=END,
+        ),
         _image(1, 3, 8, 8),
         _one_image(),
         VISION,
         types="token_type_ids",
     ),
-    Family(
-        "SmolVLM",
-        _smolvlm,
-        _image(1, 1, 3, 8, 8),
-        _one_image(),
-        VISION,
-        decoder="model.text_model",
-    ),
-    Family(
-        "Idefics3",
-        _idefics3,
-        _image(1, 1, 3, 8, 8),
-        _one_image(),
-        VISION,
-        decoder="model.text_model",
+    *(
+        Family(
+            kind,
+            _builds(
+                kind,
+                text_config=_text("llama"),
+                vision_config=_vision(f"{kind.lower()}_vision", 8, 2),
+                image_token_id=IMAGE,
+                scale_factor=2,
+                pad_token_id=PAD,
+            ),
+            _image(1, 1, 3, 8, 8),
+            _one_image(),
+            VISION,
+            decoder="model.text_model",
+        )
+        for kind in ("SmolVLM", "Idefics3")
     ),
     Family(
         "Mistral 3",
-        _mistral3,
-        _image(1, 3, 8, 8, image_sizes=torch.tensor([[8, 8]])),
+        _builds(
+            "Mistral3",
+            text_config=_text("mistral"),
+            vision_config=_vision("pixtral", 8, 2),
+            image_token_index=IMAGE,
+            spatial_merge_size=2,
+        ),
+        _ONE_SIZE,
         ((None, IMAGE, 4, END),),
         VISION,
     ),
     Family(
         "Pixtral",
-        _pixtral,
-        _image(1, 3, 8, 8, image_sizes=torch.tensor([[8, 8]])),
+        _builds(
+            "Llava",
+            text_config=_text("mistral"),
+            vision_config=_vision("pixtral", 8, 4),
+            image_token_index=IMAGE,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        _ONE_SIZE,
         ((None, IMAGE, 4, END),),
         VISION,
     ),
     Family(
         "PaliGemma",
-        _paligemma,
+        _builds(
+            "PaliGemma",
+            text_config=_text("gemma"),
+            vision_config=_vision(
+                "siglip_vision_model",
+                8,
+                4,
+                projection_dim=HIDDEN,
+                vision_use_head=False,
+            ),
+            image_token_index=IMAGE,
+            projection_dim=HIDDEN,
+            hidden_size=HIDDEN,
+            vocab_size=VOCABULARY,
+            **_SPECIAL,
+        ),
         _image(1, 3, 8, 8),
         ((None, IMAGE, 4, None),),
         VISION,
@@ -927,7 +802,24 @@ FAMILIES = (
     ),
     Family(
         "MiniCPM-V 4.6",
-        _minicpm,
+        _builds(
+            "MiniCPMV4_6",
+            text_config={
+                **_text("qwen3_5_text"),
+                **_mrope((2, 1, 1), partial_rotary_factor=0.5),
+                "layer_types": ["linear_attention", "full_attention"],
+                "linear_conv_kernel_dim": 2,
+                "linear_key_head_dim": 16,
+                "linear_value_head_dim": 16,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+            },
+            vision_config=_vision("minicpmv4_6_vision", 16, 2),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            insert_layer_id=0,
+            image_size=16,
+        ),
         _minicpm_features,
         ((START, IMAGE, 2, END), (START, VIDEO, 2, END)),
         VISION_VIDEO,

@@ -26,7 +26,7 @@ _HEAD = """\
 What is tested with tiny random models of the real `transformers` classes, by
 `tests/integrations/test_families.py`; `python tests/integrations/families_table.py`
 makes this page of what is held there. Each model is calibrated, quantized to w4a8 and
-w8a8, called with a mixed, a text and a padded prompt, and compiled.
+w8a8, and called with a mixed, a text and a padded prompt.
 
 Other families work without an entry here where the config names the placeholder tokens
 and the decoder can be found: `get_decoder()` gives it, or it is the list of blocks beside
@@ -43,8 +43,9 @@ through its thinker; talker and vocoder stay as they are. What differs otherwise
   a mixture's experts, of any layout that transformers' `use_experts_implementation`
   marks; those of other layouts stay in high precision, with a warning.
 - **compiled**: the largest part that compiles with `fullgraph=True`: Dynamo makes one
-  graph for calls of text alone and one for mixed ones. A layer of Qwen2.5-VL,
-  Qwen3-VL-MoE and Phi-4-multimodal is run by Inductor, too.
+  graph for calls of text alone and one for mixed ones. Where decoders are of one class,
+  as Llama's and Voxtral's are, one family of it is compiled; a layer of Qwen3-VL-MoE and
+  of Phi-4-multimodal is run by Inductor, too.
 
 Gemma 3n's image tower needs `timm`; in the tests a convolution takes its place. GLM-4V is
 called with images alone: it marks a video's tokens with the image token.

@@ -21,22 +21,18 @@ from typing import Any, Callable
 
 import format_1
 import pytest
+import refusals
 import safetensors
 import tiny_models
 import torch
 import transformers.modeling_utils
+from before_loading import look_at
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    Qwen2_5_VLForConditionalGeneration,
-)
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers import AutoModelForImageTextToText
 
 from torchao_masquant import MASQuantHfConfig, save_quantized
+from torchao_masquant.atomic_files import move_folder
 from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
-from torchao_masquant.integrations.exchange import exchange
-from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.stored_tensors import stored_tensors
 
@@ -60,13 +56,10 @@ def load(folder: Path, **options: Any) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, **options)
 
 
-def refused(folder: Path, match: str, **options: Any) -> str:
-    """The one sentence that a checkpoint is refused with."""
-    with pytest.raises(ValueError, match=match) as error:
+def refused(folder: Path, match: str, **options: Any) -> None:
+    """A checkpoint is refused with one sentence."""
+    with refusals.refused(match):
         load(folder, **options)
-    message = str(error.value)
-    assert message.endswith(".") and "\n" not in message
-    return message
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -102,12 +95,11 @@ def test_a_whole_checkpoint_loads(folder):
     assert load(folder).hf_quantizer.quantization_config.checkpoint.layers
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
-def test_a_truncated_file(folder, keep):
+def test_a_truncated_file(folder):
     content = (folder / MODEL).read_bytes()
-    size = int(keep * len(content)) if isinstance(keep, float) else keep
-    (folder / MODEL).write_bytes(content[:size])
-    refused(folder, r"^model.safetensors is cut off or damaged \(.*download or save")
+    for size in (0, 4, 100, len(content) // 2, -1):
+        (folder / MODEL).write_bytes(content[:size])
+        refused(folder, r"^model.safetensors is cut off or damaged \(.*download or sav")
 
 
 def test_a_truncated_shard(model, tmp_path):
@@ -138,30 +130,19 @@ def test_a_missing_shard(model, tmp_path):
     refused(tmp_path, "is missing|the checkpoint has no ")
 
 
-def check(folder: Path) -> None:
-    """All that is looked at before a weight is loaded, without the loading."""
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        empty = Qwen2_5_VLForConditionalGeneration(config)
-    entry = MASQuantHfConfig.from_dict(config.quantization_config)
-    quantizer = MASQuantHfQuantizer(entry, pre_quantized=True)
-    quantizer._process_model_before_weight_loading(empty, [str(folder / MODEL)])
-    get_model_conversion_mapping(empty, None, quantizer)
-
-
 def test_a_flipped_byte_in_the_header(folder):
     """It is noticed, or changes no tensor: in what no reader looks at."""
     whole = load_file(folder / MODEL)
     content = (folder / MODEL).read_bytes()
-    check(folder)
+    look_at(folder)
     chance = random.Random(0)
     harmless = 0
-    for position in chance.sample(range(len(header_of(content))), 150):
+    for position in chance.sample(range(len(header_of(content))), 80):
         byte = content[position] ^ (1 << chance.randrange(8))
         damaged = content[:position] + bytes([byte]) + content[position + 1 :]
         (folder / MODEL).write_bytes(damaged)
         try:
-            check(folder)
+            look_at(folder)
         except ValueError as error:
             message = str(error)
             assert (
@@ -176,7 +157,7 @@ def test_a_flipped_byte_in_the_header(folder):
         for name, tensor in whole.items():
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor), name
-    assert harmless < 5
+    assert harmless < 3
 
 
 def test_a_header_byte_that_renames_a_tensor(folder):
@@ -223,66 +204,68 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 LAYER = "model.language_model.layers.0.mlp.up_proj"
 
 
-@pytest.mark.parametrize(
-    "path, value",
-    [
-        ("formats", {}),
-        ("formats", [1]),
-        ("options", None),
-        ("layers", []),
-        ("layers", {}),
-        ("dtype", "float3"),
-        ("dtype", "__class__"),
-        (f"layers/{LAYER}", 3),
-        (f"layers/{LAYER}/format", 4),
-        (f"layers/{LAYER}/format", -1),
-        (f"layers/{LAYER}/format", True),
-        (f"layers/{LAYER}/options", 99),
-        ("formats/0/shape", [32]),
-        ("formats/0/shape", [32, "32"]),
-        ("formats/0/shape", [10**18, 10**18]),
-        ("formats/0/shape", [0, 32]),
-        ("formats/0/weight_bits", 5),
-        ("formats/0/weight_bits", 8),
-        ("formats/0/act_bits", 8.0),
-        ("formats/0/act_bits", 16),
-        ("formats/0/group_size", 7),
-        ("formats/0/group_size", -2),
-        ("formats/0/group_size", "16"),
-        ("formats/0/modalities", "text"),
-        ("formats/0/modalities", ["text", "text"]),
-        ("formats/0/modalities", ["text", "vision", "audio"]),
-        ("formats/0/routed", 1),
-        ("formats/0/routed", False),
-        ("formats/0/ranks", [-2]),
-        ("formats/0/ranks", [10**15]),
-        ("formats/0/ranks", []),
-        ("formats/0/dtype", "int8"),
-        ("formats/0/dtype", "load"),
-        ("formats/0/parts", ["qdata"]),
-        ("formats/0/parts", {"qdata": "uint8"}),
-        ("formats/0/parts/qdata", "int8"),
-        ("formats/0/parts/l1", "bfloat16"),
-        ("formats/0/parts/zero_point", "int8"),
-        ("formats/0/parts/evil", "int8"),
-        ("formats/0/parts/scale", {"a": 1}),
-        ("formats/0/more", 1),
-        ("formats/0/hadamard_size", 0),
-        ("formats/0/hadamard_size", 3),
-        ("formats/0/hadamard_size", 2**23),
-        ("formats/0/hadamard_size", True),
-        ("formats/0/hadamard_size", "8"),
-        ("formats/0/hadamard_size", None),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_damaged_description(folder, path, value):
+DAMAGED = [
+    ("formats", {}),
+    ("formats", [1]),
+    ("options", None),
+    ("layers", []),
+    ("layers", {}),
+    ("dtype", "float3"),
+    ("dtype", "__class__"),
+    (f"layers/{LAYER}", 3),
+    (f"layers/{LAYER}/format", 4),
+    (f"layers/{LAYER}/format", -1),
+    (f"layers/{LAYER}/format", True),
+    (f"layers/{LAYER}/options", 99),
+    ("formats/0/shape", [32]),
+    ("formats/0/shape", [32, "32"]),
+    ("formats/0/shape", [10**18, 10**18]),
+    ("formats/0/shape", [0, 32]),
+    ("formats/0/weight_bits", 5),
+    ("formats/0/weight_bits", 8),
+    ("formats/0/act_bits", 8.0),
+    ("formats/0/act_bits", 16),
+    ("formats/0/group_size", 7),
+    ("formats/0/group_size", -2),
+    ("formats/0/group_size", "16"),
+    ("formats/0/modalities", "text"),
+    ("formats/0/modalities", ["text", "text"]),
+    ("formats/0/modalities", ["text", "vision", "audio"]),
+    ("formats/0/routed", 1),
+    ("formats/0/routed", False),
+    ("formats/0/ranks", [-2]),
+    ("formats/0/ranks", [10**15]),
+    ("formats/0/ranks", []),
+    ("formats/0/dtype", "int8"),
+    ("formats/0/dtype", "load"),
+    ("formats/0/parts", ["qdata"]),
+    ("formats/0/parts", {"qdata": "uint8"}),
+    ("formats/0/parts/qdata", "int8"),
+    ("formats/0/parts/l1", "bfloat16"),
+    ("formats/0/parts/zero_point", "int8"),
+    ("formats/0/parts/evil", "int8"),
+    ("formats/0/parts/scale", {"a": 1}),
+    ("formats/0/more", 1),
+    ("formats/0/hadamard_size", 0),
+    ("formats/0/hadamard_size", 3),
+    ("formats/0/hadamard_size", 2**23),
+    ("formats/0/hadamard_size", True),
+    ("formats/0/hadamard_size", "8"),
+    ("formats/0/hadamard_size", None),
+]
+
+
+def test_a_damaged_description(folder):
     """Refused before a file of weights is looked at."""
-    edit_config(folder, _set(path, value))
     (folder / MODEL).unlink()
-    refused(
-        folder, "^the quantization_config of the checkpoint's config.json is damaged"
-    )
+    whole = (folder / CONFIG).read_text()
+    for path, value in DAMAGED:
+        (folder / CONFIG).write_text(whole)
+        edit_config(folder, _set(path, value))
+        damaged = "^the quantization_config of the checkpoint's config.json is damaged"
+        with refusals.refused(damaged):
+            look_at(folder)
+    refused(folder, damaged)
 
 
 def test_every_field_of_a_format_is_asked_for():
@@ -516,7 +499,7 @@ def test_a_killed_save_leaves_the_old_folder_whole(folder, model):
 def two_steps(monkeypatch):
     """As where the system cannot exchange two folders in one."""
     monkeypatch.setattr(
-        "torchao_masquant.integrations.exchange._exchange_at_once",
+        "torchao_masquant.atomic_files._exchange_at_once",
         lambda new, target: False,
     )
 
@@ -552,7 +535,7 @@ def test_folders_trade_places_in_one_step(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     monkeypatch.delattr(os, "rename")
-    exchange(tmp_path / "new", tmp_path / "target", tmp_path / "old")
+    move_folder(tmp_path / "new", tmp_path / "target", tmp_path / "old")
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["target"]
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from safetensors.torch import load_file
+from checkpoints import assert_same_files
 from tiny_models import OMNI_DECODER
 from torch import nn
 from torchao.quantization import quantize_
@@ -134,14 +134,7 @@ def test_from_disk(whole, folder, tmp_path):
     calibrate_sequential(folder, SAMPLES, output=tmp_path / "x", **FAST)
     loaded = type(model).from_pretrained(tmp_path / "x")
     assert words(loaded) == expected
-
-    def stored(name: str) -> dict[str, torch.Tensor]:
-        files = (tmp_path / name).glob("*.safetensors")
-        return {k: v for file in files for k, v in load_file(file).items()}
-
-    first, second = stored("expected"), stored("x")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    assert_same_files(tmp_path / "expected", tmp_path / "x")
 
 
 def test_its_thinker_is_what_is_scored(whole):
@@ -198,8 +191,10 @@ def remote(**options: Any) -> Remote:
     return Remote(config, **options).eval()
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["beside", "inside"])
-@pytest.mark.parametrize("attribute", ["llm", "language_model", "model", "lm"])
+@pytest.mark.parametrize(
+    "attribute, inside",
+    [("llm", False), ("language_model", True), ("model", False), ("lm", True)],
+)
 def test_the_language_model_of_remote_code(attribute, inside):
     model = remote(attribute=attribute, inside=inside)
     names = list(select(model).linears)

@@ -7,13 +7,14 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 import torch
 import transformers
+from checkpoints import assert_same_logits, assert_same_state, entry_of
 from families import FAMILIES
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from torchao.quantization import quantize_
 
@@ -70,9 +71,15 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]]]] = {
     **{
         name: (family.model, family.mixed)
         for family in FAMILIES
-        if (name := family.name) in ("Qwen3-VL-MoE", "Qwen3-Omni-MoE thinker")
+        if (name := family.name) == "Qwen3-VL-MoE"
     },
 }
+
+
+def assert_same(model: Any, other: Any, inputs: dict[str, Any]) -> None:
+    """Bit for bit, in what they hold and in what they compute."""
+    assert_same_state(model, other)
+    assert_same_logits(model, other, inputs)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -94,32 +101,15 @@ def saved(request, tmp_path_factory):
     return dense, recipe, model, folder, inputs(9)
 
 
-def same(model: Any, other: Any, inputs: dict[str, Any]) -> None:
-    """Bit for bit, in what they hold and in what they compute."""
-    state, found = model.state_dict(), other.state_dict()
-    assert state.keys() == found.keys()
-    for name, tensor in state.items():
-        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "qdata") else ()
-        for part in parts:
-            assert torch.equal(getattr(tensor, part), getattr(found[name], part)), name
-        assert parts or torch.equal(tensor, found[name]), name
-    with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, other(**inputs).logits)
-
-
-def entry_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
 def test_a_saved_model_comes_back_to_the_bit(saved, tmp_path):
     _, _, model, folder, inputs = saved
     loaded = type(model).from_pretrained(folder / "quantized")
     experts = [m for m in loaded.modules() if isinstance(m, RoutedExperts)]
     assert experts and all(isinstance(m, MASQuantExperts) for m in experts)
     assert len({id(m.router) for m in experts}) == 1
-    same(model, loaded, inputs)
+    assert_same(model, loaded, inputs)
     save_quantized(loaded, tmp_path / "again")
-    same(model, type(model).from_pretrained(tmp_path / "again"), inputs)
+    assert_same(model, type(model).from_pretrained(tmp_path / "again"), inputs)
 
 
 def test_rotated_experts_come_back_to_the_bit(tmp_path):
@@ -139,7 +129,7 @@ def test_rotated_experts_come_back_to_the_bit(tmp_path):
     assert (
         experts.down_proj.hadamard_size == experts.gate_up_proj[0].hadamard_size == 16
     )
-    same(model, loaded, _words(9))
+    assert_same(model, loaded, _words(9))
 
 
 def test_files_hold_packed_integers(saved):
@@ -173,7 +163,7 @@ def test_quantizing_while_loading_is_quantizing_after(saved):
     loaded = type(model).from_pretrained(
         folder / "dense", quantization_config=MASQuantHfConfig(recipe)
     )
-    same(model, loaded, inputs)
+    assert_same(model, loaded, inputs)
     nearest = MASQuantConfig(step="convert", method="rtn", exclude="*.self_attn.*")
     loaded = type(model).from_pretrained(
         folder / "dense", quantization_config=MASQuantHfConfig(config=nearest)
@@ -226,38 +216,18 @@ def of_experts(entry: dict[str, Any]) -> dict[str, Any]:
     return entry["formats"][entry["layers"][name]["format"]]
 
 
-def _lose_a_part(entry, tensors):
-    tensors.pop(next(n for n in tensors if n.endswith("experts._down_proj_qdata")))
+def _key(names: Any, end: str) -> str:
+    return next(name for name in names if name.endswith(end))
 
 
 def _other_shape(entry, tensors):
-    name = next(n for n in tensors if n.endswith("experts._down_proj_scale"))
+    name = _key(tensors, "experts._down_proj_scale")
     tensors[name] = tensors[name][:3].clone()
 
 
-def _other_number(entry, tensors):
-    of_experts(entry)["shape"][0] = 3
-
-
-def _other_shift(entry, tensors):
-    of_experts(entry)["own_shift"] = False
-
-
-def _no_shift_said(entry, tensors):
-    del of_experts(entry)["own_shift"]
-
-
-def _shift_of_another_kind(entry, tensors):
-    of_experts(entry)["own_shift"] = 1
-
-
-def _four_sizes(entry, tensors):
-    of_experts(entry)["shape"].insert(0, 2)
-
-
 def _not_experts(entry, tensors):
-    name = next(n for n in entry["layers"] if n.endswith("experts.down_proj"))
-    entry["layers"]["model.elsewhere"] = entry["layers"].pop(name)
+    layers = entry["layers"]
+    layers["model.elsewhere"] = layers.pop(_key(layers, "experts.down_proj"))
 
 
 def _half_of_experts(entry, tensors):
@@ -265,25 +235,46 @@ def _half_of_experts(entry, tensors):
         del entry["layers"][name]
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            _lose_a_part,
-            "experts.down_proj does not fit its config.json: its qdata is m",
-        ),
-        (_other_shape, "its scale is torch.float32 of shape .3, 64, 1., it should be"),
-        (_other_number, r"is of shape \(3, 64, 32\), the model's of shape \(4, 64, 32"),
-        (_other_shift, "its act_shift is torch.float32 of shape"),
-        (_no_shift_said, "damaged: a format has the fields"),
-        (_shift_of_another_kind, "damaged: own_shift is true or false, got 1"),
-        (_four_sizes, r"damaged: .*"),
-        (_not_experts, "damaged: model.elsewhere of shape .* is none of"),
-        (_half_of_experts, "damaged: experts are quantized as a whole, and"),
-    ],
-)
+DAMAGE = {
+    "a part is lost": (
+        lambda entry, tensors: tensors.pop(_key(tensors, "experts._down_proj_qdata")),
+        "experts.down_proj does not fit its config.json: its qdata is m",
+    ),
+    "a part of another shape": (
+        _other_shape,
+        "its scale is torch.float32 of shape .3, 64, 1., it should be",
+    ),
+    "another number of experts": (
+        lambda entry, tensors: of_experts(entry)["shape"].__setitem__(0, 3),
+        r"is of shape \(3, 64, 32\), the model's of shape \(4, 64, 32",
+    ),
+    "a shift of another kind": (
+        lambda entry, tensors: of_experts(entry).update(own_shift=False),
+        "its act_shift is torch.float32 of shape",
+    ),
+    "nothing said of the shift": (
+        lambda entry, tensors: of_experts(entry).pop("own_shift"),
+        "damaged: a format has the fields",
+    ),
+    "a shift that is no truth": (
+        lambda entry, tensors: of_experts(entry).update(own_shift=1),
+        "damaged: own_shift is true or false, got 1",
+    ),
+    "four sizes": (
+        lambda entry, tensors: of_experts(entry)["shape"].insert(0, 2),
+        "damaged: .*",
+    ),
+    "no experts": (_not_experts, "damaged: model.elsewhere of shape .* is none of"),
+    "half of the experts": (
+        _half_of_experts,
+        "damaged: experts are quantized as a whole, and",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_named(saved, change, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         damaged(saved, tmp_path, change)
 
 

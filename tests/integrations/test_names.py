@@ -10,12 +10,12 @@ transformers moved the decoder of the Omni thinkers from ``model`` to
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from checkpoints import entry_of, logits
 from tiny_models import BOS, OMNI_DECODER, words
 from torchao.quantization import quantize_
 from transformers import AutoModelForMultimodalLM
@@ -30,18 +30,13 @@ def sample() -> dict[str, Any]:
     return tiny_models.batch([BOS, *words(6, 3), "image", "audio", *words(3, 5)])
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**sample()).logits
-
-
 @pytest.fixture(scope="module")
-def dense() -> Any:
+def dense():
     return tiny_models.omni_thinker()
 
 
 @pytest.fixture(scope="module")
-def recipe(dense: Any) -> Recipe:
+def recipe(dense):
     return calibrate(dense, [sample()], alpha=0.5, separation=1.0, progress=False)
 
 
@@ -57,7 +52,9 @@ def quantized(recipe: Recipe, **options: Any) -> Any:
 
 
 def test_a_recipe_fits_wherever_the_decoder_lies(recipe):
-    assert torch.equal(logits(quantized(moved(recipe))), logits(quantized(recipe)))
+    assert torch.equal(
+        logits(quantized(moved(recipe)), sample()), logits(quantized(recipe), sample())
+    )
 
 
 def test_patterns_are_those_of_the_model_at_hand(recipe):
@@ -74,7 +71,7 @@ def test_a_recipe_quantizes_while_loading_wherever_the_decoder_lies(
     loaded = AutoModelForMultimodalLM.from_pretrained(
         tmp_path, quantization_config=config
     )
-    assert torch.equal(logits(loaded), logits(quantized(recipe)))
+    assert torch.equal(logits(loaded, sample()), logits(quantized(recipe), sample()))
 
 
 def test_a_checkpoint_loads_and_keeps_its_options_wherever_the_decoder_lies(
@@ -90,14 +87,9 @@ def test_a_checkpoint_loads_and_keeps_its_options_wherever_the_decoder_lies(
     path.write_text(json.dumps({**before, "quantization_config": after}))
 
     loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(loaded, sample()), logits(model, sample()))
     loaded.save_pretrained(tmp_path / "again")
-    assert _layers(tmp_path / "again") == layers
-
-
-def _layers(folder: Path) -> Any:
-    config = json.loads((folder / "config.json").read_text())
-    return config["quantization_config"]["layers"]
+    assert entry_of(tmp_path / "again")["layers"] == layers
 
 
 def test_a_linear_that_is_nowhere_is_named_as_it_was_saved(recipe):

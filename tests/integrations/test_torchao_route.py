@@ -6,11 +6,11 @@
 """torchao's own ways to keep a quantized model and a config."""
 
 import json
-from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from checkpoints import assert_same_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -25,7 +25,6 @@ from torchao_masquant import (
     MASQuantConfig,
     MASQuantHfConfig,
     MASQuantTensor,
-    Recipe,
     masquant_config,
 )
 from torchao_masquant.integrations import torchao_config
@@ -33,23 +32,8 @@ from torchao_masquant.integrations import torchao_config
 FAST = {"alpha": 0.5, "separation": 1.0}
 
 
-def assert_same_state(state: dict[str, Any], other: dict[str, Any]) -> None:
-    assert list(state) == list(other)
-    for name, tensor in state.items():
-        found = other[name]
-        assert type(found) is type(tensor)
-        if not isinstance(tensor, MASQuantTensor):
-            assert torch.equal(found, tensor)
-            continue
-        names, attributes = tensor.__tensor_flatten__()
-        assert found.__tensor_flatten__() == (names, attributes)
-        for part in names:
-            a, b = getattr(tensor, part), getattr(found, part)
-            assert a.dtype == b.dtype and torch.equal(a, b), (name, part)
-
-
 @pytest.fixture(scope="module")
-def recipe() -> Recipe:
+def recipe():
     return tiny_models.recipe_of(tiny_models.PlainModel(), **FAST)
 
 

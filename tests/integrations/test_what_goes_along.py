@@ -15,15 +15,14 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from families import FAMILIES
+from checkpoints import stored
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torchao.quantization import quantize_
 from transformers import AutoModelForImageTextToText
 
 from torchao_masquant import MASQuantConfig, MASQuantHfConfig, save_quantized
 from torchao_masquant.integrations.other_files import copy_other_files
-from torchao_masquant.integrations.unloaded import unloaded_tensors
 from torchao_masquant.sequential import calibrate_sequential
 
 #: Written into the original's folder, and whether each goes along.
@@ -98,13 +97,6 @@ def files(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
-
-
 @pytest.fixture
 def original(tmp_path):
     folder = tmp_path / "original"
@@ -177,7 +169,7 @@ def test_a_quantized_model_is_not_put_inside_of_its_originals_folder(original):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_tensors(original, route, shards, tmp_path, caplog):
     if shards == 1:
-        state = tensors(original)
+        state = stored(original)
         save_file(state | TENSORS, original / "model.safetensors", {"format": "pt"})
     else:
         model = AutoModelForImageTextToText.from_pretrained(original)
@@ -190,7 +182,7 @@ def test_tensors(original, route, shards, tmp_path, caplog):
         path.write_text(json.dumps(index))
     with caplog.at_level(logging.WARNING):
         route(original, tmp_path / "q")
-    found = tensors(tmp_path / "q")
+    found = stored(tmp_path / "q")
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
     (said,) = messages(caplog, "carried over")
@@ -211,15 +203,15 @@ def test_tensors(original, route, shards, tmp_path, caplog):
     assert loaded(**call).logits.isfinite().all()
     # It is an original in its turn.
     save_quantized(loaded, tmp_path / "again", beside=tmp_path / "q")
-    assert tensors(tmp_path / "again").keys() == found.keys()
+    assert stored(tmp_path / "again").keys() == found.keys()
 
 
 def test_tensors_of_pickled_files(original, tmp_path):
-    state = tensors(original) | TENSORS
+    state = stored(original) | TENSORS
     torch.save(state, original / "pytorch_model.bin")
     (original / "model.safetensors").unlink()
     quantize(original, tmp_path / "q")
-    found = tensors(tmp_path / "q")
+    found = stored(tmp_path / "q")
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
 
 
@@ -234,23 +226,15 @@ def test_a_language_model_without_its_towers_leaves_them(original, tmp_path, cap
     )
     with caplog.at_level(logging.WARNING):
         save_quantized(text, tmp_path / "q", beside=original)
-    assert not any("visual" in name for name in tensors(tmp_path / "q"))
+    assert not any("visual" in name for name in stored(tmp_path / "q"))
     (said,) = messages(caplog, "left out, as of a larger model")
     assert "visual." in said
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-def test_what_is_renamed_or_merged_is_not_lost(family, tmp_path):
-    """Experts that are stacked, parts that are renamed: all of a file is loaded."""
-    model = family.model()
-    model.save_pretrained(tmp_path)
-    assert unloaded_tensors(model, tmp_path) == {}
 
 
 def test_tensors_that_a_save_without_the_original_leaves_are_named(
     original, tmp_path, caplog
 ):
-    state = tensors(original)
+    state = stored(original)
     save_file(state | TENSORS, original / "model.safetensors", {"format": "pt"})
     config = MASQuantConfig(step="convert", method="rtn", scheme="w8a8")
     model = AutoModelForImageTextToText.from_pretrained(original)

@@ -17,11 +17,12 @@ from typing import Any, Callable, Iterable
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
 COMPILED = ROOT / "benchmarks" / "results" / "kernels.json"
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
+from ahead_of_time import TARGETS  # noqa: E402
 from gpu_bench.plan import GROUPS, SHAPES, Place, paper  # noqa: E402
 
-from torchao_masquant.kernels.aot import TARGETS  # noqa: E402
+from torchao_masquant.atomic_files import replacing  # noqa: E402
 from torchao_masquant.kernels.gpu.roofline import (  # noqa: E402
     DEVICES,
     Device,
@@ -30,7 +31,6 @@ from torchao_masquant.kernels.gpu.roofline import (  # noqa: E402
     microseconds,
     microseconds_together,
 )
-from torchao_masquant.replacing import replacing  # noqa: E402
 
 
 def _cells(place: Place, card: Device) -> list[str]:

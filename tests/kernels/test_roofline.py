@@ -8,9 +8,9 @@
 import re
 
 import pytest
+from ahead_of_time import TARGETS
 from kernels_page import PAGE, page
 
-from torchao_masquant.kernels.aot import TARGETS
 from torchao_masquant.kernels.gpu import roofline
 from torchao_masquant.kernels.gpu.roofline import (
     DEVICES,

@@ -120,7 +120,7 @@ def test_a_step_is_of_the_mean_loss(monkeypatch):
         assert value.abs().sum() > 0
 
 
-@pytest.mark.parametrize("size, steps", [(1, 18), (2, 9), (4, 5), (COUNT, 1), (99, 1)])
+@pytest.mark.parametrize("size, steps", [(1, 18), (4, 5), (99, 1)])
 def test_steps_of_an_epoch(monkeypatch, size, steps):
     calls = []
     step = torch.optim.Adam.step

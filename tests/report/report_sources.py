@@ -10,7 +10,6 @@ import random
 import torch
 
 from torchao_masquant import LayerRecipe, Recipe
-from torchao_masquant.calibration.modality_spread import InputSpread, ModalitySpread
 from torchao_masquant.evaluation import (
     Analysis,
     ContentScore,
@@ -24,6 +23,7 @@ from torchao_masquant.evaluation import (
     TaskScore,
 )
 from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.modality_spread import InputSpread, ModalitySpread
 
 MODALITIES = ("text", "vision", "audio")
 TASKS = ("read", "see", "hear")

@@ -3,6 +3,8 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
+import copy
+
 import pytest
 import tiny_models
 import torch
@@ -19,22 +21,31 @@ def omni_recipe():
     return tiny_models.recipe_of(tiny_models.omni_thinker())
 
 
+@pytest.fixture(scope="session")
+def quantized_models(vl_recipe, omni_recipe):
+    return {
+        "vl": tiny_models.quantized(tiny_models.qwen25_vl(), vl_recipe),
+        "omni": tiny_models.quantized(tiny_models.omni_thinker(), omni_recipe),
+        "plain": tiny_models.quantized(tiny_models.PlainModel()),
+    }
+
+
 @pytest.fixture
-def vl(vl_recipe):
+def vl(quantized_models):
     """A quantized Qwen2.5-VL of the test's own."""
-    return tiny_models.quantized(tiny_models.qwen25_vl(), vl_recipe)
+    return copy.deepcopy(quantized_models["vl"])
 
 
 @pytest.fixture
-def omni(omni_recipe):
+def omni(quantized_models):
     """A quantized Omni thinker of the test's own."""
-    return tiny_models.quantized(tiny_models.omni_thinker(), omni_recipe)
+    return copy.deepcopy(quantized_models["omni"])
 
 
 @pytest.fixture
-def plain():
+def plain(quantized_models):
     """A quantized model without a config."""
-    return tiny_models.quantized(tiny_models.PlainModel())
+    return copy.deepcopy(quantized_models["plain"])
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ from tiny_models import (
     IMAGE,
     PlainModel,
     batch,
-    omni_thinker,
     quantized,
     qwen25_vl,
     router,
@@ -44,24 +43,20 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [qwen25_vl, omni_thinker])
-def test_a_mixed_batch_of_every_kind(make, request):
-    model = request.getfixturevalue("vl" if make is qwen25_vl else "omni")
-    audio = make is omni_thinker
-    sound = ["audio"] if audio else []
+def test_a_mixed_batch_of_every_kind(omni):
     inputs = batch(
         [BOS, *words(3), "image", 11],
-        [BOS, "small image", "video", *sound, 12],
+        [BOS, "small image", "video", "audio", 12],
         [BOS, *words(2)],
         seed=3,
-        audio=audio,
+        audio=True,
     )
-    ids = true_ids(model, inputs)
-    assert set(ids.unique().tolist()) == set(range(len(router(model).modalities)))
-    with recorded(model) as calls:
-        model(**inputs)
+    ids = true_ids(omni, inputs)
+    assert set(ids.unique().tolist()) == {0, 1, 2}
+    with recorded(omni) as calls:
+        omni(**inputs)
     assert_routed(calls, ids, linears=14)
-    assert not router(model).call.known and router(model).call.ids is None
+    assert not router(omni).call.known and router(omni).call.ids is None
 
 
 def test_positional_arguments(vl):
@@ -90,8 +85,7 @@ def test_one_placeholder_token_is_routed_as_such_also_with_a_cache(omni):
     for token, index in ((IMAGE, 1), (AUDIO, 2), (12, 0)):
         with recorded(omni) as calls:
             omni(
-                input_ids=torch.tensor([[token]]),
-                past_key_values=start.past_key_values,
+                input_ids=torch.tensor([[token]]), past_key_values=start.past_key_values
             )
         start.past_key_values.crop(-1)
         assert_routed(calls, torch.tensor([[index]]), linears=14)
@@ -129,29 +123,6 @@ def test_a_block_of_one_model_says_nothing_of_another(plain):
     with token_modalities(plain, torch.tensor([[1, 2]])):
         with pytest.raises(RuntimeError, match="first: the modality of its tokens"):
             other(x)
-
-
-@pytest.mark.parametrize("threads", [2, 5])
-def test_threads_on_one_model(vl, threads):
-    kinds = 8
-    calls = [prompts(seed) for seed in range(kinds)] + [batch([BOS, *words(14)])]
-    wanted = [vl(**inputs).logits for inputs in calls]
-    assert not close(wanted[0][:, -1], wanted[1][:, -1])
-    barrier = threading.Barrier(threads)
-
-    def work(worker: int) -> list[int]:
-        wrong = []
-        barrier.wait()
-        with torch.no_grad():
-            for step in range(240 // threads):
-                index = (worker * 5 + step * (worker + 1)) % len(calls)
-                if not close(vl(**calls[index]).logits, wanted[index]):
-                    wrong.append(index)
-                assert not router(vl).call.known
-        return wrong
-
-    with ThreadPoolExecutor(threads) as pool:
-        assert [w for found in pool.map(work, range(threads)) for w in found] == []
 
 
 def test_threads_meet_in_the_middle_of_a_call(vl):
@@ -196,7 +167,7 @@ def test_blocks_on_two_threads(plain):
 
     def work(index: int) -> bool:
         with torch.no_grad():
-            for _ in range(50):
+            for _ in range(20):
                 with token_modalities(plain, ids[index]):
                     barrier.wait()
                     found = plain(x)
@@ -261,9 +232,13 @@ def test_a_nested_call_with_embeddings_does_not_take_the_outer_calls_ids(vl):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit]
+    "error, where",
+    [
+        (RuntimeError, "layers.0.self_attn.k_proj"),
+        (KeyboardInterrupt, "layers.1"),
+        (GeneratorExit, "norm"),
+    ],
 )
-@pytest.mark.parametrize("where", ["layers.0.self_attn.k_proj", "layers.1", "norm"])
 def test_an_exception_inside_forward_leaves_nothing_behind(vl, error, where):
     def fail(*_):
         assert router(vl).call.known and router(vl).call.ids is not None

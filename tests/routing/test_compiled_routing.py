@@ -28,7 +28,9 @@ from transformers import StaticCache
 from torchao_masquant import token_modalities
 from torchao_masquant.routing import _carries_features
 
-LENGTHS = (5, 7, 9, 13, 21)
+# Options that are quick to solve for.
+QUICK = {"scheme": "w8a8", "alpha": 0.5, "separation": 1.0, "rounding": "nearest"}
+LENGTHS = (5, 9, 21)
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -97,18 +99,10 @@ def test_the_whole_model_on_text_is_one_graph_as_it_was_before(vl):
     assert counts == [1, 1]
 
 
-@pytest.mark.parametrize(
-    "mask, features",
-    [(True, {}), (False, {}), (True, {"labels": True})],
-    ids=["mask", "no mask", "labels"],
-)
-def test_placeholders_without_features_fail_loudly(vl, mask, features):
-    inputs = mixed(0)
-    arguments = {"input_ids": inputs["input_ids"]}
-    if mask:
-        arguments["attention_mask"] = inputs["attention_mask"]
-    if features:
-        arguments["labels"] = inputs["input_ids"]
+@pytest.mark.parametrize("beside", ["attention_mask", "labels"])
+def test_placeholders_without_features_fail_loudly(vl, beside):
+    ids = mixed(0)["input_ids"]
+    arguments = {"input_ids": ids, beside: ids if beside == "labels" else ids**0}
     compiled = torch.compile(vl, backend="eager", fullgraph=True)
     message = (
         "a compiled call has placeholder tokens of an image or a sound, but no features"
@@ -152,10 +146,9 @@ def test_what_counts_as_features():
         assert _carries_features(arguments) is wanted, arguments
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_regional_compilation_computes_what_eager_does(vl, backend):
+def test_regional_compilation_computes_what_eager_does(vl):
     for layer in layers_of(vl):
-        layer.compile(fullgraph=True, backend=backend)
+        layer.compile(fullgraph=True, backend="aot_eager")
     captured = []
 
     def keep(layer, args, kwargs, y):
@@ -172,11 +165,10 @@ def test_regional_compilation_computes_what_eager_does(vl, backend):
                 same(y, layer.forward(*args, **kwargs))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_every_linear_of_a_compiled_layer_is_routed(vl, backend):
+def test_every_linear_of_a_compiled_layer_is_routed(vl):
     """The recording hooks are compiled along; their linears are checked one by one."""
     layer = layers_of(vl)[0]
-    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     with recorded(layer) as calls:
         for length in (6, 9):
             x, ids = embeds(length)
@@ -190,10 +182,9 @@ def test_every_linear_of_a_compiled_layer_is_routed(vl, backend):
                 assert_routed(calls, these, linears=7)
 
 
-@pytest.mark.parametrize("number", [3, 10])
-def test_layers_compile_once_for_all_of_them(number):
-    """As many graphs for ten layers as for three: nothing of one layer is baked in."""
-    model = quantized(qwen25_vl(layers=number), scheme="w8a8")
+def test_layers_compile_once_for_all_of_them():
+    """As many graphs for six layers as for one: nothing of one layer is baked in."""
+    model = quantized(qwen25_vl(layers=6), **QUICK)
     wanted = [model(**i).logits for i in (mixed(0), mixed(1), text(9), text(6))]
     graphs = Graphs()
     for layer in layers_of(model):
@@ -203,10 +194,9 @@ def test_layers_compile_once_for_all_of_them(number):
     assert graphs.count == 2
 
 
-def test_graphs_of_the_language_model():
+def test_graphs_of_the_language_model(vl):
     """Mixed prefill, base-only prefill, and decode steps: over any length, no more."""
-    model = quantized(qwen25_vl())
-    part = model.get_decoder()
+    part = vl.get_decoder()
     graphs = Graphs()
     compiled = torch.compile(part, fullgraph=True, dynamic=True, backend=graphs)
     for length in LENGTHS:
@@ -224,7 +214,7 @@ def test_graphs_of_the_language_model():
 
 def test_generate_takes_three_graphs_of_the_language_model():
     """Prefills of both kinds, and decoding, also where there are more layers."""
-    model = quantized(qwen25_vl(layers=4), scheme="w8a8")
+    model = quantized(qwen25_vl(layers=4), **QUICK)
     graphs = Graphs()
     model.get_decoder().compile(fullgraph=True, dynamic=True, backend=graphs)
     for inputs in (text(6), mixed(0), text(9), mixed(1, extra=3), text(5)):
@@ -232,16 +222,16 @@ def test_generate_takes_three_graphs_of_the_language_model():
     assert graphs.count == 3
 
 
-def test_decode_steps_with_a_static_cache_share_a_graph():
+def test_decode_steps_with_a_static_cache_share_a_graph(vl):
     """After a mixed prefill; and as many graphs as the unquantized model needs."""
     counts = []
-    for model in (qwen25_vl(), quantized(qwen25_vl())):
+    for model in (qwen25_vl(), vl):
         torch._dynamo.reset()
         part, graphs = model.get_decoder(), Graphs()
         compiled = torch.compile(part, fullgraph=True, backend=graphs)
         cache = StaticCache(config=part.config, max_cache_len=32)
         x, ids = embeds(6, rows=1)
-        modalities = [ids, *[None] * 6]
+        modalities = [ids, *[None] * 4]
         for step, these in enumerate(modalities):
             start = 0 if step == 0 else 5 + step
             arguments = {
@@ -326,7 +316,7 @@ def test_a_mixed_call_of_the_whole_model(vl):
 @pytest.mark.slow
 def test_a_mixed_call_of_the_whole_model_is_routed(vl):
     compiled = torch.compile(vl, backend="eager")
-    for inputs in (mixed(0), mixed(1), text(6)):
+    for inputs in (mixed(0), mixed(1)):
         with recorded(vl) as calls:
             found = compiled(**inputs, use_cache=False).logits
         assert_routed(calls, true_ids(vl, inputs), linears=14)
@@ -334,20 +324,16 @@ def test_a_mixed_call_of_the_whole_model_is_routed(vl):
         assert not router(vl).call.known and router(vl).call.ids is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "error, inputs", [(RuntimeError, text(6)), (KeyboardInterrupt, mixed(0))]
-)
-def test_an_exception_inside_a_compiled_model(vl, error, inputs):
+def test_an_exception_inside_a_compiled_model(vl):
     @torch.compiler.disable
     def fail(*_):
         assert router(vl).call.known
-        raise error
+        raise KeyboardInterrupt
 
     compiled = torch.compile(vl, backend="eager")
-    layers_of(vl)[1].register_forward_pre_hook(fail)
-    with pytest.raises(error):
-        compiled(**inputs, use_cache=False)
+    layers_of(vl)[0].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(**text(6), use_cache=False)
     assert not router(vl).call.known and router(vl).call.ids is None
 
 
@@ -383,7 +369,7 @@ def test_generate_with_a_compiled_model(vl, how):
     assert not router(vl).call.known
 
 
-def run_in_threads(call, inputs, wanted, threads=4, steps=30):
+def run_in_threads(call, inputs, wanted, threads=4, steps=8):
     def work(worker):
         wrong = []
         with torch.no_grad():
@@ -396,40 +382,6 @@ def run_in_threads(call, inputs, wanted, threads=4, steps=30):
 
     with ThreadPoolExecutor(threads) as pool:
         return [w for found in pool.map(work, range(threads)) for w in found]
-
-
-def test_threads_on_compiled_layers(vl):
-    """Right results, whatever Dynamo does.
-
-    Threads that take turns between compiled variants of one function make Dynamo lose
-    variants while it looks for them, and compile again, up to its limit. It does so
-    with any function of plain torch (2.13): so no fullgraph=True here, and no count.
-    """
-    inputs = [mixed(0), mixed(1), text(11), text(14)]
-    wanted = [vl(**i).logits for i in inputs]
-    graphs = Graphs()
-    for layer in layers_of(vl):
-        layer.compile(backend=graphs)
-    for these in inputs * 2:
-        vl(**these, use_cache=False)
-    assert graphs.count <= 4
-    assert run_in_threads(vl, inputs, wanted) == []
-    assert not router(vl).call.known
-
-
-def test_a_new_thread_meets_the_graphs_of_the_first(vl):
-    """One thread after the other: nothing of a thread is in the guards."""
-    inputs = [mixed(0), mixed(1), text(11), text(14)]
-    wanted = [vl(**i).logits for i in inputs]
-    graphs = Graphs()
-    for layer in layers_of(vl):
-        layer.compile(fullgraph=True, backend=graphs)
-    for these in inputs * 2:
-        vl(**these, use_cache=False)
-    before = graphs.count
-    for _ in range(4):
-        assert run_in_threads(vl, inputs, wanted, threads=1, steps=4) == []
-    assert graphs.count == before
 
 
 def test_an_eager_call_while_another_thread_compiles(vl, plain):
@@ -475,7 +427,7 @@ def test_threads_that_compile_at_the_same_time(vl):
     wanted = [vl(**i).logits for i in inputs]
     for layer in layers_of(vl):
         layer.compile(backend="eager")
-    assert run_in_threads(vl, inputs, wanted, steps=12) == []
+    assert run_in_threads(vl, inputs, wanted) == []
     assert not router(vl).call.known
 
 
@@ -486,22 +438,19 @@ class Exportable(nn.Module):
         super().__init__()
         self.part = part
 
-    def forward(self, x, ids, cos=None, sin=None):
+    def forward(self, x, ids):
         with token_modalities(self.part, ids):
-            if cos is not None:
-                return self.part(x, position_embeddings=(cos, sin))
             if isinstance(self.part, PlainModel):
                 return self.part(x)
             return self.part(inputs_embeds=x, use_cache=False)[0]
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_of_a_plain_model(plain, strict):
+def test_export_of_a_plain_model(plain):
     length = torch.export.Dim("length", min=2, max=64)
     model = Exportable(plain)
     x, ids = torch.randn(2, 5, 16), torch.tensor([[0, 1, 2, 0, 1]] * 2)
     program = torch.export.export(
-        model, (x, ids), dynamic_shapes=({1: length}, {1: length}), strict=strict
+        model, (x, ids), dynamic_shapes=({1: length}, {1: length})
     )
     for size in (5, 9):
         x = torch.randn(2, size, 16)
@@ -515,29 +464,18 @@ def test_export_of_a_plain_model(plain, strict):
     assert not router(plain).call.known
 
 
-@pytest.mark.parametrize("what", ["layer", "language model"])
-def test_export_of_a_part(vl, what):
-    language_model = vl.model.language_model
-    part = layers_of(vl)[0] if what == "layer" else language_model
+def test_export_of_a_language_model(vl):
+    part = vl.model.language_model
     model = Exportable(part).eval()
     length = torch.export.Dim("length", min=2, max=64)
-
-    def arguments(size):
-        x, ids = embeds(size, rows=1)
-        if what == "language model":
-            return x, ids
-        positions = torch.arange(size).expand(3, 1, size)
-        return x, ids, *language_model.rotary_emb(x, positions)
-
-    example = arguments(8)
-    shapes = ({1: length},) * len(example)
-    program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(
+        model, embeds(8, rows=1), dynamic_shapes=({1: length},) * 2, strict=False
+    )
     for size in (8, 13):
-        inputs = arguments(size)
-        same(program.module()(*inputs), model(*inputs))
-        flipped = (inputs[0], 1 - inputs[1], *inputs[2:])
-        same(program.module()(*flipped), model(*flipped))
-        assert (model(*flipped) - model(*inputs)).abs().max() > 0.1
+        x, ids = embeds(size, rows=1)
+        same(program.module()(x, ids), model(x, ids))
+        same(program.module()(x, 1 - ids), model(x, 1 - ids))
+        assert (model(x, 1 - ids) - model(x, ids)).abs().max() > 0.1
 
 
 def test_messages_of_a_compiled_call(plain):

@@ -5,10 +5,13 @@
 # LICENSE file in the root directory of this source tree.
 """Models whose generate() hands its prompt over to a model inside, as embeddings."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from linear_oracle import assert_routed, recorded
+from refusals import refused
 from tiny_models import BOS, HIDDEN, batch, qwen25_vl, router, true_ids, words
 from torch import nn
 from torchao.quantization import quantize_
@@ -16,6 +19,7 @@ from torchao.quantization import quantize_
 from torchao_masquant import calibrate, masquant_config, token_modalities
 
 OPTIONS = {"scheme": "w4a8", "rounding": "nearest", "alpha": 0.5, "separation": 1.0}
+UNKNOWN = "the modality of its tokens is not known"
 IMAGE = 5
 STEPS = 3
 
@@ -125,13 +129,25 @@ MAKERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def quantized_models():
+    found = {}
+    for kind, make in MAKERS.items():
+        found[kind] = make()
+        data = [prompt(seed) for seed in range(6)]
+        recipe = calibrate(found[kind], data, progress=False, **OPTIONS)
+        quantize_(found[kind], masquant_config(recipe))
+    return found
+
+
 @pytest.fixture(params=MAKERS)
-def model(request):
-    made = MAKERS[request.param]()
-    data = [prompt(seed) for seed in range(6)]
-    recipe = calibrate(made, data, progress=False, **OPTIONS)
-    quantize_(made, masquant_config(recipe))
-    return made
+def model(quantized_models, request):
+    return copy.deepcopy(quantized_models[request.param])
+
+
+@pytest.fixture
+def remote(quantized_models):
+    return copy.deepcopy(quantized_models["remote"])
 
 
 def ids_of(inputs):
@@ -172,7 +188,7 @@ def test_the_way_out_that_the_message_advises(model):
     inputs, inner = prompt(3), model.language_model
     embeds = inner.get_input_embeddings()(inputs["input_ids"])
     options = greedy(attention_mask=inputs["attention_mask"])
-    with pytest.raises(RuntimeError, match="the modality of its tokens is not known"):
+    with refused(UNKNOWN, RuntimeError):
         inner.generate(inputs_embeds=embeds, **options)
     with token_modalities(model, ids_of(inputs)), recorded(model) as calls:
         inner.generate(inputs_embeds=embeds, **options)
@@ -182,15 +198,18 @@ def test_the_way_out_that_the_message_advises(model):
     assert_prefill_and_steps(calls, ids_of(inputs))
 
 
-@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize("kind", ["blip2", "remote"])
 @pytest.mark.parametrize(
-    "options",
-    [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}],
-    ids=["beams", "sampling"],
+    "options, declared",
+    [
+        ({"num_beams": 2}, False),
+        ({"num_beams": 2}, True),
+        ({"do_sample": True, "num_return_sequences": 2}, False),
+    ],
+    ids=["beams", "beams of embeddings", "sampling"],
 )
-def test_rows_that_generate_repeats(model, options, declared):
-    if getattr(model, "hands_over", None) == "loop":
-        pytest.skip("it has neither")
+def test_rows_that_generate_repeats(quantized_models, kind, options, declared):
+    model = copy.deepcopy(quantized_models[kind])
     inputs = prompt(5, rows=2)
     ids = ids_of(inputs)
     with recorded(model) as calls:
@@ -203,21 +222,17 @@ def test_rows_that_generate_repeats(model, options, declared):
     assert_prefill_and_steps(calls, ids.repeat_interleave(2, 0))
 
 
-def test_rows_that_are_no_repeats_are_not_known():
+def test_rows_that_are_no_repeats_are_not_known(remote):
     """As many as for two beams, but the second row is another one."""
-    model = RemoteModel()
-    data = [prompt(seed) for seed in range(6)]
-    recipe = calibrate(model, data, progress=False, **OPTIONS)
-    quantize_(model, masquant_config(recipe))
     inputs = prompt(1)
-    embeds = model.embeds(**{k: inputs[k] for k in ("input_ids", "pixel_values")})
+    embeds = remote.embeds(**{k: inputs[k] for k in ("input_ids", "pixel_values")})
     del inputs["attention_mask"]
-    model.embeds = lambda *_: torch.cat([embeds, embeds.flip(1)])
-    with pytest.raises(RuntimeError, match="the modality of its tokens is not known"):
-        model.generate(**inputs, **greedy())
-    model.embeds = lambda *_: torch.cat([embeds, embeds])
-    with recorded(model) as calls:
-        model.generate(**inputs, **greedy())
+    remote.embeds = lambda *_: torch.cat([embeds, embeds.flip(1)])
+    with refused(UNKNOWN, RuntimeError):
+        remote.generate(**inputs, **greedy())
+    remote.embeds = lambda *_: torch.cat([embeds, embeds])
+    with recorded(remote) as calls:
+        remote.generate(**inputs, **greedy())
     assert_prefill_and_steps(calls, ids_of(inputs).repeat(2, 1))
 
 
@@ -244,19 +259,17 @@ def test_padding_on_the_left_is_of_the_base(model):
     assert_prefill_and_steps(calls, wanted)
 
 
-def test_embeddings_of_other_tokens_than_the_prompts_are_not_known(model):
+@pytest.mark.parametrize("kind", ["remote", "remote, a loop"])
+def test_embeddings_of_other_tokens_than_the_prompts(quantized_models, kind):
     """One more than there are input_ids, as where soft prompts are put in front."""
+    model = copy.deepcopy(quantized_models[kind])
     inputs = prompt(2)
     del inputs["attention_mask"]
-    inner = model.language_model
-    embeds = inner.get_input_embeddings()(inputs["input_ids"])
+    embeds = model.language_model.get_input_embeddings()(inputs["input_ids"])
     longer = torch.cat([embeds[:, :1], embeds], 1)
     ids = torch.cat([torch.zeros(1, 1, dtype=torch.int64), ids_of(inputs)], 1)
-
-    if not isinstance(model, RemoteModel):
-        pytest.skip("its embeddings are made in generate()")
     model.embeds = lambda *_: longer
-    with pytest.raises(RuntimeError, match="the modality of its tokens is not known"):
+    with refused(UNKNOWN, RuntimeError):
         model.generate(**inputs, **greedy())
     with token_modalities(model, ids), recorded(model) as calls:
         model.generate(**inputs, **greedy())
@@ -273,14 +286,9 @@ def test_the_inner_model_is_called_with_input_ids_of_its_own(model):
     assert_prefill_and_steps(calls, (tokens == IMAGE).long())
 
 
-def test_input_ids_that_are_fewer_than_the_tokens_give_way_to_a_block():
+def test_input_ids_that_are_fewer_than_the_tokens_give_way_to_a_block(remote):
     """A model that makes many tokens of one placeholder inside its forward."""
-    model = RemoteModel()
-    data = [prompt(seed) for seed in range(6)]
-    quantize_(
-        model,
-        masquant_config(calibrate(model, data, progress=False, **OPTIONS)),
-    )
+    model = remote
     short = torch.tensor([[BOS, IMAGE, 11]])
     full = torch.tensor([[BOS, *[IMAGE] * 4, 11]])
     pixels = prompt()["pixel_values"]
@@ -294,14 +302,9 @@ def test_input_ids_that_are_fewer_than_the_tokens_give_way_to_a_block():
     assert_routed(calls, ids)
 
 
-def test_a_caption_without_a_prompt():
+def test_a_caption_without_a_prompt(quantized_models):
     """BLIP-2 makes input_ids of its own inside generate()."""
-    model = blip2()
-    data = [prompt(seed) for seed in range(6)]
-    quantize_(
-        model,
-        masquant_config(calibrate(model, data, progress=False, **OPTIONS)),
-    )
+    model = copy.deepcopy(quantized_models["blip2"])
     model.config.text_config.bos_token_id = BOS
     with recorded(model) as calls:
         model.generate(pixel_values=prompt()["pixel_values"], **greedy())

@@ -165,8 +165,12 @@ KINDS = [
 @pytest.fixture(scope="module", params=MAKERS)
 def made(request):
     """What makes a model, and the logits of it quantized by its recipe."""
-    make = MAKERS[request.param]
-    data = data_for(make)
+    dense = MAKERS[request.param]()
+    data = data_for(MAKERS[request.param])
+
+    def make():
+        return copy.deepcopy(dense)
+
     recipe = calibrate(make(), data, progress=False, **OPTIONS)
     model = make()
     with torch.no_grad():
@@ -180,12 +184,23 @@ def quantized_modules(model):
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "made, kind",
+    [("linears", kind) for kind in KINDS]
+    + [("experts", kind) for kind in ("hook", "closure", "function")],
+    indirect=["made"],
+)
 def test_put_on_before_calibration_and_taken_off_after(made, kind):
-    make, data, _, wanted = made
+    make, data, recipe, wanted = made
     model, patches = make(), Patches(kind)
     patches.put_on(model)
+    patches.take_off(model)
     with torch.no_grad():
+        # As if they had never been.
+        plain = copy.deepcopy(model)
+        quantize_(plain, masquant_config(recipe))
+        assert torch.equal(plain(**data[0]).logits, wanted)
+        patches.put_on(model)
         dense = model(**data[0]).logits
         recipe = calibrate(model, data, progress=False, **OPTIONS)
         assert torch.equal(model(**data[0]).logits, dense)
@@ -199,18 +214,9 @@ def test_put_on_before_calibration_and_taken_off_after(made, kind):
     assert not patches.called
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_taken_off_before_quantization(made, kind):
-    make, data, recipe, wanted = made
-    model, patches = make(), Patches(kind)
-    patches.put_on(model)
-    patches.take_off(model)
-    quantize_(model, masquant_config(recipe))
-    with torch.no_grad():
-        assert torch.equal(model(**data[0]).logits, wanted)
-
-
-@pytest.mark.parametrize("kind", ["hook", "closure"])
+@pytest.mark.parametrize(
+    "made, kind", [("linears", "closure"), ("experts", "hook")], indirect=["made"]
+)
 def test_between_the_steps(made, kind):
     make, data, _, wanted = made
     model, first, second = make(), Patches(kind), Patches(kind)
@@ -250,7 +256,9 @@ def test_quantized_weights_may_be_offloaded(made):
         assert torch.equal(model(**data[0]).logits, wanted)
 
 
-@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize(
+    "made, where", [("linears", "memory"), ("experts", "disk")], indirect=["made"]
+)
 def test_weights_that_are_offloaded_are_refused_before_the_data(made, where, tmp_path):
     make, data, recipe, _ = made
     model = make()

@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """From a config to placeholder tokens, and from input_ids to modality ids."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_oracle import ids_by_hand
-from tiny_models import (
-    AUDIO,
-    IMAGE,
-    VIDEO,
-    PlainModel,
-    omni_thinker,
-    qwen25_vl,
-)
+from refusals import refused
+from tiny_models import AUDIO, IMAGE, VIDEO, PlainModel, omni_thinker, qwen25_vl
 from transformers import Qwen2_5OmniConfig, Qwen2Config
 
 from torchao_masquant import Router
@@ -29,23 +24,17 @@ TOKEN_IDS = {"text": (), "vision": (IMAGE, VIDEO), "audio": (AUDIO,)}
 NAMES = {IMAGE: "vision", VIDEO: "vision", AUDIO: "audio"}
 
 
-@pytest.mark.parametrize(
-    "field, modality",
-    [
-        ("image_token_id", "vision"),
-        ("image_token_index", "vision"),
-        ("video_token_id", "vision"),
-        ("video_token_index", "vision"),
-        ("audio_token_id", "audio"),
-        ("audio_token_index", "audio"),
-    ],
-)
-@pytest.mark.parametrize("nesting", ["", "thinker_config", "text_config"])
-def test_every_name_of_a_placeholder(field, modality, nesting):
-    config = SimpleNamespace(**{field: 17})
-    if nesting:
-        config = SimpleNamespace(**{nesting: config})
-    assert modality_token_ids(config) == {"text": (), modality: (17,)}
+def test_every_name_of_a_placeholder():
+    kinds = {"image": "vision", "video": "vision", "audio": "audio"}
+    for kind, suffix in itertools.product(kinds, ("id", "index")):
+        inner = SimpleNamespace(**{f"{kind}_token_{suffix}": 17})
+        for config in (
+            inner,
+            SimpleNamespace(thinker_config=inner),
+            SimpleNamespace(text_config=inner),
+        ):
+            found = modality_token_ids(config)
+            assert found == {"text": (), kinds[kind]: (17,)}, config
 
 
 def test_placeholders_two_levels_down():
@@ -65,12 +54,10 @@ def test_one_token_for_image_and_video_is_no_conflict():
     assert modality_token_ids(config) == {"text": (), "vision": (9,)}
 
 
-@pytest.mark.parametrize("absent", [None, -1, "<image>", [5]])
-def test_a_value_that_is_no_token_id_declares_nothing(absent):
-    assert modality_token_ids(SimpleNamespace(image_token_id=absent)) == {"text": ()}
-
-
-def test_token_zero_is_a_token():
+def test_which_values_are_tokens():
+    for absent in (None, -1, "<image>", [5]):
+        config = SimpleNamespace(image_token_id=absent)
+        assert modality_token_ids(config) == {"text": ()}
     assert modality_token_ids(SimpleNamespace(audio_token_id=0))["audio"] == (0,)
 
 
@@ -80,16 +67,14 @@ def test_a_config_that_holds_itself():
     assert modality_token_ids(config) == {"text": (), "vision": (1,)}
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_token_marked_twice_raises(nested):
+def test_a_token_marked_twice_is_refused():
     other = SimpleNamespace(audio_token_id=7)
-    config = SimpleNamespace(image_token_id=7, text_config=other)
-    if not nested:
-        config = SimpleNamespace(image_token_id=7, audio_token_id=7)
-    with pytest.raises(
-        ValueError, match="token id 7 as both vision and audio; give each modality"
+    for config in (
+        SimpleNamespace(image_token_id=7, text_config=other),
+        SimpleNamespace(image_token_id=7, audio_token_id=7),
     ):
-        modality_token_ids(config)
+        with refused("token id 7 as both vision and audio; give each modality"):
+            modality_token_ids(config)
 
 
 def test_transformers_configs():
@@ -113,10 +98,10 @@ def test_router_refuses_a_modality_that_the_config_does_not_declare():
         Router.for_model(qwen25_vl(), ("text", "audio"))
 
 
-@pytest.mark.parametrize("names", [(), ("text", "text")])
-def test_router_refuses_names_that_tell_nothing_apart(names):
-    with pytest.raises(ValueError, match="distinct names of modalities, base first"):
-        Router(names)
+def test_router_refuses_names_that_tell_nothing_apart():
+    for names in ((), ("text", "text")):
+        with pytest.raises(ValueError, match="distinct names of modalities, base fir"):
+            Router(names)
 
 
 def test_router_without_a_config_takes_any_names():
@@ -156,7 +141,7 @@ def calls(draw):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     call=calls(),
     order=st.permutations(["text", "vision", "audio"]),
@@ -175,10 +160,10 @@ def test_ids_are_those_of_a_plain_loop(call, order, skip_padding):
         assert found.tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (2, 0)])
-def test_an_empty_batch_has_no_ids(shape):
+def test_an_empty_batch_has_no_ids():
     router = Router(("vision", "text"), TOKEN_IDS | {"audio": ()})
-    assert router.ids_of(torch.zeros(shape, dtype=torch.int64)) is None
+    for shape in ((0, 0), (0, 5), (2, 0)):
+        assert router.ids_of(torch.zeros(shape, dtype=torch.int64)) is None
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,7 @@ import transformers
 from torch import nn
 from torchao.quantization import quantize_
 
-from torchao_masquant import (
-    MASQuantConfig,
-    MASQuantLinear,
-    calibrate,
-    masquant_config,
-)
+from torchao_masquant import MASQuantConfig, MASQuantLinear, calibrate, masquant_config
 from torchao_masquant.calibration.calibrate import base_first
 from torchao_masquant.selection import select
 from torchao_masquant.solver.methods import SolverOptions
@@ -40,13 +35,7 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "method, scheme",
-    [
-        ("masquant", "w8a8"),
-        ("masquant", "w4a8"),
-        ("smoothquant", "w8a8"),
-        ("rtn", "w8a8"),
-    ],
+    "method, scheme", [("masquant", "w4a8"), ("smoothquant", "w8a8"), ("rtn", "w8a8")]
 )
 def test_a_gate_and_a_router_are_left_out(method, scheme, caplog):
     model = Gated(256, torch.bfloat16)

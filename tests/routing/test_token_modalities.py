@@ -7,13 +7,7 @@
 
 import pytest
 import torch
-from linear_oracle import (
-    assert_routed,
-    linears_of,
-    literal,
-    misrouted,
-    recorded,
-)
+from linear_oracle import assert_routed, linears_of, literal, misrouted, recorded
 from tiny_models import (
     BOS,
     HIDDEN,
@@ -50,19 +44,19 @@ def test_the_oracle_sees_a_misrouted_token(plain):
             assert found.tolist() == (wrong != IDS).reshape(-1).tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
-def test_any_integers_will_do(plain, dtype):
-    with token_modalities(plain, IDS.to(dtype)), recorded(plain) as calls:
-        plain(plain_input())
-    assert_routed(calls, IDS, linears=2)
+def test_any_integers_will_do(plain):
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        with token_modalities(plain, IDS.to(dtype)), recorded(plain) as calls:
+            plain(plain_input())
+        assert_routed(calls, IDS, linears=2)
 
 
-@pytest.mark.parametrize("ids", [None, torch.zeros_like(IDS)], ids=["None", "zeros"])
-def test_all_base(plain, ids):
-    with token_modalities(plain, ids), recorded(plain) as calls:
-        assert router(plain).call.ids is None
-        plain(plain_input())
-    assert_routed(calls, torch.zeros_like(IDS), linears=2)
+def test_all_base(plain):
+    for ids in (None, torch.zeros_like(IDS)):
+        with token_modalities(plain, ids), recorded(plain) as calls:
+            assert router(plain).call.ids is None
+            plain(plain_input())
+        assert_routed(calls, torch.zeros_like(IDS), linears=2)
 
 
 def test_one_linear_by_itself(plain):
@@ -106,53 +100,48 @@ def test_parts_of_a_model(vl):
     assert_routed(calls, ids, linears=7)
 
 
-@pytest.mark.parametrize(
-    "ids",
-    [IDS.float(), IDS.to(torch.complex64), IDS.bool(), [[0, 1]], (0, 1), 1],
-    ids=["float", "complex", "bool", "list", "tuple", "int"],
-)
-def test_ids_that_are_no_integers(plain, ids):
+def refused_at_once(model, ids, message, error):
+    with pytest.raises(error, match=literal(message)):
+        with token_modalities(model, ids):
+            raise AssertionError("not to be reached")
+    assert not router(model).call.known
+
+
+def test_ids_that_are_no_integers(plain):
     message = "modality ids are integers that index ('text', 'vision', 'audio')"
-    with pytest.raises(TypeError, match=literal(message)):
-        with token_modalities(plain, ids):
-            raise AssertionError("not to be reached")
-    assert not router(plain).call.known
+    others = IDS.float(), IDS.to(torch.complex64), IDS.bool()
+    for ids in (*others, [[0, 1]], (0, 1), 1):
+        refused_at_once(plain, ids, message, TypeError)
 
 
-@pytest.mark.parametrize("token, span", [(3, "0..3"), (-1, "-1..2"), (-2, "-2..2")])
-def test_ids_out_of_range(plain, token, span):
-    ids = IDS.clone()
-    ids[1, 3] = token
-    message = (
-        "modality ids index ('text', 'vision', 'audio'), so they lie in 0..2, got "
-        f"{span}."
-    )
-    with pytest.raises(ValueError, match=literal(message)):
-        with token_modalities(plain, ids):
-            raise AssertionError("not to be reached")
-    assert not router(plain).call.known
+def test_ids_out_of_range(plain):
+    for token, span in ((3, "0..3"), (-1, "-1..2"), (-2, "-2..2")):
+        ids = IDS.clone()
+        ids[1, 3] = token
+        message = (
+            "modality ids index ('text', 'vision', 'audio'), so they lie in 0..2, got "
+            f"{span}."
+        )
+        refused_at_once(plain, ids, message, ValueError)
 
 
-@pytest.mark.parametrize(
-    "ids, x",
-    [
+def test_ids_of_another_shape(plain):
+    for ids, x in (
         (IDS, plain_input()[:, :4]),
         (IDS[:1], plain_input()),
         (IDS.t(), plain_input()),
         (IDS.reshape(-1), plain_input()),
         (IDS, plain_input().reshape(10, 16)[:9]),
         (IDS, plain_input().reshape(1, 10, 16)),
-    ],
-)
-def test_ids_of_another_shape(plain, ids, x):
-    message = (
-        f"first: input of shape {tuple(x.shape)} does not match the modality ids of the "
-        f"call, of shape {tuple(ids.shape)}."
-    )
-    with pytest.raises(ValueError, match=literal(message)):
-        with token_modalities(plain, ids):
-            plain(x)
-    assert not router(plain).call.known
+    ):
+        message = (
+            f"first: input of shape {tuple(x.shape)} does not match the modality ids of "
+            f"the call, of shape {tuple(ids.shape)}."
+        )
+        with pytest.raises(ValueError, match=literal(message)):
+            with token_modalities(plain, ids):
+                plain(x)
+        assert not router(plain).call.known
 
 
 def test_ids_of_another_shape_name_the_layer(vl):

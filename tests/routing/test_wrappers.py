@@ -32,7 +32,9 @@ def test_a_wrapped_model_is_calibrated_quantized_and_called(
     """By its own names, and for its own modalities; the tower is no decoder's."""
     wrapped = kind(qwen25_vl())
     data = samples(audio=False)
-    recipe = calibrate(wrapped, data, scheme="w4a8", progress=False)
+    recipe = calibrate(
+        wrapped, data, rounding="nearest", alpha=0.5, separation=1.0, progress=False
+    )
     assert list(recipe.layers) == list(vl_recipe.layers)
     assert recipe.modalities == ("text", "vision")
     quantize_(wrapped, masquant_config(recipe))

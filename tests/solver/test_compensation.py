@@ -3,7 +3,10 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Whitening, the low-rank pair (theorem 2), the gauge and the smoothing factor."""
+"""Smoothing factor, whitening, the low-rank pair (theorem 2) and the gauge.
+
+Each against a search or a formula of its own, in float64.
+"""
 
 import math
 
@@ -23,6 +26,90 @@ from torchao_masquant.solver.compensation import (
 from torchao_masquant.solver.gauge import gauge
 from torchao_masquant.solver.smoothing import smoothing_factor
 
+DOUBLE = torch.float64
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# Smoothing factors.
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 1e-6, 0.3, 1.0, 77.0, 6e4]), min_size=1),
+    st.sampled_from([0, 0.25, 0.5, 0.85, 1]),
+    st.integers(0, 999),
+)
+def test_smoothing_factor_is_positive_finite_and_clamped(act, alpha, seed):
+    weight = torch.rand(len(act), generator=_generator(seed))
+    weight[::3] = 0
+    found = smoothing_factor(torch.tensor(act), weight, alpha)
+    act = torch.tensor(act).double().tolist()
+    expected = [
+        max(a**alpha / max(w, 1e-5) ** (1 - alpha), 1e-5)
+        for a, w in zip(act, weight.double().tolist())
+    ]
+    used = sorted(e for e, a in zip(expected, act) if a > 0)
+    for index, a in enumerate(act):
+        if a == 0:
+            # torch's median of an even number is the lower of the middle two.
+            expected[index] = used[(len(used) - 1) // 2] if used else 1.0
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    assert (found >= 1e-5).all() and torch.isfinite(found).all()
+
+
+# Whitening.
+
+
+def _covariance(kind):
+    x = torch.randn(40, 6, generator=_generator(1), dtype=DOUBLE)
+    if kind == "rank one":
+        x = x[:, :1] * torch.tensor([[3.0, -1, 0.5, 1e-3, 7, 2]], dtype=DOUBLE)
+    elif kind == "repeated channel":
+        x[:, 4] = x[:, 1]
+    elif kind == "dead channel":
+        x[:, 2] = 0
+    elif kind == "one token":
+        x = x[:1]
+    elif kind == "scales":
+        x = x * torch.tensor([1e-2, 1, 1e2, 1, 1, 1e-1], dtype=DOUBLE)
+    covariance = x.t() @ x / len(x)
+    if kind == "negative eigenvalue":
+        eigenvalues, vectors = torch.linalg.eigh(covariance)
+        eigenvalues[0] = -1e-13 * eigenvalues[-1]
+        covariance = (vectors * eigenvalues) @ vectors.t()
+    return covariance
+
+
+KINDS = {
+    "full": 6,
+    "scales": 6,
+    "rank one": 1,
+    "one token": 1,
+    "repeated channel": 5,
+    "dead channel": 5,
+    "negative eigenvalue": 5,
+}
+
+
+@pytest.mark.parametrize(("kind", "rank"), KINDS.items())
+def test_whitening_on_the_range(kind, rank):
+    covariance = _covariance(kind)
+    transform, inverse = whitening(covariance)
+    assert transform.shape == (rank, 6) and inverse.shape == (6, rank)
+    identity = torch.eye(rank, dtype=DOUBLE)
+    # T C^+ T^T = I, T T^+ = I on the range of C.
+    pseudo = torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True)
+    torch.testing.assert_close(
+        transform @ pseudo @ transform.t(), identity, rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(transform @ inverse, identity, rtol=0, atol=1e-9)
+    # T^T T is C again, but for what was dropped: below 1e-10 of the largest.
+    left = (transform.t() @ transform - covariance).norm()
+    assert left <= 1e-10 * covariance.norm() * 6
+
 
 def _problem(seed, tokens=60, k=14, n=9):
     generator = torch.Generator().manual_seed(seed)
@@ -34,84 +121,6 @@ def _problem(seed, tokens=60, k=14, n=9):
 
 def _error(x, difference, l1, l2):
     return (x @ (difference.t() - l1 @ l2)).norm().item()
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 8), st.sampled_from([60, 8]))
-def test_no_other_pair_of_the_same_rank_is_better(seed, rank, tokens):
-    """Theorem 2, with full and with singular covariances."""
-    x, difference = _problem(seed, tokens)
-    covariance = x.t() @ x / len(x)
-    l1, l2 = low_rank_pair(difference, rank, covariance)
-    ours = _error(x, difference, l1, l2)
-    slack = 1e-9 * (x @ difference.t()).norm().item()
-
-    u, s, vt = torch.linalg.svd(difference.t(), full_matrices=False)
-    assert ours <= _error(x, difference, u[:, :rank] * s[:rank], vt[:rank]) + slack
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(3):
-        # Alternating least squares from a random start.
-        down = torch.randn(x.shape[1], rank, generator=generator, dtype=torch.float64)
-        target = x @ difference.t()
-        for _ in range(15):
-            up = torch.linalg.pinv(x @ down) @ target
-            down = torch.linalg.pinv(x) @ target @ torch.linalg.pinv(up)
-        assert ours <= _error(x, difference, down, up) + slack
-    # And it is the tail of the singular values of X D^T.
-    tail = torch.linalg.svdvals(x @ difference.t())[rank:].norm().item()
-    assert ours == pytest.approx(tail, abs=1e-7 * (1 + tail) + slack)
-
-
-def test_whitening_inverts_on_the_range_only():
-    x, _ = _problem(0, tokens=5)
-    covariance = x.t() @ x
-    transform, inverse = whitening(covariance)
-    assert transform.shape[0] == 5
-    torch.testing.assert_close(
-        transform @ inverse, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-9
-    )
-    torch.testing.assert_close(transform.t() @ transform, covariance)
-    assert whitening(torch.zeros(4, 4))[0].shape == (0, 4)
-    assert low_rank_pair(torch.ones(3, 4), 2, torch.zeros(4, 4)) is None
-
-
-@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
-def test_pair_is_balanced_whatever_the_scale(scale):
-    x, difference = _problem(1)
-    l1, l2 = low_rank_pair(difference, 4, x.t() @ x * scale)
-    torch.testing.assert_close(l1.norm(dim=0), l2.norm(dim=1))
-
-
-def test_zero_difference_and_rank_zero():
-    x, difference = _problem(2)
-    covariance = x.t() @ x
-    assert low_rank_pair(torch.zeros_like(difference), 3, covariance) is None
-    assert low_rank_pair(difference, 0, covariance) is None
-    assert low_rank_pair(difference, 999, covariance)[0].shape[1] == 9
-
-
-@pytest.mark.parametrize("tokens", [60, 8])
-def test_of_more_outputs_than_inputs_and_of_fewer(tokens):
-    """The two ways to the same error, a whitening that is handed over and one found."""
-    for outputs in (3, 12, 30):
-        x, _ = _problem(3, tokens)
-        generator = torch.Generator().manual_seed(outputs)
-        shape = (outputs, x.shape[1])
-        difference = torch.randn(shape, generator=generator, dtype=torch.float64)
-        covariance = x.t() @ x / len(x)
-        tail = torch.linalg.svdvals(x @ difference.t())[2:].norm().item()
-        for whitened in (None, whitening(covariance)):
-            pair = low_rank_pair(difference, 2, covariance, whitened)
-            assert _error(x, difference, *pair) == pytest.approx(tail, rel=1e-7)
-            spectrum = error_spectrum(difference, covariance, whitened)
-            expected = torch.linalg.svdvals(x @ difference.t()).square() / len(x)
-            count = min(len(spectrum), len(expected))
-            torch.testing.assert_close(
-                spectrum[:count],
-                expected[:count],
-                rtol=0,
-                atol=1e-12 * expected[0].item(),
-            )
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e6])
@@ -140,6 +149,99 @@ def test_whitening_of_a_singular_covariance(kind, spread):
     assert torch.isfinite(inverse).all()
 
 
+def test_nothing_to_whiten_or_to_make_up_for():
+    assert whitening(torch.zeros(4, 4))[0].shape == (0, 4)
+    assert low_rank_pair(torch.ones(3, 4), 2, torch.zeros(4, 4)) is None
+    x, difference = _problem(2)
+    covariance = x.t() @ x
+    nothing = torch.zeros_like(difference)
+    assert low_rank_pair(nothing, 3, covariance) is None
+    assert pair_of_product(nothing, 3, nothing) is None
+    assert low_rank_pair(difference, 0, covariance) is None
+    assert low_rank_pair(difference, 999, covariance)[0].shape[1] == 9
+
+
+# The pair.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pair_of_any_covariance(kind):
+    """Never inf or nan, and the error is the weighted tail."""
+    covariance = _covariance(kind)
+    difference = torch.randn(4, 6, generator=_generator(2), dtype=DOUBLE)
+    for rank in (1, 3, 50):
+        l1, l2 = low_rank_pair(difference, rank, covariance)
+        assert torch.isfinite(l1).all() and torch.isfinite(l2).all()
+        assert l1.shape[1] == l2.shape[0] == min(rank, 4, KINDS[kind])
+        left = (difference.t() - l1 @ l2).numpy()
+        error = np.trace(left.T @ covariance.numpy() @ left)
+        # The same from the eigenvalues of D C D^T: no whitening, no SVD.
+        weighted = torch.linalg.eigvalsh(difference @ covariance @ difference.t())
+        tail = weighted[: max(0, 4 - rank)].sum().item()
+        assert error == pytest.approx(tail, abs=1e-9 * weighted[-1].item())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.sampled_from(list(KINDS)))
+def test_no_random_pair_or_neighbour_is_better(seed, rank, kind):
+    covariance = _covariance(kind)
+    generator = _generator(seed)
+    difference = torch.randn(5, 6, generator=generator, dtype=DOUBLE)
+    l1, l2 = low_rank_pair(difference, rank, covariance)
+
+    def error(down, up):
+        left = difference.t() - down @ up
+        return ((covariance @ left) * left).sum().item()
+
+    ours = error(l1, l2)
+    slack = 1e-9 * error(torch.zeros_like(l1), l2)
+    for size in (1e-3, 1e-1, 1, 10):
+        down = l1 + size * torch.randn(l1.shape, generator=generator, dtype=DOUBLE)
+        up = l2 + size * torch.randn(l2.shape, generator=generator, dtype=DOUBLE)
+        assert ours <= error(down, up) + slack
+        # The best partner of a changed half is no better either.
+        weighted = down.t() @ covariance @ down
+        best = torch.linalg.pinv(weighted) @ down.t() @ covariance @ difference.t()
+        assert ours <= error(down, best) + slack
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])
+def test_pair_fits_half_precision(scale):
+    """Balanced halves: covariances of 1e14 or 1e-14 do not over- or underflow."""
+    x = torch.randn(40, 6, generator=_generator(3), dtype=DOUBLE) * scale
+    difference = torch.randn(5, 6, generator=_generator(4), dtype=DOUBLE)
+    l1, l2 = low_rank_pair(difference, 3, x.t() @ x)
+    torch.testing.assert_close(l1.norm(dim=0), l2.norm(dim=1))
+    halves = l1.half(), l2.half()
+    product = halves[0].double() @ halves[1].double()
+    bound = 2.1 * 2**-11 * (l1.abs() @ l2.abs())
+    assert ((product - l1 @ l2).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("tokens", [60, 8])
+def test_of_more_outputs_than_inputs_and_of_fewer(tokens):
+    """The two ways to the same error, a whitening that is handed over and one found."""
+    for outputs in (3, 12, 30):
+        x, _ = _problem(3, tokens)
+        generator = torch.Generator().manual_seed(outputs)
+        shape = (outputs, x.shape[1])
+        difference = torch.randn(shape, generator=generator, dtype=torch.float64)
+        covariance = x.t() @ x / len(x)
+        tail = torch.linalg.svdvals(x @ difference.t())[2:].norm().item()
+        for whitened in (None, whitening(covariance)):
+            pair = low_rank_pair(difference, 2, covariance, whitened)
+            assert _error(x, difference, *pair) == pytest.approx(tail, rel=1e-7)
+            spectrum = error_spectrum(difference, covariance, whitened)
+            expected = torch.linalg.svdvals(x @ difference.t()).square() / len(x)
+            count = min(len(spectrum), len(expected))
+            torch.testing.assert_close(
+                spectrum[:count],
+                expected[:count],
+                rtol=0,
+                atol=1e-12 * expected[0].item(),
+            )
+
+
 @pytest.mark.parametrize("outputs", [5, 14])
 def test_of_a_product_that_is_known(outputs):
     x, _ = _problem(6)
@@ -166,33 +268,55 @@ def test_resolve_rank(rank, expected):
     assert resolve_rank(rank, 64, 100) == expected
 
 
-@pytest.mark.parametrize("rank", [-1, -0.1, 1.5, math.nan])
-def test_a_rank_out_of_range(rank):
-    with pytest.raises(ValueError, match="rank"):
-        resolve_rank(rank, 64, 100)
+def test_what_is_no_rank():
+    for rank in (-1, -0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="rank"):
+            resolve_rank(rank, 64, 100)
+    for rank in (True, "5", None):
+        with pytest.raises(TypeError, match="rank must be an int or a float"):
+            resolve_rank(rank, 64, 100)
 
 
-@pytest.mark.parametrize("rank", [True, "5", None])
-def test_a_rank_that_is_no_number(rank):
-    with pytest.raises(TypeError, match="rank must be an int or a float"):
-        resolve_rank(rank, 64, 100)
+# The gauge.
 
 
-def test_gauge_is_the_least_squares_minimiser():
-    x, w = _problem(3)
-    v = w * 0.4 + 0.05 * torch.randn_like(w)
-    s = torch.rand(w.shape[1], dtype=torch.float64) + 0.5
-    covariance = torch.cov(x.t(), correction=0)
-    found = gauge([w], [v * s], s, covariance)
+def test_one_gauge_for_all_linears_of_an_input():
+    """The minimum of the joint loss by a search, and none of the single ones."""
+    generator = _generator(5)
+    x = torch.randn(80, 7, generator=generator, dtype=DOUBLE) + 30
     centered = x - x.mean(0)
+    covariance = centered.t() @ centered / len(x)
+    factor = torch.rand(7, generator=generator, dtype=DOUBLE) + 0.1
+    weights, shared = [], []
+    for rows, size, constant in ((4, 1e-3, 0.2), (9, 1.0, 0.5), (2, 1e3, 1.7)):
+        weight = size * torch.randn(rows, 7, generator=generator, dtype=DOUBLE)
+        noise = size * 0.3 * torch.randn(rows, 7, generator=generator, dtype=DOUBLE)
+        weights.append(weight)
+        shared.append((constant * weight + noise) * factor)
 
-    def loss(g):
-        return (centered @ (w - g * v).t()).norm().item()
+    def loss(g, chosen=slice(None)):
+        return sum(
+            ((centered @ (w - g * v / factor).t()).norm() / (centered @ w.t()).norm())
+            .square()
+            .item()
+            for w, v in zip(weights[chosen], shared[chosen])
+        )
 
-    for step in np.geomspace(1e-4, 1, 20):
-        assert loss(found) <= loss(found * (1 + step))
-        assert loss(found) <= loss(found * (1 - step))
-    assert found == pytest.approx(2.5, rel=0.2)
+    # A parabola in g: three points give its minimum.
+    low, middle, high = loss(0.0), loss(1.0), loss(2.0)
+    curvature, slope = (high - 2 * middle + low) / 2, (4 * middle - high - 3 * low) / 2
+    found = gauge(weights, shared, factor, covariance)
+    assert found == pytest.approx(-slope / (2 * curvature), rel=1e-9)
+    singles = [gauge([w], [v], factor, covariance) for w, v in zip(weights, shared)]
+    assert min(singles) < found < max(singles)
+    # Scaling a linear's weights and integers together changes nothing in the joint g.
+    again = gauge(
+        [weights[0] * 1e4, *weights[1:]],
+        [shared[0] * 1e4, *shared[1:]],
+        factor,
+        covariance,
+    )
+    assert again == pytest.approx(found, rel=1e-12)
 
 
 def test_gauge_of_nothing_is_one():
@@ -202,25 +326,3 @@ def test_gauge_of_nothing_is_one():
     assert gauge([w], [torch.zeros_like(w)], s, torch.eye(4)) == 1
     assert gauge([w], [-w], s, torch.eye(4)) == 1
     assert gauge([torch.zeros_like(w)], [w], s, torch.eye(4)) == 1
-
-
-@pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
-def test_smoothing_factor(alpha):
-    act = torch.tensor([4.0, 1e4, 1e-12, 0.0, 2.0])
-    weight = torch.tensor([1.0, 0.25, 1.0, 1.0, 0.0])
-    expected = [
-        max(a**alpha / max(w, 1e-5) ** (1 - alpha), 1e-5)
-        for a, w in zip(act.double().tolist(), weight.double().tolist())
-    ]
-    # The channel that no token used takes the (lower) median of the others.
-    expected[3] = sorted(expected[:3] + expected[4:])[1]
-    found = smoothing_factor(act, weight, alpha)
-    assert found.dtype == torch.float64
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
-
-
-def test_smoothing_factor_of_a_silent_input_is_one():
-    assert torch.equal(
-        smoothing_factor(torch.zeros(3), torch.rand(3), 0.5),
-        torch.ones(3, dtype=torch.float64),
-    )

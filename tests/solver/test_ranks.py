@@ -50,7 +50,7 @@ def _greedy(places, budget):
         ranks[best] += 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(_PLACES, st.integers(0, 300))
 def test_allocation_is_greedy_and_keeps_its_budget(places, budget):
     places = {(f"linear {i}", 1): place for i, place in enumerate(places)}

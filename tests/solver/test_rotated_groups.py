@@ -70,9 +70,9 @@ def _error(layer, weight, tokens, options):
     return found
 
 
-@pytest.mark.parametrize("separation", [0.0, 1.0])
 @pytest.mark.parametrize(
-    ("scheme", "most"), [("w8a8", 0.03), ("w4a8", 0.1), ("w4a4", 0.2)]
+    ("scheme", "most", "separation"),
+    [("w8a8", 0.03, 0.0), ("w4a8", 0.1, 1.0), ("w4a4", 0.2, 0.0), ("w4a4", 0.2, 1.0)],
 )
 def test_outlier_channels_are_spread_over_blocks(scheme, most, separation):
     """Three blocks; better than without a rotation in every modality at 4 bits."""
@@ -107,8 +107,9 @@ UGLY = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("separation", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("separation", "dtype"), [(0.0, torch.bfloat16), (1.0, torch.float16)]
+)
 @pytest.mark.parametrize("kind", UGLY)
 def test_ugly_tokens(kind, separation, dtype):
     """Finite, and right to what 8 bits leave where tokens vary at all."""
@@ -143,11 +144,8 @@ def test_narrow_inputs(k):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_tokens_and_weights_that_are_not_finite(bad):
-    tokens, weights = data(2)
-    weights["k"][1, 2] = bad
-    with pytest.raises(ValueError, match="k: its weight holds nan or inf"):
-        solve_group(weights, statistics(tokens), SolverOptions())
+def test_tokens_that_are_not_finite(bad):
+    tokens, _ = data(2)
     tokens[1][3, 4] = bad
     with pytest.raises(ValueError, match="q: its input holds nan or inf in vision"):
         statistics(tokens)

@@ -68,9 +68,16 @@ def test_equals_the_textbook_on_any_problem(seed, n, k, noise, asymmetric):
     gptq_oracle.assert_gptq(found, *problem, noise=noise)
 
 
-@pytest.mark.parametrize("groups", [1, 5])
-@pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("k", "tokens"), [(20, 60), (20, 6), (150, 400)])
+@pytest.mark.parametrize(
+    ("k", "tokens", "asymmetric", "groups"),
+    [
+        pytest.param(20, 60, True, 5, id="groups with zero points"),
+        pytest.param(20, 6, False, 1, id="a singular Hessian"),
+        pytest.param(20, 6, True, 5, id="a singular Hessian, groups"),
+        pytest.param(150, 400, False, 5, id="several blocks, groups"),
+        pytest.param(150, 400, True, 1, id="several blocks, a zero point"),
+    ],
+)
 def test_equals_the_textbook(k, tokens, asymmetric, groups):
     """Also of a singular Hessian, and over the edges of the blocks."""
     problem = _problem(0, n=7, k=k, groups=groups, asymmetric=asymmetric, tokens=tokens)
@@ -84,9 +91,9 @@ def test_the_textbook_tells_other_integers():
         gptq_oracle.assert_gptq(gptq_oracle.nearest(problem[0], *problem[2:]), *problem)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(
+    "bits, groups, asymmetric", [(3, 1, False), (4, 4, True), (8, 4, False)]
+)
 def test_better_than_nearest(bits, groups, asymmetric):
     """On the average of random problems, by far, and on nearly every one of them."""
     ratios = []

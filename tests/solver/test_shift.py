@@ -37,8 +37,7 @@ def _output(layer, weight, options, x, index, modalities):
     return torch.ops.masquant.linear(x, quantized, ids, None)
 
 
-@pytest.mark.parametrize("modalities", [1, 3])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a4", "w3a3"])
+@pytest.mark.parametrize("scheme, modalities", [("w8a8", 1), ("w3a3", 3)])
 def test_the_central_token_is_exact(scheme, modalities):
     """Its activations are zeros, whatever the integers: the bias alone is its output."""
     data, weights, statistics = _problem(modalities)

@@ -35,8 +35,7 @@ def _masquant_linear(layer, weight, x, index, scheme, low_rank_bits=16):
     return torch.ops.masquant.linear(x, quantized, ids, None).double().numpy()
 
 
-@pytest.mark.parametrize("low_rank_bits", [8, 16])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w3a3"])
+@pytest.mark.parametrize("scheme, low_rank_bits", [("w8a8", 8), ("w3a3", 16)])
 def test_shift_and_bias_are_the_center_and_its_product(scheme, low_rank_bits):
     tokens, weights = data()
     layers = _solve(tokens, weights, scheme=scheme, low_rank_bits=low_rank_bits)
@@ -56,8 +55,9 @@ def test_shift_and_bias_are_the_center_and_its_product(scheme, low_rank_bits):
             )
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a4", "w3a3"])
-@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize(
+    "scheme, constant", [("w8a8", True), ("w4a8", False), ("w3a3", True)]
+)
 def test_the_center_of_a_modality_comes_out_exact(scheme, constant):
     """Whatever the bits: a modality that is constant loses nothing at all."""
     tokens, weights = data()
@@ -89,24 +89,6 @@ def test_the_center_of_a_modality_comes_out_exact(scheme, constant):
 
 def _relative(y, exact):
     return np.linalg.norm(y - exact) / np.linalg.norm(exact)
-
-
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
-def test_a_constant_modality_is_lost_without_a_shift(scheme):
-    """So that the test above can fail."""
-    tokens, weights = data(2)
-    tokens[1] = torch.randn(group_oracle.K).mul(9).expand_as(tokens[1]).contiguous()
-    errors = {}
-    for shift in (False, True):
-        layer = _solve(tokens, weights, scheme=scheme, shift=shift)["q"]
-        quantized = layer.quantize(weights["q"], get_scheme(scheme), ("text", "vision"))
-        y = torch.ops.masquant.linear(
-            tokens[1][:1], quantized, torch.ones(1, dtype=torch.long), None
-        )
-        exact = tokens[1][:1].double() @ weights["q"].double().t()
-        errors[shift] = _relative(y.double().numpy(), exact.numpy())
-    assert errors[True] < 1e-5
-    assert errors[False] > 100 * errors[True]
 
 
 @settings(max_examples=15, deadline=None)
@@ -163,20 +145,6 @@ def test_tokens_far_from_zero_gain_from_it(scheme):
     assert np.mean(gains) > 0.23 and min(gains) > -0.12
     if scheme != "w4a8":
         assert min(gains) > 0.5
-
-
-def test_a_weight_only_scheme_needs_none():
-    tokens, weights = data(3)
-    layers = _solve(tokens, weights, scheme="w4a16", group_size=8)
-    for name, layer in layers.items():
-        assert layer.act_shift is None and layer.modality_bias.shape[0] == 3
-        bits = SolverOptions("w4a16", group_size=8).bits
-        for index, x in enumerate(tokens):
-            y = group_oracle.output(layer, weights[name], x, index, bits)
-            exact = x.double().numpy() @ weights[name].double().numpy().T
-            # The bias makes up for the mean of the error.
-            mean = np.abs((y - exact).mean(0)).max()
-            assert mean < 1e-5 * np.abs(exact).max()
 
 
 # What a gauge leaves of the integers of activations.

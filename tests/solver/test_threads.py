@@ -9,7 +9,7 @@ import contextlib
 import re
 import threading
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Optional
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from torchao_masquant.threads import SMALL, available_cores, threads_for
 
 
 @pytest.fixture(autouse=True)
-def three_threads() -> Iterator[None]:
+def three_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield

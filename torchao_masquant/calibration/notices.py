@@ -10,15 +10,15 @@ from typing import Iterator
 
 import torch
 
-from torchao_masquant.calibration.modality_spread import (
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.modality_spread import (
     InputSpread,
+    differ_by_much,
     input_spread,
-    own_factors_may_pay,
     sinks_of,
     verdict,
 )
-from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["CalibrationNotices"]
 
@@ -62,7 +62,7 @@ class CalibrationNotices:
                 sentence,
             )
         bits, one_factor = self.options.bits.act_bits, not any(self.options.separations)
-        if one_factor and own_factors_may_pay(self.inputs, bits):
+        if one_factor and differ_by_much(self.inputs, bits):
             _LOGGER.warning("%s", verdict(self.inputs, bits))
 
 

@@ -108,16 +108,8 @@ _COMMANDS = (
         "plan",
         "torchao_masquant.cli.plan",
         "what quantizing a model, and running it, will take",
-        "Reckon memory, time and traffic of calibration, and of inference\n"
+        "Reckon memory and traffic of calibration, and of inference\n"
         "in each scheme, from a model's config alone.",
-    ),
-    _Command(
-        "kernels",
-        "torchao_masquant.cli.kernels",
-        "what the GPU kernels compile to, with no GPU",
-        "Compile every Triton kernel in every tiling for several\n"
-        "architectures ahead of time, and print registers, spills, shared memory and\n"
-        "matrix instructions of each.",
     ),
     _Command(
         "tune",

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.cli.models import DIGITS
 from torchao_masquant.outputs import check_file, check_folder
-from torchao_masquant.replacing import replacing
 from torchao_masquant.solver.methods import SolverOptions
 
 if TYPE_CHECKING:
@@ -190,6 +190,4 @@ def _write_json(
         "reloaded": reloaded,
         "seconds": round(seconds, 1),
     }
-    path: Path = arguments.json
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    write_whole(arguments.json, json.dumps(report, indent=2) + "\n")

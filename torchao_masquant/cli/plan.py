@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 from typing import TYPE_CHECKING, Any, Optional
 
 from torchao_masquant.cli.models import model_folder
@@ -17,7 +18,6 @@ from torchao_masquant.solver.methods import SolverOptions
 
 if TYPE_CHECKING:
     from torchao_masquant.planning.estimate import CalibrationPlan, InferencePlan
-    from torchao_masquant.planning.machine import Machine
     from torchao_masquant.planning.skeleton import Skeleton
 
 __all__ = ["add_arguments", "main"]
@@ -63,13 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=_memory, metavar="SIZE", help="of one device, such as 80GiB"
     )
-    parser.add_argument(
-        "--machine",
-        default="cpu",
-        metavar="NAME|JSON",
-        help="cpu, a100, h100, h200, or a file of benchmarks/plan_constants.py "
-        "(default: %(default)s)",
-    )
+    # What it was for, seconds, is predicted no more; scripts that give it go on.
+    parser.add_argument("--machine", help=argparse.SUPPRESS)
     parser.add_argument(
         "--samples", type=_count, default=128, help="of calibration (default: 128)"
     )
@@ -104,18 +99,17 @@ def main(arguments: argparse.Namespace) -> int:
         ValueError, OSError: the model or the machine can't be read.
     """
     from torchao_masquant.planning.estimate import plan_calibration, plan_inference
-    from torchao_masquant.planning.machine import load_machine
     from torchao_masquant.planning.skeleton import read_skeleton
     from torchao_masquant.planning.weight_bytes import Compensation
 
-    machine = load_machine(arguments.machine)
+    if arguments.machine is not None:
+        print("--machine has no effect: a plan tells no seconds.", file=sys.stderr)
     skeleton = read_skeleton(model_folder(arguments.model))
     compensation = Compensation(
         len(skeleton.modalities), arguments.rank, arguments.low_rank_bits
     )
     calibration = plan_calibration(
         skeleton,
-        machine,
         SCHEMES["w4a8"],
         compensation,
         samples=arguments.samples,
@@ -128,7 +122,6 @@ def main(arguments: argparse.Namespace) -> int:
     rows = [
         plan_inference(
             skeleton,
-            machine,
             scheme,
             compensation,
             context=arguments.context,
@@ -139,9 +132,9 @@ def main(arguments: argparse.Namespace) -> int:
     ]
     memory = arguments.memory
     if arguments.json:
-        print(json.dumps(_as_json(skeleton, machine, calibration, rows), indent=2))
+        print(json.dumps(_as_json(skeleton, calibration, rows), indent=2))
     else:
-        _print(arguments, skeleton, machine, calibration, rows)
+        _print(arguments, skeleton, calibration, rows)
     fits = [r for r in rows[1:] if _why_not(r, memory) is None]
     if not fits or (memory is not None and calibration.device_bytes > memory):
         return 1
@@ -158,7 +151,6 @@ def _why_not(row: "InferencePlan", memory: Optional[int]) -> Optional[str]:
 
 def _as_json(
     skeleton: "Skeleton",
-    machine: "Machine",
     calibration: "CalibrationPlan",
     rows: "list[InferencePlan]",
 ) -> dict[str, Any]:
@@ -167,11 +159,7 @@ def _as_json(
         "class": skeleton.model_class,
         "modalities": skeleton.modalities,
         "weights": skeleton.values,
-        "machine": {"name": machine.name, "source": machine.source},
-        "calibration": {
-            **dataclasses.asdict(calibration),
-            "seconds": calibration.seconds,
-        },
+        "calibration": dataclasses.asdict(calibration),
         "inference": [dataclasses.asdict(row) for row in rows],
     }
 
@@ -179,7 +167,6 @@ def _as_json(
 def _print(
     arguments: argparse.Namespace,
     skeleton: "Skeleton",
-    machine: "Machine",
     calibration: "CalibrationPlan",
     rows: "list[InferencePlan]",
 ) -> None:
@@ -192,8 +179,7 @@ def _print(
     print(
         f"{skeleton.model_class}: {skeleton.values / 1e6:,.0f} million weights, "
         f"{len(skeleton.linears)} linears to quantize, for "
-        f"{', '.join(skeleton.modalities)}; {devices} x {machine.name} "
-        f"({'; '.join((machine.source, *machine.notes))}).\n"
+        f"{', '.join(skeleton.modalities)}; {devices} device{'s' * (devices > 1)}.\n"
     )
     c = calibration
     verdict = ""
@@ -206,22 +192,20 @@ def _print(
         f"{arguments.tokens} tokens{verdict}",
         title_justify="left",
     )
-    for column in ("", "memory or traffic", "", "time"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for left, size, right, seconds in (
-        ("in front of the decoder", c.front_bytes, "", None),
-        ("one block", c.block_bytes, "forward", c.forward_seconds),
-        ("its statistics", c.statistics_bytes, "covariances", c.statistics_seconds),
-        ("the solver", c.workspace_bytes, "solver", c.solve_seconds),
-        ("a device, at most", c.device_bytes, "all", c.seconds),
-        ("activations, CPU or disk", c.activation_bytes, "", None),
-        ("read", c.read_bytes, "", None),
-        ("written (w4a8)", c.written_bytes, "", None),
-        ("sent by each device", c.reduced_bytes, "", None),
+    table.add_column("")
+    table.add_column("memory or traffic", justify="right")
+    for what, size in (
+        ("in front of the decoder", c.front_bytes),
+        ("one block", c.block_bytes),
+        ("its statistics", c.statistics_bytes),
+        ("the solver", c.workspace_bytes),
+        ("a device, at most", c.device_bytes),
+        ("activations, CPU or disk", c.activation_bytes),
+        ("read", c.read_bytes),
+        ("written (w4a8)", c.written_bytes),
+        ("sent by each device", c.reduced_bytes),
     ):
-        table.add_row(
-            left, _size(size), right, "" if seconds is None else _time(seconds)
-        )
+        table.add_row(what, _size(size))
     print(to_text(table))
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -229,15 +213,7 @@ def _print(
         f"is {_size(rows[0].cache_bytes)} of a device",
         title_justify="left",
     )
-    for column in (
-        "scheme",
-        "weights",
-        "a device",
-        "prefill",
-        "a token more",
-        "sent a token",
-        "",
-    ):
+    for column in ("scheme", "weights", "a device", "sent a token", ""):
         table.add_column(
             column, justify="left" if column in ("scheme", "") else "right"
         )
@@ -246,8 +222,6 @@ def _print(
             row.scheme,
             _size(row.weight_bytes),
             _size(row.device_bytes),
-            _time(row.prefill_seconds),
-            _time(row.decode_seconds),
             _size(row.sent_bytes),
             _why_not(row, memory) or ("" if memory is None else "fits"),
         )
@@ -262,11 +236,3 @@ def _size(size: float) -> str:
     else:
         unit = "TiB"
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 1:
-        return f"{seconds * 1e3:.2f} ms"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

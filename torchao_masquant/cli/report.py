@@ -62,7 +62,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     from torchao_masquant.report.page import write_page
     from torchao_masquant.report.sources import read_sources
-    from torchao_masquant.report.wording import byte_size, joined
+    from torchao_masquant.wording import byte_size, joined
 
     sources = read_sources(arguments.sources)
     check_file(

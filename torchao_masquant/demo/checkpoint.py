@@ -17,8 +17,8 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.config import MASQuantConfig
-from torchao_masquant.replacing import replacing
 from torchao_masquant.testing import digits
 
 __all__ = ["LOGITS", "load", "prompts", "save"]

@@ -8,7 +8,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Mapping, Optional, Union
 
@@ -17,6 +16,7 @@ from torch._inductor import aot_compile
 from torch._inductor.package import load_package, package_aoti
 from torch.export import ExportedProgram
 
+from torchao_masquant.atomic_files import replacing_folder
 from torchao_masquant.deploy.lowering import choose_kernels, lower
 from torchao_masquant.deploy.torch_only import masquant_decoder as names
 from torchao_masquant.kernels import cpu_lowering
@@ -69,17 +69,10 @@ def write_package(
         raise ValueError("write_package needs a program to compile.")
     device = _device(programs)
     kernels = choose_kernels(kernels, device)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        _write(programs, temporary, kernels, device, dict(facts or {}))
-        # As the user's umask has it: a temporary folder is its owner's alone.
-        temporary.chmod(0o777 & ~_umask())
-        if target.exists():
-            target.rmdir()
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing_folder(target) as new:
+        _write(programs, new, kernels, device, dict(facts or {}))
+        # Compiling takes a while, in which somebody may have put something there.
+        new_folder(target)
     return target
 
 
@@ -92,12 +85,6 @@ def new_folder(folder: Union[str, os.PathLike]) -> Path:
             "is to be made."
         )
     return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _device(programs: Mapping[str, ExportedProgram]) -> torch.device:

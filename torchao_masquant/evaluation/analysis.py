@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Optional
 
 from rich.console import RenderableType
 
-from torchao_masquant.calibration.modality_spread import InputSpread, verdict
 from torchao_masquant.evaluation.json_record import JSONRecord
 from torchao_masquant.schemes import get_scheme
+from torchao_masquant.solver.modality_spread import InputSpread, verdict
 
 __all__ = [
     "Analysis",
@@ -198,9 +198,17 @@ class Analysis(JSONRecord):
         Raises:
             ImportError: matplotlib is missing.
         """
-        from torchao_masquant.evaluation.analysis_figures import figures
+        from torchao_masquant.evaluation.analysis_figures import (
+            compensation_drawings,
+            modality_drawings,
+        )
 
-        return figures(self)
+        found = [
+            *modality_drawings(self, self.modalities),
+            *compensation_drawings(self, self.modalities),
+        ]
+        about = f"{self.model}, {self.scheme}"
+        return {drawing.name: drawing.titled(about) for drawing in found}
 
 
 def _pearson(points: list[tuple[float, float]]) -> float:

@@ -12,9 +12,9 @@ from typing import Iterable, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from torchao_masquant.calibration.modality_spread import sinks_of
 from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.tables import new_table, number, short_names
+from torchao_masquant.solver.modality_spread import sinks_of
 
 __all__ = ["render"]
 

@@ -174,11 +174,20 @@ class Evaluation(JSONRecord):
         return to_text(self.__rich__())
 
     def figures(self) -> dict[str, Any]:
-        """Matplotlib figures, by name: "sqnr_by_layer", where there are ratios to show.
+        """Matplotlib figures, by name; none where there are no ratios to show.
+
+        "sqnr_by_layer" (mean of each layer's linears), "sqnr_by_kind" (each linear).
 
         Raises:
             ImportError: matplotlib is missing.
         """
-        from torchao_masquant.evaluation.evaluation_figures import figures
+        from torchao_masquant.evaluation.evaluation_figures import (
+            kind_drawing,
+            layer_drawing,
+        )
 
-        return figures(self)
+        found = (
+            layer_drawing([(self.method or "quantized", self)]),
+            kind_drawing(self, self.modalities),
+        )
+        return {d.name: d.titled(self.model) for d in found if d is not None}

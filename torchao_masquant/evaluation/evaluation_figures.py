@@ -3,54 +3,148 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Figures of an evaluation."""
+"""Where in the model quantization noise arises."""
 
-from typing import Any
+from typing import Optional, Sequence
 
 from torchao_masquant.evaluation.evaluation import Evaluation
-from torchao_masquant.evaluation.plotting import (
-    finite,
-    legend_below,
-    panels_by_place,
-    style_of,
-)
+from torchao_masquant.figures.drawing import Drawing, Panel, by_kind, drawing
+from torchao_masquant.figures.places import Kind, kinds
+from torchao_masquant.figures.style import PLAIN, method_look, modality_look
+from torchao_masquant.wording import amount, method_name
 
-__all__ = ["figures"]
+__all__ = ["kind_drawing", "layer_drawing"]
 
 
-def figures(evaluation: Evaluation) -> dict[str, Any]:
-    """See :meth:`~torchao_masquant.evaluation.evaluation.Evaluation.figures`."""
-    return {"sqnr_by_layer": _sqnr_by_layer(evaluation)} if evaluation.sqnr else {}
+def layer_drawing(
+    evaluations: Sequence[tuple[str, Evaluation]],
+) -> Optional[Drawing]:
+    """Centred SQNR by layer and method, a panel for each scheme and modality.
+
+    Args:
+        evaluations: method and evaluation.
+
+    Returns:
+        None where no evaluation was made against a reference.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    # Ours last, so that it lies on top.
+    found = sorted(
+        [pair for pair in evaluations if pair[1].sqnr], key=lambda p: p[0] == "masquant"
+    )
+    if not found:
+        return None
+    methods = list(dict.fromkeys(method for method, _ in found))
+    schemes = list(dict.fromkeys(e.scheme for _, e in evaluations if e.sqnr))
+    modalities = list(dict.fromkeys(m for _, e in found for m in e.modalities))
+    with drawing(
+        "sqnr_by_layer",
+        "Signal-to-noise ratio by layer",
+        "Higher is better: the output of each layer's linears (their mean) against "
+        "the noise of quantization, centred, so that only what varies from token to "
+        "token counts as signal.",
+        len(schemes) * len(modalities),
+        columns=len(modalities),
+        share_y="row",
+    ) as made:
+        for index, panel in enumerate(made.panels):
+            scheme = schemes[index // len(modalities)]
+            modality = modalities[index % len(modalities)]
+            same = [(m, e) for m, e in found if e.scheme == scheme]
+            names = _categories(same)
+            for method, evaluation in same:
+                means = _means(evaluation, modality, names)
+                panel.line(
+                    method_name(method),
+                    list(means),
+                    list(means.values()),
+                    [
+                        f"{names[x] if names else f'layer {x}'}, {modality}, "
+                        f"{method_name(method)}: {amount(mean, '.1f')} dB"
+                        for x, mean in means.items()
+                    ],
+                    **method_look(method, methods),
+                )
+            panel.name(
+                f"{scheme}, {modality}",
+                "centred output SQNR, dB",
+                "" if names else "decoder layer",
+            )
+            if names:
+                panel.categories(names)
+            else:
+                panel.layers()
+    return made
 
 
-def _sqnr_by_layer(evaluation: Evaluation) -> Any:
-    figure, panels = panels_by_place(evaluation.sqnr, 3, 2.8)
-    entries: dict[str, Any] = {}
-    for axis, places in panels:
+def _categories(evaluations: Sequence[tuple[str, Evaluation]]) -> list[str]:
+    """Names for the x axis where the linears have no layer number; else none."""
+    names = list(dict.fromkeys(n for _, e in evaluations for n in e.sqnr))
+    return names if any(kind.categories for kind in kinds(names)) else []
+
+
+def _means(
+    evaluation: Evaluation, modality: str, names: Sequence[str]
+) -> dict[int, float]:
+    """Place on the x axis to mean ratio, in order."""
+    layer_of = {n: layer for kind in kinds(evaluation.sqnr) for layer, n in kind.places}
+    found: dict[int, list[float]] = {}
+    for name, ratios in evaluation.sqnr.items():
+        if modality in ratios:
+            x = names.index(name) if names else layer_of[name]
+            found.setdefault(x, []).append(ratios[modality].centered)
+    return {x: sum(values) / len(values) for x, values in sorted(found.items())}
+
+
+def kind_drawing(
+    evaluation: Evaluation, modalities: Sequence[str]
+) -> Optional[Drawing]:
+    """Centred and plain SQNR of each linear, a panel for each kind.
+
+    Args:
+        evaluation: of a quantized model.
+        modalities: all that are shown together, which give the colours.
+
+    Returns:
+        None where the evaluation was not made against a reference.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+
+    def draw(panel: Panel, kind: Kind) -> None:
         for modality in evaluation.modalities:
             found = [
                 (place, evaluation.sqnr[name][modality])
-                for place, name in places
+                for place, name in kind.places
                 if modality in evaluation.sqnr[name]
             ]
-            if not found:
-                continue
-            style = style_of(modality, evaluation.modalities)
-            layers = [place for place, _ in found]
-            (entries[f"{modality}, centred"],) = axis.plot(
-                layers, finite(r.centered for _, r in found), **style.line
-            )
-            (entries[f"{modality}, plain"],) = axis.plot(
-                layers,
-                finite(r.plain for _, r in found),
-                linestyle=":",
-                markerfacecolor="none",
-                **style.line,
-            )
-        axis.set_ylabel("output SQNR, dB")
-    legend_below(figure, entries)
-    figure.suptitle(
-        f"{evaluation.model}, {evaluation.scheme}: "
-        "signal-to-quantization-noise ratio of each linear"
+            for how, values, style in (
+                ("centred", [ratio.centered for _, ratio in found], {}),
+                ("plain", [ratio.plain for _, ratio in found], PLAIN),
+            ):
+                panel.line(
+                    f"{modality}, {how}",
+                    [place for place, _ in found],
+                    values,
+                    [
+                        f"{kind.place_name(place)}, {modality}, {how}: "
+                        f"{amount(value, '.1f')} dB"
+                        for (place, _), value in zip(found, values)
+                    ],
+                    **{**modality_look(modality, modalities), **style},
+                )
+
+    return by_kind(
+        "sqnr_by_kind",
+        "Signal-to-noise ratio by kind of linear",
+        "Higher is better: the output of each linear against the noise of quantization, "
+        "with what varies from token to token as the signal (centred), and with all of "
+        "it (plain).",
+        kinds(evaluation.sqnr),
+        "output SQNR, dB",
+        draw,
+        share_y=True,
     )
-    return figure

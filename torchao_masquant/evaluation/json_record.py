@@ -13,8 +13,8 @@ import types
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.outputs import check_file
-from torchao_masquant.replacing import replacing
 
 __all__ = ["JSONRecord"]
 
@@ -67,8 +67,7 @@ class JSONRecord:
         path = Path(path)
         check_file(path, self.KIND)
         text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_whole(path, text)
 
     @classmethod
     def load(cls: type[_Record], path: Union[str, os.PathLike]) -> _Record:

@@ -63,7 +63,7 @@ def add_scores(folder: Path, table: str) -> None:
             f"{str(folder)!r} has no README.md that tells how it was quantized: quantize "
             "the model again to have one."
         )
-    from torchao_masquant.replacing import replacing
+    from torchao_masquant.atomic_files import write_whole
 
     text = card.read_text("utf-8")
     section = f"{_SCORES}\n## Scores\n\n```\n{table.strip()}\n```\n{_SCORES_END}\n"
@@ -72,8 +72,7 @@ def add_scores(folder: Path, table: str) -> None:
         text = old.sub(lambda _: section, text)
     else:
         text = f"{text.rstrip()}\n\n{section}"
-    with replacing(card) as temporary:
-        temporary.write_text(text, "utf-8")
+    write_whole(card, text)
 
 
 def _name_of(original: Optional[Path]) -> Optional[str]:

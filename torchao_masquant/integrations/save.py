@@ -9,19 +9,18 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 from torch import nn
 
+from torchao_masquant.atomic_files import replacing_folder
 from torchao_masquant.integrations.attachment import (
     attach_to_transformers,
     check_savable,
 )
 from torchao_masquant.integrations.checkpoint_format import quantized_modules
-from torchao_masquant.integrations.exchange import exchange
 from torchao_masquant.integrations.model_card import (
     CARD,
     is_model_card,
@@ -74,21 +73,11 @@ def save_quantized(
         OSError: ``folder`` cannot be written.
     """
     _check_model(model)
-    # Where a link leads: the link itself stays.
     target = Path(os.path.realpath(folder))
     sources = () if beside is None else (beside,)
     check_folder(folder, beside_others=True, sources=sources)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise OSError(
-            f"cannot save to {os.fspath(folder)!r}: {error.strerror or error}; give a "
-            "folder that can be written."
-        ) from error
-    try:
-        # save_pretrained(push_to_hub=True) names the repository after it.
-        new = temporary / "new" / target.name
+    # save_pretrained(push_to_hub=True) names the repository after the new one's name.
+    with replacing_folder(target) as new:
         model.save_pretrained(new, **options)  # type: ignore[operator]
         card = target / CARD
         if not card.exists() or is_model_card(card):
@@ -100,11 +89,6 @@ def save_quantized(
         _write_speakers(model, new)
         if target.exists():
             _keep_others(target, new)
-            exchange(new, target, temporary / "old")
-        else:
-            os.rename(new, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_model(model: nn.Module) -> None:

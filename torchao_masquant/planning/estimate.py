@@ -3,34 +3,26 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Memory, time and traffic of calibration and of inference."""
+"""Memory and traffic of calibration and of inference."""
 
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
 from torchao_masquant.calibration import statistics
 from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, in_passes
-from torchao_masquant.planning.machine import Machine
-from torchao_masquant.planning.skeleton import InputGroup, LinearShape, Skeleton
+from torchao_masquant.planning.skeleton import InputGroup, Skeleton
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
 from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.compensation import resolve_rank
-from torchao_masquant.solver.cost import solver_bytes, solver_work
+from torchao_masquant.solver.cost import solver_bytes
 from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = [
     "CalibrationPlan",
     "InferencePlan",
-    "linear_seconds",
     "plan_calibration",
     "plan_inference",
     "statistics_bytes",
 ]
-
-
-# Runs of one sample beside those of all: through the decoder's own forward and block by
-# block, to compare; and of each block, to see which linears share their input.
-_RUNS_OF_ONE_SAMPLE = 3
 
 
 @dataclass(frozen=True)
@@ -47,9 +39,6 @@ class CalibrationPlan:
             given back.
         activation_bytes: what goes into a block and comes out of it, for all samples,
             on the CPU or on disk.
-        forward_seconds: of the samples through the decoder.
-        statistics_seconds: of their covariances.
-        solve_seconds: of all the inputs.
         read_bytes: from disk.
         written_bytes: to disk, of the first of the schemes.
         reduced_bytes: sent by each device, for statistics that are added up.
@@ -61,17 +50,9 @@ class CalibrationPlan:
     workspace_bytes: int
     device_bytes: int
     activation_bytes: int
-    forward_seconds: float
-    statistics_seconds: float
-    solve_seconds: float
     read_bytes: int
     written_bytes: int
     reduced_bytes: int
-
-    @property
-    def seconds(self) -> float:
-        """Of all of it; disks and links are taken to keep up, towers to be quick."""
-        return self.forward_seconds + self.statistics_seconds + self.solve_seconds
 
 
 @dataclass(frozen=True)
@@ -84,9 +65,6 @@ class InferencePlan:
         device_weight_bytes: of the fullest device.
         cache_bytes: of keys and values on each device.
         device_bytes: of both.
-        prefill_seconds: of the decoder, for all tokens of the context, and of the head
-            for the last.
-        decode_seconds: of both for one more token.
         sent_bytes: by each device, for one token.
         reason: why it can't be done; None where it can.
     """
@@ -96,8 +74,6 @@ class InferencePlan:
     device_weight_bytes: int
     cache_bytes: int
     device_bytes: int
-    prefill_seconds: float
-    decode_seconds: float
     sent_bytes: float
     reason: Optional[str] = None
 
@@ -109,7 +85,6 @@ def statistics_bytes(groups: Sequence[InputGroup], modalities: int) -> int:
 
 def plan_calibration(
     skeleton: Skeleton,
-    machine: Machine,
     scheme: Scheme,
     compensation: Compensation,
     *,
@@ -132,47 +107,32 @@ def plan_calibration(
     per_block: dict[str, list[InputGroup]] = {}
     for group in skeleton.groups:
         per_block.setdefault(group.block, []).append(group)
-    passes = {
-        name: [
-            [groups[index] for index in indices]
-            for indices in in_passes(
-                [statistics_bytes([g], modalities) for g in groups],
-                max_statistics_bytes,
-            )
-        ]
-        for name, groups in per_block.items()
-    }
-    every = [groups for of_block in passes.values() for groups in of_block]
-    runs = max((len(of_block) for of_block in passes.values()), default=1)
+    passes = [
+        [groups[index] for index in indices]
+        for groups in per_block.values()
+        for indices in in_passes(
+            [statistics_bytes([g], modalities) for g in groups], max_statistics_bytes
+        )
+    ]
     block = skeleton.block_values * skeleton.element
     front = skeleton.other_values
     if skeleton.head is not None:
         front -= skeleton.head.n * skeleton.head.k
     solving = max(
-        (_solving_bytes(groups, modalities, options, devices) for groups in every),
+        (_solving_bytes(groups, modalities, options, devices) for groups in passes),
         default=0,
     )
-    share = samples * tokens / devices
-    macs = sum(share * g.k * g.k for g in skeleton.groups)
-    call = _decoder_seconds(skeleton, machine, None, compensation, tokens=tokens)
-    solves = [
-        solver_work(g.shapes, modalities, options).dot(machine.solver)
-        for g in skeleton.groups
-    ]
     return CalibrationPlan(
         front_bytes=front * skeleton.element,
         block_bytes=block,
         statistics_bytes=max(
-            (statistics_bytes(groups, modalities) for groups in every), default=0
+            (statistics_bytes(groups, modalities) for groups in passes), default=0
         ),
         workspace_bytes=max(
             (_workspace(g, modalities, options) for g in skeleton.groups), default=0
         ),
         device_bytes=max(front * skeleton.element, block + solving),
         activation_bytes=2 * samples * tokens * skeleton.hidden * skeleton.element,
-        forward_seconds=call * (runs * samples / devices + _RUNS_OF_ONE_SAMPLE),
-        statistics_seconds=macs * machine.statistics_per_mac,
-        solve_seconds=sum(solves) / devices,
         read_bytes=skeleton.values * skeleton.element,
         written_bytes=_model_bytes(skeleton, scheme, compensation, 1),
         reduced_bytes=round(
@@ -201,20 +161,19 @@ def _solving_bytes(
 def _workspace(group: InputGroup, modalities: int, options: SolverOptions) -> int:
     """Of the solver, for one input."""
     return max(
-        solver_bytes(n, k, group.values, modalities, options) for n, k in group.shapes
+        solver_bytes(n, group.k, group.values, modalities, options)
+        for n in group.outputs
     )
 
 
 def plan_inference(
     skeleton: Skeleton,
-    machine: Machine,
     scheme: Optional[Scheme],
     compensation: Compensation,
     *,
     context: int,
     batch: int = 1,
     devices: int = 1,
-    others_share: float = 0.5,
 ) -> InferencePlan:
     """What inference will take.
 
@@ -223,139 +182,22 @@ def plan_inference(
         context: tokens of a sequence.
         batch: sequences.
         devices: that the model is sharded over, as its class's plan says.
-        others_share: of the context's tokens, those that are not of the base modality.
     """
     weights = _model_bytes(skeleton, scheme, compensation, 1)
     mine = _model_bytes(skeleton, scheme, compensation, devices)
     cache = skeleton.cache_bytes(context * batch) // devices
-    element = skeleton.element
-
     # Two sums for each decoder layer, as a ring: after attention, and after the MLP.
-    sent = 4 * skeleton.blocks * skeleton.hidden * element * (devices - 1) / devices
-    link = sent / machine.link_bytes_per_second
-
-    def call(tokens: int, cached: int, others: float) -> float:
-        """Of so many tokens of each sequence."""
-        seconds = _decoder_seconds(
-            skeleton,
-            machine,
-            scheme,
-            compensation,
-            tokens=tokens * batch,
-            sequences=batch,
-            cached=cached,
-            others=others,
-            devices=devices,
-        )
-        if skeleton.head is not None:
-            seconds += linear_seconds(
-                machine,
-                None,
-                skeleton.head,
-                batch,
-                element,
-                compensation,
-                ranks=devices,
-            )
-        return seconds + link * tokens * batch
-
-    prefill = call(context, 0, others_share * context * batch)
-    decode = call(1, context, 0)
+    summed = 2 * skeleton.blocks * skeleton.hidden * skeleton.element
+    sent = 2 * summed * (devices - 1) / devices
     return InferencePlan(
         scheme="dense" if scheme is None else scheme.name,
         weight_bytes=weights,
         device_weight_bytes=mine,
         cache_bytes=cache,
         device_bytes=mine + cache,
-        prefill_seconds=prefill,
-        decode_seconds=decode,
         sent_bytes=sent,
         reason=_reason(skeleton, scheme, devices),
     )
-
-
-def _decoder_seconds(
-    skeleton: Skeleton,
-    machine: Machine,
-    scheme: Optional[Scheme],
-    compensation: Compensation,
-    *,
-    tokens: int,
-    sequences: int = 1,
-    cached: int = 0,
-    others: float = 0,
-    devices: int = 1,
-) -> float:
-    """Of one call of all decoder layers.
-
-    Args:
-        tokens: of the call, of all sequences together.
-        sequences: that they are of.
-        cached: tokens of a sequence that came before.
-        others: of the tokens, those that are not of the base modality.
-        devices: that share it.
-    """
-    seconds = sum(
-        linear_seconds(
-            machine,
-            scheme,
-            x,
-            tokens,
-            skeleton.element,
-            compensation,
-            others=others,
-            ranks=devices,
-        )
-        for x in skeleton.linears
-    )
-    own = tokens / sequences
-    width = skeleton.heads * skeleton.head_dim
-    return seconds + machine.rest.seconds(
-        skeleton.blocks,
-        tokens * sum(x.n + x.k for x in skeleton.linears),
-        2 * skeleton.blocks * tokens * (cached + (own + 1) / 2) * width / devices,
-        skeleton.cache_bytes(sequences * cached + tokens) / devices,
-        2 * skeleton.blocks * width * (sequences * cached + tokens) / devices,
-    )
-
-
-def linear_seconds(
-    machine: Machine,
-    scheme: Optional[Scheme],
-    shape: LinearShape,
-    tokens: float,
-    element: int,
-    compensation: Compensation,
-    *,
-    others: float = 0,
-    ranks: int = 1,
-) -> float:
-    """Of one call of a linear on each of the ranks that share it.
-
-    Args:
-        scheme: None for a dense one.
-        tokens: of the call.
-        element: bytes of a dense value.
-        others: of the tokens, those that are not of the base modality.
-    """
-    n, k = shape.n, shape.k
-    shared = ranks if shape.sharded else 1
-    macs = tokens * n * k
-    if scheme is None:
-        rates, size = machine.linear["dense"], n * k * element // shared
-    else:
-        rates = machine.linear[_kind(scheme)]
-        size = weight_bytes(
-            n, k, scheme, compensation, ranks=ranks, sharded=shape.sharded or None
-        )
-        macs += others * resolve_rank(compensation.rank, n, k) * (n + k)
-    return rates.seconds(macs / shared, size, tokens * (n + k) / shared)
-
-
-def _kind(scheme: Scheme) -> str:
-    if scheme.weight_only:
-        return "w4a16"
-    return "w8a8" if scheme.weight_bits == 8 else "w4a8"
 
 
 def _model_bytes(

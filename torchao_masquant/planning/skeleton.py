@@ -57,11 +57,6 @@ class InputGroup:
     outputs: tuple[int, ...]
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(N, K) of each of them."""
-        return [(n, self.k) for n in self.outputs]
-
-    @property
     def values(self) -> int:
         """Of their weights."""
         return self.k * sum(self.outputs)

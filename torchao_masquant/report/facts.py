@@ -8,7 +8,7 @@
 from typing import Any, Mapping
 
 from torchao_masquant.report.sources import Sources
-from torchao_masquant.report.wording import joined
+from torchao_masquant.wording import joined
 
 __all__ = ["facts"]
 

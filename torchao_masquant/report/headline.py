@@ -12,7 +12,7 @@ from torchao_masquant.report.facts import facts
 from torchao_masquant.report.recipe_bytes import LayerBytes, recipe_bytes
 from torchao_masquant.report.rows import Row, Rows
 from torchao_masquant.report.sources import Sources
-from torchao_masquant.report.wording import (
+from torchao_masquant.wording import (
     byte_size,
     method_name,
     percent,

@@ -5,22 +5,19 @@
 # LICENSE file in the root directory of this source tree.
 """What an analysis and evaluations say about the inside of a model."""
 
+from dataclasses import replace
 from typing import Sequence
 
-from torchao_masquant.calibration.modality_spread import sinks_of
 from torchao_masquant.evaluation import Analysis, Evaluation
-from torchao_masquant.evaluation.tables import short_names
-from torchao_masquant.report.analysis_figures import (
-    dominance_figure,
-    effective_rank_figure,
-    own_factor_figure,
-    range_figure,
-    rank_figure,
-    theorem_figure,
+from torchao_masquant.evaluation.analysis_figures import (
+    compensation_drawings,
+    modality_drawings,
 )
-from torchao_masquant.report.evaluation_figures import sqnr_figure
+from torchao_masquant.evaluation.evaluation_figures import kind_drawing, layer_drawing
+from torchao_masquant.evaluation.tables import short_names
 from torchao_masquant.report.section import Cell, Column, Section, Table
-from torchao_masquant.report.wording import MISSING, amount, method_name
+from torchao_masquant.solver.modality_spread import sinks_of
+from torchao_masquant.wording import MISSING, amount, method_name
 
 __all__ = ["compensation_section", "layer_section", "modality_section"]
 
@@ -34,9 +31,9 @@ def modality_section(analysis: Analysis, modalities: Sequence[str]) -> Section:
         analysis: of the dense model.
         modalities: all of the page, which give the colours.
     """
-    theorem = theorem_figure(analysis, modalities)
+    figures = modality_drawings(analysis, modalities)
     note = ""
-    if theorem is None:
+    if "theorem_1" not in {figure.name for figure in figures}:
         note = (
             f"{analysis.scheme} leaves activations as they are: there is no loss to "
             "predict. Analyze for a scheme such as w4a8 to see it."
@@ -47,12 +44,7 @@ def modality_section(analysis: Analysis, modalities: Sequence[str]) -> Section:
         f"Of the dense model, with the bits of {analysis.scheme} and alpha "
         f"{analysis.alpha:g}. The louder a modality, the coarser the steps on which a "
         "shared factor rounds the others.",
-        (
-            range_figure(analysis, modalities),
-            dominance_figure(analysis, modalities),
-            own_factor_figure(analysis, modalities),
-            theorem,
-        ),
+        figures,
         notes=(note, *sinks_of(analysis.spreads), analysis.verdict),
     )
 
@@ -65,10 +57,7 @@ def compensation_section(analysis: Analysis, modalities: Sequence[str]) -> Secti
         f"All modalities share the weights that are smoothed for "
         f"{analysis.modalities[0]}; a pair for each other modality makes up for the "
         "difference.",
-        (
-            effective_rank_figure(analysis, modalities),
-            rank_figure(analysis),
-        ),
+        compensation_drawings(analysis, modalities),
     )
 
 
@@ -83,17 +72,26 @@ def layer_section(
     Args:
         evaluations: method and evaluation, at least one of them with ratios.
         modalities: all of the page, which give the colours.
-        scheme, method: of the model whose weakest linears are listed.
+        scheme, method: of the model whose linears are shown one by one.
     """
-    chosen = [
-        (m, e) for m, e in evaluations if e.sqnr and (e.scheme, m) == (scheme, method)
-    ]
+    figures, tables = [layer_drawing(evaluations)], []
+    for of, evaluation in evaluations:
+        if (
+            not tables
+            and evaluation.sqnr
+            and (evaluation.scheme, of) == (scheme, method)
+        ):
+            found = kind_drawing(evaluation, modalities)
+            if found is not None:
+                about = f"{found.title}, {scheme}, {method_name(method)}"
+                figures.append(replace(found, title=about))
+            tables.append(_weakest(method, evaluation))
     return Section.of(
         "layers",
         "Layer by layer",
         "The quantized model's linears on the dense model's inputs.",
-        (sqnr_figure(evaluations),),
-        tuple(_weakest(m, e) for m, e in chosen[:1]),
+        figures,
+        tuple(tables),
     )
 
 

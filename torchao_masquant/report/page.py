@@ -12,11 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.evaluation import Analysis, Evaluation
+from torchao_masquant.figures.drawing import Drawing
+from torchao_masquant.figures.export import to_svg, write_png
+from torchao_masquant.figures.style import (
+    COLORS,
+    VARIABLES,
+    method_order,
+    modality_color,
+    require,
+)
 from torchao_masquant.outputs import check_file
 from torchao_masquant.recipe import Recipe
-from torchao_masquant.replacing import replacing
-from torchao_masquant.report.chart import BarPanel, Figure
 from torchao_masquant.report.headline import headline
 from torchao_masquant.report.missing import missing_parts
 from torchao_masquant.report.model_sections import (
@@ -24,15 +32,12 @@ from torchao_masquant.report.model_sections import (
     layer_section,
     modality_section,
 )
-from torchao_masquant.report.palette import colors, method_order, modality_look
-from torchao_masquant.report.png import write_png
 from torchao_masquant.report.quality_section import quality_section
 from torchao_masquant.report.recipe_section import recipe_section
 from torchao_masquant.report.result_rows import rows_of_results
 from torchao_masquant.report.rows import Rows, rows_of_evaluations
 from torchao_masquant.report.section import Section
 from torchao_masquant.report.sources import UNNAMED, Sources
-from torchao_masquant.report.svg import MARKERS, place
 from torchao_masquant.schemes import SCHEMES
 
 __all__ = ["Report", "write_report"]
@@ -135,21 +140,18 @@ def write_page(
     ]
     sections += _model_sections(sources, modalities, top.scheme, top.method)
     missing = missing_parts(sources)
-    palette = colors(modalities)
     text = environment.get_template("page.html.j2").render(
         headline=top,
         sections=sections,
         missing=missing,
         made_from=_made_from(sources),
         made_on=datetime.date.today().isoformat(),
-        modalities=[(m, modality_look(m, modalities)) for m in modalities],
-        colors=palette,
-        markers=MARKERS,
-        place=place,
-        is_bars=lambda panel: isinstance(panel, BarPanel),
+        modalities={m: VARIABLES[modality_color(m, modalities)] for m in modalities},
+        colors=COLORS,
+        to_svg=to_svg,
     )
     figures = [figure for section in sections for figure in section.figures]
-    drawings = () if png is None else _write_drawings(figures, png, palette)
+    drawings = () if png is None else _write_drawings(figures, png)
     data = text.encode("utf-8", "replace")
     _write(path, data)
     return Report(
@@ -172,13 +174,9 @@ def _benchmark_rows(sources: Sources) -> list[Rows]:
 
 
 def _environment() -> Any:
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"a report needs {error.name}: pip install 'torchao_masquant[report]'."
-        ) from error
+    require("jinja2", "matplotlib")
+    import jinja2
+
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -261,22 +259,19 @@ def _made_from(sources: Sources) -> list[str]:
     ]
 
 
-def _write_drawings(
-    figures: Sequence[Figure], folder: Path, palette: dict[str, tuple[str, str]]
-) -> tuple[Path, ...]:
+def _write_drawings(figures: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = tuple(folder / f"{figure.name}.png" for figure in figures)
     for path in paths:
         check_file(path, "figure")
     for figure, path in zip(figures, paths):
-        write_png(figure, path, palette)
+        write_png(figure, path)
     return paths
 
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
+        write_whole(path, data)
     except OSError as error:
         raise OSError(
             f"cannot write {os.fspath(path)!r}: {error.strerror or error}."

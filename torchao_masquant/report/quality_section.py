@@ -11,7 +11,7 @@ from torchao_masquant.report.headline import NOTICED, fell
 from torchao_masquant.report.row_figures import accuracy_figure, memory_figure
 from torchao_masquant.report.rows import Row, Rows
 from torchao_masquant.report.section import Cell, Column, Section, Table
-from torchao_masquant.report.wording import (
+from torchao_masquant.wording import (
     MISSING,
     amount,
     byte_size,

@@ -18,7 +18,8 @@ from torchao_masquant.report.recipe_figures import (
     smoothing_figure,
 )
 from torchao_masquant.report.section import Cell, Column, Section, Table
-from torchao_masquant.report.wording import (
+from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.wording import (
     MISSING,
     amount,
     byte_size,
@@ -26,7 +27,6 @@ from torchao_masquant.report.wording import (
     method_name,
     percent,
 )
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["recipe_section"]
 

@@ -11,8 +11,8 @@ import statistics
 from typing import Any, Mapping, Optional, Sequence, Union
 
 from torchao_masquant.report.rows import DENSE, Row, Rows
-from torchao_masquant.report.wording import joined
 from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.wording import joined
 
 __all__ = ["rows_of_results"]
 

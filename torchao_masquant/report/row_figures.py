@@ -7,25 +7,15 @@
 
 from typing import Optional
 
-from torchao_masquant.report.chart import (
-    BarPanel,
-    BarPart,
-    BarRow,
-    Figure,
-    Line,
-    Look,
-    Panel,
-    Point,
-    Series,
-)
-from torchao_masquant.report.palette import INK, MUTED, method_look
+from torchao_masquant.figures.drawing import Bar, Drawing, Panel, drawing
+from torchao_masquant.figures.style import INK, MUTED, method_look
 from torchao_masquant.report.rows import DENSE, Row, Rows
-from torchao_masquant.report.wording import byte_size, method_name, percent
+from torchao_masquant.wording import byte_size, method_name, percent
 
-__all__ = ["accuracy_figure", "memory_figure"]
+__all__ = ["accuracy_figure", "bar_figure", "memory_figure"]
 
 
-def accuracy_figure(rows: Rows, suffix: str) -> Optional[Figure]:
+def accuracy_figure(rows: Rows, suffix: str) -> Optional[Drawing]:
     """Accuracy on each task by scheme and method.
 
     Args:
@@ -38,62 +28,45 @@ def accuracy_figure(rows: Rows, suffix: str) -> Optional[Figure]:
     tasks = rows.names("accuracy")
     if not rows.drawn or not tasks:
         return None
-    return Figure(
+    with drawing(
         f"accuracy{suffix}",
         "Accuracy",
         "Each mark is one model, the dashed line the dense one: a mark far below it "
         "has gone blind or deaf to that task.",
-        tuple(_panel(rows, task) for task in tasks),
-    )
+        len(tasks),
+    ) as found:
+        for panel, task in zip(found.panels, tasks):
+            _draw(panel, rows, task)
+    return found
 
 
-def _panel(rows: Rows, task: str) -> Panel:
+def _draw(panel: Panel, rows: Rows, task: str) -> None:
     schemes, methods = rows.schemes, rows.methods
-    series: list[Series] = []
-    dense = rows.dense
-    if dense is not None and task in dense.accuracy:
-        level = 100 * dense.accuracy[task]
-        ends = (-0.5, len(schemes) - 0.5)
-        series.append(
-            Line(
-                "dense",
-                Look(MUTED, "", "dashed", 1.25),
-                tuple(Point(x, level) for x in ends),
-            )
-        )
+    if rows.dense is not None and task in rows.dense.accuracy:
+        panel.guide("dense", 100 * rows.dense.accuracy[task])
     # Ours last, so that it lies on top.
     for method in sorted(methods, key=lambda m: m == "masquant"):
         # Beside each other: equal marks would hide each other.
         shift = 0.16 * (methods.index(method) - (len(methods) - 1) / 2)
-        points = tuple(
-            Point(
-                schemes.index(row.scheme) + shift,
-                100 * row.accuracy[task],
-                f"{row.scheme}, {method_name(method)}: {percent(row.accuracy[task])}",
-            )
-            for row in rows.drawn
-            if row.method == method and task in row.accuracy
+        scored = [r for r in rows.drawn if r.method == method and task in r.accuracy]
+        panel.line(
+            method_name(method),
+            [schemes.index(row.scheme) + shift for row in scored],
+            [100 * row.accuracy[task] for row in scored],
+            [
+                f"{r.scheme}, {method_name(method)}: {percent(r.accuracy[task])}"
+                for r in scored
+            ],
+            **{**method_look(method, methods), "linestyle": "none", "markersize": 6},
         )
-        look = method_look(method, methods)
-        series.append(
-            Line(
-                method_name(method),
-                Look(look.color, look.marker, "none"),
-                points,
-            )
-        )
-    return Panel(
-        task,
-        "right answers, %",
-        "",
-        tuple(series),
-        categories=tuple(schemes),
-        # Room for marks at both ends.
-        y_range=(-4.0, 104.0),
-    )
+    panel.name(task, "right answers, %")
+    panel.categories(schemes)
+    # Room for marks at both ends.
+    low, high = panel.axis.get_ylim()
+    panel.axis.set_ylim(min(low, -4), max(high, 104))
 
 
-def memory_figure(rows: Rows, suffix: str) -> Optional[Figure]:
+def memory_figure(rows: Rows, suffix: str) -> Optional[Drawing]:
     """Bytes of the linears' weights, each different size once.
 
     Returns:
@@ -112,14 +85,23 @@ def memory_figure(rows: Rows, suffix: str) -> Optional[Figure]:
         if dense is not None and scheme != DENSE and dense.weight_bytes:
             text += f" ({percent(size / dense.weight_bytes, '.0f')})"
         ours = any(row.method == "masquant" for row in group)
-        part = BarPart("", INK if ours else MUTED, size, f"{label}: {size} bytes")
-        bars.append(BarRow(label, text, (part,)))
-    if not bars:
-        return None
-    return Figure(
+        part = "", size, INK if ours else MUTED, f"{label}: {size} bytes"
+        bars.append(Bar(label, text, [part]))
+    return bar_figure(
         f"memory{suffix}",
         "Memory",
         "The bytes of the decoder's linear weights with all that belongs to them"
         + (", and their share of the dense model's as it was held." if dense else "."),
-        (BarPanel(tuple(bars)),),
+        bars,
     )
+
+
+def bar_figure(
+    name: str, title: str, caption: str, bars: list[Bar]
+) -> Optional[Drawing]:
+    """A figure of lying bars; None without bars."""
+    if not bars:
+        return None
+    with drawing(name, title, caption, height=0.2 + 0.34 * len(bars)) as found:
+        found.panels[0].lying(bars)
+    return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Optional, Sequence
 
 from torchao_masquant.evaluation import Evaluation
-from torchao_masquant.report.wording import method_name
+from torchao_masquant.wording import method_name
 
 __all__ = ["DENSE", "Row", "Rows", "rows_of_evaluations"]
 

@@ -5,10 +5,10 @@
 # LICENSE file in the root directory of this source tree.
 """What a page is made of, before it is HTML."""
 
-from dataclasses import dataclass, field
-from typing import Optional
+from dataclasses import dataclass
+from typing import Iterable, Optional
 
-from torchao_masquant.report.chart import Figure
+from torchao_masquant.figures.drawing import Drawing
 
 __all__ = ["Cell", "Column", "Section", "Table"]
 
@@ -88,9 +88,9 @@ class Section:
     name: str
     title: str
     lead: str
-    figures: tuple[Figure, ...] = ()
+    figures: tuple[Drawing, ...] = ()
     tables: tuple[Table, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -98,10 +98,10 @@ class Section:
         name: str,
         title: str,
         lead: str,
-        figures: "tuple[Optional[Figure], ...]" = (),
+        figures: Iterable[Optional[Drawing]] = (),
         tables: tuple[Table, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> "Section":
-        """A section without the figures that have nothing to show."""
-        drawn = tuple(f for f in figures if f is not None and f.panels)
+        """A section without what has nothing to show."""
+        drawn = tuple(figure for figure in figures if figure is not None)
         return cls(name, title, lead, drawn, tables, tuple(n for n in notes if n))

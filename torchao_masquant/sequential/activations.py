@@ -5,13 +5,13 @@
 # LICENSE file in the root directory of this source tree.
 """What is kept of each sample between blocks: in memory, or in mapped files."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import torch
 
+from torchao_masquant.atomic_files import replacing
 from torchao_masquant.learning.blocks import is_cache
 
 __all__ = ["ActivationStore", "kept", "tensor_bytes", "tree_map"]
@@ -90,11 +90,9 @@ class ActivationStore:
         if self._folder is None:
             self._held[name] = tree
             return
-        path = self._folder / name
         # A mapping of the old file, where there still is one, keeps its values.
-        temporary = path.with_name(f".{name}.tmp")
-        torch.save(tree, temporary)
-        os.replace(temporary, path)
+        with replacing(self._folder / name) as temporary:
+            torch.save(tree, temporary)
 
     def get(self, name: str) -> Any:
         """An entry, on the CPU; not to be written to."""

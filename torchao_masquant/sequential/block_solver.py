@@ -19,13 +19,13 @@ from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.sequential.team import Team
-from torchao_masquant.solver.cost import MULTIPLICATIONS, solver_work
+from torchao_masquant.solver.cost import solver_cost
 from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
 
-__all__ = ["BlockLayers", "BlockSolver", "group_cost", "solved_shapes"]
+__all__ = ["BlockLayers", "BlockSolver", "solved_shapes"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class BlockSolver:
         if self.options.parts.per_modality and self.options.rank == AUTO:
             ranks = self.team.on_first(lambda: spend_ranks(groups, self.options))
         costs = [
-            group_cost(shapes, len(self.router.modalities), self.options)
+            solver_cost(shapes, len(self.router.modalities), self.options)
             for shapes in (
                 *([tuple(w.shape) for w in weights.values()] for weights, _ in groups),
                 *(solved_shapes(tuple(w.weight.shape)) for _, w in experts),
@@ -179,16 +179,3 @@ def solved_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """(N, K) of each linear that a weight (N, K) or (E, N, K) is solved for as."""
     *experts, n, k = shape
     return [(n, k)] * (experts[0] if experts else 1)
-
-
-def group_cost(
-    shapes: Sequence[tuple[int, ...]], modalities: int, options: SolverOptions
-) -> float:
-    """Multiplications of :func:`solve_group`, roughly, for linears that share an input.
-
-    Args:
-        shapes: (N, K) of each linear.
-        modalities: M.
-        options: of the solution.
-    """
-    return solver_work(shapes, modalities, options).dot(MULTIPLICATIONS)

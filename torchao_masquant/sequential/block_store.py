@@ -18,9 +18,9 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from safetensors.torch import save_file
 
+from torchao_masquant.atomic_files import replacing, sync, write_whole
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.recipe import LayerRecipe, Recipe
-from torchao_masquant.sequential.durable import durable, sync_folder
 from torchao_masquant.sequential.manifest import read_json
 
 __all__ = ["BlockStore"]
@@ -76,14 +76,13 @@ class BlockStore:
             note: what else to remember of it.
         """
         if tensors is not None:
-            with durable(self.shard_of(part)) as temporary:
+            with replacing(self.shard_of(part), durable=True) as temporary:
                 save_file(dict(tensors), temporary, metadata={"format": "pt"})
         marker = {
             "formats": {n: f.to_json() for n, f in (formats or {}).items()},
             **(note or {}),
         }
-        with durable(self._marker(part)) as temporary:
-            temporary.write_text(json.dumps(marker))
+        write_whole(self._marker(part), json.dumps(marker), durable=True)
 
     def forget(self, part: str) -> None:
         """Let a part count as not finished."""
@@ -91,7 +90,7 @@ class BlockStore:
 
     def save_recipe(self, index: int, recipe: Recipe) -> None:
         """Write a block's part of the recipe; before :meth:`finish`."""
-        with durable(self.recipe_of(index)) as temporary:
+        with replacing(self.recipe_of(index), durable=True) as temporary:
             recipe.save(temporary)
 
     def layers(self, index: int) -> dict[str, LayerRecipe]:
@@ -112,4 +111,4 @@ class BlockStore:
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
         shutil.rmtree(self.folder)
-        sync_folder(self.folder.parent)
+        sync(self.folder.parent)

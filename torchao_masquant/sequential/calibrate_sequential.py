@@ -18,6 +18,7 @@ import safetensors
 import torch
 from torch import nn
 
+from torchao_masquant.atomic_files import move_folder, replacing, sync
 from torchao_masquant.calibration.calibrate import (
     library_versions,
 )
@@ -25,7 +26,6 @@ from torchao_masquant.calibration.observed_experts import as_observed
 from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, check_bound
 from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.freed_memory import return_freed_memory
-from torchao_masquant.integrations.exchange import exchange
 from torchao_masquant.learning.blocks import decoder_blocks
 from torchao_masquant.modality import TEXT
 from torchao_masquant.model_parts import heads_of, token_reader
@@ -46,7 +46,6 @@ from torchao_masquant.sequential.checkpoint_parts import (
 )
 from torchao_masquant.sequential.decoder_walk import DecoderCall, DecoderWalk
 from torchao_masquant.sequential.disk_model import DiskModel
-from torchao_masquant.sequential.durable import durable, sync_folder
 from torchao_masquant.sequential.manifest import (
     Manifest,
     SampleSummary,
@@ -767,7 +766,7 @@ class _Run:
         )
         if self.outputs.recipe is not None:
             files = [store.recipe_of(index) for index in range(len(parts))]
-            with durable(self.outputs.recipe) as temporary:
+            with replacing(self.outputs.recipe, durable=True) as temporary:
                 join_recipes(
                     files, temporary, {"calibration": digest}, self.description
                 )
@@ -789,9 +788,6 @@ class _Run:
                 target.name,
                 {_ORIGIN: json.dumps({"digest": digest})},
             )
-            if target.exists():
-                exchange(folder, target, store.folder / "replaced")
-            else:
-                os.rename(folder, target)
-            sync_folder(target.parent)
+            move_folder(folder, target, store.folder / "replaced")
+            sync(target.parent)
         store.remove()

@@ -14,6 +14,7 @@ from typing import Any, Mapping, Sequence
 import safetensors
 import torch
 
+from torchao_masquant.atomic_files import sync
 from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
@@ -32,7 +33,6 @@ from torchao_masquant.integrations.unloaded import (
 )
 from torchao_masquant.sequential.block_store import BlockStore
 from torchao_masquant.sequential.disk_model import DiskModel
-from torchao_masquant.sequential.durable import sync_folder
 from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -178,12 +178,8 @@ def assemble(
     for name, text in extra.items():
         (folder / name).write_text(text)
     for path in folder.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    sync_folder(folder)
+        sync(path)
+    sync(folder)
     return folder
 
 

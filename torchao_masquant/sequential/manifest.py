@@ -13,13 +13,13 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.calibration.calibrate import NEEDED
 from torchao_masquant.calibration.sample_checks import (
     check_sample,
     check_samples,
     no_samples,
 )
-from torchao_masquant.sequential.durable import durable
 
 __all__ = ["Manifest", "SampleSummary", "file_digests", "summarize_samples"]
 
@@ -54,8 +54,8 @@ class Manifest:
         """
         found = read_json(self.path)
         if found is None:
-            with durable(self.path) as temporary:
-                temporary.write_text(json.dumps(self.entries, indent=1))
+            text = json.dumps(self.entries, indent=1)
+            write_whole(self.path, text, durable=True)
             return
         changed = [
             name
@@ -179,8 +179,7 @@ def file_digests(files: Sequence[Path], cache: Path) -> dict[str, str]:
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip([f.name for f in files], pool.map(entry, files)))
     if found != known:
-        with durable(cache) as temporary:
-            temporary.write_text(json.dumps(found))
+        write_whole(cache, json.dumps(found), durable=True)
     return {name: entry["digest"] for name, entry in found.items()}
 
 

@@ -17,8 +17,8 @@ import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics, statistics_bytes
 from torchao_masquant.learning.memory import learning_bytes
-from torchao_masquant.sequential.block_solver import group_cost, solved_shapes
-from torchao_masquant.solver.cost import solver_bytes
+from torchao_masquant.sequential.block_solver import solved_shapes
+from torchao_masquant.solver.cost import solver_bytes, solver_cost
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.methods import SolverOptions
 
@@ -329,7 +329,7 @@ def solving_rate(
     start = time.perf_counter()
     solve_group({"probe": weight}, statistics, probe)
     seconds = time.perf_counter() - start
-    return group_cost([(width, width)], modalities, probe) / seconds
+    return solver_cost([(width, width)], modalities, probe) / seconds
 
 
 def check_time(
@@ -364,12 +364,12 @@ def check_time(
     """
     costs = [
         sum(
-            group_cost(solved_shapes(shape), modalities, options)
+            solver_cost(solved_shapes(shape), modalities, options)
             for shape in linears.values()
         )
         for linears in blocks
     ]
-    probe = group_cost([(_PROBE_WIDTH, _PROBE_WIDTH)], modalities, options)
+    probe = solver_cost([(_PROBE_WIDTH, _PROBE_WIDTH)], modalities, options)
     if limit is None and sum(costs) < 20 * probe:
         return None
     rate = solving_rate(modalities, options, device)
@@ -394,7 +394,7 @@ def check_time(
                     (cost, name, len(shape) == 3)
                     for linears in blocks
                     for name, shape in linears.items()
-                    for cost in [group_cost(solved_shapes(shape), modalities, options)]
+                    for cost in [solver_cost(solved_shapes(shape), modalities, options)]
                 ),
                 default=(0.0, "", False),
             )

@@ -273,12 +273,9 @@ class _PerModality:
             return noise
         quant_max = 2 ** (self.options.bits.act_bits - 1) - 1
         for modality, factor, share in zip(self.inputs, self.factors, self.shares):
-            if len(modality.tokens):
-                seen = (modality.tokens - modality.shift) / factor
-                seen = rotated(seen, self.problem.hadamard_size)
-                steps = seen.abs().amax(1) / quant_max
-                # The variance of what is uniform over a step.
-                noise += share * steps.square().mean() / 12
+            # The variance of what is uniform over a step.
+            step = modality.squared_step(factor, self.problem.hadamard_size)
+            noise += share * step / quant_max**2 / 12
         return noise
 
     def _target(self, name: str, hessian: JointHessian) -> torch.Tensor:

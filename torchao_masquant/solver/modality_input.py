@@ -12,12 +12,15 @@ lie, how wide channels are, how much rounding adds to them) is therefore found f
 tokens alone; covariances are of all tokens, for a sink's output has to be right, too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Optional
 
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
 from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.solver.rotation import rotated
 
 __all__ = ["ModalityInput", "modality_inputs", "ordinary"]
 
@@ -33,7 +36,6 @@ class ModalityInput:
     Attributes:
         share: of all calibration tokens, times what the modality's error weighs.
         center: (K,) mean of ordinary tokens; zeros where the method does not center.
-        covariance: (K, K) ``E[(x - center) (x - center)^T]`` over all tokens.
         tokens: (S, K) sampled tokens, ordinary ones.
         absmax: (K,) ``max |x|`` over all tokens.
         range: (K,) ``max |x - shift|`` over all tokens.
@@ -42,11 +44,41 @@ class ModalityInput:
 
     share: float
     center: torch.Tensor
-    covariance: torch.Tensor
     tokens: torch.Tensor
     absmax: torch.Tensor
     range: torch.Tensor
     shift: torch.Tensor
+    _moments: Moments = field(repr=False)
+    _centered: bool = field(repr=False)
+    _spend: bool = field(repr=False)
+
+    @cached_property
+    def covariance(self) -> torch.Tensor:
+        """(K, K) ``E[(x - center) (x - center)^T]`` over all tokens."""
+        mean = self._moments.mean()
+        found = self._moments.covariance(self._centered, spend=self._spend)
+        if self._centered:
+            # What is constant to within rounding has no variance about its center either.
+            moved = torch.where(found.diagonal() > 0, mean - self.center, 0.0)
+            found.addr_(moved, moved)
+        return found
+
+    def squared_step(
+        self, factor: torch.Tensor, hadamard_size: Optional[int]
+    ) -> torch.Tensor:
+        """Mean square of the largest value of a shifted, smoothed and rotated token.
+
+        Scalar: the square of a token's quantization step, times that of how many steps
+        there are, over ordinary tokens; zero without a token.
+
+        Args:
+            factor: (K,) smoothing factor.
+            hadamard_size: of the rotation; None for none.
+        """
+        if not len(self.tokens):
+            return torch.zeros_like(factor[0])
+        seen = rotated((self.tokens - self.shift) / factor, hadamard_size)
+        return seen.abs().amax(1).square().mean()
 
 
 def ordinary(tokens: torch.Tensor) -> torch.Tensor:
@@ -81,7 +113,6 @@ def _of(
     parts = options.parts
     tokens = moments.sample.double()
     mean = moments.mean()
-    covariance = moments.covariance(parts.centered, spend=spend)
     center = torch.zeros_like(mean)
     if parts.centered:
         center = mean
@@ -90,16 +121,15 @@ def _of(
             if len(tokens) < moments.count or not kept.all():
                 center = tokens[kept].mean(0)
             tokens = tokens[kept]
-        # What is constant to within rounding has no variance about its center either.
-        moved = torch.where(covariance.diagonal() > 0, mean - center, 0.0)
-        covariance.addr_(moved, moved)
     shift = center if parts.shift else torch.zeros_like(center)
     return ModalityInput(
         share,
         center,
-        covariance,
         tokens,
         moments.absmax(),
         moments.absmax(shift),
         shift,
+        moments,
+        parts.centered,
+        spend,
     )

@@ -21,7 +21,7 @@ Everything needed is in this package, nothing is downloaded::
 
 The variant "plain" is the model as trained. In the variant "outliers" large activations
 on four channels of image and sound tokens are trained in on purpose, to reproduce at
-this size what multimodal LLMs of usual size show (see ``outliers.py``): say so wherever
+this size what multimodal LLMs of usual size show (see ``tools/digits_training``): say so wherever
 its numbers are quoted.
 """
 
