@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """The C++ kernels on both sides of every change of method, and what is theirs alone."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,23 +59,22 @@ def test_products_of_any_size(shape: tuple[int, int, int]) -> None:
     check(CPU, PRODUCT, sized(*shape, ranks=(5, 70)), ties=1.0)
 
 
-@pytest.mark.parametrize("groups", [2, 3, 32])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 50])
-def test_groups_of_any_width(tokens: int, groups: int) -> None:
+def test_groups_of_any_width(tokens: int) -> None:
     """Groups of 96, 64, and 6 channels: multiples of 4 and not."""
-    for bits in (8, 4):
+    for bits, groups in itertools.product((8, 4), (2, 3, 32)):
         given = sized(tokens, 192, 70, weight_bits=bits, groups=groups)
         check(CPU, PRODUCT, given, ties=1.0)
 
 
 @pytest.mark.parametrize("tokens, k", [(1, 1), (3, 15), (9, 64), (40, 257)])
 def test_tokens_of_any_size(tokens: int, k: int) -> None:
-    for dtype in (FP32, BF16, FP16, FP64):
-        for shift in (0.0, 1.0):
-            for ids in ("none", "shuffled"):
-                for act_bits in (8, 6, 4, 3, 2):
-                    more = dict(dtype=dtype, shift=shift, ids=ids, act_bits=act_bits)
-                    check(CPU, QUANTIZE, sized(tokens, k, 1, **more), ties=1.0)
+    for dtype, shift, ids in itertools.product(
+        (FP32, BF16, FP16, FP64), (0.0, 1.0), ("none", "shuffled")
+    ):
+        for act_bits in (8, 4, 2):
+            more = dict(dtype=dtype, shift=shift, ids=ids, act_bits=act_bits)
+            check(CPU, QUANTIZE, sized(tokens, k, 1, **more), ties=1.0)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_rotations_of_any_size(size: int, k: int) -> None:
         check(CPU, WEIGHT_ONLY, given, ties=1.0)
 
 
-@pytest.mark.parametrize(
-    "bits, groups, k", [(4, 2, 256), (4, 1, 301), (4, 8, 256), (8, 2, 514)]
-)
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 500])
-def test_weights_alone_of_any_size(tokens: int, bits: int, groups: int, k: int) -> None:
+def test_weights_alone_of_any_size(tokens: int) -> None:
     """Few tokens look packed integers up; 500 take more than one chunk of tokens."""
-    for dtype, zero_point in ((FP32, True), (BF16, False)):
+    kinds = ((4, 2, 256), (4, 1, 301), (4, 8, 256), (8, 2, 514))
+    for (bits, groups, k), (dtype, zero_point) in itertools.product(
+        kinds, ((FP32, True), (BF16, False))
+    ):
         parts = dict(weight_bits=bits, groups=groups, zero_point=zero_point)
         given = sized(tokens, k, 67, **parts, dtype=dtype, ranks=(4,))
         check(CPU, WEIGHT_ONLY, given, ties=1.0)

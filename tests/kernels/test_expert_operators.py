@@ -5,12 +5,13 @@
 # LICENSE file in the root directory of this source tree.
 """Operators of experts: what the operators for one matrix give, matrix by matrix."""
 
+import itertools
 from typing import Any, Optional
 
 import numpy as np
 import pytest
 import torch
-from operator_cases import INT8, PRODUCT, WEIGHT_ONLY, Case, Operands
+from operator_cases import INT8, PRODUCT, WEIGHT_ONLY, WEIGHTS, Case, Operands
 from operator_oracle import (
     UNIT,
     assert_within,
@@ -94,27 +95,24 @@ def expected(
     return found.value + low, roundings * UNIT * size
 
 
-@pytest.mark.parametrize("operator", [PRODUCT, WEIGHT_ONLY])
 @pytest.mark.parametrize("where", ENDS)
-def test_every_row_meets_its_expert(where: str, operator: str) -> None:
+def test_every_row_meets_its_expert(where: str) -> None:
     ends, rows = ENDS[where]
-    call = getattr(torch.ops.masquant, f"expert_{operator}")
-    for kind, parts in KINDS.items():
-        for mixed in (True, False):
-            made = experts(rows, mixed, **parts)
-            y = call(*arguments(operator, made, ends))
-            assert y.shape == (rows, 13) and y.dtype == torch.float32
-            start = 0
-            for expert, end in enumerate(ends):
-                if end > start:
-                    own = slice(start, end)
-                    wanted = expected(operator, made, own, expert)
-                    assert_within(y[own], *wanted)
-                start = end
-            assert not y[start:].any(), kind
+    for operator, kind, mixed in itertools.product(WEIGHTS, KINDS, (True, False)):
+        made = experts(rows, mixed, **KINDS[kind])
+        call = getattr(torch.ops.masquant, f"expert_{operator}")
+        y = call(*arguments(operator, made, ends))
+        assert y.shape == (rows, 13) and y.dtype == torch.float32
+        start = 0
+        for expert, end in enumerate(ends):
+            if end > start:
+                own = slice(start, end)
+                assert_within(y[own], *expected(operator, made, own, expert))
+            start = end
+        assert not y[start:].any(), kind
 
 
-@pytest.mark.parametrize("operator", [PRODUCT, WEIGHT_ONLY])
+@pytest.mark.parametrize("operator", WEIGHTS)
 def test_fakes_say_what_the_operators_give(operator: str) -> None:
     for kind in ("w4 groups", "int8 pair"):
         args = arguments(operator, experts(9, True, **KINDS[kind]), [1, 1, 4])

@@ -26,12 +26,14 @@ TELLING += ("w4-groups", "int8-pair", "no-modality-bias", "rotation-16", "transp
 TELLING += ("spread", "symmetric")
 
 
-@pytest.mark.parametrize(
-    "operator, case",
-    [(o, c) for o in OPERATORS for c in TELLING if o in BY_ID[c].operators],
-)
-def test_what_is_promised_to_tracers(operator: str, case: str) -> None:
+@pytest.mark.parametrize("case", TELLING)
+def test_what_is_promised_to_tracers(case: str) -> None:
     """Schema, fake implementation, and tracing with dynamic shapes."""
+    for operator in BY_ID[case].operators:
+        assert_promised(operator, case)
+
+
+def assert_promised(operator: str, case: str) -> None:
     op, args = getattr(ops, operator).default, operands(case).args(operator)
     torch.library.opcheck(op, args)
     real = op(*args)

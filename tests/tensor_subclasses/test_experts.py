@@ -7,6 +7,7 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -113,15 +114,16 @@ def assert_rows(weight, bias, x, ids, experts, y):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("tokens, top_k", [(9, 2), (1, 1), (5, E), (0, 2)])
-def test_every_row_meets_its_expert(scheme, tokens, top_k):
+def test_every_row_meets_its_expert(scheme):
     weight = MASQuantTensor.stack(experts(**SCHEMES[scheme]))
-    chosen, rows, ends = routing(tokens, top_k)
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(tokens, K, generator=generator)
     bias = torch.randn(E, N, generator=generator)
     call = torch.ops.masquant.expert_linear
-    for ids in (torch.randint(0, 3, (tokens,), generator=generator), None):
+    sizes = ((9, 2), (1, 1), (5, E), (0, 2))
+    for (tokens, top_k), mixed in itertools.product(sizes, (True, False)):
+        chosen, rows, ends = routing(tokens, top_k)
+        x = torch.randn(tokens, K, generator=generator)
+        ids = torch.randint(0, 3, (tokens,), generator=generator) if mixed else None
         own = None if ids is None else ids[rows]
         y = call(x, weight, ends, rows, ids, bias)
         assert y.shape == (tokens * top_k, N)

@@ -50,7 +50,6 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "rotation-groups": dict(shape=(7, 32), hadamard_size=32, group_size=4),
 }
 every_weight = pytest.mark.parametrize("weight", WEIGHTS)
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 def assert_quantized(
@@ -99,9 +98,12 @@ def assert_quantized(
 
 
 @every_weight
-@every_scheme
-def test_integers_scales_and_what_they_stand_for(scheme: str, weight: str) -> None:
-    options = WEIGHTS[weight]
+def test_integers_scales_and_what_they_stand_for(weight: str) -> None:
+    for scheme in SCHEMES:
+        assert_made(scheme, WEIGHTS[weight])
+
+
+def assert_made(scheme: str, options: dict[str, Any]) -> None:
     made = make(scheme, **options)
     t, shape = made.tensor, options.get("shape", (6, 16))
     assert t.shape == shape and t.dtype == options.get("dtype", torch.float32)
@@ -123,9 +125,12 @@ def test_integers_scales_and_what_they_stand_for(scheme: str, weight: str) -> No
 
 
 @every_weight
-@every_scheme
-def test_from_hp_is_quantize_and_from_integers(scheme: str, weight: str) -> None:
-    options = WEIGHTS[weight]
+def test_from_hp_is_quantize_and_from_integers(weight: str) -> None:
+    for scheme in SCHEMES:
+        assert_same_of_integers(scheme, WEIGHTS[weight])
+
+
+def assert_same_of_integers(scheme: str, options: dict[str, Any]) -> None:
     made = make(scheme, **options)
     weight_bits, act_bits = SCHEMES[scheme]
     qdata, scale, zero_point = quantize_smoothed_weight(
