@@ -420,6 +420,11 @@ class Recipe:
         )
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint tells of the calibration, and of the libraries."""
+        return {"versions": self.versions, **self.description}
+
+    @property
     def _fields(self) -> tuple[str, ...]:
         # torchao's JSON encoder asks each object for it, and lets a TypeError through.
         raise TypeError(

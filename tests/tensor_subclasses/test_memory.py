@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tensor_oracle import assert_same, ids_for, inner_tensors, make, unrouted
+from tensor_oracle import assert_same, inner_tensors, make, unrouted
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -101,19 +101,14 @@ def test_a_shared_model_in_a_spawned_process() -> None:
     assert torch.equal(model[0].weight.scale, doubled)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
-def test_bytes_are_those_of_the_parts(scheme: str) -> None:
-    tensor = make(scheme, low_rank_bits=8).tensor
-    held = sum(t.nbytes for t in inner_tensors(tensor).values())
-    assert tensor.nbytes == held == tensor.nbytes_stored
-    # As transformers adds a model's memory up.
-    assert tensor.nelement() * tensor.element_size() == held
-    assert type(tensor.nelement() * tensor.element_size()) is int
-    assert tensor.numel() == 6 * 16
-
-
 @pytest.mark.parametrize(
-    "case", [{}, {"scheme": "w4a16", "group_size": 4}, {"low_rank_bits": 8}], ids=str
+    "case",
+    [
+        {},
+        {"scheme": "w4a16", "group_size": 4},
+        {"low_rank_bits": 8, "hadamard_size": 8},
+    ],
+    ids=str,
 )
 def test_to_meta_and_to_empty(case: dict[str, Any]) -> None:
     tensor = make(**case).tensor
@@ -133,15 +128,15 @@ def test_empty_like_does_as_it_is_told() -> None:
     made = torch.empty_like(tensor, device="meta", dtype=torch.bfloat16)
     assert isinstance(made, MASQuantTensor) and made.is_meta
     assert made.dtype == torch.bfloat16 and made.shape == tensor.shape
-    assert made.same_layout(tensor.with_dtype(torch.bfloat16).to("meta"))
+    assert made.same_layout(make(dtype=torch.bfloat16).tensor)
     assert torch.empty_like(tensor, requires_grad=True).requires_grad
     with pytest.raises(ValueError, match="stands for a floating point weight, not for"):
         torch.empty_like(tensor, dtype=torch.int8)
 
 
-@pytest.mark.parametrize(
-    ("call", "value"),
-    [
+def test_values_are_asked_of_plain_tensors() -> None:
+    tensor = make(dtype=torch.bfloat16).tensor
+    calls: list[tuple[Any, Any]] = [
         (torch.zeros_like, 0.0),
         (torch.ones_like, 1.0),
         (lambda t, **k: torch.full_like(t, 3.0, **k), 3.0),
@@ -150,61 +145,15 @@ def test_empty_like_does_as_it_is_told() -> None:
         (torch.rand_like, None),
         (torch.randn_like, None),
         (lambda t, **k: t.new_empty((6, 16), **k), None),
-    ],
-)
-def test_values_are_asked_of_plain_tensors(call: Any, value: Any) -> None:
-    tensor = make(dtype=torch.bfloat16).tensor
-    for options in ({}, {"dtype": torch.float64}, {"device": "meta"}):
-        made = call(tensor, **options)
-        assert type(made) is torch.Tensor and made.shape == tensor.shape
-        assert made.dtype == options.get("dtype", torch.bfloat16)
-        assert made.device.type == options.get("device", "cpu")
-        if value is not None and not made.is_meta:
-            assert (made == value).all()
-
-
-def test_rows_are_looked_at_one_by_one() -> None:
-    for tensor in (make("w4a8").tensor, make("w4a16", group_size=4).tensor):
-        whole = {m: tensor.dequantize(modality=m) for m in tensor.modalities}
-        row = tensor[4]
-        assert isinstance(row, MASQuantTensor) and row.shape == (16,)
-        chosen = tensor[torch.tensor([5, -6])]
-        for m, dense in whole.items():
-            assert torch.allclose(row.dequantize(modality=m), dense[4])
-            assert torch.allclose(chosen.dequantize(modality=m), dense[[5, 0]])
-        mask = torch.tensor([True, False, False, True, False, False])
-        assert_same(tensor[mask], tensor.index_select(0, torch.tensor([0, 3])))
-        x, ids = torch.randn(4, 16), ids_for(4)
-        linear = torch.ops.masquant.linear
-        assert torch.allclose(
-            linear(x, chosen, ids), linear(x, tensor, ids)[:, [5, 0]], atol=1e-6
-        )
-        with pytest.raises(ValueError, match="experts and rows are taken one by one"):
-            tensor[:, 0]
-        with pytest.raises(ValueError, match="by one list of indices or one mask"):
-            tensor[torch.tensor([0]), torch.tensor([1])]
-
-
-@pytest.mark.parametrize("case", [{}, {"scheme": "w4a8", "group_size": 4}], ids=str)
-@pytest.mark.parametrize("dim", [0, 1, -1])
-def test_chunks_are_put_together_again(case: dict[str, Any], dim: int) -> None:
-    tensor = make(**case).tensor
-    again = torch.cat(tensor.chunk(2, dim=dim), dim=dim)
-    assert_same(again, tensor)
-
-
-def test_experts_are_put_together_again() -> None:
-    tensor = MASQuantTensor.stack([make().tensor] * 4)
-    assert_same(torch.cat([tensor[torch.tensor([i])] for i in range(4)]), tensor)
-
-
-def test_what_was_not_one_weight_is_not_put_together() -> None:
-    with pytest.raises(ValueError, match="the act_pre_scale .* differ"):
-        torch.cat([make(seed=0).tensor, make(seed=1).tensor])
-    with pytest.raises(ValueError, match="and not both"):
-        torch.cat([make().tensor, torch.zeros(6, 16)])
-    with pytest.raises(ValueError, match="of one layout"):
-        torch.cat([make().tensor, make(ranks=()).tensor])
+    ]
+    for call, value in calls:
+        for options in ({}, {"dtype": torch.float64}, {"device": "meta"}):
+            made = call(tensor, **options)
+            assert type(made) is torch.Tensor and made.shape == tensor.shape
+            assert made.dtype == options.get("dtype", torch.bfloat16)
+            assert made.device.type == options.get("device", "cpu")
+            if value is not None and not made.is_meta:
+                assert (made == value).all()
 
 
 class _Trained(nn.Module):

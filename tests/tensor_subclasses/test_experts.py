@@ -7,10 +7,11 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
-from expert_oracle import check_projection
+from tensor_oracle import assert_linear, assert_same, make
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchao_masquant.tensor_subclasses import MASQuantTensor
@@ -23,7 +24,8 @@ SCHEMES = {
     "w4a6": {"weight_bits": 4, "act_bits": 6},
     "w4a4": {"weight_bits": 4, "act_bits": 4},
     "w4a16": {"weight_bits": 4, "act_bits": 16, "symmetric": False, "group_size": 8},
-    "w4a8 pairs of 8 bits": {"weight_bits": 4, "act_bits": 8, "low_rank_bits": 8},
+    "pairs of 8 bits": {"weight_bits": 4, "act_bits": 8, "low_rank_bits": 8},
+    "rotation": {"weight_bits": 8, "act_bits": 8, "hadamard_size": 8},
 }
 
 
@@ -76,10 +78,7 @@ def test_an_expert_is_a_view_of_its_weight(scheme):
     weight = MASQuantTensor.stack(apart)
     assert weight.shape == (E, N, K) and weight.dtype == torch.float32
     for e, alone in enumerate(apart):
-        names, attributes = weight[e].__tensor_flatten__()
-        assert (names, attributes) == alone.__tensor_flatten__()
-        for name in names:
-            assert torch.equal(getattr(weight[e], name), getattr(alone, name))
+        assert_same(weight[e], alone)
         for modality in NAMES:
             assert torch.equal(
                 weight.dequantize(modality=modality)[e],
@@ -104,26 +103,32 @@ def test_integers_are_packed_and_smoothing_is_held_once():
     assert weight.nbytes_stored == sum(held.values())
 
 
+def assert_rows(weight, bias, x, ids, experts, y):
+    """Each expert's rows are what its matrix gives alone."""
+    for e in experts.unique().tolist():
+        rows = experts == e
+        own = None if ids is None else ids[rows]
+        assert_linear(
+            y[rows], weight[e], x[rows], own, None if bias is None else bias[e]
+        )
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("tokens, top_k", [(9, 2), (1, 1), (5, E), (0, 2)])
-@pytest.mark.parametrize("mixed", [True, False])
-def test_every_row_meets_its_expert(scheme, tokens, top_k, mixed):
+def test_every_row_meets_its_expert(scheme):
     weight = MASQuantTensor.stack(experts(**SCHEMES[scheme]))
-    chosen, rows, ends = routing(tokens, top_k)
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(tokens, K, generator=generator)
-    ids = torch.randint(0, 3, (tokens,), generator=generator)
-    ids = ids if mixed else torch.zeros_like(ids)
     bias = torch.randn(E, N, generator=generator)
-    y = torch.ops.masquant.expert_linear(
-        x, weight, ends, rows, ids if mixed else None, bias
-    )
-    assert y.shape == (tokens * top_k, N)
-    check_projection(weight, bias, x[rows], ids[rows], chosen, y)
-    sorted_y = torch.ops.masquant.expert_linear(
-        x[rows], weight, ends, None, ids[rows] if mixed else None, bias
-    )
-    assert torch.equal(y, sorted_y)
+    call = torch.ops.masquant.expert_linear
+    sizes = ((9, 2), (1, 1), (5, E), (0, 2))
+    for (tokens, top_k), mixed in itertools.product(sizes, (True, False)):
+        chosen, rows, ends = routing(tokens, top_k)
+        x = torch.randn(tokens, K, generator=generator)
+        ids = torch.randint(0, 3, (tokens,), generator=generator) if mixed else None
+        own = None if ids is None else ids[rows]
+        y = call(x, weight, ends, rows, ids, bias)
+        assert y.shape == (tokens * top_k, N)
+        assert_rows(weight, bias, x[rows], own, chosen, y)
+        assert torch.equal(y, call(x[rows], weight, ends, None, own, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -137,9 +142,9 @@ def test_types_of_16_bits(dtype):
     assert y.dtype == dtype and torch.equal(y, wide.to(dtype))
 
 
-@pytest.mark.parametrize("mixed", [True, False])
-def test_each_expert_may_have_a_shift_of_its_own(mixed):
-    apart = experts(**SCHEMES["w4a6"])
+@pytest.mark.parametrize("scheme", ["w4a6", "rotation"])
+def test_each_expert_may_have_a_shift_of_its_own(scheme):
+    apart = experts(**SCHEMES[scheme])
     generator = torch.Generator().manual_seed(8)
     for alone in apart:
         alone.act_shift = torch.randn(3, K, generator=generator)
@@ -148,10 +153,10 @@ def test_each_expert_may_have_a_shift_of_its_own(mixed):
     assert torch.equal(weight[2].act_shift, apart[2].act_shift)
     chosen, rows, ends = routing(9, 2)
     x = torch.randn(9, K, generator=generator)
-    ids = torch.arange(9) % 3 if mixed else torch.zeros(9, dtype=torch.int64)
-    given = ids if mixed else None
-    y = torch.ops.masquant.expert_linear(x, weight, ends, rows, given)
-    check_projection(weight, None, x[rows], ids[rows], chosen, y)
+    for ids in (torch.arange(9) % 3, None):
+        own = None if ids is None else ids[rows]
+        y = torch.ops.masquant.expert_linear(x, weight, ends, rows, ids)
+        assert_rows(weight, None, x[rows], own, chosen, y)
 
 
 def test_a_modality_that_an_expert_does_not_meet():
@@ -160,7 +165,7 @@ def test_a_modality_that_an_expert_does_not_meet():
     chosen, ends = torch.tensor([0, 1, 1, 3]), torch.tensor([1, 3, 3, 4])
     x = torch.randn(4, K)
     y = torch.ops.masquant.expert_linear(x, weight, ends, None, ids)
-    check_projection(weight, None, x, ids, chosen, y)
+    assert_rows(weight, None, x, ids, chosen, y)
 
 
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
@@ -210,13 +215,10 @@ def test_copies_and_files():
         weight.to("cpu"),
         torch.load(file, weights_only=True)["weight"],
     ):
-        names, attributes = other.__tensor_flatten__()
-        assert (names, attributes) == weight.__tensor_flatten__()
-        assert all(torch.equal(getattr(other, n), getattr(weight, n)) for n in names)
+        assert_same(other, weight)
     target = MASQuantTensor.stack(experts(seed=1, **SCHEMES["w4a8"]))
     target.copy_(weight)
-    assert torch.equal(target.qdata, weight.qdata)
-    assert torch.equal(target.act_pre_scale, weight.act_pre_scale)
+    assert_same(target, weight)
 
 
 def test_weights_that_do_not_fit_each_other():
@@ -228,6 +230,8 @@ def test_weights_that_do_not_fit_each_other():
         MASQuantTensor.stack([apart[0], other_factor[0]])
     with pytest.raises(ValueError, match="weights of one layout"):
         MASQuantTensor.stack([apart[0], experts(**SCHEMES["w4a6"])[0]])
+    with pytest.raises(ValueError, match="experts need weights of one layout"):
+        MASQuantTensor.stack([make(hadamard_size=size).tensor for size in (8, None)])
 
 
 def test_calls_that_do_not_fit():

@@ -3,20 +3,14 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""From an ``nn.Linear``, or experts, and their part of a recipe to quantized ones."""
+"""Quantized weights of zeros, which a checkpoint is loaded into."""
 
-from typing import Mapping, Optional, Sequence
+from typing import Sequence
 
 import torch
-from torch import nn
 
-from torchao_masquant.expert_modules import MASQuantExperts
-from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.kernels.hadamard import check_hadamard_size
-from torchao_masquant.linear import MASQuantLinear
-from torchao_masquant.options import Scheme, SolverOptions
-from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.routing import Router
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
@@ -25,82 +19,7 @@ from torchao_masquant.tensor_subclasses import (
 )
 from torchao_masquant.tensor_subclasses.weight_layout import WeightLayout, group_count
 
-__all__ = [
-    "convert_experts",
-    "convert_linear",
-    "placeholder_weight",
-]
-
-
-def convert_linear(
-    linear: nn.Linear,
-    fqn: str,
-    layer: LayerRecipe,
-    scheme: Scheme,
-    modalities: Sequence[str],
-    router: Optional[Router],
-    low_rank_bits: int = 16,
-) -> MASQuantLinear:
-    """Quantize one linear in place.
-
-    Args:
-        linear: (N, K) floating point.
-        fqn: its name in the model.
-        layer: made for its weight; its integers, where it has them, take the place of
-            rounding to nearest.
-        scheme: integer formats.
-        modalities: names, base first.
-        router: its model's.
-        low_rank_bits: 16 or 8, of the low-rank pairs.
-
-    Returns:
-        ``linear`` itself, quantized.
-
-    Raises:
-        ValueError: the weight does not fit the scheme or the recipe; names ``fqn``.
-    """
-    try:
-        quantized = layer.quantize(
-            linear.weight.data, scheme, modalities, low_rank_bits
-        )
-    except ValueError as error:
-        raise ValueError(f"{fqn}: {error}") from error
-    return MASQuantLinear.from_float(linear, quantized, fqn, router)
-
-
-def convert_experts(
-    experts: nn.Module,
-    fqn: str,
-    layers: Mapping[str, LayerRecipe],
-    scheme: Scheme,
-    modalities: Sequence[str],
-    router: Optional[Router],
-    low_rank_bits: int = 16,
-) -> MASQuantExperts:
-    """Quantize the experts of a layer in place.
-
-    Args:
-        experts: a module of transformers, of a known layout.
-        fqn: its name in the model.
-        layers: name of each of its projections to the part made for its weights.
-
-    All else is as in :func:`convert_linear`.
-
-    Returns:
-        ``experts`` itself, quantized.
-
-    Raises:
-        ValueError: a weight does not fit the scheme or the recipe; names ``fqn``.
-    """
-    weights = {}
-    for name, layer in layers.items():
-        try:
-            weights[name] = layer.quantize(
-                ExpertWeight(experts, name).weight, scheme, modalities, low_rank_bits
-            )
-        except ValueError as error:
-            raise ValueError(f"{fqn}.{name}: {error}") from error
-    return MASQuantExperts.from_float(experts, weights, fqn, router)
+__all__ = ["placeholder_weight"]
 
 
 def placeholder_weight(

@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""One linear and its part of a recipe, under every scheme."""
+"""One linear and its part of a recipe, and its placeholder, under every scheme."""
 
 import copy
 import dataclasses
@@ -17,8 +17,10 @@ from linear_oracle import expected
 from torch import nn
 
 from torchao_masquant import MASQuantLinear, Router, token_modalities
-from torchao_masquant.convert import convert_linear, placeholder_weight
+from torchao_masquant.fitting import quantized_weight
 from torchao_masquant.options import SCHEMES, Scheme, SolverOptions, get_scheme
+from torchao_masquant.placeholders import placeholder_weight
+from torchao_masquant.quantized_modules import replace_weights
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
@@ -61,11 +63,12 @@ def problem(
 def quantized(
     scheme: Scheme, linear: nn.Linear, layer: LayerRecipe, low_rank_bits: int = 16
 ) -> MASQuantLinear:
-    router = Router(MODALITIES)
-    module = copy.deepcopy(linear)
-    return convert_linear(
-        module, "layer.q", layer, scheme, MODALITIES, router, low_rank_bits
-    )
+    given = options(scheme, low_rank_bits=low_rank_bits)
+    weight = quantized_weight("layer.q", linear.weight, layer, given, MODALITIES)
+    layers = {"layer.q": copy.deepcopy(linear)}
+    made = replace_weights(layers, {"layer.q": weight}, Router(MODALITIES))
+    assert isinstance(made, MASQuantLinear)
+    return made
 
 
 @pytest.mark.parametrize("low_rank_bits", [16, 8])
@@ -159,10 +162,8 @@ def test_a_width_that_groups_do_not_divide(shape: tuple[int, int]) -> None:
     )
     scheme = get_scheme("w4a16")
     linear, layer = problem(scheme, shape)
-    before = copy.deepcopy(linear)
     with pytest.raises(ValueError, match=f"^{re.escape('layer.q: ' + message)}$"):
-        convert_linear(linear, "layer.q", layer, scheme, MODALITIES, Router(MODALITIES))
-    assert type(linear) is nn.Linear and torch.equal(linear.weight, before.weight)
+        quantized(scheme, linear, layer)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         placeholder_weight("layer.q", linear.weight, options(scheme), MODALITIES)
 
