@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from torchao_masquant.cli.models import model_folder
 from torchao_masquant.options import SCHEMES, SolverOptions
+from torchao_masquant.wording import byte_size
 
 if TYPE_CHECKING:
     from torchao_masquant.planning.estimate import CalibrationPlan, InferencePlan
@@ -144,7 +145,7 @@ def _why_not(row: "InferencePlan", memory: Optional[int]) -> Optional[str]:
     if row.reason is not None:
         return row.reason
     if memory is not None and row.device_bytes > memory:
-        return f"{_size(row.device_bytes - memory)} too much"
+        return f"{byte_size(row.device_bytes - memory)} too much"
     return None
 
 
@@ -184,7 +185,7 @@ def _print(
     verdict = ""
     if memory is not None:
         over = c.device_bytes - memory
-        verdict = f"; {_size(over)} too much" if over > 0 else "; fits"
+        verdict = f"; {byte_size(over)} too much" if over > 0 else "; fits"
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"Calibration, block by block: {arguments.samples} samples of "
@@ -204,12 +205,12 @@ def _print(
         ("written (w4a8)", c.written_bytes),
         ("sent by each device", c.reduced_bytes),
     ):
-        table.add_row(what, _size(size))
+        table.add_row(what, byte_size(size))
     print(to_text(table))
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache "
-        f"is {_size(rows[0].cache_bytes)} of a device",
+        f"is {byte_size(rows[0].cache_bytes)} of a device",
         title_justify="left",
     )
     for column in ("scheme", "weights", "a device", "sent a token", ""):
@@ -219,19 +220,9 @@ def _print(
     for row in rows:
         table.add_row(
             row.scheme,
-            _size(row.weight_bytes),
-            _size(row.device_bytes),
-            _size(row.sent_bytes),
+            byte_size(row.weight_bytes),
+            byte_size(row.device_bytes),
+            byte_size(row.sent_bytes),
             _why_not(row, memory) or ("" if memory is None else "fits"),
         )
     print(to_text(table))
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
