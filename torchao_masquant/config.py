@@ -15,10 +15,9 @@ from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
 from torchao_masquant.base_configs import scheme_of_base_config
-from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.option_fields import shows_options
 from torchao_masquant.options import QuantizationOptions
-from torchao_masquant.recipe import Recipe
+from torchao_masquant.recipe import Recipe, library_versions
 
 __all__ = ["MASQuantConfig", "masquant_config"]
 

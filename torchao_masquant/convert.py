@@ -17,7 +17,6 @@ from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.options import Scheme, SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
     check_group_size,
@@ -132,7 +131,7 @@ def placeholder_weight(
     packed = scheme.weight_bits <= 4
     told_apart = method.per_modality and not options.spares(name)
     factors = len(modalities) if told_apart else 1
-    rank = average_rank(options, n, k) if told_apart else 0
+    rank = options.average_rank(n, k) if told_apart else 0
     ranks = (rank,) * (len(modalities) - 1) if rank else ()
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torchao_masquant.calibration.groups import SharedInputs
-from torchao_masquant.calibration.statistics import (
+from torchao_masquant.statistics.input_statistics import (
     InputStatistics,
     Moments,
 )

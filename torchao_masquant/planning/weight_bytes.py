@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Optional
 
 from torchao_masquant.options import Scheme, SolverOptions, resolve_rank
-from torchao_masquant.solver.ranks import average_share
 
 __all__ = ["Compensation", "weight_bytes"]
 
@@ -46,7 +45,7 @@ class Compensation:
         parts = options.procedure
         return cls(
             modalities=modalities if parts.per_modality else 1,
-            rank=average_share(options),
+            rank=options.average_share,
             low_rank_bits=options.low_rank_bits,
             shift=parts.shift,
             bias=parts.centered,

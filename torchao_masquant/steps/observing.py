@@ -11,22 +11,23 @@ from typing import Callable, Mapping
 
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import (
-    check_session,
-    solve,
-    warn_of_left_out,
-)
-from torchao_masquant.calibration.notices import CalibrationNotices
+from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
-from torchao_masquant.calibration.request import base_first, check_request
+from torchao_masquant.calibration.request import (
+    base_first,
+    check_request,
+    check_session,
+)
 from torchao_masquant.calibration.session import (
     CalibrationSession,
     MASQuantObservedLinear,
 )
+from torchao_masquant.conductor import solve
 from torchao_masquant.config import MASQuantConfig
 from torchao_masquant.convert import convert_linear
 from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.in_memory import check_in_memory, is_hooked
+from torchao_masquant.notices import CalibrationNotices
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
@@ -101,7 +102,7 @@ def plan_observed(
     """Quantize what a session observed.
 
     Raises:
-        ValueError: as :func:`~torchao_masquant.calibration.calibrate.check_session`; it
+        ValueError: as :func:`~torchao_masquant.conductor.check_session`; it
             kept too little for the method.
     """
     if config.options.procedure.per_modality and not session.second_moments:
