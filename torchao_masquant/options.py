@@ -35,6 +35,7 @@ from torchao_masquant.option_values import (
 __all__ = [
     "ALPHAS",
     "AUTO_SHARE",
+    "FAST",
     "MAX_STATISTICS_BYTES",
     "METHODS",
     "SCHEMES",
@@ -57,6 +58,9 @@ AUTO_SHARE = 0.05
 
 #: What ``separation="auto"`` chooses from, for each input.
 SEPARATIONS = (1.0, 0.5, 0.0)
+
+#: Value of ``effort`` for a first result.
+FAST = "fast"
 
 #: Of the statistics of one pass, where nothing else is asked for.
 MAX_STATISTICS_BYTES = 4 << 30
@@ -265,10 +269,10 @@ class SolverOptions:
         "SmoothQuant), over the modality's own (1: as published), or between them, "
         "geometrically.",
     )
-    rank: Union[int, float, str] = option(
-        0.05,
+    rank: Union[int, float, str, None] = option(
+        None,
         "of each modality's low-rank pair: a share of min(N, K) such as 0.05, a whole "
-        "number, 0 for none, or auto",
+        "number, 0 for none, or auto; where it is not given 0.05, and 0 for effort fast",
         Rank(),
         'A float is a share, an int the rank itself. "auto" spends the bytes of a share '
         "of 0.05 on the linears and modalities where they gain most.",
@@ -348,6 +352,17 @@ class SolverOptions:
         kw_only=True,
     )
 
+    effort: str = option(
+        "full",
+        "full, or fast for a first result: no pairs unless a rank is given, and weights "
+        "are rounded by Hessians that are decomposed in float32",
+        OneOf(("full", FAST)),
+        "Fast takes about half of the time; it is for large models, and for devices on "
+        "which float64 is slow.",
+        later=True,
+        kw_only=True,
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
         # Files and reports compare it: as SCHEMES has it, however it was written.
@@ -355,16 +370,19 @@ class SolverOptions:
         method = METHODS[self.method]
         if self.lr is None:
             self.lr = method.lr
+        if self.rank is None:
+            self.rank = 0 if self.effort == FAST else 0.05
         if not method.centered and (
             self.shift
             or self.clip
             or self.rounding == "gptq"
             or self.hadamard_size not in (None, 1)
+            or self.effort == FAST
             or AUTO in (self.alpha, self.rank, self.separation)
         ):
             raise ValueError(
                 f"method {self.method!r} is kept as it was published: shift, gptq, "
-                "clip, rotations and auto are for method 'masquant'."
+                "clip, rotations, auto and effort 'fast' are for method 'masquant'."
             )
         if self.epochs and not method.per_modality:
             raise ValueError(
@@ -434,7 +452,7 @@ class SolverOptions:
     @property
     def uniform_rank(self) -> Union[int, float]:
         """The rank where it is the same rule for all linears."""
-        assert not isinstance(self.rank, str)
+        assert self.rank is not None and not isinstance(self.rank, str)
         return self.rank
 
     @property

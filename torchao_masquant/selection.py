@@ -17,7 +17,9 @@ from torch import nn
 from torchao_masquant.expert_modules import RoutedExperts
 from torchao_masquant.experts import (
     ExpertWeight,
+    Layer,
     experts_of,
+    module_of,
     projections,
     warn_of_expert_weights,
 )
@@ -28,6 +30,7 @@ from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
 
 __all__ = [
     "Selected",
+    "check_plain",
     "check_whole",
     "decoder_of",
     "match_names",
@@ -131,10 +134,14 @@ class Selected:
     experts: dict[str, ExpertWeight]
 
     @property
+    def layers(self) -> dict[str, Layer]:
+        """Both, by name."""
+        return {**self.linears, **self.experts}
+
+    @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The weight of each, (N, K) or (E, N, K)."""
-        linears = {name: linear.weight for name, linear in self.linears.items()}
-        return linears | {name: e.weight for name, e in self.experts.items()}
+        return {name: layer.weight for name, layer in self.layers.items()}
 
 
 def select_linears(
@@ -190,7 +197,8 @@ def select(
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     experts = experts_of(model)
-    modules = linears | {name: weight.module for name, weight in experts.items()}
+    layers: dict[str, Layer] = {**linears, **experts}
+    modules = {name: module_of(layer) for name, layer in layers.items()}
     decoder = find_decoder(model)
     if decoder is None:
         if include is None:
@@ -234,20 +242,7 @@ def select(
             )
         if module in done:
             continue
-        if name in experts:
-            _check_plain_experts(name, experts[name])
-            continue
-        # A subclass may compute something else than x W^T + b.
-        if type(module) is not nn.Linear:
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, not a plain nn.Linear: it is "
-                "quantized or observed already, or needs to be excluded."
-            )
-        if type(module.weight.data) is not torch.Tensor:
-            raise ValueError(
-                f"{name} holds a {type(module.weight.data).__name__}, not a plain "
-                "tensor: it is quantized already, or needs to be excluded."
-            )
+        check_plain(name, layers[name])
     check_whole(names, experts)
     warn_of_expert_weights(decoder.module, experts.values())
     names = [name for name in names if modules[name] not in done]
@@ -305,16 +300,28 @@ def _tell_of_small(small: Mapping[str, nn.Linear]) -> None:
         )
 
 
-def _check_plain_experts(name: str, weight: ExpertWeight) -> None:
-    if isinstance(weight.module, RoutedExperts):
+def check_plain(name: str, layer: Layer) -> None:
+    """Raise unless a linear, or experts, are as a model has them before all else.
+
+    Raises:
+        ValueError: names it.
+    """
+    if isinstance(layer, ExpertWeight):
+        if isinstance(layer.module, RoutedExperts):
+            raise ValueError(
+                f"{name} is quantized or observed already, or needs to be excluded."
+            )
+    # A subclass may compute something else than x W^T + b.
+    elif type(layer) is not nn.Linear:
         raise ValueError(
-            f"{name} is quantized or observed already, or needs to be excluded."
+            f"{name} is a {type(layer).__name__}, not a plain nn.Linear: it is "
+            "quantized or observed already, or needs to be excluded."
         )
-    held = type(weight.weight)
+    held = type(layer.weight.data)
     if held is not torch.Tensor:
         raise ValueError(
-            f"{name} is a {held.__name__}, not a plain tensor: it is quantized already, "
-            "or needs to be excluded."
+            f"{name} holds a {held.__name__}, not a plain tensor: it is quantized "
+            "already, or needs to be excluded."
         )
 
 

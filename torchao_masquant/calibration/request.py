@@ -8,7 +8,6 @@
 import math
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
-import torch
 from torch import nn
 
 from torchao_masquant.calibration.session import CalibrationSession
@@ -19,7 +18,7 @@ from torchao_masquant.selection import Selected, select
 
 __all__ = [
     "base_first",
-    "check_config",
+    "check_options",
     "check_request",
     "check_session",
     "check_shapes",
@@ -61,29 +60,18 @@ def check_request(
         decoder_blocks(model, list(shapes))
 
 
-def check_config(
-    config: Any, model_class: Any, options: Mapping[str, Any], **given: Any
-) -> None:
-    """Raise where a model's config tells that it cannot be calibrated so.
-
-    Silent where no model can be made of the config without its weights.
+def check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise where a model tells that it cannot be calibrated so.
 
     Args:
-        config: of a transformers model.
-        model_class: auto class that makes the model; on the meta device, here.
+        model: of transformers; its weights may be on the meta device.
         options: of :func:`~torchao_masquant.calibrate`.
-        given: to ``from_config``.
 
     Raises:
         ValueError: as :func:`check_request`.
         TypeError: an option is of the wrong type.
     """
     asked = CalibrationOptions(**options)
-    try:
-        with torch.device("meta"):
-            model = model_class.from_config(config, **given)
-    except Exception:  # noqa: BLE001 -- of any code; loading the weights tells it better
-        return
     modalities = base_first(model, asked.base_modality, asked.modalities)
     selected = select(model, asked.include, asked.exclude, asked, len(modalities))
     check_request(
