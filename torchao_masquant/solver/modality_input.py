@@ -19,9 +19,9 @@ from typing import Optional
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics, Moments
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.rotation import rotated
+from torchao_masquant.statistics.input_statistics import InputStatistics, Moments
 
 __all__ = ["ModalityInput", "modality_inputs", "ordinary"]
 
