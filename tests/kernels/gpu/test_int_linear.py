@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from kernel_cases.int_linear import aot_cases
 from operator_oracle import UNIT, assert_within, ids_for, int_linear_f64
 
 from torchao_masquant.kernels.gpu.int_linear import int_linear
-from torchao_masquant.kernels.gpu.int_linear_cases import aot_cases
 from torchao_masquant.kernels.gpu.int_linear_tilings import CONFIGS
 from torchao_masquant.kernels.gpu.launching import TileConfig
 

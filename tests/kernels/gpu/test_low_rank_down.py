@@ -15,13 +15,13 @@ pytest.importorskip("triton")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases.low_rank_down import aot_cases
 from operator_oracle import UNIT, f64, ids_for
 
 from torchao_masquant.kernels import reference
 from torchao_masquant.kernels.gpu.launching import TileConfig
 from torchao_masquant.kernels.gpu.low_rank_down import (
     CONFIGS,
-    aot_cases,
     choose,
     low_rank_down,
 )

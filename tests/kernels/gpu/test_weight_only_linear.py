@@ -16,15 +16,15 @@ pytest.importorskip("triton")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import smooth as smooth_cases
+from kernel_cases.weight_only_linear import aot_cases
 from operator_oracle import UNIT, assert_within, ids_for
 from weight_only_problem import Problem
 
 from torchao_masquant.kernels import reference
-from torchao_masquant.kernels.gpu import smooth
 from torchao_masquant.kernels.gpu.int4_unpacking import UNPACK_BF16, UNPACK_FP16
 from torchao_masquant.kernels.gpu.launching import TileConfig
 from torchao_masquant.kernels.gpu.library_products import dense
-from torchao_masquant.kernels.gpu.weight_only_cases import aot_cases
 from torchao_masquant.kernels.gpu.weight_only_linear import weight_only_linear
 from torchao_masquant.kernels.gpu.weight_only_tilings import CONFIGS, choose
 
@@ -383,7 +383,7 @@ def test_instructions_that_unpack(asm: Any, dtype: torch.dtype, offset: int) -> 
 
 @pytest.mark.parametrize("architecture", [None, "sm_80", "sm_90", "gfx942"])
 def test_cases_to_compile_name_every_argument(architecture: Optional[str]) -> None:
-    cases = [*smooth.aot_cases(), *aot_cases(architecture)]
+    cases = [*smooth_cases.aot_cases(), *aot_cases(architecture)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         named = [*case.signature, *case.constexprs, *dict(case.config.blocks)]
