@@ -5,17 +5,15 @@
 # LICENSE file in the root directory of this source tree.
 """What is asked of a model, against its shapes, names and modalities: before any data."""
 
-import dataclasses
 import math
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
 from torch import nn
 
 from torchao_masquant.learning.blocks import decoder_blocks
-from torchao_masquant.modality import TEXT
+from torchao_masquant.options import CalibrationOptions, SolverOptions
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected, select
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["base_first", "check_options", "check_request", "check_shapes"]
 
@@ -66,15 +64,11 @@ def check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
         ValueError: as :func:`check_request`.
         TypeError: an option is of the wrong type.
     """
-    names = {field.name for field in dataclasses.fields(SolverOptions)}
-    solver = SolverOptions(**{n: v for n, v in options.items() if n in names})
-    base = options.get("base_modality", TEXT)
-    modalities = base_first(model, base, options.get("modalities"))
-    selected = select(
-        model, options.get("include"), options.get("exclude"), solver, len(modalities)
-    )
+    asked = CalibrationOptions(**options)
+    modalities = base_first(model, asked.base_modality, asked.modalities)
+    selected = select(model, asked.include, asked.exclude, asked, len(modalities))
     check_request(
-        model, selected, Router.for_model(model, modalities).modalities, solver
+        model, selected, Router.for_model(model, modalities).modalities, asked
     )
 
 
@@ -149,7 +143,7 @@ def _check_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
 def _check_groups(
     shapes: Mapping[str, tuple[int, int]], options: SolverOptions
 ) -> None:
-    size = options.bits.group_size
+    size = options.number_format.group_size
     odd = [name for name, (_, k) in shapes.items() if size and k % size]
     if not size or not odd:
         return

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchao_masquant.cli.calibration_options import (
-    MEASURE,
     add_calibration_options,
     add_patterns,
     calibration_options,
@@ -41,6 +40,7 @@ from torchao_masquant.cli.sequential import (
     check_sequential_usage,
     is_first_process,
 )
+from torchao_masquant.option_values import MEASURE
 from torchao_masquant.outputs import check_file, check_folder
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     stored_part,
 )
-from torchao_masquant.integrations.layer_format import TensorKind
 from torchao_masquant.integrations.stored_tensors import stored_tensors
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import described, read_header
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.tensor_subclasses.weight_layout import TensorKind
 
 __all__ = [
     "Description",
@@ -180,7 +180,7 @@ def describe_checkpoint(folder: Path) -> Description:
             modalities=layer.modalities if layer.routed else layer.modalities[:1],
             ranks={m: r for m, r in zip(layer.modalities[1:], layer.ranks) if r},
             method=checkpoint.options.get(name, {}).get("method"),
-            nbytes=layer.nbytes,
+            nbytes=layer.layout.nbytes,
             hadamard_size=layer.hadamard_size,
         )
         for name, layer in checkpoint.layers.items()
@@ -214,13 +214,13 @@ def _check_parts(
     if set(found) >= set(checkpoint.layers):
         for name, layer in checkpoint.layers.items():
             try:
-                layer.check_tensors(found[name])
+                layer.layout.check_kinds(found[name])
             except ValueError as error:
                 raise ValueError(
                     f"the checkpoint is damaged, {name}: {error}."
                 ) from error
     held = sum(_nbytes(kind) for parts in found.values() for kind in parts.values())
-    said = sum(layer.nbytes for layer in checkpoint.layers.values())
+    said = sum(layer.layout.nbytes for layer in checkpoint.layers.values())
     # Of what torchao's weights hold, the config tells the names alone.
     others = len(checkpoint.torchao)
     fits = held >= said if others else held == said
@@ -273,7 +273,7 @@ def _recipe_line(
         name=name,
         shape=tuple(int(size) for size in entry["shape"]),
         scheme=options.scheme,
-        group_size=options.bits.group_size,
+        group_size=options.number_format.group_size,
         modalities=modalities if routed else modalities[:1],
         ranks={m: int(r) for m, r in zip(modalities[1:], entry["ranks"]) if r},
         method=options.method,

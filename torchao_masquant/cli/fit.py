@@ -10,9 +10,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
-from torchao_masquant.cli.calibration_options import MEASURE
 from torchao_masquant.cli.models import model_folder
 from torchao_masquant.hub import auto_class, meta_model, weight_files
+from torchao_masquant.option_values import MEASURE
 
 if TYPE_CHECKING:
     import torch
@@ -110,29 +110,22 @@ def check_quantization(
     Raises:
         ValueError: what does not fit.
     """
-    from torchao_masquant.calibration.request import check_request
-    from torchao_masquant.integrations.hf_loading import QuantizingLoading
-    from torchao_masquant.selection import select
+    from torchao_masquant.integrations.hf_quantizing import QuantizingLoading
 
-    model = _skeleton(config, arguments)
+    model, recipe = _skeleton(config, arguments), quantization.loaded_recipe
     if model is None:
         return
-    modalities = QuantizingLoading(model, quantization).router.modalities
-    if quantization.loaded_recipe is None:
-        options = quantization.options
-        patterns = quantization.include, quantization.exclude
-        selected = select(model, *patterns, options, len(modalities))
-        check_request(model, selected, modalities, options)
+    QuantizingLoading(model, quantization)
     folder = Path(model_folder(arguments.model))
-    if quantization.loaded_recipe is not None and folder.is_dir():
-        _check_fingerprint(model, folder, quantization.loaded_recipe, arguments.dtype)
+    if recipe is not None and folder.is_dir():
+        _check_fingerprint(model, folder, recipe, arguments.dtype)
 
 
 def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> None:
     """Compare one weight, the smallest that lies in a file as it is in the model."""
     import safetensors
 
-    from torchao_masquant.recipe import weight_fingerprint
+    from torchao_masquant.fitting import check_fingerprint
 
     target = _loaded_type(model, dtype)
     if target is None:
@@ -153,13 +146,7 @@ def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> Non
         in_file = stored[f"{name}.weight"]
         with safetensors.safe_open(files[in_file], framework="pt") as file:
             weight = file.get_tensor(in_file).to(target)
-        found, expected = weight_fingerprint(weight), recipe.layers[name].fingerprint
-        if found != expected:
-            raise ValueError(
-                f"{name}: the recipe was made for a weight with fingerprint {expected}, "
-                f"the model's is {found}; use the model that it was made for, in the "
-                "same dtype, or calibrate again."
-            )
+        check_fingerprint(name, weight, recipe.layers[name])
 
 
 def _stored_as_they_are(model: Any, names: Sequence[str]) -> dict[str, str]:

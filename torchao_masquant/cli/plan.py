@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from torchao_masquant.cli.calibration_options import whole
 from torchao_masquant.cli.models import model_folder
-from torchao_masquant.schemes import SCHEMES
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SCHEMES, SolverOptions
 from torchao_masquant.wording import byte_size
 
 if TYPE_CHECKING:

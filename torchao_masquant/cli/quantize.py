@@ -38,8 +38,8 @@ from torchao_masquant.cli.sequential import (
     is_first_process,
 )
 from torchao_masquant.hub import folder_of
+from torchao_masquant.options import SCHEMES
 from torchao_masquant.outputs import check_folder
-from torchao_masquant.schemes import SCHEMES
 
 __all__ = ["add_arguments", "main"]
 
@@ -207,13 +207,11 @@ def _calibrate_and_quantize(
             argparse.Namespace(**given), config, samples, options, described(arguments)
         )
         return
-    from torchao.quantization import quantize_
-
-    from torchao_masquant.config import masquant_config
+    from torchao_masquant.quantize import apply_recipe
 
     model = load_model(arguments.model, config, arguments)
     recipe = calibrate_model(model, arguments, samples, options)
-    quantize_(model, masquant_config(recipe))
+    apply_recipe(model, recipe)
     _save(model, arguments)
 
 

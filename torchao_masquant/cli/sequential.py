@@ -13,10 +13,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
-from torchao_masquant.cli.calibration_options import MEASURE, number
+from torchao_masquant.cli.calibration_options import number
 from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.models import model_folder, resolve_device
 from torchao_masquant.hub import auto_class
+from torchao_masquant.option_values import MEASURE
 
 if TYPE_CHECKING:
     from torchao_masquant.sequential import SequentialResult

@@ -127,7 +127,7 @@ def _text(
     kinds = [entry for entry in checkpoint.options.values()]
     methods = sorted({str(entry.get("method")) for entry in kinds}) or ["unknown"]
     modalities = list(dict.fromkeys(m for x in layers.values() for m in x.modalities))
-    size = sum(x.nbytes for x in layers.values())
+    size = sum(x.layout.nbytes for x in layers.values())
     dense = sum(2 * math.prod(x.shape) for x in layers.values())
     rows = {
         "Original": base or "unknown",

@@ -20,7 +20,6 @@ from torchao_masquant.integrations.attachment import (
     attach_to_transformers,
     check_savable,
 )
-from torchao_masquant.integrations.checkpoint_format import quantized_modules
 from torchao_masquant.integrations.model_card import (
     CARD,
     is_model_card,
@@ -34,6 +33,7 @@ from torchao_masquant.integrations.unloaded import (
     unloaded_tensors,
 )
 from torchao_masquant.outputs import check_folder
+from torchao_masquant.quantized_modules import quantized_modules
 
 __all__ = ["save_quantized"]
 

@@ -31,9 +31,9 @@ from torchao_masquant.integrations.unloaded import (
     parts_of_unloaded,
     tell_of_unloaded,
 )
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.sequential.block_store import BlockStore
 from torchao_masquant.sequential.disk_model import DiskModel
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["assemble", "other_parts", "write_part", "write_unloaded"]

@@ -24,10 +24,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from torchao_masquant.hub import class_of, folder_of, load_config, weight_files
-from torchao_masquant.integrations.layer_format import TensorKind
 from torchao_masquant.integrations.stored_names import stored_to_model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
 from torchao_masquant.integrations.unloaded import is_of_same_model
+from torchao_masquant.tensor_subclasses.weight_layout import TensorKind
 
 __all__ = ["DiskModel", "checkpoint_dtype"]
 
