@@ -29,9 +29,9 @@ from torchao_masquant.atomic_files import replacing
 from torchao_masquant.calibration.calibrate import library_versions, solve
 from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import select_linears
-from torchao_masquant.solver.methods import SolverOptions
 
 _SAMPLE = 512
 _GIB = 2**30

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torchao_masquant.integrations.hf_config import MASQuantHfConfig
     from torchao_masquant.integrations.save import save_quantized
     from torchao_masquant.linear import MASQuantLinear
+    from torchao_masquant.options import SCHEMES, Scheme
     from torchao_masquant.recipe import LayerRecipe, Recipe
     from torchao_masquant.routing import Router, token_modalities
-    from torchao_masquant.schemes import SCHEMES, Scheme
     from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 #: pyproject.toml reads it here
@@ -75,8 +75,8 @@ _MODULES = {
     "MASQuantTensor": "tensor_subclasses",
     "Recipe": "recipe",
     "Router": "routing",
-    "SCHEMES": "schemes",
-    "Scheme": "schemes",
+    "SCHEMES": "options",
+    "Scheme": "options",
     "analyze": "evaluation",
     "calibrate": "calibration",
     "evaluate": "evaluation",

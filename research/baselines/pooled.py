@@ -13,11 +13,9 @@ from torch import nn
 
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
 from torchao_masquant.calibration.token_sample import TokenSample
+from torchao_masquant.options import Scheme, SolverOptions, resolve_rank
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["PooledLinear", "pooled", "pooled_statistics"]
 

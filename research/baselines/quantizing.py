@@ -29,10 +29,10 @@ from torchao_masquant.calibration.calibrate import (
 from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.learning import learn
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.solver.layers import factors_alone, solve_group
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["BASELINES", "Quantizing", "weight_bytes"]
 
@@ -114,7 +114,7 @@ class Quantizing:
         options = SolverOptions(
             scheme=scheme, method="smoothquant", group_size=given.get("group_size")
         )
-        bits = options.bits
+        bits = options.number_format
         layers: dict[str, LayerRecipe] = {}
         modules: dict[str, nn.Module] = {}
         quantized = copy.deepcopy(self.model)

@@ -10,8 +10,8 @@ from typing import Optional, Sequence
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import Scheme
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
-from torchao_masquant.schemes import Scheme
 
 __all__ = ["searched_factor"]
 

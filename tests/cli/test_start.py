@@ -95,7 +95,7 @@ print("MASQuantTensor" in str(torch.serialization.get_safe_globals()),
     [
         ["torchao_masquant"],
         ["torch", "torchao_masquant"],
-        ["torchao_masquant", "torchao_masquant.schemes", "torch"],
+        ["torchao_masquant", "torchao_masquant.options", "torch"],
         ["torchao_masquant.recipe"],
         ["torchao_masquant.kernels.library", "torchao_masquant.config"],
     ],

@@ -15,6 +15,7 @@ import torch
 
 from torchao_masquant import SCHEMES, MASQuantLinear, MASQuantTensor
 from torchao_masquant.__main__ import main
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.planning.estimate import (
     CalibrationPlan,
     plan_calibration,
@@ -24,7 +25,6 @@ from torchao_masquant.planning.estimate import (
 from torchao_masquant.planning.skeleton import InputGroup, read_skeleton
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
 from torchao_masquant.solver.cost import solver_bytes
-from torchao_masquant.solver.methods import SolverOptions
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from group_oracle import data, statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.ranks import AUTO_SHARE, allocate, spend_ranks
 
 _VALUES = st.lists(
@@ -186,7 +186,7 @@ def test_better_than_uniform_where_places_differ():
             errors = []
             for (tokens, weights), (_, found) in zip(problems, groups):
                 layers = solve_group(weights, found, options, chosen)
-                errors += _log_errors(layers, weights, tokens, options.bits)
+                errors += _log_errors(layers, weights, tokens, options.number_format)
             totals.append(np.mean(errors))
         gains.append(totals[1] - totals[0])
     assert np.mean(gains) > 0

@@ -10,7 +10,7 @@ import logging
 import re
 from collections import Counter
 from importlib.metadata import version
-from typing import Any, Iterable, Mapping, Optional, Sequence, Union
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -18,8 +18,6 @@ from torch import nn
 from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.notices import CalibrationNotices
 from torchao_masquant.calibration.passes import (
-    MAX_STATISTICS_BYTES,
-    check_bound,
     plan_passes,
 )
 from torchao_masquant.calibration.request import base_first, check_request, check_shapes
@@ -29,14 +27,15 @@ from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.in_memory import check_in_memory
 from torchao_masquant.learning import learn
 from torchao_masquant.learning.published import PublishedTask
-from torchao_masquant.modality import TEXT
+from torchao_masquant.option_fields import takes_options
+from torchao_masquant.option_values import AUTO
+from torchao_masquant.options import CalibrationOptions, SolverOptions
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe, Recipe
 from torchao_masquant.routing import Router
-from torchao_masquant.selection import Patterns, select
+from torchao_masquant.selection import select
 from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import factors_alone, solve_group
-from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
 from torchao_masquant.threads import threads_for, widest
 from torchao_masquant.wrappers import unwrapped
@@ -57,31 +56,11 @@ _LOGGER = logging.getLogger(__name__)
 NEEDED = "calibration needs at least one sample of every modality"
 
 
+@takes_options(CalibrationOptions)
 def calibrate(
     model: nn.Module,
     samples: Iterable[Mapping[str, Any]],
-    *,
-    scheme: str = "w4a8",
-    method: str = "masquant",
-    alpha: Union[float, str, None] = None,
-    separation: Union[float, str, None] = None,
-    rank: Union[int, float, str] = 0.05,
-    group_size: Optional[int] = None,
-    shift: Optional[bool] = None,
-    rounding: Optional[str] = None,
-    clip: Optional[bool] = None,
-    low_rank_bits: int = 16,
-    modality_weights: Optional[Mapping[str, float]] = None,
-    epochs: int = 0,
-    lr: Optional[float] = None,
-    batch_size: int = 1,
-    hadamard_size: Optional[int] = None,
-    base_modality: str = TEXT,
-    modalities: Optional[Sequence[str]] = None,
-    include: Patterns = None,
-    exclude: Patterns = None,
-    max_statistics_bytes: int = MAX_STATISTICS_BYTES,
-    progress: bool = True,
+    given: CalibrationOptions,
 ) -> Recipe:
     """Find how to quantize a multimodal model, from its activations on some data.
 
@@ -101,53 +80,7 @@ def calibrate(
             ``attention_mask`` [batch, sequence]) is left out. Where ``input_ids`` do
             not tell the modalities, a sample says them itself as ``modality_ids``
             [batch, sequence], integers that index the modalities, base first.
-        scheme: "w8a8", "w4a8", "w4a6", "w4a4", "w4a16" (weights alone), or "w3a3"
-            (simulated).
-        method: "masquant"; or "masquant-paper" (as published: without shift, gauge,
-            modality bias and joint rounding; ranks of 32 at least; ``down_proj`` only
-            rounded; factors learned where ``epochs`` says so), "smoothquant" (one
-            factor for all tokens), "rtn" (none).
-        alpha: 0..1, exponent of the activations in the smoothing factor; "auto": for
-            each input the best of three, judged by sampled tokens. None: 0.5.
-        separation: 0..1, how far what a modality's factor is made for goes from the
-            channels' sizes over all tokens (0: one factor, as in SmoothQuant) to those
-            over its own (1, as published); "auto" as for ``alpha``. None: 0 for
-            "masquant", 1 for "masquant-paper".
-        rank: of each modality's low-rank pair: an int, or a float, the share of
-            ``min(N, K)``; zero for no pairs. "auto": the bytes of a share of 0.05,
-            spent on the linears and modalities where they gain most.
-        group_size: of the weight, in place of the scheme's; None for the scheme's own.
-        shift: take each modality's mean off its activations before they are rounded;
-            None for what the method does ("masquant" does).
-        rounding: of the shared weight, "gptq" (for all modalities jointly) or
-            "nearest"; None for what the method does ("masquant": "gptq").
-        clip: search the part of the weight's range that its scales are made for; None
-            for what the method does ("masquant" does).
-        low_rank_bits: 16 or 8, of the low-rank pairs.
-        modality_weights: name of a modality to a factor of what its errors weigh where
-            modalities compete for the shared weight, 1 for those left out: every token
-            weighs the same by default. :func:`~torchao_masquant.modality_sensitivity` measures them.
-        epochs: of learning after the closed form: the data runs so often through each
-            block of the decoder, for gradients of all but the integers (see
-            :func:`torchao_masquant.learning.learn`). Zero for none. "masquant-paper"
-            learns its smoothing factors before all else, its authors for two epochs.
-        lr: learning rate, relative to the size of what is learned, 3e-4 where None;
-            for "masquant-paper" that of the factors themselves, 0.05.
-        batch_size: samples whose mean gradient makes one step of learning. A larger one
-            makes fewer steps of an epoch; ``lr`` is not changed for it.
-        hadamard_size: neighbouring channels that are rotated together before they are
-            rounded, a power of two that divides every input width; 1 for no rotation.
-            None for what the method does: "masquant" takes for each width the largest
-            that divides it, of 512 at most; the others do not rotate.
-        base_modality: the one that the shared weight is smoothed for. Its tokens cost
-            nothing extra at run time.
-        modalities: those that the model will meet; None for all that its config
-            declares (only "text" where it has none).
-        include: patterns of the names of the linears and expert weights to quantize, in
-            place of all of the decoder; see :func:`~torchao_masquant.selection.select`.
-        exclude: patterns of names to leave out.
-        max_statistics_bytes: bound of the statistics' memory, in bytes.
-        progress: show a bar on a terminal.
+        {options}
 
     Returns:
         The recipe, on the CPU.
@@ -161,27 +94,10 @@ def calibrate(
     Reference: MASQuant, arXiv 2603.04800, MAS (closed form) and CMC (theorem 2).
     """
     check_samples(samples)
-    check_bound(max_statistics_bytes)
-    options = SolverOptions(
-        scheme=scheme,
-        method=method,
-        alpha=alpha,
-        separation=separation,
-        rank=rank,
-        group_size=group_size,
-        shift=shift,
-        rounding=rounding,
-        clip=clip,
-        low_rank_bits=low_rank_bits,
-        modality_weights=modality_weights,
-        epochs=epochs,
-        lr=lr,
-        batch_size=batch_size,
-        hadamard_size=hadamard_size,
-    )
+    options, progress = given.options, given.progress
     model = unwrapped(model)
-    met = base_first(model, base_modality, modalities)
-    selected = select(model, include, exclude, options, len(met))
+    met = base_first(model, given.base_modality, given.modalities)
+    selected = select(model, given.include, given.exclude, options, len(met))
     linears, experts = selected.linears, selected.experts
     for name, weight in selected.weights.items():
         check_in_memory(name, weight, model)
@@ -197,19 +113,19 @@ def calibrate(
         first = next(iterator, None)
         if first is None:
             raise no_samples(samples, "samples", NEEDED)
-        second_moments = options.parts.per_modality
+        second_moments = options.procedure.per_modality
 
         # One sample, without covariances, shows which linears share their input.
         probe = CalibrationSession(linears, router, False, experts)
         with probe.observing(model):
             run_samples(model, [first], router, progress=False, description="")
-        passes = plan_passes(probe, second_moments, max_statistics_bytes)
+        passes = plan_passes(probe, second_moments, given.max_statistics_bytes)
 
         data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
         if isinstance(samples, Sequence):
             # May be read again, and tells a progress bar how long it is.
             data = samples
-        elif len(passes) > 1 or epochs:
+        elif len(passes) > 1 or options.epochs:
             data = list(data)
         factors: Optional[dict[str, torch.Tensor]] = None
         if options.learns_factors:
@@ -256,7 +172,7 @@ def calibrate(
             left_out.update(session.not_matched)
         names = [*linears, *experts]
         warn_of_left_out([name for name in names if name in left_out])
-        if epochs and factors is None:
+        if options.epochs and factors is None:
             layers = learn(model, data, layers, router, options, progress=progress)
         return Recipe(
             options=options,
@@ -309,7 +225,7 @@ def solve(
         if leader in session.linears
     ]
     ranks = None
-    if options.parts.per_modality and options.rank == AUTO:
+    if options.procedure.per_modality and options.rank == AUTO:
         ranks = spend_ranks(
             [(weights, session.statistics[leader]) for weights, leader in groups],
             options,

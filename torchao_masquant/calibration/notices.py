@@ -11,7 +11,7 @@ from typing import Iterator
 import torch
 
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.modality_spread import (
     InputSpread,
     differ_by_much,
@@ -49,7 +49,7 @@ class CalibrationNotices:
             self._told = True
             _warn_of_few_tokens(session)
             _warn_of_one_sequence(session)
-        if self.options.parts.per_modality:
+        if self.options.procedure.per_modality:
             for name, weights in _weights(session):
                 self.inputs[name] = input_spread(session.statistics[name], weights)
 
@@ -61,7 +61,10 @@ class CalibrationNotices:
                 "for counts them.",
                 sentence,
             )
-        bits, one_factor = self.options.bits.act_bits, not any(self.options.separations)
+        bits, one_factor = (
+            self.options.number_format.act_bits,
+            not any(self.options.separations),
+        )
         if one_factor and differ_by_much(self.inputs, bits):
             _LOGGER.warning("%s", verdict(self.inputs, bits))
 

@@ -20,6 +20,10 @@ __all__ = [
     "statistics_bytes",
 ]
 
+# Columns of tokens that are multiplied at a time: of a symmetric product of wide ones only
+# the half below the diagonal is then computed.
+_COLUMNS = 4096
+
 # Of a sum of float64 squares over a million tokens, with room to spare.
 ROUNDING = 1e-11
 
@@ -79,7 +83,7 @@ class Moments:
         self.amax = torch.maximum(self.amax, x.amax(0))
         self.sum += x.sum(0)
         if self.outer is not None:
-            self.outer.addmm_(x.t(), x)
+            _add_squares(self.outer, x)
 
     def absmax(self, center: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(K,) float64, ``max_t |x - center|``; zeros without a token.
@@ -119,6 +123,19 @@ class Moments:
         covariance[still] = 0
         covariance[:, still] = 0
         return covariance
+
+
+def _add_squares(outer: torch.Tensor, x: torch.Tensor) -> None:
+    """Add ``x^T x`` to a symmetric (K, K)."""
+    k = x.shape[1]
+    if k <= _COLUMNS:
+        outer.addmm_(x.t(), x)
+        return
+    for start in range(0, k, _COLUMNS):
+        end = min(start + _COLUMNS, k)
+        product = x[:, start:end].t() @ x[:, :end]
+        outer[start:end, :end] += product
+        outer[:start, start:end] += product[:, :start].t()
 
 
 def statistics_bytes(

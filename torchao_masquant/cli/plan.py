@@ -13,8 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Optional
 
 from torchao_masquant.cli.models import model_folder
-from torchao_masquant.schemes import SCHEMES
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SCHEMES, SolverOptions
 
 if TYPE_CHECKING:
     from torchao_masquant.planning.estimate import CalibrationPlan, InferencePlan

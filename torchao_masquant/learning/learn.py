@@ -26,10 +26,10 @@ from torchao_masquant.learning.blocks import (
 from torchao_masquant.learning.learnable_weight import LearnableWeight
 from torchao_masquant.learning.together import Alone, Together
 from torchao_masquant.learning.token_variation import TokenVariation, tokens_of
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["BlockTask", "learn"]
@@ -146,7 +146,7 @@ class BlockTask:
         return {
             name: layers[name].quantize(
                 linear.weight.data,
-                self.options.bits,
+                self.options.number_format,
                 self.modalities,
                 self.options.low_rank_bits,
             )

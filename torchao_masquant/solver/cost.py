@@ -8,9 +8,10 @@
 from typing import Sequence
 
 from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
+from torchao_masquant.option_values import AUTO
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.in_place import ROWS
 from torchao_masquant.solver.layers import ROUNDED_TOGETHER
-from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
 
@@ -39,7 +40,7 @@ def solver_cost(
         modalities: M.
         options: of the solution.
     """
-    parts, k = options.parts, shapes[0][1]
+    parts, k = options.procedure, shapes[0][1]
     if not parts.per_modality:
         return float(_A_VALUE * sum(n * k for n, k in shapes))
     jointly = parts.rounding == "gptq"
@@ -63,12 +64,12 @@ def solver_cost(
 
 def _differ(modalities: int, options: SolverOptions, separation: float) -> bool:
     """Whether modalities have factors of their own."""
-    return modalities > 1 and separation > 0 and not options.bits.weight_only
+    return modalities > 1 and separation > 0 and not options.number_format.weight_only
 
 
 def _noisy(options: SolverOptions) -> bool:
     """Whether rounded activations move the target of the weight, as a rule."""
-    return options.bits.act_bits < 8
+    return options.number_format.act_bits < 8
 
 
 def solver_bytes(
@@ -86,10 +87,10 @@ def solver_bytes(
         options: of the solution.
     """
     weight, square = 8 * n * k, 8 * k * k
-    if not options.parts.per_modality:
+    if not options.procedure.per_modality:
         # Rounding holds copies in float32 and integers.
         return 2 * weight
-    parts, others = options.parts, modalities - 1
+    parts, others = options.procedure, modalities - 1
     jointly = parts.rounding == "gptq"
     differ = _differ(modalities, options, max(options.separations))
     tries = len(options.alphas) + len(options.separations) - 1

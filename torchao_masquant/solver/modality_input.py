@@ -19,7 +19,7 @@ from typing import Optional
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics, Moments
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.rotation import rotated
 
 __all__ = ["ModalityInput", "modality_inputs", "ordinary"]
@@ -110,7 +110,7 @@ def modality_inputs(
 def _of(
     moments: Moments, share: float, options: SolverOptions, spend: bool
 ) -> ModalityInput:
-    parts = options.parts
+    parts = options.procedure
     tokens = moments.sample.double()
     mean = moments.mean()
     center = torch.zeros_like(mean)

@@ -38,7 +38,7 @@ from torchao_masquant.calibration.statistics import (
     Moments,
 )
 from torchao_masquant.calibration.token_sample import SAMPLE_TOKENS
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.modality_input import (
     ModalityInput,
     modality_inputs,

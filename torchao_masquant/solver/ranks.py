@@ -13,11 +13,12 @@ from typing import Optional, Sequence
 import torch
 
 from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.option_values import AUTO
+from torchao_masquant.options import SolverOptions, resolve_rank
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.solver.compensation import error_spectrum, resolve_rank
+from torchao_masquant.solver.compensation import error_spectrum
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.threads import threads_for
 
 __all__ = ["AUTO_SHARE", "allocate", "average_rank", "average_share", "spend_ranks"]
@@ -145,7 +146,10 @@ def _spectrum(
     weight = weight.double()
     covariance = moments.covariance()
     quantized = layer.quantize(
-        weight.float(), options.bits, statistics.modalities, options.low_rank_bits
+        weight.float(),
+        options.number_format,
+        statistics.modalities,
+        options.low_rank_bits,
     )
     met = quantized.dequantize(torch.float32, statistics.modalities[index]).double()
     # Of the unsmoothed input and weight: the factor cancels.
