@@ -12,6 +12,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, Optional
 
+from torchao_masquant.cli.calibration_options import whole
 from torchao_masquant.cli.models import model_folder
 from torchao_masquant.options import SCHEMES, SolverOptions
 from torchao_masquant.wording import byte_size
@@ -31,12 +32,6 @@ def _memory(text: str) -> int:
     if found is None or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
-    return int(text)
 
 
 def _rank(text: str) -> "int | float":
@@ -59,23 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with a config.json, or a name on the Hugging Face hub; no weights "
         "are read",
     )
-    parser.add_argument("--devices", type=_count, default=1, metavar="N")
+    parser.add_argument("--devices", type=whole(1), default=1, metavar="N")
     parser.add_argument(
         "--memory", type=_memory, metavar="SIZE", help="of one device, such as 80GiB"
     )
     # What it was for, seconds, is predicted no more; scripts that give it go on.
     parser.add_argument("--machine", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--samples", type=_count, default=128, help="of calibration (default: 128)"
+        "--samples", type=whole(1), default=128, help="of calibration (default: 128)"
     )
     parser.add_argument(
-        "--tokens", type=_count, default=2048, help="of a sample (default: 2048)"
+        "--tokens", type=whole(1), default=2048, help="of a sample (default: 2048)"
     )
     parser.add_argument(
-        "--context", type=_count, default=4096, help="tokens of a call (default: 4096)"
+        "--context",
+        type=whole(1),
+        default=4096,
+        help="tokens of a call (default: 4096)",
     )
     parser.add_argument(
-        "--batch", type=_count, default=1, help="calls at a time (default: 1)"
+        "--batch", type=whole(1), default=1, help="calls at a time (default: 1)"
     )
     parser.add_argument(
         "--rank", type=_rank, default=0.05, help="of the pairs (default: 0.05)"
