@@ -315,7 +315,7 @@ def test_a_users_own_settings_change_nothing():
     import matplotlib
 
     plain = to_svg(_one(x=[0, 1], y=[1.0, 2.0]))
-    own = {"axes.facecolor": "red", "font.size": 30, "lines.linewidth": 9}
+    own = {"axes.titlepad": 60, "font.size": 30, "lines.linestyle": ":"}
     with matplotlib.rc_context(own):
         assert to_svg(_one(x=[0, 1], y=[1.0, 2.0])) == plain
         assert matplotlib.rcParams["font.size"] == 30

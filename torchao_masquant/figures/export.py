@@ -22,8 +22,6 @@ __all__ = ["to_svg", "write_png"]
 # As what it is known again; see torchao_masquant.outputs.
 _PNG_METADATA = {"Software": "torchao_masquant"}
 
-_SVG_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
-
 _COORDINATES = ("d", "x", "y", "width", "height", "transform")
 _COLOR = re.compile("#[0-9a-f]{6}")
 
@@ -59,9 +57,7 @@ def to_svg(drawing: Drawing) -> str:
         import matplotlib
 
         with matplotlib.rc_context({"svg.hashsalt": drawing.name}):
-            drawing.canvas.savefig(
-                file, format="svg", transparent=True, metadata=_SVG_METADATA
-            )
+            drawing.canvas.savefig(file, format="svg", transparent=True)
     root = ElementTree.fromstring(file.getvalue())
     _add_hints(root, hinted)
     _clean(root)
