@@ -82,7 +82,7 @@ _MODULES = {
     "calibrate": "calibrate_in_memory",
     "evaluate": "evaluation",
     "masquant_config": "config",
-    "modality_sensitivity": "calibration",
+    "modality_sensitivity": "calibration.sensitivity",
     "save_quantized": "integrations.save",
     "token_modalities": "routing",
     "tune_kernels": "gpu_tuning",
