@@ -34,6 +34,8 @@ from torchao_masquant.option_values import (
 
 __all__ = [
     "ALPHAS",
+    "AUTO_SHARE",
+    "FAST",
     "MAX_STATISTICS_BYTES",
     "METHODS",
     "SCHEMES",
@@ -51,8 +53,14 @@ __all__ = [
 #: What ``alpha="auto"`` chooses from, for each input.
 ALPHAS = (0.3, 0.5, 0.7)
 
+#: Of ``min(N, K)``: the rank everywhere whose bytes ``rank="auto"`` spends.
+AUTO_SHARE = 0.05
+
 #: What ``separation="auto"`` chooses from, for each input.
 SEPARATIONS = (1.0, 0.5, 0.0)
+
+#: Value of ``effort`` for a first result.
+FAST = "fast"
 
 #: Of the statistics of one pass, where nothing else is asked for.
 MAX_STATISTICS_BYTES = 4 << 30
@@ -261,10 +269,10 @@ class SolverOptions:
         "SmoothQuant), over the modality's own (1: as published), or between them, "
         "geometrically.",
     )
-    rank: Union[int, float, str] = option(
-        0.05,
+    rank: Union[int, float, str, None] = option(
+        None,
         "of each modality's low-rank pair: a share of min(N, K) such as 0.05, a whole "
-        "number, 0 for none, or auto",
+        "number, 0 for none, or auto; where it is not given 0.05, and 0 for effort fast",
         Rank(),
         'A float is a share, an int the rank itself. "auto" spends the bytes of a share '
         "of 0.05 on the linears and modalities where they gain most.",
@@ -344,6 +352,17 @@ class SolverOptions:
         kw_only=True,
     )
 
+    effort: str = option(
+        "full",
+        "full, or fast for a first result: no pairs unless a rank is given, and weights "
+        "are rounded by Hessians that are decomposed in float32",
+        OneOf(("full", FAST)),
+        "Fast takes about half of the time; it is for large models, and for devices on "
+        "which float64 is slow.",
+        later=True,
+        kw_only=True,
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
         # Files and reports compare it: as SCHEMES has it, however it was written.
@@ -351,16 +370,19 @@ class SolverOptions:
         method = METHODS[self.method]
         if self.lr is None:
             self.lr = method.lr
+        if self.rank is None:
+            self.rank = 0 if self.effort == FAST else 0.05
         if not method.centered and (
             self.shift
             or self.clip
             or self.rounding == "gptq"
             or self.hadamard_size not in (None, 1)
+            or self.effort == FAST
             or AUTO in (self.alpha, self.rank, self.separation)
         ):
             raise ValueError(
                 f"method {self.method!r} is kept as it was published: shift, gptq, "
-                "clip, rotations and auto are for method 'masquant'."
+                "clip, rotations, auto and effort 'fast' are for method 'masquant'."
             )
         if self.epochs and not method.per_modality:
             raise ValueError(
@@ -430,8 +452,17 @@ class SolverOptions:
     @property
     def uniform_rank(self) -> Union[int, float]:
         """The rank where it is the same rule for all linears."""
-        assert not isinstance(self.rank, str)
+        assert self.rank is not None and not isinstance(self.rank, str)
         return self.rank
+
+    @property
+    def average_share(self) -> Union[int, float]:
+        """The uniform rank, or share of ``min(N, K)``, that takes as many bytes."""
+        return AUTO_SHARE if self.rank == AUTO else self.uniform_rank
+
+    def average_rank(self, n: int, k: int) -> int:
+        """Of the pair of an (N, K) weight, where a uniform rank takes as many bytes."""
+        return self.rank_of(self.average_share, n, k)
 
     def hadamard_size_of(self, in_features: int) -> Optional[int]:
         """Of the rotation of an input's channels; None for none.

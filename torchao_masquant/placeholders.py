@@ -5,18 +5,18 @@
 # LICENSE file in the root directory of this source tree.
 """Quantized weights of zeros, which a checkpoint is loaded into."""
 
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
 
 from torchao_masquant.kernels.hadamard import check_hadamard_size
 from torchao_masquant.options import SolverOptions
-from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
     check_group_size,
     low_rank_dtype,
 )
+from torchao_masquant.tensor_subclasses.weight_layout import WeightLayout, group_count
 
 __all__ = ["placeholder_weight"]
 
@@ -44,48 +44,37 @@ def placeholder_weight(
         ValueError: the group size, or that of a rotation, does not divide the input
             width.
     """
-    *experts, n, k = weight.shape
+    n, k = weight.shape[-2:]
     scheme, method = options.number_format, options.procedure
     check_group_size(scheme.group_size, (n, k))
-    groups = 1 if scheme.group_size is None else k // scheme.group_size
-    packed = scheme.weight_bits <= 4
     told_apart = method.per_modality and not options.spares(name)
-    factors = len(modalities) if told_apart else 1
-    rank = average_rank(options, n, k) if told_apart else 0
+    rank = options.average_rank(n, k) if told_apart else 0
     ranks = (rank,) * (len(modalities) - 1) if rank else ()
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros((*experts, *shape), dtype=dtype, device=weight.device)
-
-    parts: dict[str, Any] = {}
-    if told_apart and (size := options.hadamard_size_of(k)) is not None:
-        check_hadamard_size(size, k)
-        parts["hadamard_size"] = size
-    if ranks:
-        quantized = options.low_rank_bits == 8
-        dtype = torch.int8 if quantized else low_rank_dtype(weight.dtype)
-        parts["l1"] = zeros(k, sum(ranks), dtype=dtype)
-        parts["l2"] = zeros(sum(ranks), n, dtype=dtype)
-        if quantized:
-            parts["low_rank_scale"] = zeros(sum(ranks))
-    if told_apart and method.centered:
-        parts["modality_bias"] = zeros(factors, n)
-    if told_apart and method.shift:
-        # Each expert's own, which has room for one that they share.
-        parts["act_shift"] = zeros(factors, k)
-    if not scheme.symmetric:
-        parts["zero_point"] = zeros(n, groups, dtype=torch.int8)
+    hadamard_size = options.hadamard_size_of(k) if told_apart else None
+    if hadamard_size is not None:
+        check_hadamard_size(hadamard_size, k)
+    quantized = options.low_rank_bits == 8
+    layout = WeightLayout(
+        shape=tuple(weight.shape),
+        weight_bits=scheme.weight_bits,
+        groups=group_count(scheme.group_size, k),
+        modalities=len(modalities),
+        factors=len(modalities) if told_apart else 1,
+        rank=sum(ranks),
+        pair_dtype=torch.int8 if quantized else low_rank_dtype(weight.dtype),
+        symmetric=scheme.symmetric,
+        bias=told_apart and method.centered,
+        shift=told_apart and method.shift,
+        # Which has room for a shift that experts share, too.
+        own_shift=True,
+    )
     return MASQuantTensor(
-        zeros(n, (k + 1) // 2, dtype=torch.uint8)
-        if packed
-        else zeros(n, k, dtype=torch.int8),
-        zeros(n, groups),
-        torch.ones((factors, k), dtype=torch.float32, device=weight.device),
-        k,
-        scheme.weight_bits,
-        scheme.act_bits,
-        modalities,
-        ranks,
-        weight.dtype,
-        **parts,
+        **layout.neutral(weight.device),
+        in_features=k,
+        weight_bits=scheme.weight_bits,
+        act_bits=scheme.act_bits,
+        modalities=modalities,
+        ranks=ranks,
+        dtype=weight.dtype,
+        hadamard_size=hadamard_size,
     )

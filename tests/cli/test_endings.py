@@ -14,24 +14,10 @@ import sys
 import time
 
 import pytest
+from running import refused, run
 
-from torchao_masquant.__main__ import main
 from torchao_masquant.cli.ending import run as run_command
 from torchao_masquant.testing import model_folders
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments):
-    """Check that a command fails with one sentence, and give it back."""
-    capsys.readouterr()
-    assert run(*arguments) == 1
-    out, err = capsys.readouterr()
-    (line,) = err.splitlines()
-    assert out == "" and line.startswith("error: ") and line.endswith(".")
-    return line
 
 
 @pytest.fixture(scope="module")

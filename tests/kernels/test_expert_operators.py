@@ -3,15 +3,24 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Operators of experts, held to float64, matrix by matrix."""
+"""Operators of experts: what the operators for one matrix give, matrix by matrix."""
 
+import itertools
+from typing import Any, Optional
+
+import numpy as np
 import pytest
 import torch
+from operator_cases import INT8, PRODUCT, WEIGHT_ONLY, WEIGHTS, Case, Operands
+from operator_oracle import (
+    UNIT,
+    assert_within,
+    int_linear_f64,
+    low_rank_down_f64,
+    weight_only_linear_f64,
+)
 
-from torchao_masquant.kernels import pack_int4
-
-E, N, K, RANKS = 3, 10, 16, (2, 1)
-
+E = 3
 # Where each expert's rows end: an expert without rows (the first, one in the middle, the
 # last), all rows of one expert, one row, none, and rows of experts that are elsewhere.
 ENDS = {
@@ -25,139 +34,93 @@ ENDS = {
     "some elsewhere": ([2, 3, 5], 9),
     "all elsewhere": ([0, 0, 0], 4),
 }
+KINDS = {
+    "w8": dict(),
+    "w4": dict(weight_bits=4),
+    "w4 groups": dict(weight_bits=4, groups=2),
+    "int8 pair": dict(weight_bits=4, pair=INT8),
+    "rotation": dict(hadamard_size=16),
+}
 
 
-def parts(bits: int, groups: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    limit = 2 ** (bits - 1)
-    rank = sum(RANKS)
-    made = {
-        "integers": torch.randint(
-            -limit, limit, (E, N, K), generator=generator, dtype=torch.int8
-        ),
-        "scale": torch.rand(E, N, groups, generator=generator) / limit + 1e-3,
-        "l1": torch.randn(E, K, rank, generator=generator).bfloat16(),
-        "l2": torch.randn(E, rank, N, generator=generator).bfloat16(),
-        "modality_bias": torch.randn(E, 3, N, generator=generator),
-        "bias": torch.randn(E, N, generator=generator),
-    }
-    made["qdata"] = pack_int4(made["integers"]) if bits <= 4 else made["integers"]
+def experts(rows: int, mixed: bool, **kind: Any) -> list[Operands]:
+    """Of one input: each has weights of its own."""
+    ids = "shuffled" if mixed else "none"
+    case = Case("experts", "", tokens=rows, ids=ids, **kind)
+    made = [Operands(case, seed) for seed in range(E)]
+    for other in made[1:]:
+        other.x, other.pre_scale = made[0].x, made[0].pre_scale
     return made
 
 
-def owners(ends: list[int], rows: int) -> list[int]:
-    """Which expert each row is of; E for one that is elsewhere."""
-    return [next((e for e in range(E) if row < ends[e]), E) for row in range(rows)]
+def stacked(made: list[Operands], name: str) -> Optional[torch.Tensor]:
+    parts = [getattr(m, name) for m in made]
+    return None if parts[0] is None else torch.stack(parts)
 
 
-def expected(x, made, ids, experts, groups, zero_point=None):
-    """(S, N) float64 of smoothed rows (S, K), with the bound of float32 sums."""
-    y = torch.zeros(len(experts), N, dtype=torch.float64)
-    for row, e in enumerate(experts):
-        if e == E:
-            continue
-        values = made["integers"][e].double()
-        if zero_point is not None:
-            values = values - zero_point[e].double().repeat_interleave(K // groups, 1)
-        matrix = values * made["scale"][e].double().repeat_interleave(K // groups, 1)
-        m = 0 if ids is None else int(ids[row])
-        y[row] = x[row] @ matrix.t() + made["modality_bias"][e, m] + made["bias"][e]
-        if m:
-            own = slice(sum(RANKS[: m - 1]), sum(RANKS[:m]))
-            y[row] += (
-                x[row] @ made["l1"][e][:, own].double() @ made["l2"][e][own].double()
-            )
-    return y
+def arguments(operator: str, made: list[Operands], ends: list[int]) -> tuple[Any, ...]:
+    first, paired = made[0], made[0].ids is not None
+    pair = [stacked(made, n) if paired else None for n in ("l1", "l2")]
+    weight = (stacked(made, "qdata"), stacked(made, "scale"))
+    rest = (*pair, stacked(made, "modality_bias"), first.ids, stacked(made, "bias"))
+    case, end = first.case, torch.tensor(ends)
+    kind = (case.ranks, case.weight_bits, case.dtype, stacked(made, "low_rank_scale"))
+    if operator == PRODUCT:
+        return (*first.quantized, end, *weight, *rest, *kind)
+    zero = stacked(made, "zero_point")
+    tokens = (first.x, end, first.pre_scale)
+    return (*tokens, *weight, zero, *rest, *kind, case.hadamard_size)
 
 
-@pytest.mark.parametrize("bits, groups", [(8, 1), (4, 1), (4, 2)])
-@pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.parametrize("case", ENDS)
-def test_integers(case, mixed, bits, groups):
-    ends, rows = ENDS[case]
-    generator = torch.Generator().manual_seed(1)
-    qx = torch.randint(-127, 128, (rows, K), generator=generator, dtype=torch.int8)
-    sx = torch.rand(rows, 1, generator=generator) / 127
-    ids = torch.randint(0, 3, (rows,), generator=generator) if mixed else None
-    made = parts(bits, groups)
-    y = torch.ops.masquant.expert_int_linear(
-        qx,
-        sx,
-        torch.tensor(ends),
-        made["qdata"],
-        made["scale"],
-        made["l1"] if mixed else None,
-        made["l2"] if mixed else None,
-        made["modality_bias"],
-        ids,
-        made["bias"],
-        RANKS,
-        bits,
-        torch.float32,
-    )
-    x = qx.double() * sx.double()
-    wanted = expected(x, made, ids, owners(ends, rows), groups)
-    assert y.shape == (rows, N) and y.dtype == torch.float32
-    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
-    assert not y[ends[-1] :].any()
+def expected(
+    operator: str, made: list[Operands], rows: slice, expert: int
+) -> tuple[np.ndarray, np.ndarray]:
+    given = made[expert]
+    ids = None if given.ids is None else given.ids[rows]
+    if operator == WEIGHT_ONLY:
+        args = given.named(WEIGHT_ONLY, x=given.x[rows], modality_ids=ids)
+        found = weight_only_linear_f64(**args)
+        return found.value, found.tolerance
+    q, scale = (t[rows] for t in made[0].quantized)
+    args = given.named(PRODUCT, qx=q, x_scale=scale, modality_ids=ids)
+    args |= dict(low_rank_hidden=None, l2=None)
+    found = int_linear_f64(**args)
+    if ids is None:
+        return found.value, found.tolerance
+    ranks = given.case.ranks
+    down = low_rank_down_f64(q, scale, given.l1, ids, ranks, given.low_rank_scale)
+    up = given.l2.double().numpy()
+    low, size = down.value @ up, found.size + down.size @ np.abs(up)
+    roundings = found.roundings + down.roundings + len(up) + 1
+    return found.value + low, roundings * UNIT * size
 
 
-@pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.parametrize("case", ENDS)
-def test_weights_alone(case, mixed):
-    ends, rows = ENDS[case]
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(rows, K, generator=generator)
-    pre_scale = torch.rand(3, K, generator=generator) + 0.5
-    ids = torch.randint(0, 3, (rows,), generator=generator) if mixed else None
-    made = parts(4, 2)
-    zero_point = torch.randint(-8, 8, (E, N, 2), generator=generator, dtype=torch.int8)
-    y = torch.ops.masquant.expert_weight_only_linear(
-        x,
-        torch.tensor(ends),
-        pre_scale,
-        made["qdata"],
-        made["scale"],
-        zero_point,
-        made["l1"] if mixed else None,
-        made["l2"] if mixed else None,
-        made["modality_bias"],
-        ids,
-        made["bias"],
-        RANKS,
-        4,
-        torch.float32,
-    )
-    rows_scale = pre_scale[ids] if mixed else pre_scale[:1]
-    smoothed = x.double() * rows_scale.double()
-    wanted = expected(smoothed, made, ids, owners(ends, rows), 2, zero_point)
-    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("where", ENDS)
+def test_every_row_meets_its_expert(where: str) -> None:
+    ends, rows = ENDS[where]
+    for operator, kind, mixed in itertools.product(WEIGHTS, KINDS, (True, False)):
+        made = experts(rows, mixed, **KINDS[kind])
+        call = getattr(torch.ops.masquant, f"expert_{operator}")
+        y = call(*arguments(operator, made, ends))
+        assert y.shape == (rows, 13) and y.dtype == torch.float32
+        start = 0
+        for expert, end in enumerate(ends):
+            if end > start:
+                own = slice(start, end)
+                assert_within(y[own], *expected(operator, made, own, expert))
+            start = end
+        assert not y[start:].any(), kind
 
 
-@pytest.mark.parametrize("operator", ["expert_int_linear", "expert_weight_only_linear"])
-def test_fakes_say_what_the_operators_give(operator):
-    made = parts(4, 1)
-    ids, ends = torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 4])
-    rest = (
-        made["l1"],
-        made["l2"],
-        made["modality_bias"],
-        ids,
-        made["bias"],
-        RANKS,
-        4,
-        torch.bfloat16,
-    )
-    if operator == "expert_int_linear":
-        x = (torch.ones(4, K, dtype=torch.int8), torch.ones(4, 1), ends)
-        args = (*x, made["qdata"], made["scale"], *rest)
-    else:
-        x = (torch.randn(4, K), ends, torch.ones(3, K))
-        args = (*x, made["qdata"], made["scale"], None, *rest)
-    torch.library.opcheck(getattr(torch.ops.masquant, operator).default, args)
+@pytest.mark.parametrize("operator", WEIGHTS)
+def test_fakes_say_what_the_operators_give(operator: str) -> None:
+    for kind in ("w4 groups", "int8 pair"):
+        args = arguments(operator, experts(9, True, **KINDS[kind]), [1, 1, 4])
+        op = getattr(torch.ops.masquant, f"expert_{operator}").default
+        torch.library.opcheck(op, args)
 
 
-def test_plain_weights_are_refused():
-    x, weight, ends = torch.randn(4, K), torch.randn(E, N, K), torch.tensor([1, 2, 4])
+def test_plain_weights_are_refused() -> None:
+    x, weight, ends = torch.randn(4, 8), torch.randn(E, 5, 8), torch.tensor([1, 2, 4])
     with pytest.raises(TypeError, match="use torch.nn.functional.grouped_mm for unqu"):
         torch.ops.masquant.expert_linear(x, weight, ends)

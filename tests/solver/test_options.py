@@ -49,6 +49,7 @@ from torchao_masquant.options import ALPHAS, METHODS, SEPARATIONS, SolverOptions
         ({"hadamard_size": 64.0}, TypeError, "hadamard_size must be an int or None"),
         ({"hadamard_size": True}, TypeError, "hadamard_size must be an int or None"),
         ({"hadamard_size": "auto"}, TypeError, "must be an int or None, got 'auto'"),
+        ({"effort": "least"}, ValueError, "unknown effort 'least': choose one of"),
         *(
             ({"method": method, **extra}, ValueError, "is kept as it was published")
             for method in ("masquant-paper", "smoothquant", "rtn")
@@ -56,6 +57,7 @@ from torchao_masquant.options import ALPHAS, METHODS, SEPARATIONS, SolverOptions
                 {"shift": True},
                 {"rounding": "gptq"},
                 {"clip": True},
+                {"effort": "fast"},
                 {"epochs": 1},
                 {"alpha": "auto"},
                 {"rank": "auto"},
@@ -131,3 +133,12 @@ def test_files_from_before_there_were_batches_and_rotations():
 def test_learning_needs_samples():
     with pytest.raises(ValueError, match="learning needs the samples: call calibrate"):
         MASQuantConfig(step="prepare", epochs=2)
+
+
+def test_a_fast_solution_has_no_pairs_unless_they_are_asked_for():
+    assert SolverOptions().rank == SolverOptions(effort="full").rank == 0.05
+    assert SolverOptions(effort="fast").rank == 0
+    assert SolverOptions(effort="fast", rank=0.1).rank == 0.1
+    # Readers of earlier files know no such option.
+    assert "effort" not in SolverOptions().stored()
+    assert SolverOptions(effort="fast").stored()["effort"] == "fast"

@@ -8,15 +8,21 @@
 import math
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
-import torch
 from torch import nn
 
-from torchao_masquant.learning.blocks import decoder_blocks
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.decoder_blocks import decoder_blocks
 from torchao_masquant.options import CalibrationOptions, SolverOptions
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected, select
 
-__all__ = ["base_first", "check_config", "check_request", "check_shapes"]
+__all__ = [
+    "base_first",
+    "check_options",
+    "check_request",
+    "check_session",
+    "check_shapes",
+]
 
 # Of names in a message.
 _SHOWN = 3
@@ -54,29 +60,18 @@ def check_request(
         decoder_blocks(model, list(shapes))
 
 
-def check_config(
-    config: Any, model_class: Any, options: Mapping[str, Any], **given: Any
-) -> None:
-    """Raise where a model's config tells that it cannot be calibrated so.
-
-    Silent where no model can be made of the config without its weights.
+def check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise where a model tells that it cannot be calibrated so.
 
     Args:
-        config: of a transformers model.
-        model_class: auto class that makes the model; on the meta device, here.
+        model: of transformers; its weights may be on the meta device.
         options: of :func:`~torchao_masquant.calibrate`.
-        given: to ``from_config``.
 
     Raises:
         ValueError: as :func:`check_request`.
         TypeError: an option is of the wrong type.
     """
     asked = CalibrationOptions(**options)
-    try:
-        with torch.device("meta"):
-            model = model_class.from_config(config, **given)
-    except Exception:  # noqa: BLE001 -- of any code; loading the weights tells it better
-        return
     modalities = base_first(model, asked.base_modality, asked.modalities)
     selected = select(model, asked.include, asked.exclude, asked, len(modalities))
     check_request(
@@ -103,6 +98,21 @@ def check_shapes(
     _check_groups(shapes, options)
     _check_rotation(shapes, options)
     _check_weights(modalities, options)
+
+
+def check_session(session: CalibrationSession, options: SolverOptions) -> None:
+    """Raise unless a session has what :func:`solve` needs.
+
+    Raises:
+        ValueError: a linear or a modality was left out by the data; a group size does
+            not divide the width of a linear.
+    """
+    session.check_complete()
+    check_shapes(
+        {n: (m.out_features, m.in_features) for n, m in session.layers.items()},
+        session.router.modalities,
+        options,
+    )
 
 
 def base_first(

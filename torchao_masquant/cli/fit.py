@@ -10,7 +10,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
-from torchao_masquant.cli.models import auto_class, model_folder
+from torchao_masquant.cli.models import model_folder
+from torchao_masquant.hub import auto_class, meta_model, weight_files
 from torchao_masquant.option_values import MEASURE
 
 if TYPE_CHECKING:
@@ -27,13 +28,15 @@ __all__ = [
 
 
 def _skeleton(config: Any, arguments: argparse.Namespace) -> Any:
-    """The model of a config, on the meta device."""
-    import torch
+    """The model of a config, on the meta device; None where none can be made.
 
-    with torch.device("meta"):
-        return auto_class(config).from_config(
-            config, trust_remote_code=arguments.trust_remote_code
-        )
+    Then loading the weights will tell what is wrong, and better.
+    """
+    kind = auto_class(config)
+    try:
+        return meta_model(kind, config, arguments.trust_remote_code)
+    except Exception:  # noqa: BLE001 -- of any code
+        return None
 
 
 def check_calibration(
@@ -50,17 +53,14 @@ def check_calibration(
         ValueError: the model is quantized; a pattern matches nothing; a modality is
             not the model's; a group size does not divide the width of a linear.
     """
-    from torchao_masquant.calibration.request import check_config
+    from torchao_masquant.calibration.request import check_options
 
     check_dense(arguments.model, config)
     if options["modality_weights"] == MEASURE:
         options = {**options, "modality_weights": None}
-    check_config(
-        config,
-        auto_class(config),
-        options,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    model = _skeleton(config, arguments)
+    if model is not None:
+        check_options(model, options)
 
 
 def check_analysis(config: Any, arguments: argparse.Namespace) -> None:
@@ -79,8 +79,9 @@ def check_analysis(config: Any, arguments: argparse.Namespace) -> None:
 
     check_dense(arguments.model, config)
     model = _skeleton(config, arguments)
-    select_linears(model, arguments.include, arguments.exclude)
-    Router.for_model(model, arguments.modalities)
+    if model is not None:
+        select_linears(model, arguments.include, arguments.exclude)
+        Router.for_model(model, arguments.modalities)
 
 
 def check_dense(name: str, config: Any) -> None:
@@ -112,6 +113,8 @@ def check_quantization(
     from torchao_masquant.integrations.hf_quantizing import QuantizingLoading
 
     model, recipe = _skeleton(config, arguments), quantization.loaded_recipe
+    if model is None:
+        return
     QuantizingLoading(model, quantization)
     folder = Path(model_folder(arguments.model))
     if recipe is not None and folder.is_dir():
@@ -128,7 +131,9 @@ def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> Non
     if target is None:
         return
     files: dict[str, Path] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in weight_files(folder, pickled=True):
+        if path.suffix != ".safetensors":
+            return
         with safetensors.safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)
     stored = _stored_as_they_are(model, list(files))

@@ -40,7 +40,7 @@ from torch import nn
 
 from torchao_masquant.experts import PROJECTIONS
 from torchao_masquant.integrations.guard import guard
-from torchao_masquant.integrations.layer_format import PARTS, LayerFormat
+from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import (
     check_entry,
     is_torchao,
@@ -50,6 +50,7 @@ from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import QUANT_METHOD
 from torchao_masquant.quantized_modules import quantized_modules, quantized_weights
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 
 __all__ = [
     "FORMAT_VERSION",

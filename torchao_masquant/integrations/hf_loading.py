@@ -24,17 +24,14 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_part,
 )
 from torchao_masquant.integrations.guard import is_guard
-from torchao_masquant.integrations.layer_format import (
-    PARTS,
-    LayerFormat,
-    TensorKind,
-)
+from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import assembled, parts_of
 from torchao_masquant.names import named_here
 from torchao_masquant.quantized_modules import quantized_modules, replace_weights
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import check_whole
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS, TensorKind
 
 __all__ = [
     "CheckpointLoading",
@@ -139,7 +136,7 @@ class CheckpointLoading:
         parts = {
             stored_name(parameter, part): True
             for parameter, name in self._named.items()
-            for part in self.formats[name].kinds()
+            for part in self.formats[name].layout.kinds()
         }
         return self._state | parts | dict.fromkeys(self._torchao_parts, True)
 
@@ -166,7 +163,7 @@ class CheckpointLoading:
 
     def nbytes_of(self, name: str, weight: torch.Tensor) -> int:
         """Bytes of a linear's quantized weight."""
-        return self.formats[name].nbytes
+        return self.formats[name].layout.nbytes
 
     def check_stored(self, rename: Callable[[str], tuple[list[str], bool]]) -> None:
         """Compare the files with the model, before anything is allocated.
@@ -202,7 +199,7 @@ class CheckpointLoading:
                 )
         for name, layer in self.formats.items():
             try:
-                layer.check_tensors(parts[name])
+                layer.layout.check_kinds(parts[name])
             except ValueError as error:
                 raise ValueError(
                     f"the checkpoint's {name} does not fit its config.json: {error}; "

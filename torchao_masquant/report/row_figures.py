@@ -7,7 +7,8 @@
 
 from typing import Optional
 
-from torchao_masquant.figures.drawing import Bar, Drawing, Panel, drawing
+from torchao_masquant.figures.drawing import Drawing, drawing
+from torchao_masquant.figures.panel import Bar, Panel
 from torchao_masquant.figures.style import INK, MUTED, method_look
 from torchao_masquant.report.rows import DENSE, Row, Rows
 from torchao_masquant.wording import byte_size, method_name, percent

@@ -9,8 +9,7 @@ from typing import Iterator, Mapping, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
-from torchao_masquant.options import SolverOptions
+from torchao_masquant.options import FAST, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.compensation import (
     balanced,
@@ -35,6 +34,7 @@ from torchao_masquant.solver.smoothing import (
     smoothing_factor,
     smoothing_factors,
 )
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
 from torchao_masquant.threads import threads_for, widest
 
@@ -261,7 +261,10 @@ class _PerModality:
 
     def _total(self) -> torch.Tensor:
         """``sum_m v_m A_m``, new memory."""
-        total = torch.zeros_like(self.inputs[0].covariance)
+        fast = self.options.effort == FAST
+        total = torch.zeros_like(
+            self.inputs[0].covariance, dtype=torch.float32 if fast else torch.float64
+        )
         for modality, factor, share in zip(self.inputs, self.factors, self.shares):
             _add_scaled(total, modality.covariance, 1 / factor, share)
         return rotated_both(total, self.problem.hadamard_size)
