@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from torchao_masquant.kernels.gpu import checks
+from torchao_masquant.options import SCHEMES
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.report.recipe_bytes import PART_NAMES
-from torchao_masquant.options import SCHEMES
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.weight_layout import (
     INTEGERS,
