@@ -125,7 +125,7 @@ def test_skeleton_is_the_model(folder: str) -> None:
 
 
 def test_statistics_are_exact() -> None:
-    from torchao_masquant.calibration.statistics import InputStatistics
+    from torchao_masquant.statistics.input_statistics import InputStatistics
 
     statistics = InputStatistics(40, ("text", "vision"), torch.device("cpu"), True)
     for index in range(2):
