@@ -106,6 +106,18 @@ def test_links_lead_to_what_is_there(page):
         assert not anchor or anchor in _anchors(target), link
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_a_page_sends_to_are_there(page):
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"`([\w./]+(?:\.py|/))`", text))
+    assert len(named) > 10
+    places = (ROOT, ROOT / "torchao_masquant")
+    missing = {n for n in named if not any((place / n).exists() for place in places)}
+    # Of the folders that an architecture names, one tells where a short name belongs.
+    missing = {n for n in missing if not list(ROOT.glob(f"torchao_masquant/*/{n}"))}
+    assert not missing
+
+
 @pytest.mark.parametrize(
     "function, heading",
     [(calibrate, "# Options"), (calibrate_sequential, "## From disk")],
