@@ -117,8 +117,13 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         modalities: Sequence[str],
         ranks: Sequence[int],
         dtype: torch.dtype,
-        *optional: Any,
-        **named: Any,
+        l1: Optional[torch.Tensor] = None,
+        l2: Optional[torch.Tensor] = None,
+        modality_bias: Optional[torch.Tensor] = None,
+        zero_point: Optional[torch.Tensor] = None,
+        low_rank_scale: Optional[torch.Tensor] = None,
+        act_shift: Optional[torch.Tensor] = None,
+        hadamard_size: Optional[int] = None,
     ) -> "MASQuantTensor":
         return torch.Tensor._make_wrapper_subclass(
             cls,

@@ -111,8 +111,9 @@ class MASQuantConfig(QuantizationOptions, _First):
         if self.modalities is not None and not isinstance(self.modalities, str):
             # What torchao writes to JSON; it refuses tuples.
             self.modalities = list(self.modalities)
-        # Checks them.
-        self.scheme = self.options.scheme
+        # Checks them, and says what those are that were not given.
+        for name, value in vars(self.options).items():
+            setattr(self, name, value)
         if self.recipe is None and self.epochs:
             raise ValueError(
                 "learning needs the samples: call calibrate(model, samples, epochs=...) "

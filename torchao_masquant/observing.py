@@ -11,9 +11,8 @@ from typing import Mapping
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import library_versions, warn_of_left_out
+from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.calibration.solution import OBSERVED, solution_of
 from torchao_masquant.changes import (
     Changes,
     modalities_of,
@@ -26,8 +25,9 @@ from torchao_masquant.fitting import quantized_weight
 from torchao_masquant.in_memory import check_in_memory, is_hooked
 from torchao_masquant.listeners import tell
 from torchao_masquant.options import QuantizationOptions, SolverOptions
-from torchao_masquant.recipe import LayerRecipe
+from torchao_masquant.recipe import LayerRecipe, library_versions
 from torchao_masquant.routing import Router
+from torchao_masquant.solution import OBSERVED, solution_of
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["plan_observed", "plan_prepare"]

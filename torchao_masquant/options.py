@@ -34,6 +34,7 @@ from torchao_masquant.option_values import (
 
 __all__ = [
     "ALPHAS",
+    "AUTO_SHARE",
     "FAST",
     "MAX_STATISTICS_BYTES",
     "METHODS",
@@ -51,6 +52,9 @@ __all__ = [
 
 #: What ``alpha="auto"`` chooses from, for each input.
 ALPHAS = (0.3, 0.5, 0.7)
+
+#: Of ``min(N, K)``: the rank everywhere whose bytes ``rank="auto"`` spends.
+AUTO_SHARE = 0.05
 
 #: What ``separation="auto"`` chooses from, for each input.
 SEPARATIONS = (1.0, 0.5, 0.0)
@@ -450,6 +454,15 @@ class SolverOptions:
         """The rank where it is the same rule for all linears."""
         assert self.rank is not None and not isinstance(self.rank, str)
         return self.rank
+
+    @property
+    def average_share(self) -> Union[int, float]:
+        """The uniform rank, or share of ``min(N, K)``, that takes as many bytes."""
+        return AUTO_SHARE if self.rank == AUTO else self.uniform_rank
+
+    def average_rank(self, n: int, k: int) -> int:
+        """Of the pair of an (N, K) weight, where a uniform rank takes as many bytes."""
+        return self.rank_of(self.average_share, n, k)
 
     def hadamard_size_of(self, in_features: int) -> Optional[int]:
         """Of the rotation of an input's channels; None for none.

@@ -11,7 +11,6 @@ import torch
 
 from torchao_masquant.kernels.hadamard import check_hadamard_size
 from torchao_masquant.options import SolverOptions
-from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
     check_group_size,
@@ -49,7 +48,7 @@ def placeholder_weight(
     scheme, method = options.number_format, options.procedure
     check_group_size(scheme.group_size, (n, k))
     told_apart = method.per_modality and not options.spares(name)
-    rank = average_rank(options, n, k) if told_apart else 0
+    rank = options.average_rank(n, k) if told_apart else 0
     ranks = (rank,) * (len(modalities) - 1) if rank else ()
     hadamard_size = options.hadamard_size_of(k) if told_apart else None
     if hadamard_size is not None:

@@ -13,8 +13,6 @@ changes each module: ``quantize_`` runs that for the modules that it was told to
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import library_versions
-from torchao_masquant.calibration.solution import OBSERVED
 from torchao_masquant.changes import (
     Changes,
     made,
@@ -34,9 +32,10 @@ from torchao_masquant.listeners import tell
 from torchao_masquant.observing import plan_observed, plan_prepare
 from torchao_masquant.options import NamePatterns, QuantizationOptions
 from torchao_masquant.placeholders import placeholder_weight
-from torchao_masquant.recipe import LayerRecipe, Recipe
+from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
 from torchao_masquant.routing import Router, router_of
 from torchao_masquant.selection import check_plain
+from torchao_masquant.solution import OBSERVED
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.wrappers import unwrapped
 

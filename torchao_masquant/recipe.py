@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence, Union
 
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "described",
     "join_recipes",
+    "library_versions",
     "read_header",
     "weight_fingerprint",
 ]
@@ -681,3 +683,11 @@ def _sizes(values: Any, name: str, least: int) -> tuple[int, ...]:
             f"{name} is a list of integers in {least}..{_LARGEST}, got {values!r}"
         )
     return tuple(values)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a recipe's numbers depend on."""
+    return {
+        name: version(name)
+        for name in ("torch", "torchao", "torchao_masquant", "transformers")
+    }

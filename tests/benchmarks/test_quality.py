@@ -18,10 +18,10 @@ from tiny_models import OMNI_DECODER
 from torch import nn
 
 from torchao_masquant import tensor_subclasses
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.routing import Router
 from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.testing import digits
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

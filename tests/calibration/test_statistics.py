@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from torchao_masquant.calibration import statistics
 from torchao_masquant.calibration.groups import SharedInputs
-from torchao_masquant.calibration.statistics import (
+from torchao_masquant.statistics import input_statistics as statistics
+from torchao_masquant.statistics.input_statistics import (
     InputStatistics,
     Moments,
 )

@@ -11,9 +11,7 @@ from expert_models import LAYOUTS, NAMES, E, H, MoEModel, sample, samples
 from torch import nn
 
 from torchao_masquant import Recipe, calibrate
-from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.experts import experts_of
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import weight_fingerprint
@@ -21,6 +19,8 @@ from torchao_masquant.routing import Router
 from torchao_masquant.selection import select, select_linears
 from torchao_masquant.solver.experts import recentered, solve_experts
 from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.statistics.expert_statistics import ExpertStatistics
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 
 def recipe_of(model: nn.Module, data=None, **options) -> Recipe:

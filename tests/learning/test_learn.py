@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache
 
 from torchao_masquant import calibrate
-from torchao_masquant.learning.blocks import capture_calls, decoder_blocks
+from torchao_masquant.decoder_blocks import capture_calls, decoder_blocks
 from torchao_masquant.learning.learnable_weight import LearnableWeight
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe

@@ -24,6 +24,50 @@ PACKAGE = "torchao_masquant"
 ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "tensor_subclasses": {"kernels"},
+    # What is asked for, and what is found.
+    "option_values": set(),
+    "option_fields": {"option_values"},
+    "options": {"modality", "option_fields", "option_values"},
+    "recipe": {"atomic_files", "kernels", "options", "outputs", "tensor_subclasses"},
+    # Calibration, solver and learning do not know one another: the conductor does.
+    "statistics": {"threads"},
+    "decoder_blocks": {"routing", "samples"},
+    "calibration": {
+        "decoder_blocks",
+        "expert_modules",
+        "experts",
+        "kernels",
+        "model_parts",
+        "options",
+        "recipe",
+        "reclassing",
+        "routing",
+        "sample_checks",
+        "samples",
+        "selection",
+        "statistics",
+        "threads",
+        "wrappers",
+    },
+    "solver": {
+        "kernels",
+        "option_values",
+        "options",
+        "progress",
+        "recipe",
+        "statistics",
+        "tensor_subclasses",
+        "threads",
+    },
+    "learning": {
+        "decoder_blocks",
+        "kernels",
+        "options",
+        "progress",
+        "recipe",
+        "routing",
+        "tensor_subclasses",
+    },
 }
 
 #: Functions that import what a string names.

@@ -12,9 +12,9 @@ knows of ranges can be exceeded.
 import pytest
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 NAMES = ("text", "vision", "audio")
 OUT, WIDTH = 32, 192  # rotated in blocks of 64

@@ -15,7 +15,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantConfig, MASQuantLinear, calibrate, masquant_config
-from torchao_masquant.calibration.calibrate import base_first
+from torchao_masquant.calibration.request import base_first
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.selection import select
 

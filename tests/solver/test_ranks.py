@@ -15,9 +15,9 @@ from group_oracle import data, statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchao_masquant.options import SolverOptions
+from torchao_masquant.options import AUTO_SHARE, SolverOptions
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.ranks import AUTO_SHARE, allocate, spend_ranks
+from torchao_masquant.solver.ranks import allocate, spend_ranks
 
 _VALUES = st.lists(
     st.floats(1e-3, 1e3, allow_nan=False, allow_subnormal=False), max_size=6

@@ -9,9 +9,9 @@ import group_oracle
 import pytest
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 K, N, TOKENS = 24, 16, 300
 NAMES = ("text", "vision", "audio")

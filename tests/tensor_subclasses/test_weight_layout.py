@@ -90,15 +90,13 @@ def test_a_weight_consists_of_what_its_layout_says(name: str) -> None:
     assert kinds(weight.with_parts(neutral)) == kinds(weight)
 
 
-@pytest.mark.parametrize("dim, pieces", [(0, 2), (0, 3), (1, 2), (1, 4)])
+@pytest.mark.parametrize("dim, pieces", [(0, 2), (0, 3), (1, 2)])
 @pytest.mark.parametrize("name", [n for n in WEIGHTS if "experts" not in n])
 def test_a_piece_is_as_large_as_the_layout_says(
     name: str, dim: int, pieces: int
 ) -> None:
     weight = WEIGHTS[name]()
     size = weight.shape[dim] // pieces
-    if dim == 1 and size % weight.column_multiple:
-        pytest.skip("such a piece would cut a group in two")
     for piece in weight.split(size, dim):
         assert kinds(piece) == weight.weight_layout.piece(dim, pieces).kinds()
 

@@ -8,8 +8,8 @@
 from typing import Sequence
 
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.calibration.statistics import statistics_bytes
 from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.statistics.input_statistics import statistics_bytes
 
 __all__ = ["in_passes", "plan_passes"]
 

@@ -10,12 +10,19 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 
 from torch import nn
 
-from torchao_masquant.learning.blocks import decoder_blocks
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.decoder_blocks import decoder_blocks
 from torchao_masquant.options import CalibrationOptions, SolverOptions
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected, select
 
-__all__ = ["base_first", "check_options", "check_request", "check_shapes"]
+__all__ = [
+    "base_first",
+    "check_options",
+    "check_request",
+    "check_session",
+    "check_shapes",
+]
 
 # Of names in a message.
 _SHOWN = 3
@@ -91,6 +98,21 @@ def check_shapes(
     _check_groups(shapes, options)
     _check_rotation(shapes, options)
     _check_weights(modalities, options)
+
+
+def check_session(session: CalibrationSession, options: SolverOptions) -> None:
+    """Raise unless a session has what :func:`solve` needs.
+
+    Raises:
+        ValueError: a linear or a modality was left out by the data; a group size does
+            not divide the width of a linear.
+    """
+    session.check_complete()
+    check_shapes(
+        {n: (m.out_features, m.in_features) for n, m in session.layers.items()},
+        session.router.modalities,
+        options,
+    )
 
 
 def base_first(

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.experts import ExpertWeight, Layer, module_of
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router, UnmatchedTokens
+from torchao_masquant.statistics.expert_statistics import ExpertStatistics
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 __all__ = ["CalibrationSession", "MASQuantObservedLinear"]
 
@@ -51,7 +51,7 @@ class CalibrationSession:
         experts: name in the model to the weights of a mixture's experts. All experts of
             a layer share the statistics of one input.
         before: tokens of each modality that another process counts, see
-            :class:`~torchao_masquant.calibration.statistics.Moments`.
+            :class:`~torchao_masquant.statistics.input_statistics.Moments`.
     """
 
     def __init__(

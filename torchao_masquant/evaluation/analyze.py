@@ -12,13 +12,11 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import warn_of_left_out
+from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.passes import (
     plan_passes,
 )
 from torchao_masquant.calibration.request import base_first
-from torchao_masquant.calibration.sample_checks import check_samples, no_samples
-from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.compensation_curves import GAUGED, PUBLISHED
@@ -29,6 +27,8 @@ from torchao_masquant.option_values import Amount
 from torchao_masquant.options import MAX_STATISTICS_BYTES, NamePatterns, get_scheme
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
+from torchao_masquant.sample_checks import check_samples, no_samples
+from torchao_masquant.samples import run_samples
 from torchao_masquant.selection import select_linears
 from torchao_masquant.threads import threads_for, widest
 from torchao_masquant.wrappers import unwrapped

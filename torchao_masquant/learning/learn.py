@@ -15,14 +15,14 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequenc
 import torch
 from torch import nn
 
-from torchao_masquant.learning.batch_gradient import BatchGradient
-from torchao_masquant.learning.batches import batches, held_back
-from torchao_masquant.learning.blocks import (
+from torchao_masquant.decoder_blocks import (
     RunsBlocks,
     capture_calls,
     decoder_blocks,
     forwards,
 )
+from torchao_masquant.learning.batch_gradient import BatchGradient
+from torchao_masquant.learning.batches import batches, held_back
 from torchao_masquant.learning.learnable_weight import LearnableWeight
 from torchao_masquant.learning.together import Alone, Together
 from torchao_masquant.learning.token_variation import TokenVariation, tokens_of

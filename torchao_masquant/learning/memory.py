@@ -8,7 +8,6 @@
 from typing import Iterable
 
 from torchao_masquant.options import SolverOptions
-from torchao_masquant.solver.ranks import average_rank
 
 __all__ = ["learning_bytes"]
 
@@ -34,7 +33,7 @@ def learning_bytes(
     """
     held, largest = 0, 0
     for n, k in shapes:
-        pairs = (modalities - 1) * average_rank(options, n, k)
+        pairs = (modalities - 1) * options.average_rank(n, k)
         groups = -(-k // (options.number_format.group_size or k))
         floats = n * groups + 2 * modalities * k + pairs * (n + k) + modalities * n
         # Integers, twice in int8 (the recipe's and the packed ones), and in float32; a

@@ -11,7 +11,6 @@ from typing import Optional
 import torch
 
 from torchao_masquant.options import Scheme, SolverOptions, resolve_rank
-from torchao_masquant.solver.ranks import average_share
 from torchao_masquant.tensor_subclasses.weight_layout import WeightLayout, group_count
 
 __all__ = ["Compensation", "weight_bytes"]
@@ -46,7 +45,7 @@ class Compensation:
         parts = options.procedure
         return cls(
             modalities=modalities if parts.per_modality else 1,
-            rank=average_share(options),
+            rank=options.average_share,
             low_rank_bits=options.low_rank_bits,
             shift=parts.shift,
             bias=parts.centered,

@@ -11,7 +11,7 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.learning.blocks import hidden_states
+from torchao_masquant.decoder_blocks import hidden_states
 from torchao_masquant.learning.learn import BlockTask
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe

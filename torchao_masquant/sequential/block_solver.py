@@ -11,11 +11,12 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import check_session, warn_of_left_out
-from torchao_masquant.calibration.notices import CalibrationNotices
+from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.passes import plan_passes
+from torchao_masquant.calibration.request import check_session
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.notices import CalibrationNotices
 from torchao_masquant.option_values import AUTO
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe

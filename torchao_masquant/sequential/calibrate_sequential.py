@@ -19,20 +19,17 @@ import torch
 from torch import nn
 
 from torchao_masquant.atomic_files import move_folder, replacing, sync
-from torchao_masquant.calibration.calibrate import (
-    library_versions,
-)
 from torchao_masquant.calibration.observed_experts import as_observed
 from torchao_masquant.calibration.request import base_first, check_request
+from torchao_masquant.decoder_blocks import decoder_blocks
 from torchao_masquant.freed_memory import return_freed_memory
-from torchao_masquant.learning.blocks import decoder_blocks
 from torchao_masquant.model_parts import heads_of, token_reader
 from torchao_masquant.option_fields import takes_options
 from torchao_masquant.option_values import AUTO
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import check_file, check_folder
 from torchao_masquant.progress import progress_bar
-from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes
+from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes, library_versions
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import select
 from torchao_masquant.sequential.activations import ActivationStore, kept

@@ -14,7 +14,6 @@ import safetensors
 import torch
 
 from torchao_masquant.atomic_files import sync
-from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.hub import write_index
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
@@ -32,6 +31,7 @@ from torchao_masquant.integrations.unloaded import (
     tell_of_unloaded,
 )
 from torchao_masquant.options import SolverOptions
+from torchao_masquant.recipe import library_versions
 from torchao_masquant.sequential.block_store import BlockStore
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.tensor_subclasses import MASQuantTensor

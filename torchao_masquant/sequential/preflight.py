@@ -15,12 +15,15 @@ from typing import Mapping, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics, statistics_bytes
 from torchao_masquant.learning.memory import learning_bytes
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.sequential.block_solver import solved_shapes
 from torchao_masquant.solver.cost import solver_bytes, solver_cost
 from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.statistics.input_statistics import (
+    InputStatistics,
+    statistics_bytes,
+)
 
 __all__ = ["Estimate", "available_memory", "check_time", "estimate", "solving_rate"]
 

@@ -7,13 +7,12 @@
 
 from typing import Sequence
 
-from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
 from torchao_masquant.option_values import AUTO
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.in_place import ROWS
 from torchao_masquant.solver.layers import ROUNDED_TOGETHER
-from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
+from torchao_masquant.statistics.input_statistics import SAMPLE_TOKENS
 
 __all__ = ["solver_bytes", "solver_cost"]
 
@@ -57,7 +56,7 @@ def solver_cost(
             products += jointly * (1.25 + modalities * differ)
             passes = (_CLIPPED if parts.clip else 1) + modalities + 2 * gauged + fits
             cost += outputs * k * (k * products + _A_VALUE * passes)
-            if average_rank(options, outputs, k):
+            if options.average_rank(outputs, k):
                 cost += _A_CUBE * fits * min(outputs, k) ** 3
     return cost
 
@@ -100,7 +99,7 @@ def solver_bytes(
     peak = 4 * weight
     if differ and parts.gauge:
         peak = max(peak, 5 * weight)
-    if others and average_rank(options, n, k):
+    if others and options.average_rank(n, k):
         # The first pairs are found while there is a Hessian.
         fitting = square if jointly and differ else 0
         if n <= k:

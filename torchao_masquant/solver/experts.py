@@ -9,19 +9,18 @@ import dataclasses
 
 import torch
 
-from torchao_masquant.calibration.expert_statistics import ExpertStatistics
-from torchao_masquant.calibration.statistics import (
+from torchao_masquant.option_values import AUTO
+from torchao_masquant.options import AUTO_SHARE, SolverOptions, resolve_rank
+from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
+from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.smoothing import RESOLUTION
+from torchao_masquant.statistics.expert_statistics import ExpertStatistics
+from torchao_masquant.statistics.input_statistics import (
     ROUNDING,
     InputStatistics,
     Moments,
 )
-from torchao_masquant.calibration.token_sample import TokenSample
-from torchao_masquant.option_values import AUTO
-from torchao_masquant.options import SolverOptions, resolve_rank
-from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
-from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.ranks import AUTO_SHARE
-from torchao_masquant.solver.smoothing import RESOLUTION
+from torchao_masquant.statistics.token_sample import TokenSample
 
 __all__ = ["recentered", "solve_experts"]
 

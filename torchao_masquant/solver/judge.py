@@ -9,9 +9,9 @@ import math
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 __all__ = ["mean_log_error"]
 

@@ -9,7 +9,6 @@ from typing import Iterator, Mapping, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.options import FAST, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.compensation import (
@@ -35,6 +34,7 @@ from torchao_masquant.solver.smoothing import (
     smoothing_factor,
     smoothing_factors,
 )
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
 from torchao_masquant.threads import threads_for, widest
 

@@ -6,54 +6,46 @@
 """``calibrate``: from a model and data to a recipe."""
 
 import itertools
-import logging
-import re
-from collections import Counter
-from importlib.metadata import version
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.expert_statistics import ExpertStatistics
-from torchao_masquant.calibration.notices import CalibrationNotices
+from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.passes import (
     plan_passes,
 )
-from torchao_masquant.calibration.request import base_first, check_request, check_shapes
-from torchao_masquant.calibration.sample_checks import check_samples, no_samples
-from torchao_masquant.calibration.samples import run_samples
+from torchao_masquant.calibration.request import (
+    base_first,
+    check_request,
+    check_session,
+)
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.in_memory import check_in_memory
 from torchao_masquant.learning import learn
 from torchao_masquant.learning.published import PublishedTask
+from torchao_masquant.notices import CalibrationNotices
 from torchao_masquant.option_fields import takes_options
 from torchao_masquant.option_values import AUTO
 from torchao_masquant.options import CalibrationOptions, SolverOptions
 from torchao_masquant.progress import progress_bar
-from torchao_masquant.recipe import LayerRecipe, Recipe
+from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
 from torchao_masquant.routing import Router
+from torchao_masquant.sample_checks import NEEDED, check_samples, no_samples
+from torchao_masquant.samples import run_samples
 from torchao_masquant.selection import select
 from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import factors_alone, solve_group
 from torchao_masquant.solver.ranks import spend_ranks
+from torchao_masquant.statistics.expert_statistics import ExpertStatistics
 from torchao_masquant.threads import threads_for, widest
 from torchao_masquant.wrappers import unwrapped
 
 __all__ = [
-    "NEEDED",
     "calibrate",
-    "check_session",
     "learned_factors",
-    "library_versions",
     "solve",
-    "warn_of_left_out",
 ]
-
-_LOGGER = logging.getLogger(__name__)
-
-#: Of samples.
-NEEDED = "calibration needs at least one sample of every modality"
 
 
 @takes_options(CalibrationOptions)
@@ -69,7 +61,7 @@ def calibrate(
     of one modality, pruned tokens), are left out, and named in one warning. The maxima that decide the
     smoothing factors and the covariances that whiten the compensation come from one
     run over the data: a covariance of unsmoothed activations gives that of smoothed
-    ones (see :class:`~torchao_masquant.calibration.statistics.InputStatistics`). Where
+    ones (see :class:`~torchao_masquant.statistics.input_statistics.InputStatistics`). Where
     the covariances of all linears do not fit ``max_statistics_bytes``, the data runs
     several times, a part of the linears observed each time.
 
@@ -293,44 +285,3 @@ def learned_factors(
         task=PublishedTask,
     )
     return {name: layer.smoothing_factor for name, layer in learned.items()}
-
-
-def check_session(session: CalibrationSession, options: SolverOptions) -> None:
-    """Raise unless a session has what :func:`solve` needs.
-
-    Raises:
-        ValueError: a linear or a modality was left out by the data; a group size does
-            not divide the width of a linear.
-    """
-    session.check_complete()
-    check_shapes(
-        {n: (m.out_features, m.in_features) for n, m in session.layers.items()},
-        session.router.modalities,
-        options,
-    )
-
-
-def warn_of_left_out(names: Sequence[str]) -> None:
-    """Once, of the linears that are called with tokens of unknown modality.
-
-    Args:
-        names: of them; those of all layers become one pattern.
-    """
-    if not names:
-        return
-    patterns = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
-    _LOGGER.warning(
-        "%d linears or expert weights are called with other tokens than the model is (a "
-        "part of them, or what they were pooled to), of modalities that are not known, "
-        "and stay in high precision: %s.",
-        len(names),
-        ", ".join(f"{pattern} ({count})" for pattern, count in patterns.items()),
-    )
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that a recipe's numbers depend on."""
-    return {
-        name: version(name)
-        for name in ("torch", "torchao", "torchao_masquant", "transformers")
-    }

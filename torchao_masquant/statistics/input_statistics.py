@@ -10,7 +10,7 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.token_sample import SAMPLE_TOKENS, TokenSample
+from torchao_masquant.statistics.token_sample import SAMPLE_TOKENS, TokenSample
 from torchao_masquant.threads import threads_for
 
 __all__ = [

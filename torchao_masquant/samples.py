@@ -12,10 +12,10 @@ from typing import Any, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.sample_checks import check_sample, check_samples
 from torchao_masquant.model_parts import token_reader
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
+from torchao_masquant.sample_checks import check_sample, check_samples
 
 __all__ = ["MODALITY_IDS", "run_samples"]
 

@@ -7,14 +7,15 @@
 
 import copy
 
-from torchao_masquant.calibration.calibrate import check_session, solve
-from torchao_masquant.calibration.notices import CalibrationNotices
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
+from torchao_masquant.calibration.request import check_session
 from torchao_masquant.calibration.session import (
     CalibrationSession,
     MASQuantObservedLinear,
 )
+from torchao_masquant.conductor import solve
 from torchao_masquant.experts import module_of
+from torchao_masquant.notices import CalibrationNotices
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 

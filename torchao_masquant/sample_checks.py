@@ -14,7 +14,10 @@ from torch import nn
 
 from torchao_masquant.in_memory import is_hooked
 
-__all__ = ["check_sample", "check_samples", "no_samples"]
+__all__ = ["NEEDED", "check_sample", "check_samples", "no_samples"]
+
+#: Of samples.
+NEEDED = "calibration needs at least one sample of every modality"
 
 # Inputs that are tensors of integers (batch, sequence), whatever the model.
 _IDS = ("input_ids", "attention_mask", "modality_ids", "mm_token_type_ids")

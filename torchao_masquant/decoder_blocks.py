@@ -21,8 +21,8 @@ from typing import (
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.routing import Router
+from torchao_masquant.samples import run_samples
 
 __all__ = [
     "BlockCalls",

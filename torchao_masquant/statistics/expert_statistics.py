@@ -9,8 +9,8 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
-from torchao_masquant.calibration.token_sample import TokenSample
+from torchao_masquant.statistics.input_statistics import InputStatistics
+from torchao_masquant.statistics.token_sample import TokenSample
 
 __all__ = ["ExpertMoments", "ExpertStatistics"]
 
