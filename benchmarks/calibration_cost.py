@@ -26,12 +26,13 @@ from rich.table import Table
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.calibration.calibrate import library_versions, solve
-from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.conductor import solve
+from torchao_masquant.options import SolverOptions
+from torchao_masquant.recipe import library_versions
 from torchao_masquant.routing import Router
+from torchao_masquant.samples import run_samples
 from torchao_masquant.selection import select_linears
-from torchao_masquant.solver.methods import SolverOptions
 
 _SAMPLE = 512
 _GIB = 2**30

@@ -48,8 +48,8 @@ from transformers.generation.streamers import BaseStreamer
 from torchao_masquant import MASQuantConfig, Recipe, masquant_config
 from torchao_masquant.atomic_files import replacing
 from torchao_masquant.kernels import cpu_lowering
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
-from torchao_masquant.solver.methods import SolverOptions
 
 DENSE = "bf16"
 CANDIDATES = [DENSE, "w8a8", "w4a8", "w4a16"]

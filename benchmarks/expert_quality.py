@@ -37,10 +37,10 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 
 from torchao_masquant import calibrate, masquant_config, token_modalities
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.calibration.calibrate import library_versions
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import METHODS, SolverOptions
+from torchao_masquant.recipe import library_versions
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import METHODS, SolverOptions
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 _NAMES = ("text", "vision", "audio")
 _OUTLIERS = (0.0, 30.0, 60.0)
@@ -133,7 +133,7 @@ def _with_own_statistics(
         statistics = InputStatistics(x.shape[1], _NAMES, x.device, True)
         statistics.update(name, x, ids[rows])
         found = solve_group({name: weight}, statistics, options)[name]
-        quantized[name, e] = found.quantize(weight, options.bits, _NAMES)
+        quantized[name, e] = found.quantize(weight, options.number_format, _NAMES)
         return x @ weight.t()
 
     def run(name: str, e: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.calibration.calibrate import library_versions
+from torchao_masquant.recipe import library_versions
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.testing import digits
 

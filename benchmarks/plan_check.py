@@ -37,7 +37,7 @@ from torchao_masquant import (
     masquant_config,
 )
 from torchao_masquant.atomic_files import write_whole
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.planning.estimate import (
     CalibrationPlan,
     plan_calibration,
@@ -48,7 +48,7 @@ from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.solver.cost import solver_bytes
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.testing import digits
 
 _COMPENSATION = Compensation(modalities=3)

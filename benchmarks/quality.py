@@ -38,10 +38,10 @@ from torchao_masquant import (
     MASQuantLinear,
 )
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.calibration.calibrate import library_versions
 from torchao_masquant.demo.compare import collect_statistics
+from torchao_masquant.options import SCHEMES
+from torchao_masquant.recipe import library_versions
 from torchao_masquant.routing import Router
-from torchao_masquant.schemes import SCHEMES
 from torchao_masquant.testing import digits
 
 SEEDS = Path(__file__).parent / "seeds"

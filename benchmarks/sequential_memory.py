@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.calibration.calibrate import library_versions
+from torchao_masquant.recipe import library_versions
 from torchao_masquant.sequential import calibrate_sequential
 
 _GIB = 1 << 30

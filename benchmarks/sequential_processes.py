@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.calibration.calibrate import library_versions
+from torchao_masquant.recipe import library_versions
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

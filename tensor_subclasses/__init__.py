@@ -12,6 +12,7 @@ from torchao_masquant.tensor_subclasses import (  # noqa: F401
     expert_linear,
     indexing,
     joining,
+    linear_operator,
     memory,
 )
 from torchao_masquant.tensor_subclasses.dtensor_cache_key import extend_cache_key

@@ -14,12 +14,11 @@ from typing import Any, Optional
 
 import torch
 
+from torchao_masquant.tensor_subclasses.low_rank_pair import copy_components
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS, OfExperts
 
 __all__ = ["adopt_rotation"]
-
-# What a part may be filled with where the source has none.
-_NOTHING = ("modality_bias", "act_shift")
 
 # What is no tensor, and can't be copied into one.
 _ALIKE = (
@@ -30,9 +29,6 @@ _ALIKE = (
     "low_rank_bits",
     "hadamard_size",
 )
-
-# Parts of the pairs, and the dimension that the components of all modalities lie along.
-_PAIR = {"l1": -1, "l2": -2, "low_rank_scale": -1}
 
 
 @MASQuantTensor.implements(torch.ops.aten.copy_.default)
@@ -49,14 +45,16 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             f"copy_ needs two MASQuantTensors of one layout, and {problem}: got "
             f"{source!r} for {target!r}."
         )
-    for name in target.__tensor_flatten__()[0]:
+    for name, ours in target.parts().items():
         theirs = getattr(source, name)
-        if name in _PAIR and tuple(target.ranks) != tuple(source.ranks):
-            _copy_pair(target, source, name)
-        elif theirs is None:
-            getattr(target, name).zero_()
+        components = PARTS[name].dim("R")
+        if theirs is None:
+            ours.fill_(PARTS[name].neutral)
+        elif components is not None and target.ranks != source.ranks:
+            ours.zero_()
+            copy_components(ours, target.ranks, theirs, source.ranks, components)
         else:
-            getattr(target, name).copy_(theirs)
+            ours.copy_(theirs)
     return target
 
 
@@ -72,12 +70,12 @@ def _mismatch(target: MASQuantTensor, source: MASQuantTensor) -> Optional[str]:
     ours, theirs = _ranks(target), _ranks(source)
     if any(a < b for a, b in zip(ours, theirs)):
         return f"the source's ranks are {theirs}, the target's {ours}"
-    names = (*target.tensor_data_names, *target.optional_tensor_data_names)
-    for name in names:
+    for name, part in PARTS.items():
         ours, theirs = getattr(target, name), getattr(source, name)
-        if name in _PAIR:
+        # Ranks and bits have told that there is room for the pairs.
+        if part.dim("R") is not None:
             continue
-        if theirs is None and (ours is None or name in _NOTHING):
+        if theirs is None and (ours is None or part.fillable):
             continue
         if ours is None:
             return f"the target has no {name}"
@@ -89,7 +87,7 @@ def _mismatch(target: MASQuantTensor, source: MASQuantTensor) -> Optional[str]:
         if name == "act_pre_scale" and theirs.shape == (1, *ours.shape[1:]):
             continue
         # As is a shift that experts share.
-        if name == "act_shift" and theirs.shape == ours.shape[-2:]:
+        if part.experts is OfExperts.EITHER and theirs.shape == ours.shape[-2:]:
             continue
         if ours.shape != theirs.shape:
             return (
@@ -120,19 +118,3 @@ def adopt_rotation(target: Any, source: Any) -> None:
 def _ranks(tensor: MASQuantTensor) -> tuple[int, ...]:
     """Of every modality but the base, zero where there is no pair."""
     return tuple(tensor.ranks) or (0,) * (len(tensor.modalities) - 1)
-
-
-def _copy_pair(target: MASQuantTensor, source: MASQuantTensor, name: str) -> None:
-    """Copy one side of pairs of a smaller rank; components of zeros change nothing."""
-    ours = getattr(target, name)
-    ours.zero_()
-    theirs = getattr(source, name)
-    if theirs is None:
-        return
-    dim = _PAIR[name]
-    start = their_start = 0
-    for rank, their_rank in zip(_ranks(target), _ranks(source)):
-        ours.narrow(dim, start, their_rank).copy_(
-            theirs.narrow(dim, their_start, their_rank)
-        )
-        start, their_start = start + rank, their_start + their_rank

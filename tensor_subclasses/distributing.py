@@ -71,7 +71,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
 
 
 def _parts(tensor: MASQuantTensor) -> list[torch.Tensor]:
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return list(tensor.parts().values())
 
 
 def _in_turn(calls: Sequence[Callable[[], Any]]) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torchao.utils import fill_defaults
 
 from torchao_masquant.kernels.expert_operators import expert_of_rows
+from torchao_masquant.tensor_subclasses.linear_operator import check_ids
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
 
 __all__: list[str] = []
@@ -41,14 +42,7 @@ def _check(
             f"ends must say of each of {weight.shape[0]} experts where its rows end, "
             f"got shape {tuple(ends.shape)}."
         )
-    if modality_ids is not None:
-        if modality_ids.shape != x.shape[:1]:
-            raise ValueError(
-                f"modality ids of shape {tuple(modality_ids.shape)} do not match the "
-                f"tokens of an input of shape {tuple(x.shape)}."
-            )
-        if modality_ids.is_floating_point() or modality_ids.dtype == torch.bool:
-            raise TypeError(f"modality ids are integers, got {modality_ids.dtype}.")
+    check_ids(modality_ids, x)
 
 
 def _quantize_by_expert(

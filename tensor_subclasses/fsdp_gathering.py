@@ -5,21 +5,17 @@
 # LICENSE file in the root directory of this source tree.
 """How FSDP2 gathers the rows of a weight from all ranks, for inference."""
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 
-if TYPE_CHECKING:
-    from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 
-__all__ = ["ROWS", "FSDPGathering"]
-
-#: Parts with a value for each output channel, and the dimension that these lie along.
-ROWS = {"qdata": 0, "scale": 0, "zero_point": 0, "l2": 1, "modality_bias": 1}
+__all__ = ["FSDPGathering"]
 
 
 class FSDPGathering:
-    """The hooks that ``fully_shard`` looks for on a tensor.
+    """The hooks that ``fully_shard`` looks for on a MASQuantTensor.
 
     What is for input channels (smoothing factors, shifts, down-projections) lies whole
     on every rank; integers, scales, up-projections and biases are gathered, packed.
@@ -34,9 +30,12 @@ class FSDPGathering:
         mp_policy: Any,
     ) -> tuple[tuple[torch.Tensor, ...], tuple[str, ...]]:
         """What a rank sends, rows first, and the names of these parts."""
-        names = tuple(n for n in self.__tensor_flatten__()[0] if n in ROWS)
-        sent = (getattr(self, n).transpose(0, ROWS[n]).contiguous() for n in names)
-        return tuple(sent), names
+        sent = {
+            name: part.transpose(0, dim).contiguous()
+            for name, part in self.parts().items()
+            if (dim := PARTS[name].dim("N")) is not None
+        }
+        return tuple(sent.values()), tuple(sent)
 
     def fsdp_post_all_gather(
         self: Any,
@@ -45,14 +44,14 @@ class FSDPGathering:
         param_dtype: torch.dtype,
         *,
         out: Optional[torch.Tensor] = None,
-    ) -> Optional[tuple["MASQuantTensor", tuple[torch.Tensor, ...]]]:
+    ) -> Optional[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
         """The whole weight, whose gathered parts are views of what has arrived."""
         if out is not None:
             # The same memory has been filled again.
             return None
-        names, attributes = self.__tensor_flatten__()
-        parts = {name: getattr(self, name) for name in names}
+        parts = self.parts()
         for name, gathered in zip(metadata, all_gather_outputs):
-            parts[name] = gathered.transpose(0, ROWS[name])
-        whole = type(self).__tensor_unflatten__(parts, attributes, None, None)
-        return whole, ()
+            dim = PARTS[name].dim("N")
+            assert dim is not None
+            parts[name] = gathered.transpose(0, dim)
+        return self.with_parts(parts), ()

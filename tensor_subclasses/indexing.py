@@ -3,15 +3,20 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Experts and rows of a MASQuantTensor: ``weight[0]``, ``weight[torch.tensor([0, 2])]``."""
+"""Pieces of a MASQuantTensor.
+
+Experts and rows, ``weight[0]`` and ``weight[torch.tensor([0, 2])]``, and slices of rows
+and of columns, ``weight[:8]`` and ``weight[:, :64]``.
+"""
 
 from typing import Any, Callable
 
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import fill_defaults
 
-from torchao_masquant.tensor_subclasses.fsdp_gathering import ROWS
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 
 __all__: list[str] = []
 
@@ -27,19 +32,14 @@ def _along_first(
     Args:
         take: from a part, along a dimension of it.
     """
-    names, attributes = self.__tensor_flatten__()
-    parts: dict[str, Any] = {name: getattr(self, name) for name in names}
+    parts = self.parts()
     for name, part in parts.items():
+        dim = PARTS[name].dim("N")
         if self.dim() == 3:
-            shared = name == "act_pre_scale" or (
-                name == "act_shift" and part.dim() == 2
-            )
-            dim = None if shared else 0
-        else:
-            dim = ROWS.get(name)
+            dim = 0 if PARTS[name].is_of_each_expert(part) else None
         if dim is not None:
             parts[name] = take(part, dim)
-    return MASQuantTensor(**parts, **attributes)
+    return self.with_parts(parts)
 
 
 @implements(aten.select.int)
@@ -81,3 +81,46 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         index = index.nonzero().squeeze(1)
     index = index.to(self.device) % self.shape[0] if (index < 0).any() else index
     return _along_first(self, lambda t, d: t.index_select(d, index))
+
+
+@implements(aten.slice.Tensor)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """Rows (output channels) or columns (input channels), step 1, as views.
+
+    The outputs of the column slices of a weight add up to the whole's: the modality
+    bias rides with the slice that holds column 0.
+    """
+    self, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
+    if self.dim() != 2:
+        raise ValueError(
+            f"the experts of a MASQuantTensor are not sliced, but taken one by one, as "
+            f"weight[e]: got {self!r}."
+        )
+    dim = dim + 2 if dim < 0 else dim
+    if step != 1:
+        raise ValueError(f"MASQuantTensor slices with step 1 only, got step={step}.")
+    size = self.shape[dim]
+    start, end, _ = slice(start, end).indices(size)
+    end = max(start, end)
+    if dim == 0:
+        spans, columns = {"N": (start, end)}, self.in_features
+    else:
+        multiple = self.column_multiple
+        if start % multiple or (end % multiple and end != size):
+            raise ValueError(
+                f"columns {start}:{end} of a MASQuantTensor of shape "
+                f"{tuple(self.shape)} must start and end on a multiple of {multiple} "
+                f"({self.column_units})."
+            )
+        spans, columns = self.weight_layout.column_spans(start, end), end - start
+    parts = self.parts()
+    for name, part in parts.items():
+        for symbol, span in spans.items():
+            along = PARTS[name].dim(symbol)
+            if along is not None:
+                parts[name] = aten.slice.Tensor(part, along, *span)
+        if dim == 1 and start > 0 and PARTS[name].added:
+            parts[name] = torch.zeros_like(part)
+    return return_and_correct_aliasing(
+        func, args, kwargs, self.with_parts(parts, in_features=columns)
+    )

@@ -5,20 +5,14 @@
 # LICENSE file in the root directory of this source tree.
 """``torch.cat``: pieces of a weight, put together again."""
 
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import torch
 
-from torchao_masquant.tensor_subclasses.fsdp_gathering import ROWS
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import INTEGERS, PARTS
 
 __all__: list[str] = []
-
-# Parts with a value for each input channel, and the dimension that these lie along.
-_COLUMNS = {"qdata": 1, "act_pre_scale": 1, "act_shift": 1, "l1": 0}
-
-# Of groups of input channels, where there is more than one.
-_GROUPS = ("scale", "zero_point")
 
 
 @MASQuantTensor.implements(torch.ops.aten.cat.default)
@@ -37,7 +31,6 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         )
     assert isinstance(first, MASQuantTensor)
     dim = dim % first.dim()
-    joined: dict[str, Any] = {}
     names, attributes = first.__tensor_flatten__()
     for other in tensors[1:]:
         theirs = other.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -46,12 +39,13 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
                 f"torch.cat needs quantized weights of one layout: got {other!r} beside "
                 f"{first!r}."
             )
+    along = _dimensions(first, dim)
+    joined: dict[str, torch.Tensor] = {}
     for name in names:
         parts = [getattr(t, name) for t in tensors]
-        along = _dimension(first, name, dim, parts[0])
-        if along is not None:
-            joined[name] = torch.cat(parts, along)
-        elif name == "modality_bias":
+        if name in along:
+            joined[name] = torch.cat(parts, along[name])
+        elif PARTS[name].added:
             # The first of columns has it, and the others zeros.
             joined[name] = torch.stack(parts).sum(0)
         elif all(torch.equal(p, parts[0]) for p in parts[1:]):
@@ -61,35 +55,32 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
                 "torch.cat puts together what was one weight, with one smoothing: the "
                 f"{name} of {first!r} and of a tensor behind it differ."
             )
+    in_features = first.in_features
     if dim == first.dim() - 1:
-        attributes["in_features"] = sum(t.shape[-1] for t in tensors)
+        in_features = sum(t.shape[-1] for t in tensors)
         odd = [t for t in tensors[:-1] if t.shape[-1] % 2]
-        if odd and first.weight_bits <= 4:
+        if odd and INTEGERS[first.weight_bits].per_byte == 2:
             raise ValueError(
                 "torch.cat puts whole bytes together, and an odd number of columns of "
                 f"4 bits ends within one: got {odd[0]!r}."
             )
-    return MASQuantTensor(**joined, **attributes)
+    return first.with_parts(joined, in_features=in_features)
 
 
 def _without_k(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in attributes.items() if name != "in_features"}
 
 
-def _dimension(
-    first: MASQuantTensor, name: str, dim: int, part: torch.Tensor
-) -> Optional[int]:
-    """Which of a part's dimensions grows where a weight's does; None where none does."""
-    if first.dim() == 3 and dim == 0:
-        shared = name == "act_pre_scale" or (name == "act_shift" and part.dim() == 2)
-        return None if shared else 0
-    experts = first.dim() - 2
-    rows = dim == experts
-    if rows:
-        return None if name not in ROWS else ROWS[name] + experts
-    if name in _GROUPS:
-        return 1 + experts if part.shape[-1] > 1 else None
-    if name not in _COLUMNS:
-        return None
-    own = experts if part.dim() == 3 else 0
-    return _COLUMNS[name] + own
+def _dimensions(first: MASQuantTensor, dim: int) -> dict[str, int]:
+    """Name of each part that grows where a weight's dimension does, to its own."""
+    parts = first.parts()
+    if dim == first.dim() - 3:
+        return {n: 0 for n, t in parts.items() if PARTS[n].is_of_each_expert(t)}
+    columns = "KBG" if first.weight_layout.groups > 1 else "KB"
+    grown = "N" if dim == first.dim() - 2 else columns
+    return {
+        name: along
+        for name in parts
+        for symbol in grown
+        if (along := PARTS[name].dim(symbol)) is not None
+    }

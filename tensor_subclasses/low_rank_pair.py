@@ -5,6 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """How the low-rank pairs of a weight are held: in 16 bits, or in 8."""
 
+from typing import Sequence
+
 import torch
 from torchao.quantization.quant_primitives import (
     MappingType,
@@ -12,7 +14,7 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
-__all__ = ["low_rank_dtype", "quantize_low_rank_pair"]
+__all__ = ["copy_components", "low_rank_dtype", "quantize_low_rank_pair"]
 
 # Both ends, not -128: integers that are quantized again come out the same.
 _QUANT_MAX = 127
@@ -73,3 +75,27 @@ def _quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         quant_max=_QUANT_MAX,
     )
     return qdata, scale.squeeze(-1)
+
+
+def copy_components(
+    target: torch.Tensor,
+    ranks: Sequence[int],
+    source: torch.Tensor,
+    source_ranks: Sequence[int],
+    dim: int,
+) -> None:
+    """Copy one side of pairs into room for pairs of no smaller ranks.
+
+    Args:
+        target: with components of zeros, which change nothing.
+        ranks: of modality 1, 2, ... that it has room for.
+        source: one side of pairs.
+        source_ranks: theirs.
+        dim: along which components of all modalities lie, in both.
+    """
+    start = source_start = 0
+    for rank, source_rank in zip(ranks, source_ranks):
+        target.narrow(dim, start, source_rank).copy_(
+            source.narrow(dim, source_start, source_rank)
+        )
+        start, source_start = start + rank, source_start + source_rank

@@ -7,16 +7,19 @@
 
 import hashlib
 import math
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torchao.utils import TorchAOBaseTensor, fill_defaults
+from torchao.utils import TorchAOBaseTensor
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
 from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
-from torchao_masquant.tensor_subclasses.checks import check_integers, check_parts
-from torchao_masquant.tensor_subclasses.fsdp_gathering import ROWS, FSDPGathering
+from torchao_masquant.tensor_subclasses.fsdp_gathering import FSDPGathering
+from torchao_masquant.tensor_subclasses.given_parts import (
+    GivenParts,
+    check_integers,
+    check_zero_points,
+)
 from torchao_masquant.tensor_subclasses.low_rank_pair import (
     low_rank_dtype,
     quantize_low_rank_pair,
@@ -25,10 +28,13 @@ from torchao_masquant.tensor_subclasses.smoothed_weight import (
     dequantize_smoothed_weight,
     quantize_smoothed_weight,
 )
+from torchao_masquant.tensor_subclasses.weight_layout import (
+    INTEGERS,
+    PARTS,
+    WeightLayout,
+)
 
 __all__ = ["MASQuantTensor"]
-
-aten = torch.ops.aten
 
 
 class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
@@ -88,15 +94,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             K; None: there is no rotation
     """
 
-    tensor_data_names = ["qdata", "scale", "act_pre_scale"]
-    optional_tensor_data_names = [
-        "l1",
-        "l2",
-        "modality_bias",
-        "zero_point",
-        "low_rank_scale",
-        "act_shift",
-    ]
+    tensor_data_names = [p.name for p in PARTS.values() if not p.optional]
+    optional_tensor_data_names = [p.name for p in PARTS.values() if p.optional]
     tensor_attribute_names = [
         "in_features",
         "weight_bits",
@@ -154,12 +153,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         hadamard_size: Optional[int] = None,
     ):
         super().__init__()
-        if zero_point is not None and act_bits != 16:
-            raise ValueError(
-                "asymmetric weights are for activations that are not quantized "
-                f"(act_bits=16), got act_bits={act_bits}: quantize the weight "
-                "symmetrically."
-            )
+        if zero_point is not None:
+            check_zero_points(act_bits)
         self.qdata = qdata
         self.scale = scale
         self.act_pre_scale = act_pre_scale
@@ -242,7 +237,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         n, k = hp_tensor.shape
         if smoothing_factor is None:
             smoothing_factor = torch.ones(1, k, device=hp_tensor.device)
-        parts: dict[str, Any] = dict(
+        given = GivenParts(
             weight_bits=weight_bits,
             act_bits=act_bits,
             modalities=modalities,
@@ -255,7 +250,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             low_rank_bits=low_rank_bits,
             hadamard_size=hadamard_size,
         )
-        check_parts((n, k), **parts)
+        given.check((n, k), symmetric=symmetric)
         act_pre_scale = smoothing_factor[0].to(hp_tensor.device, torch.float32)
         qdata, scale, zero_point = quantize_smoothed_weight(
             hp_tensor,
@@ -265,7 +260,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             symmetric=symmetric,
             hadamard_size=hadamard_size,
         )
-        return cls._assemble(qdata, scale, zero_point, dtype=hp_tensor.dtype, **parts)
+        return cls._assemble(qdata, scale, zero_point, hp_tensor.dtype, given)
 
     @classmethod
     def from_integers(
@@ -307,7 +302,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
                 their bits, or a pair, bias or shift is given where tokens are not told
                 apart.
         """
-        parts: dict[str, Any] = dict(
+        given = GivenParts(
             weight_bits=weight_bits,
             act_bits=act_bits,
             modalities=modalities,
@@ -325,9 +320,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
                 "MASQuantTensor.from_integers takes 2-D integers (N, K), got shape "
                 f"{tuple(qdata.shape)}."
             )
-        check_parts((qdata.shape[0], qdata.shape[1]), **parts)
+        shape = (qdata.shape[0], qdata.shape[1])
+        given.check(shape, symmetric=zero_point is None)
         check_integers(qdata, scale, zero_point, weight_bits)
-        return cls._assemble(qdata, scale, zero_point, dtype=dtype, **parts)
+        return cls._assemble(qdata, scale, zero_point, dtype, given)
 
     @classmethod
     def _assemble(
@@ -335,19 +331,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         qdata: torch.Tensor,
         scale: torch.Tensor,
         zero_point: Optional[torch.Tensor],
-        *,
-        weight_bits: int,
-        act_bits: int,
-        modalities: Sequence[str],
-        smoothing_factor: torch.Tensor,
         dtype: torch.dtype,
-        ranks: Sequence[int],
-        l1: Optional[torch.Tensor],
-        l2: Optional[torch.Tensor],
-        modality_bias: Optional[torch.Tensor],
-        act_shift: Optional[torch.Tensor],
-        low_rank_bits: int,
-        hadamard_size: Optional[int],
+        given: GivenParts,
     ) -> "MASQuantTensor":
         device = qdata.device
 
@@ -356,30 +341,31 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         ) -> Optional[torch.Tensor]:
             return None if t is None else t.to(device, dtype)
 
-        low_rank_scale = None
-        if low_rank_bits == 8 and l1 is not None and l2 is not None:
+        l1, l2, low_rank_scale = given.l1, given.l2, None
+        if given.low_rank_bits == 8 and l1 is not None and l2 is not None:
             l1, l2, low_rank_scale = quantize_low_rank_pair(
                 l1.to(device), l2.to(device)
             )
         else:
             l1, l2 = held(l1, low_rank_dtype(dtype)), held(l2, low_rank_dtype(dtype))
+        packed = INTEGERS[given.weight_bits].per_byte == 2
         return cls(
-            pack_int4(qdata) if weight_bits <= 4 else qdata,
+            pack_int4(qdata) if packed else qdata,
             scale.to(device, torch.float32),
-            smoothing_factor.to(device, torch.float32).reciprocal(),
+            given.smoothing_factor.to(device, torch.float32).reciprocal(),
             qdata.shape[1],
-            weight_bits,
-            act_bits,
-            modalities,
-            ranks,
+            given.weight_bits,
+            given.act_bits,
+            given.modalities,
+            given.ranks,
             dtype,
             l1=l1,
             l2=l2,
-            modality_bias=held(modality_bias, torch.float32),
+            modality_bias=held(given.modality_bias, torch.float32),
             zero_point=held(zero_point, torch.int8),
             low_rank_scale=low_rank_scale,
-            act_shift=held(act_shift, torch.float32),
-            hadamard_size=hadamard_size,
+            act_shift=held(given.act_shift, torch.float32),
+            hadamard_size=given.hadamard_size,
         )
 
     @classmethod
@@ -399,21 +385,53 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         if not weights:
             raise ValueError("MASQuantTensor.stack needs at least one weight.")
         first = weights[0]
-        names, attributes = first.__tensor_flatten__()
         for weight in weights[1:]:
-            if weight.__tensor_flatten__() != (names, attributes) or not _same(
-                [first.act_pre_scale, weight.act_pre_scale]
+            if weight.__tensor_flatten__() != first.__tensor_flatten__() or not (
+                torch.equal(weight.act_pre_scale, first.act_pre_scale)
             ):
                 raise ValueError(
                     "experts need weights of one layout, with the same smoothing "
                     f"factors: got {weight!r} beside {first!r}."
                 )
-        inner: dict[str, Any] = {}
-        for name in names:
-            parts = [getattr(weight, name) for weight in weights]
-            shared = name == "act_pre_scale" or (name == "act_shift" and _same(parts))
-            inner[name] = parts[0] if shared else torch.stack(parts)
-        return cls(**inner, **attributes)
+        return first.with_parts(
+            {
+                name: PARTS[name].stacked([getattr(weight, name) for weight in weights])
+                for name in first.parts()
+            }
+        )
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors that it consists of, by name."""
+        return {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
+
+    def with_parts(
+        self, parts: Mapping[str, torch.Tensor], **attributes: Any
+    ) -> "MASQuantTensor":
+        """A weight of other parts.
+
+        Args:
+            parts: name to tensor.
+            attributes: what is no tensor, where it is another than this weight's.
+        """
+        held = {**parts, **self.__tensor_flatten__()[1], **attributes}
+        return type(self)(**held)
+
+    @property
+    def weight_layout(self) -> WeightLayout:
+        """Which parts it has, and the type and shape of each."""
+        return WeightLayout(
+            shape=tuple(self.shape),
+            weight_bits=self.weight_bits,
+            groups=self.scale.shape[-1],
+            modalities=len(self.modalities),
+            factors=self.act_pre_scale.shape[0],
+            rank=sum(self.ranks),
+            pair_dtype=torch.bfloat16 if self.l1 is None else self.l1.dtype,
+            symmetric=self.symmetric,
+            bias=self.modality_bias is not None,
+            shift=self.act_shift is not None,
+            own_shift=self.act_shift is not None and self.act_shift.dim() == 3,
+        )
 
     @property
     def is_routed(self) -> bool:
@@ -449,7 +467,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     def column_multiple(self) -> int:
         """Input channels of which pieces hold whole multiples: bytes, groups, blocks."""
         group = self.group_size if self.scale.shape[-1] > 1 else 1
-        per_byte = 2 if self.weight_bits <= 4 else 1
+        per_byte = INTEGERS[self.weight_bits].per_byte
         return math.lcm(group, per_byte, self.hadamard_size or 1)
 
     @property
@@ -463,9 +481,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     @property
     def nbytes_stored(self) -> int:
         """Bytes of all inner tensors, as ``nbytes`` is."""
-        inner = (getattr(self, n) for n in self.__tensor_flatten__()[0])
         # Not nbytes, which torch.compile's tensors of symbolic shape do not have.
-        return sum(t.numel() * t.element_size() for t in inner)
+        return sum(t.numel() * t.element_size() for t in self.parts().values())
 
     def refuse_if_flat(self) -> None:
         """Raise for what ``view(-1)`` has made, where values would be looked for in it.
@@ -482,11 +499,12 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
 
     def as_rows(self) -> "MASQuantTensor":
         """(1, K) of one row (K,), as views."""
-        names, attributes = self.__tensor_flatten__()
-        parts = {name: getattr(self, name) for name in names}
-        for name in parts.keys() & ROWS.keys():
-            parts[name] = parts[name].unsqueeze(ROWS[name])
-        return type(self)(**parts, **attributes)
+        parts = self.parts()
+        for name, part in parts.items():
+            dim = PARTS[name].dim("N")
+            if dim is not None:
+                parts[name] = part.unsqueeze(dim)
+        return self.with_parts(parts)
 
     def with_dtype(self, dtype: torch.dtype) -> "MASQuantTensor":
         """The same weight, standing for one of another type; parts are not copied.
@@ -494,9 +512,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         Args:
             dtype: floating point.
         """
-        names, attributes = self.__tensor_flatten__()
-        parts = {name: getattr(self, name) for name in names}
-        return type(self)(**parts, **{**attributes, "dtype": dtype})
+        return self.with_parts(self.parts(), dtype=dtype)
 
     def same_layout(self, other: object) -> bool:
         """Whether something is such a weight, too, that differs in values alone.
@@ -506,16 +522,14 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         """
         if not isinstance(other, MASQuantTensor):
             return False
-        names, attributes = self.__tensor_flatten__()
-        return (names, attributes) == other.__tensor_flatten__() and all(
-            getattr(self, n).shape == getattr(other, n).shape
-            and getattr(self, n).dtype == getattr(other, n).dtype
-            for n in names
+        return self.__tensor_flatten__() == other.__tensor_flatten__() and all(
+            (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+            for ours, theirs in zip(self.parts().values(), other.parts().values())
         )
 
     def int_data(self) -> torch.Tensor:
         """The integers, unpacked: int8, of the weight's shape."""
-        if self.weight_bits <= 4:
+        if INTEGERS[self.weight_bits].per_byte == 2:
             return unpack_int4(self.qdata, self.in_features)
         return self.qdata
 
@@ -567,11 +581,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
 
     def _stable_hash_for_caching(self) -> str:
         """Key of a compiled graph that takes this tensor: all but its values."""
-        names, attributes = self.__tensor_flatten__()
-        inner = {name: getattr(self, name) for name in names}
+        attributes = self.__tensor_flatten__()[1]
         described = [
             (name, tuple(t.shape), tuple(t.stride()), t.dtype, t.device)
-            for name, t in inner.items()
+            for name, t in self.parts().items()
         ]
         key = repr((type(self).__qualname__, described, sorted(attributes.items())))
         return hashlib.sha256(key.encode()).hexdigest()
@@ -623,252 +636,6 @@ def _rebuild_rotated(rebuild: Callable[..., Any], *args: Any) -> Any:
     they would take the integers for those of other channels.
     """
     return rebuild(*args)
-
-
-def _same(tensors: Sequence[torch.Tensor]) -> bool:
-    return all(t is tensors[0] or torch.equal(t, tensors[0]) for t in tensors[1:])
-
-
-implements = MASQuantTensor.implements
-implements_torch_function = MASQuantTensor.implements_torch_function
-
-
-def _same_smoothing(weight: MASQuantTensor, other: torch.Tensor) -> bool:
-    """Whether shapes and types allow that two weights smooth and quantize alike."""
-    return (
-        isinstance(other, MASQuantTensor)
-        and other.device == weight.device
-        and other.act_bits == weight.act_bits
-        and other.hadamard_size == weight.hadamard_size
-        and other.act_pre_scale.shape == weight.act_pre_scale.shape
-        and (other.act_shift is None) == (weight.act_shift is None)
-    )
-
-
-def _check_weight(weight: torch.Tensor) -> None:
-    if not isinstance(weight, MASQuantTensor):
-        raise TypeError(
-            "masquant::linear takes a MASQuantTensor as its weight, and plain tensors "
-            f"as everything else; got a {type(weight).__name__} weight."
-        )
-    if weight.dim() != 2:
-        raise ValueError(
-            f"masquant::linear takes the weight of one linear, got {weight!r}: experts "
-            "are for masquant::expert_linear."
-        )
-
-
-@implements(torch.ops.masquant.linear.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    x, weight, modality_ids, bias, smoothed_by = fill_defaults(args, 5, [None] * 3)
-    _check_weight(weight)
-    if smoothed_by is None:
-        smoothed_by = weight
-    elif not _same_smoothing(weight, smoothed_by):
-        raise ValueError(
-            "smoothed_by must be a weight with the same smoothing factors, rotation and "
-            f"bits of activations on the same device as {weight!r}, got {smoothed_by!r}."
-        )
-    if not x.is_floating_point():
-        raise TypeError(
-            f"masquant::linear takes a floating point input, got {x.dtype}."
-        )
-    if x.shape[-1] != weight.in_features:
-        raise ValueError(
-            f"input width {x.shape[-1]} does not match the weight's "
-            f"in_features={weight.in_features} (input shape {tuple(x.shape)}, weight "
-            f"shape {tuple(weight.shape)})."
-        )
-    if modality_ids is not None:
-        if modality_ids.shape != x.shape[:-1]:
-            raise ValueError(
-                f"modality ids of shape {tuple(modality_ids.shape)} do not match the "
-                f"tokens of an input of shape {tuple(x.shape)}."
-            )
-        if modality_ids.is_floating_point() or modality_ids.dtype == torch.bool:
-            raise TypeError(f"modality ids are integers, got {modality_ids.dtype}.")
-        modality_ids = modality_ids.reshape(-1) if weight.is_routed else None
-    tokens = x.reshape(-1, x.shape[-1])
-    # A base-only call hands no pair on.
-    paired = modality_ids is not None and weight.l1 is not None
-    if weight.weight_only:
-        y = torch.ops.masquant.weight_only_linear(
-            tokens,
-            smoothed_by.act_pre_scale,
-            weight.qdata,
-            weight.scale,
-            weight.zero_point,
-            weight.l1 if paired else None,
-            weight.l2 if paired else None,
-            weight.modality_bias,
-            modality_ids,
-            bias,
-            weight.ranks,
-            weight.weight_bits,
-            x.dtype,
-            weight.low_rank_scale if paired else None,
-            weight.hadamard_size or 1,
-        )
-        return y.reshape(*x.shape[:-1], weight.shape[0])
-    qx, x_scale = torch.ops.masquant.smooth_quantize(
-        tokens,
-        smoothed_by.act_pre_scale,
-        modality_ids,
-        weight.act_bits,
-        smoothed_by.act_shift,
-        weight.hadamard_size or 1,
-    )
-    hidden = None
-    if paired:
-        hidden = torch.ops.masquant.low_rank_down(
-            qx,
-            x_scale,
-            weight.l1,
-            modality_ids,
-            weight.ranks,
-            weight.low_rank_scale,
-        )
-    y = torch.ops.masquant.int_linear(
-        qx,
-        x_scale,
-        weight.qdata,
-        weight.scale,
-        hidden,
-        weight.l2 if paired else None,
-        weight.modality_bias,
-        modality_ids,
-        bias,
-        weight.weight_bits,
-        x.dtype,
-    )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-@implements(aten.linear.default)
-@implements_torch_function(torch.nn.functional.linear)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    x = kwargs["input"] if "input" in kwargs else args[0]
-    weight = kwargs["weight"] if "weight" in kwargs else args[1]
-    bias = kwargs["bias"] if "bias" in kwargs else (args[2] if len(args) > 2 else None)
-    _check_weight(weight)
-    if weight.is_routed:
-        raise RuntimeError(
-            "torch.nn.functional.linear does not know the modality of a token, and "
-            f"this weight treats {weight.modalities} differently: call its "
-            "MASQuantLinear, or torch.ops.masquant.linear with modality_ids (None for "
-            f"tokens that are all {weight.modalities[0]})."
-        )
-    return torch.ops.masquant.linear(x, weight, None, bias)
-
-
-@implements([aten.t.default, aten.transpose.int])
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    # No matmul of ours takes a transposed weight: it is for shape arithmetic and
-    # inspection, so it gives the values in high precision.
-    if args[0].is_routed:
-        # aten::linear, where it meets no __torch_function__, is a transpose and a matmul.
-        raise RuntimeError(
-            "a matmul with a transposed weight does not know the modality of a token, "
-            f"and this weight treats {args[0].modalities} differently: call its "
-            "MASQuantLinear or torch.ops.masquant.linear, or dequantize(modality=...) "
-            "before transposing."
-        )
-    return func(args[0].dequantize(), *args[1:], **kwargs)
-
-
-@implements(aten.slice.Tensor)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """Rows (output channels) or columns (input channels), step 1, as views.
-
-    The outputs of the column slices of a weight add up to the whole's: the modality
-    bias rides with the slice that holds column 0.
-    """
-    self, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
-    if self.dim() != 2:
-        raise ValueError(
-            f"the experts of a MASQuantTensor are not sliced, but taken one by one, as "
-            f"weight[e]: got {self!r}."
-        )
-    dim = dim + 2 if dim < 0 else dim
-    if step != 1:
-        raise ValueError(f"MASQuantTensor slices with step 1 only, got step={step}.")
-    size = self.shape[dim]
-    start, end, _ = slice(start, end).indices(size)
-    end = max(start, end)
-
-    qdata, scale, pre_scale = self.qdata, self.scale, self.act_pre_scale
-    l1, l2, modality_bias = self.l1, self.l2, self.modality_bias
-    zero_point, act_shift = self.zero_point, self.act_shift
-    in_features = self.in_features
-    if dim == 0:
-        qdata = aten.slice.Tensor(qdata, 0, start, end)
-        scale = aten.slice.Tensor(scale, 0, start, end)
-        if zero_point is not None:
-            zero_point = aten.slice.Tensor(zero_point, 0, start, end)
-        if l2 is not None:
-            l2 = aten.slice.Tensor(l2, 1, start, end)
-        if modality_bias is not None:
-            modality_bias = aten.slice.Tensor(modality_bias, 1, start, end)
-    else:
-        per_byte = 2 if self.weight_bits <= 4 else 1
-        group_size = self.group_size if scale.shape[1] > 1 else 1
-        multiple = self.column_multiple
-        if start % multiple or (end % multiple and end != size):
-            raise ValueError(
-                f"columns {start}:{end} of a MASQuantTensor of shape "
-                f"{tuple(self.shape)} must start and end on a multiple of {multiple} "
-                f"({self.column_units})."
-            )
-        qdata = aten.slice.Tensor(
-            qdata, 1, start // per_byte, (end + per_byte - 1) // per_byte
-        )
-        if scale.shape[1] > 1:
-            groups = start // group_size, end // group_size
-            scale = aten.slice.Tensor(scale, 1, *groups)
-            if zero_point is not None:
-                zero_point = aten.slice.Tensor(zero_point, 1, *groups)
-        pre_scale = aten.slice.Tensor(pre_scale, 1, start, end)
-        if act_shift is not None:
-            act_shift = aten.slice.Tensor(act_shift, 1, start, end)
-        if l1 is not None:
-            l1 = aten.slice.Tensor(l1, 0, start, end)
-        if modality_bias is not None and start > 0:
-            modality_bias = torch.zeros_like(modality_bias)
-        in_features = end - start
-    return return_and_correct_aliasing(
-        func,
-        args,
-        kwargs,
-        MASQuantTensor(
-            qdata,
-            scale,
-            pre_scale,
-            in_features,
-            self.weight_bits,
-            self.act_bits,
-            self.modalities,
-            self.ranks,
-            self.dtype,
-            l1=l1,
-            l2=l2,
-            modality_bias=modality_bias,
-            zero_point=zero_point,
-            low_rank_scale=self.low_rank_scale,
-            act_shift=act_shift,
-            hadamard_size=self.hadamard_size,
-        ),
-    )
-
-
-@implements(aten.is_pinned.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
-    self = args[0]
-    return all(getattr(self, n).is_pinned() for n in self.__tensor_flatten__()[0])
-
-
-@implements(aten._pin_memory.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    return args[0]._apply_fn_to_data(lambda t: t.pin_memory())
 
 
 torch.serialization.add_safe_globals([MASQuantTensor, _rebuild_rotated])

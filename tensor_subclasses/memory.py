@@ -20,23 +20,31 @@ from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
 
 __all__: list[str] = []
 
+aten = torch.ops.aten
+implements = MASQuantTensor.implements
 implements_torch_function = MASQuantTensor.implements_torch_function
-
-
-def _parts(tensor: MASQuantTensor) -> list[torch.Tensor]:
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 @implements_torch_function(torch.Tensor.share_memory_)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    for part in _parts(args[0]):
+    for part in args[0].parts().values():
         part.share_memory_()
     return args[0]
 
 
 @implements_torch_function(torch.Tensor.is_shared)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
-    return all(part.is_shared() for part in _parts(args[0]))
+    return all(part.is_shared() for part in args[0].parts().values())
+
+
+@implements(aten.is_pinned.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
+    return all(part.is_pinned() for part in args[0].parts().values())
+
+
+@implements(aten._pin_memory.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    return args[0]._apply_fn_to_data(lambda t: t.pin_memory())
 
 
 @implements_torch_function(

@@ -16,6 +16,7 @@ from torchao.quantization.quant_primitives import (
 )
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
+from torchao_masquant.tensor_subclasses.weight_layout import group_count
 
 __all__ = [
     "check_group_size",
@@ -93,7 +94,7 @@ def quantize_smoothed_weight(
             "quantized: exclude its linear."
         )
     check_group_size(group_size, shape)
-    groups = 1 if group_size is None else shape[1] // group_size
+    groups = group_count(group_size, shape[1])
     block_size = (1, shape[1] // groups)
     smoothed = hadamard_rotate(weight.float() / act_pre_scale, hadamard_size or 1)
     blocks = smoothed.unflatten(1, (groups, block_size[1]))

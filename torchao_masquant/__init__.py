@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from torchao_masquant.integrations.registration import register_integrations
 
 if TYPE_CHECKING:
-    from torchao_masquant.calibration import calibrate, modality_sensitivity
+    from torchao_masquant.calibration.sensitivity import modality_sensitivity
+    from torchao_masquant.conductor import calibrate
     from torchao_masquant.config import MASQuantConfig, masquant_config
     from torchao_masquant.evaluation.analysis import Analysis
     from torchao_masquant.evaluation.analyze import analyze
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from torchao_masquant.integrations.hf_config import MASQuantHfConfig
     from torchao_masquant.integrations.save import save_quantized
     from torchao_masquant.linear import MASQuantLinear
+    from torchao_masquant.options import SCHEMES, Scheme
     from torchao_masquant.recipe import LayerRecipe, Recipe
     from torchao_masquant.routing import Router, token_modalities
-    from torchao_masquant.schemes import SCHEMES, Scheme
     from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 #: pyproject.toml reads it here
@@ -75,13 +76,13 @@ _MODULES = {
     "MASQuantTensor": "tensor_subclasses",
     "Recipe": "recipe",
     "Router": "routing",
-    "SCHEMES": "schemes",
-    "Scheme": "schemes",
+    "SCHEMES": "options",
+    "Scheme": "options",
     "analyze": "evaluation",
-    "calibrate": "calibration",
+    "calibrate": "conductor",
     "evaluate": "evaluation",
     "masquant_config": "config",
-    "modality_sensitivity": "calibration",
+    "modality_sensitivity": "calibration.sensitivity",
     "save_quantized": "integrations.save",
     "token_modalities": "routing",
     "tune_kernels": "gpu_tuning",

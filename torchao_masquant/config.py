@@ -6,35 +6,47 @@
 """The torchao config of MASQuant, and what ``quantize_`` does with it."""
 
 import copy
-import dataclasses
-import functools
 import os
 from dataclasses import InitVar, dataclass
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Any, Optional, Union
 
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torch import nn
+from torchao.core.config import AOBaseConfig
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
 from torchao_masquant.base_configs import scheme_of_base_config
-from torchao_masquant.calibration.calibrate import library_versions
-from torchao_masquant.modality import TEXT
-from torchao_masquant.recipe import Recipe
-from torchao_masquant.selection import (
-    Patterns,
+from torchao_masquant.option_fields import shows_options
+from torchao_masquant.options import QuantizationOptions
+from torchao_masquant.quantize import (
+    Changes,
+    plan_convert,
+    plan_loading,
+    plan_prepare,
+    plan_recipe,
 )
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.recipe import Recipe
+from torchao_masquant.torchao_adapter import handle_whole_models
 
 __all__ = ["MASQuantConfig", "masquant_config"]
 
-_STEPS = (
-    QuantizationStep.PREPARE,
-    QuantizationStep.CONVERT,
-    QuantizationStep.PREPARE_FOR_LOADING,
-)
+_STEPS = {
+    "prepare": plan_prepare,
+    "convert": plan_convert,
+    "prepare_for_loading": plan_loading,
+}
 
 
 @dataclass
-class MASQuantConfig(AOBaseConfig):
+class _First(AOBaseConfig):
+    """The first arguments of a config: dataclasses take fields from the last base on."""
+
+    base_config: InitVar[Union[AOBaseConfig, str, None]] = None
+    step: Union[str, QuantizationStep, None] = None
+
+
+@shows_options
+@dataclass
+class MASQuantConfig(QuantizationOptions, _First):
     """
     Configuration for MASQuant when passed into quantize_()
 
@@ -54,91 +66,54 @@ class MASQuantConfig(AOBaseConfig):
     choose linears: by the module.
 
     Args:
+        base_config: a config of torchao's, in place of ``scheme`` and ``group_size``, as
+            AWQConfig and SmoothQuantConfig take it; see
+            :func:`~torchao_masquant.base_configs.scheme_of_base_config`. A step in this
+            place is taken as ``step``.
         step: "prepare" (observe the linears), "convert" (quantize them), or
             "prepare_for_loading" (give the linears quantized weights of zeros, to load
             a quantized state_dict into, with ``assign=True``, or in place where the
             other options are those that it was made with).
-        scheme: "w8a8", "w4a8", "w4a6", "w4a4", "w4a16" or "w3a3".
-        method: "masquant", "masquant-paper", "smoothquant" or "rtn".
-        alpha: 0..1, exponent of the activations in the smoothing factor, or "auto".
-        separation: 0..1 or "auto", see :func:`~torchao_masquant.calibrate`.
-        rank: of each modality's low-rank pair, an int, or a float, the share of
-            ``min(N, K)``, or "auto".
-        group_size: of the weight, in place of the scheme's.
-        shift: see there, as the four below.
-        rounding: "gptq" or "nearest".
-        clip: search the part of the weight's range that its scales are made for.
-        low_rank_bits: 16 or 8.
-        modality_weights: name of a modality to a factor of what its errors weigh.
-        epochs: of learning; only a recipe from ``calibrate`` has learned anything.
-        lr: its learning rate.
-        batch_size: samples of one of its steps.
-        hadamard_size: neighbouring channels that are rotated together; 1 for no rotation,
-            None for what the method does.
-        base_modality: the one that the shared weight is smoothed for.
-        modalities: those that the model will meet; None for all its config declares.
-        include: patterns of names of linears and expert weights, in place of all of the
-            decoder.
-        exclude: patterns of names to leave out.
+        {options}
         recipe: what ``calibrate`` found, or the path of one; its options take the
             place of those above. Only a path can be written to JSON
             (``torchao.core.config.config_to_dict``).
-        base_config: a config of torchao's, in place of ``scheme`` and ``group_size``; also
-            as the first argument, as AWQConfig and SmoothQuantConfig take it. See
-            :func:`~torchao_masquant.base_configs.scheme_of_base_config`.
 
     Raises:
         ValueError: an option is out of range, or a recipe meets another step.
         FileNotFoundError: there is no recipe at the path.
     """
 
-    step: Union[str, QuantizationStep]
-    scheme: str = "w4a8"
-    method: str = "masquant"
-    alpha: Union[float, str, None] = None
-    separation: Union[float, str, None] = None
-    rank: Union[int, float, str] = 0.05
-    group_size: Optional[int] = None
-    shift: Optional[bool] = None
-    rounding: Optional[str] = None
-    clip: Optional[bool] = None
-    low_rank_bits: int = 16
-    modality_weights: Optional[Mapping[str, float]] = None
-    epochs: int = 0
-    lr: float = 3e-4
-    batch_size: int = 1
-    base_modality: str = TEXT
-    modalities: Optional[Sequence[str]] = None
-    include: Patterns = None
-    exclude: Patterns = None
     recipe: Optional[Union[Recipe, str, os.PathLike]] = None
-    base_config: InitVar[Optional[AOBaseConfig]] = None
-    hadamard_size: Optional[int] = None
 
-    def __post_init__(self, base_config: Optional[AOBaseConfig] = None) -> None:
-        if base_config is not None:
+    def __post_init__(self, base_config: Union[AOBaseConfig, str, None] = None) -> None:
+        if isinstance(base_config, AOBaseConfig):
             self._follow(base_config)
-        names = [step.value for step in _STEPS]
-        step = self.step.value if isinstance(self.step, QuantizationStep) else self.step
-        if str(step).lower() not in names:
-            raise ValueError(f"unknown step {self.step!r}: choose one of {names}.")
+        elif base_config is not None and self.step is None:
+            self.step = base_config
+        elif base_config is not None:
+            raise TypeError(
+                f"base_config must be a config of torchao's, got {base_config!r}: give "
+                "all else by name, as in MASQuantConfig(step='convert', scheme='w8a8')."
+            )
+        # A QuantizationStep is a string, too.
+        step = getattr(self.step, "value", self.step)
+        if str(step).lower() not in _STEPS:
+            raise ValueError(f"unknown step {step!r}: choose one of {list(_STEPS)}.")
         self.step = str(step).lower()
-        if self.recipe is not None and self.step != QuantizationStep.CONVERT:
+        if self.recipe is not None and self.step != "convert":
             raise ValueError(
                 f"a recipe is for step='convert', not for step={self.step!r}."
             )
         if isinstance(self.recipe, (str, os.PathLike)):
             self.recipe = os.fspath(self.recipe)
-        # torchao leaves what begins with an underscore out of its JSON.
-        self._recipe_of, self._loaded_recipe = self.recipe, self._load()
-        if self._loaded_recipe is not None:
-            for name, value in _fixed_by(self._loaded_recipe).items():
-                setattr(self, name, value)
+        self._load()
         if self.modalities is not None and not isinstance(self.modalities, str):
             # What torchao writes to JSON; it refuses tuples.
             self.modalities = list(self.modalities)
-        # Checks them.
-        self.scheme = self.options.scheme
+        # Checks them, and says what those are that were not given.
+        for name, value in vars(self.options).items():
+            setattr(self, name, value)
         if self.recipe is None and self.epochs:
             raise ValueError(
                 "learning needs the samples: call calibrate(model, samples, epochs=...) "
@@ -163,13 +138,24 @@ class MASQuantConfig(AOBaseConfig):
             )
         self.scheme, self.group_size = scheme, group_size
 
-    def _load(self) -> Optional[Recipe]:
-        if self.recipe is None or isinstance(self.recipe, Recipe):
-            return self.recipe
-        # Read once, and kept where its file goes.
-        if self.recipe == getattr(self, "_recipe_of", None):
-            return self._loaded_recipe
-        return Recipe.load(self.recipe)
+    def _load(self) -> None:
+        """Read the recipe, once, and take over what goes with it."""
+        # torchao leaves what begins with an underscore out of its JSON.
+        source, loaded = getattr(self, "_loaded", (None, None))
+        if source is not self.recipe:
+            given = self.recipe
+            if isinstance(given, (str, os.PathLike)):
+                given = Recipe.load(given)
+            loaded = given
+            for name, value in _fixed_by(loaded).items():
+                setattr(self, name, value)
+        for name, value in _fixed_by(loaded).items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"the config's {name} was changed to {getattr(self, name)!r}, and "
+                    f"its recipe was made for {value!r}: calibrate again to change it."
+                )
+        self._loaded = self.recipe, loaded
 
     def checked(self) -> "MASQuantConfig":
         """What it says now: a copy, whose fields are checked as when it was made.
@@ -181,52 +167,18 @@ class MASQuantConfig(AOBaseConfig):
         """
         found = copy.copy(self)
         found.__post_init__()
-        if self.recipe is self._recipe_of and self._loaded_recipe is not None:
-            for name, value in _fixed_by(self._loaded_recipe).items():
-                if getattr(self, name) != value:
-                    raise ValueError(
-                        f"the config's {name} was changed to {getattr(self, name)!r}, "
-                        f"and its recipe was made for {value!r}: calibrate again to "
-                        "change it."
-                    )
         return found
 
     @property
     def loaded_recipe(self) -> Optional[Recipe]:
         """The recipe itself, where ``recipe`` may be its path."""
-        return self._loaded_recipe
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """What a checkpoint tells of the calibration, and of the libraries."""
-        recipe = self.loaded_recipe
-        if recipe is None:
-            return {"versions": library_versions()}
-        return {"versions": recipe.versions, **recipe.description}
-
-    @property
-    def options(self) -> SolverOptions:
-        """Options of the solution."""
-        names = [field.name for field in dataclasses.fields(SolverOptions)]
-        return SolverOptions(**{name: getattr(self, name) for name in names})
+        return self._loaded[1]
 
 
-_init = MASQuantConfig.__init__
-
-
-@functools.wraps(_init)
-def _init_with_base_config(self: MASQuantConfig, *args: Any, **kwargs: Any) -> None:
-    # The place of the first argument is the step's.
-    if args and isinstance(args[0], AOBaseConfig):
-        kwargs["base_config"], args = args[0], args[1:]
-    _init(self, *args, **kwargs)
-
-
-MASQuantConfig.__init__ = _init_with_base_config  # type: ignore[method-assign]
-
-
-def _fixed_by(recipe: Recipe) -> dict[str, Any]:
+def _fixed_by(recipe: Optional[Recipe]) -> dict[str, Any]:
     """Fields of a config that go with a recipe."""
+    if recipe is None:
+        return {}
     return {
         **vars(recipe.options),
         "modalities": list(recipe.modalities),
@@ -234,9 +186,15 @@ def _fixed_by(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-# A config is named in checkpoints by its class alone, looked up in these modules; one of
-# its own, since torchao calls whatever has the name.
-ALLOWED_AO_MODULES.add("torchao_masquant.integrations.torchao_config")
+def _plan(model: nn.Module, config: MASQuantConfig) -> Changes:
+    """What a config changes in a model."""
+    config = config.checked()
+    if config.loaded_recipe is not None:
+        return plan_recipe(model, config.loaded_recipe, config.include, config.exclude)
+    return _STEPS[str(config.step)](model, config)
+
+
+handle_whole_models(MASQuantConfig, _plan)
 
 
 def masquant_config(
@@ -269,7 +227,3 @@ def masquant_config(
             f"a {type(recipe).__name__}."
         )
     return MASQuantConfig(step="convert", recipe=recipe, **overrides)
-
-
-# quantize_ looks the handler up as soon as there is a config.
-from torchao_masquant.steps import handler as _handler  # noqa: E402,F401

@@ -14,16 +14,22 @@ others stay in high precision.
 import logging
 import weakref
 from dataclasses import dataclass
-from typing import Iterable, Optional
+from typing import Iterable, Mapping, Optional, Union
 
 import torch
 from torch import nn
 
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+
 __all__ = [
     "PROJECTIONS",
     "ExpertWeight",
+    "Layer",
+    "by_module",
     "expert_weights",
     "experts_of",
+    "layers_of_model",
+    "module_of",
     "projections",
     "warn_of_expert_weights",
 ]
@@ -56,9 +62,11 @@ class ExpertWeight:
 
     @property
     def weight(self) -> torch.Tensor:
-        """(E, N, K), a view where the module has it as (E, K, N)."""
+        """(E, N, K), a view where the module has it as (E, K, N); quantized ones it has so."""
         weight = getattr(self.module, self.parameter).data
-        return weight.transpose(1, 2) if self.module.is_transposed else weight
+        if isinstance(weight, MASQuantTensor) or not self.module.is_transposed:
+            return weight
+        return weight.transpose(1, 2)
 
     @property
     def out_features(self) -> int:
@@ -69,6 +77,33 @@ class ExpertWeight:
     def in_features(self) -> int:
         """K."""
         return self.weight.shape[2]
+
+
+#: What a recipe has a part for.
+Layer = Union[nn.Linear, ExpertWeight]
+
+
+def module_of(layer: Layer) -> nn.Module:
+    """The linear itself, or the module of the experts."""
+    return layer.module if isinstance(layer, ExpertWeight) else layer
+
+
+def by_module(layers: Mapping[str, Layer]) -> dict[nn.Module, dict[str, Layer]]:
+    """Each module to those of some layers, by name, that it holds."""
+    modules: dict[nn.Module, dict[str, Layer]] = {}
+    for name, layer in layers.items():
+        modules.setdefault(module_of(layer), {})[name] = layer
+    return modules
+
+
+def layers_of_model(model: nn.Module) -> dict[str, Layer]:
+    """All linears and experts of a known layout, quantized or not, by name."""
+    linears: dict[str, Layer] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    return linears | experts_of(model)
 
 
 def projections(module: nn.Module) -> Optional[tuple[str, str]]:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchao_masquant.distributed.sharded_linear import sharded_linear
 from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.copying import adopt_rotation
+from torchao_masquant.tensor_subclasses.sharded_linear import sharded_linear
 
 __all__ = ["MASQuantLinear", "SmoothingSiblings", "weight_mismatch"]
 

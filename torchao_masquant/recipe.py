@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence, Union
 
@@ -19,16 +20,23 @@ from safetensors.torch import save_file
 
 from torchao_masquant.atomic_files import replacing
 from torchao_masquant.kernels.hadamard import check_hadamard_size
+from torchao_masquant.options import Scheme, SolverOptions
 from torchao_masquant.outputs import RECIPE_FORMAT, check_file
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.low_rank_pair import copy_components
+from torchao_masquant.tensor_subclasses.weight_layout import (
+    PARTS,
+    Part,
+    WeightLayout,
+    group_count,
+)
 
 __all__ = [
     "LayerRecipe",
     "Recipe",
     "described",
     "join_recipes",
+    "library_versions",
     "read_header",
     "weight_fingerprint",
 ]
@@ -122,42 +130,68 @@ class LayerRecipe:
             raise ValueError(
                 f"{name} is of shape {self.shape}: a weight has 2 or 3 sizes"
             )
-        *experts, n, k = self.shape
         if self.hadamard_size is not None:
             try:
-                check_hadamard_size(self.hadamard_size, k)
+                check_hadamard_size(self.hadamard_size, self.shape[-1])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         rank = sum(self.ranks)
-        shared = self.smoothing_factor.shape[:1] == (1,)
-        expected: dict[str, Optional[tuple[int, ...]]] = {
-            "smoothing_factor": (1 if shared else modalities, k),
-            "l1": (*experts, k, rank) if rank else None,
-            "l2": (*experts, rank, n) if rank else None,
-        }
-        if self.modality_bias is not None:
-            expected["modality_bias"] = (*experts, modalities, n)
-        if self.act_shift is not None:
-            own = experts if self.act_shift.dim() == 3 else []
-            expected["act_shift"] = (*own, modalities, k)
-        integers = (self.qdata, self.scale, self.zero_point)
-        if any(t is not None for t in integers):
-            groups = 0 if self.scale is None else self.scale.shape[-1:].numel()
-            expected["qdata"] = (*experts, n, k)
-            expected["scale"] = (*experts, n, groups)
-            if self.zero_point is not None:
-                expected["zero_point"] = (*experts, n, groups)
         if rank and len(self.ranks) != modalities - 1:
             raise ValueError(
                 f"{name} has {len(self.ranks)} ranks for {modalities} modalities"
             )
-        for key, shape in expected.items():
-            tensor = getattr(self, key)
+        ready = any(t is not None for t in (self.qdata, self.scale, self.zero_point))
+        layout = self._layout(
+            modalities,
+            # A byte each: they are not packed.
+            weight_bits=8,
+            groups=0 if self.scale is None else self.scale.shape[-1:].numel(),
+            symmetric=self.zero_point is None,
+            pair_dtype=torch.bfloat16,
+        )
+        expected = {part.name: layout.shape_of(part) for part in layout.parts()}
+        for key in _TENSORS:
+            tensor, shape = getattr(self, key), expected.get(_part(key).name)
+            if key in ("qdata", "scale") and not ready:
+                shape = None
             found = None if tensor is None else tuple(tensor.shape)
             if found != shape:
                 raise ValueError(
                     f"{key} of {name} is of shape {found}, it should be {shape}"
                 )
+
+    def layout(
+        self, scheme: Scheme, modalities: int, low_rank_bits: int = 16
+    ) -> WeightLayout:
+        """Of the weight that :meth:`quantize` gives.
+
+        Args:
+            scheme: integer formats; ready integers have their own groups.
+            modalities: M.
+            low_rank_bits: 16 or 8, of the low-rank pairs.
+        """
+        scale = self.scale
+        return self._layout(
+            modalities,
+            weight_bits=scheme.weight_bits,
+            groups=group_count(scheme.group_size, self.shape[-1])
+            if scale is None
+            else scale.shape[-1],
+            symmetric=scheme.symmetric if scale is None else self.zero_point is None,
+            pair_dtype=torch.int8 if low_rank_bits == 8 else torch.bfloat16,
+        )
+
+    def _layout(self, modalities: int, **integers: Any) -> WeightLayout:
+        return WeightLayout(
+            shape=self.shape,
+            modalities=modalities,
+            factors=1 if self.smoothing_factor.shape[:1] == (1,) else modalities,
+            rank=sum(self.ranks),
+            bias=self.modality_bias is not None,
+            shift=self.act_shift is not None,
+            own_shift=self.act_shift is not None and self.act_shift.dim() == 3,
+            **integers,
+        )
 
     def quantize(
         self,
@@ -269,8 +303,7 @@ class LayerRecipe:
         own: dict[str, Any] = {
             name: tensor[index]
             for name, tensor in self.tensors().items()
-            if name != "smoothing_factor"
-            and not (name == "act_shift" and tensor.dim() == 2)
+            if _part(name).is_of_each_expert(tensor)
         }
         return dataclasses.replace(self, shape=self.shape[1:], **own)
 
@@ -296,17 +329,12 @@ class LayerRecipe:
         ranks = tuple(max(r) for r in zip(*(p.ranks for p in parts if p.ranks)))
         padded = [_padded(part, ranks) for part in parts]
         stacked = {
-            name: torch.stack([getattr(part, name) for part in padded])
+            name: _part(name).stacked([getattr(part, name) for part in padded])
             for name in padded[0].tensors()
-            if name != "smoothing_factor"
         }
-        shift = stacked.get("act_shift")
-        if shift is not None and (shift == shift[0]).all():
-            stacked["act_shift"] = shift[0].clone()
         return cls(
             shape=(len(parts), *first.shape),
             fingerprint=fingerprint,
-            smoothing_factor=first.smoothing_factor,
             ranks=ranks,
             hadamard_size=first.hadamard_size,
             **stacked,
@@ -340,21 +368,21 @@ def _padded(part: LayerRecipe, ranks: tuple[int, ...]) -> LayerRecipe:
     """The same part of a linear, with components of zeros up to these ranks."""
     if part.ranks == ranks:
         return part
-    n, k = part.shape
-    downs, ups = [], []
-    start = 0
-    for own, rank in zip(part.ranks or (0,) * len(ranks), ranks):
-        down, up = torch.zeros(k, rank), torch.zeros(rank, n)
-        if part.l1 is not None and part.l2 is not None:
-            components = slice(start, start + own)
-            down, up = down.to(part.l1.dtype), up.to(part.l2.dtype)
-            down[:, :own], up[:own] = part.l1[:, components], part.l2[components]
-        downs.append(down)
-        ups.append(up)
-        start += own
-    return dataclasses.replace(
-        part, ranks=ranks, l1=torch.cat(downs, dim=1), l2=torch.cat(ups)
-    )
+    layout = WeightLayout(part.shape, weight_bits=8, rank=sum(ranks))
+    sides: dict[str, Any] = {}
+    for name in ("l1", "l2"):
+        own = getattr(part, name)
+        dtype = torch.float32 if own is None else own.dtype
+        sides[name] = torch.zeros(layout.shape_of(PARTS[name]), dtype=dtype)
+        if own is not None:
+            components = PARTS[name].dims.index("R")
+            copy_components(sides[name], ranks, own, part.ranks, components)
+    return dataclasses.replace(part, ranks=ranks, **sides)
+
+
+def _part(name: str) -> Part:
+    """The part of a weight that one of a recipe's tensors becomes."""
+    return PARTS["act_pre_scale" if name == "smoothing_factor" else name]
 
 
 @dataclass
@@ -392,6 +420,11 @@ class Recipe:
         return sum(
             t.nbytes for layer in self.layers.values() for t in layer.tensors().values()
         )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint tells of the calibration, and of the libraries."""
+        return {"versions": self.versions, **self.description}
 
     @property
     def _fields(self) -> tuple[str, ...]:
@@ -650,3 +683,11 @@ def _sizes(values: Any, name: str, least: int) -> tuple[int, ...]:
             f"{name} is a list of integers in {least}..{_LARGEST}, got {values!r}"
         )
     return tuple(values)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a recipe's numbers depend on."""
+    return {
+        name: version(name)
+        for name in ("torch", "torchao", "torchao_masquant", "transformers")
+    }

@@ -9,7 +9,7 @@ import fnmatch
 import logging
 import re
 from dataclasses import dataclass, replace
-from typing import Collection, Iterable, Mapping, Optional, Sequence, Union
+from typing import Collection, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -17,19 +17,20 @@ from torch import nn
 from torchao_masquant.expert_modules import RoutedExperts
 from torchao_masquant.experts import (
     ExpertWeight,
+    Layer,
     experts_of,
+    module_of,
     projections,
     warn_of_expert_weights,
 )
 from torchao_masquant.families import family_of
 from torchao_masquant.model_parts import Decoder, find_decoder, heads_of
+from torchao_masquant.options import NamePatterns, SolverOptions, resolve_rank
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
-from torchao_masquant.solver.compensation import resolve_rank
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = [
-    "Patterns",
     "Selected",
+    "check_plain",
     "check_whole",
     "decoder_of",
     "match_names",
@@ -42,10 +43,8 @@ _LOGGER = logging.getLogger(__name__)
 # Of a decoder's weights that are left out for being small.
 _LARGEST_SHARE = 0.25
 
-Patterns = Optional[Union[str, Sequence[str]]]
 
-
-def _matching(names: Sequence[str], patterns: Patterns, option: str) -> set[str]:
+def _matching(names: Sequence[str], patterns: NamePatterns, option: str) -> set[str]:
     """Names that match a pattern; raises for a pattern that matches none."""
     matched: set[str] = set()
     given = [patterns] if isinstance(patterns, str) else patterns or ()
@@ -71,8 +70,8 @@ def _matching(names: Sequence[str], patterns: Patterns, option: str) -> set[str]
 
 def match_names(
     names: Sequence[str],
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: NamePatterns = None,
+    exclude: NamePatterns = None,
     default: Optional[Sequence[str]] = None,
 ) -> list[str]:
     """Narrow names down by patterns.
@@ -135,14 +134,18 @@ class Selected:
     experts: dict[str, ExpertWeight]
 
     @property
+    def layers(self) -> dict[str, Layer]:
+        """Both, by name."""
+        return {**self.linears, **self.experts}
+
+    @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The weight of each, (N, K) or (E, N, K)."""
-        linears = {name: linear.weight for name, linear in self.linears.items()}
-        return linears | {name: e.weight for name, e in self.experts.items()}
+        return {name: layer.weight for name, layer in self.layers.items()}
 
 
 def select_linears(
-    model: nn.Module, include: Patterns = None, exclude: Patterns = None
+    model: nn.Module, include: NamePatterns = None, exclude: NamePatterns = None
 ) -> dict[str, nn.Linear]:
     """The linears of :func:`select`, for what has nothing to say of experts.
 
@@ -160,8 +163,8 @@ def select_linears(
 
 def select(
     model: nn.Module,
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: NamePatterns = None,
+    exclude: NamePatterns = None,
     options: Optional[SolverOptions] = None,
     modalities: int = 1,
     done: Collection[nn.Module] = (),
@@ -194,7 +197,8 @@ def select(
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     experts = experts_of(model)
-    modules = linears | {name: weight.module for name, weight in experts.items()}
+    layers: dict[str, Layer] = {**linears, **experts}
+    modules = {name: module_of(layer) for name, layer in layers.items()}
     decoder = find_decoder(model)
     if decoder is None:
         if include is None:
@@ -238,20 +242,7 @@ def select(
             )
         if module in done:
             continue
-        if name in experts:
-            _check_plain_experts(name, experts[name])
-            continue
-        # A subclass may compute something else than x W^T + b.
-        if type(module) is not nn.Linear:
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, not a plain nn.Linear: it is "
-                "quantized or observed already, or needs to be excluded."
-            )
-        if type(module.weight.data) is not torch.Tensor:
-            raise ValueError(
-                f"{name} holds a {type(module.weight.data).__name__}, not a plain "
-                "tensor: it is quantized already, or needs to be excluded."
-            )
+        check_plain(name, layers[name])
     check_whole(names, experts)
     warn_of_expert_weights(decoder.module, experts.values())
     names = [name for name in names if modules[name] not in done]
@@ -286,7 +277,7 @@ def _growing(
         and weight_bytes(
             n := linear.out_features,
             k := linear.in_features,
-            options.bits,
+            options.number_format,
             replace(found, rank=min(found.rank, resolve_rank(usual, n, k)))
             if isinstance(found.rank, int)
             else replace(found, rank=min(found.rank, usual)),
@@ -309,16 +300,28 @@ def _tell_of_small(small: Mapping[str, nn.Linear]) -> None:
         )
 
 
-def _check_plain_experts(name: str, weight: ExpertWeight) -> None:
-    if isinstance(weight.module, RoutedExperts):
+def check_plain(name: str, layer: Layer) -> None:
+    """Raise unless a linear, or experts, are as a model has them before all else.
+
+    Raises:
+        ValueError: names it.
+    """
+    if isinstance(layer, ExpertWeight):
+        if isinstance(layer.module, RoutedExperts):
+            raise ValueError(
+                f"{name} is quantized or observed already, or needs to be excluded."
+            )
+    # A subclass may compute something else than x W^T + b.
+    elif type(layer) is not nn.Linear:
         raise ValueError(
-            f"{name} is quantized or observed already, or needs to be excluded."
+            f"{name} is a {type(layer).__name__}, not a plain nn.Linear: it is "
+            "quantized or observed already, or needs to be excluded."
         )
-    held = type(weight.weight)
+    held = type(layer.weight.data)
     if held is not torch.Tensor:
         raise ValueError(
-            f"{name} is a {held.__name__}, not a plain tensor: it is quantized already, "
-            "or needs to be excluded."
+            f"{name} holds a {held.__name__}, not a plain tensor: it is quantized "
+            "already, or needs to be excluded."
         )
 
 

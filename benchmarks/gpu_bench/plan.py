@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Optional, Sequence
 
 from torchao_masquant.kernels.gpu.roofline import DEVICES, Device, LinearCall
-from torchao_masquant.schemes import SCHEMES
+from torchao_masquant.options import SCHEMES
 
 __all__ = [
     "BF16",

@@ -20,10 +20,10 @@ from real.methods import quantize
 from real.scoring import Reference
 from real.thinker import load_model
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.calibration.calibrate import library_versions
-from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.recipe import library_versions
 from torchao_masquant.routing import Router
+from torchao_masquant.samples import run_samples
 from torchao_masquant.selection import select_linears
 
 __all__ = ["Results", "Size", "run"]

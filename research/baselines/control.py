@@ -10,10 +10,10 @@ from typing import Optional, Union
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import Scheme, resolve_rank
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.compensation import low_rank_pair, resolve_rank
+from torchao_masquant.solver.compensation import low_rank_pair
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["ControlLinear"]

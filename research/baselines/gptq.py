@@ -9,10 +9,10 @@ from typing import Optional
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import Scheme
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.shared_weight import JointHessian, round_to_nearest
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 __all__ = ["gptq"]
 

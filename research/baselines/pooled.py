@@ -11,13 +11,11 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.statistics import InputStatistics, Moments
-from torchao_masquant.calibration.token_sample import TokenSample
+from torchao_masquant.options import Scheme, SolverOptions, resolve_rank
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.compensation import resolve_rank
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics.input_statistics import InputStatistics, Moments
+from torchao_masquant.statistics.token_sample import TokenSample
 
 __all__ = ["PooledLinear", "pooled", "pooled_statistics"]
 

@@ -11,9 +11,9 @@ from typing import Any, Optional, Sequence
 import torch
 from torch import nn
 
+from torchao_masquant.options import Scheme
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.schemes import Scheme
 
 __all__ = ["PublishedLinear"]
 

@@ -21,18 +21,14 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantLinear, Recipe, masquant_config
-from torchao_masquant.calibration.calibrate import (
-    learned_factors,
-    library_versions,
-    solve,
-)
 from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.conductor import learned_factors, solve
 from torchao_masquant.learning import learn
-from torchao_masquant.recipe import LayerRecipe
+from torchao_masquant.options import SolverOptions
+from torchao_masquant.recipe import LayerRecipe, library_versions
 from torchao_masquant.routing import Router
 from torchao_masquant.solver.layers import factors_alone, solve_group
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["BASELINES", "Quantizing", "weight_bytes"]
 
@@ -114,7 +110,7 @@ class Quantizing:
         options = SolverOptions(
             scheme=scheme, method="smoothquant", group_size=given.get("group_size")
         )
-        bits = options.bits
+        bits = options.number_format
         layers: dict[str, LayerRecipe] = {}
         modules: dict[str, nn.Module] = {}
         quantized = copy.deepcopy(self.model)

@@ -9,9 +9,9 @@ from typing import Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import Scheme
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
-from torchao_masquant.schemes import Scheme
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 __all__ = ["searched_factor"]
 

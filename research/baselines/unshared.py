@@ -10,8 +10,8 @@ from typing import Optional
 import torch
 from torch import nn
 
+from torchao_masquant.options import Scheme
 from torchao_masquant.routing import Router
-from torchao_masquant.schemes import Scheme
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["UnsharedLinear"]

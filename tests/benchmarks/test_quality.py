@@ -18,11 +18,10 @@ from tiny_models import OMNI_DECODER
 from torch import nn
 
 from torchao_masquant import tensor_subclasses
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.routing import Router
-from torchao_masquant.schemes import get_scheme
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.testing import digits
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -318,9 +317,9 @@ def test_the_authors_pair_reads_what_is_not_rounded():
     options = SolverOptions("w4a4", "masquant-paper", rank=4)
     (layer,) = solve_group({"q": linear.weight.data}, statistics, options).values()
     router = Router(NAMES)
-    module = PublishedLinear("q", linear, layer, options.bits, NAMES, router)
+    module = PublishedLinear("q", linear, layer, options.number_format, NAMES, router)
     bare = dataclasses.replace(layer, ranks=(), l1=None, l2=None)
-    weight = bare.quantize(linear.weight.data, options.bits, NAMES)
+    weight = bare.quantize(linear.weight.data, options.number_format, NAMES)
     for index, x in enumerate(data):
         ids = torch.full((len(x),), index)
         expected = torch.ops.masquant.linear(x, weight, ids, None)

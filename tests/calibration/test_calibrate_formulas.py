@@ -23,7 +23,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import calibrate, masquant_config
-from torchao_masquant.calibration import token_sample
+from torchao_masquant.statistics import token_sample
 from torchao_masquant.testing import digits
 
 LAYER = f"{OMNI_DECODER}.layers.1."

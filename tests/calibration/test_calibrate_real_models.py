@@ -15,8 +15,8 @@ from torch import nn
 from transformers import BatchFeature
 
 from torchao_masquant import calibrate
-from torchao_masquant.calibration import calibrate as calibrate_function
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.conductor import calibrate as calibrate_function
 from torchao_masquant.testing import digits
 
 SMALL = {"progress": False, "rank": 2}

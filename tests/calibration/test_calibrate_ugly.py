@@ -15,7 +15,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import calibrate, masquant_config, token_modalities
-from torchao_masquant.solver.methods import METHODS
+from torchao_masquant.options import METHODS
 
 NAMES = ("text", "vision", "audio")
 K, N, TOKENS = 20, 14, 60

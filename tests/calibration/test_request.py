@@ -13,8 +13,8 @@ from torchao.quantization import quantize_
 from torchao_masquant import MASQuantConfig, calibrate
 from torchao_masquant.__main__ import main
 from torchao_masquant.calibration.request import check_shapes
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.sequential import calibrate_sequential
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
 WRONG = [

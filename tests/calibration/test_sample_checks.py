@@ -86,7 +86,7 @@ def test_a_generator_that_has_ended(model, entrance):
 
 def test_what_models_take_stays():
     """An additive mask, and lists of tensors."""
-    from torchao_masquant.calibration.sample_checks import check_sample
+    from torchao_masquant.sample_checks import check_sample
 
     check_sample({"attention_mask": torch.zeros(1, 1, 4, 4)}, "sample 0")
     check_sample(

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from torchao_masquant.calibration.groups import SharedInputs
-from torchao_masquant.calibration.statistics import (
+from torchao_masquant.statistics import input_statistics as statistics
+from torchao_masquant.statistics.input_statistics import (
     InputStatistics,
     Moments,
 )
@@ -43,6 +44,16 @@ def test_moments_equal_numpy_over_chunks(dtype, mean):
     np.testing.assert_allclose(
         moments.covariance(), np.cov(exact.T, bias=True), atol=1e-8 * (1 + mean)
     )
+
+
+def test_wide_tokens_are_multiplied_a_few_columns_at_a_time(monkeypatch):
+    monkeypatch.setattr(statistics, "_COLUMNS", 5)
+    chunks = torch.randn(3, 40, 13, generator=torch.Generator().manual_seed(0))
+    found = Moments.zeros(13, torch.device("cpu"), True)
+    for chunk in chunks:
+        found.update(chunk)
+    x = chunks.flatten(0, 1).double()
+    torch.testing.assert_close(found.outer, x.t() @ x, rtol=0, atol=1e-12 * len(x))
 
 
 def test_a_constant_channel_has_no_covariance():

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchao_masquant.calibration.statistics import Moments
-from torchao_masquant.calibration.token_sample import SAMPLE_TOKENS, TokenSample
+from torchao_masquant.statistics.input_statistics import Moments
+from torchao_masquant.statistics.token_sample import SAMPLE_TOKENS, TokenSample
 
 
 def kept(sizes):

@@ -10,26 +10,14 @@ import json
 import pytest
 import safetensors
 import torch
+from running import printed, run
 from transformers import AutoModelForMultimodalLM
 
 from torchao_masquant import MASQuantLinear, Recipe
-from torchao_masquant.__main__ import main
 from torchao_masquant.testing import model_folders
 
 # One exponent and no search: the steps are what is looked at.
 QUICK = ["--alpha", "0.5", "--separation", "1", "--rank", "2"]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
-def printed(capsys, *arguments):
-    """What a command that succeeds prints, as JSON."""
-    capsys.readouterr()
-    assert run(*arguments, "--json") == 0, capsys.readouterr().err
-    out, _ = capsys.readouterr()
-    return json.loads(out)
 
 
 CASES = {

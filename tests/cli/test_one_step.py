@@ -10,32 +10,13 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from running import printed, refused, run
 from safetensors.torch import load_file
 
 from torchao_masquant import Analysis, Recipe
-from torchao_masquant.__main__ import main
 from torchao_masquant.testing import model_folders
 
 QUICK = ["--alpha", "0.5", "--separation", "1", "--rank", "2"]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
-def printed(capsys, *arguments):
-    capsys.readouterr()
-    assert run(*arguments, "--json") == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys, *arguments):
-    capsys.readouterr()
-    assert run(*arguments) == 1
-    out, err = capsys.readouterr()
-    (line,) = err.splitlines()
-    assert out == ""
-    return line
 
 
 def stored(folder):
@@ -161,7 +142,7 @@ def unloaded(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    for command in ("calibrate", "quantize", "analyze", "evaluate"):
+    for command in ("calibrate", "quantize", "analyze", "eval"):
         monkeypatch.setattr(f"torchao_masquant.cli.{command}.load_model", load)
 
 

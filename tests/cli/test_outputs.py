@@ -13,28 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import refused, run
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from torchao_masquant import Recipe, save_quantized
-from torchao_masquant.__main__ import main
 from torchao_masquant.outputs import check_file, check_folder, kind_of
 from torchao_masquant.testing import model_folders
 
 CALIBRATE = ["--method", "rtn", "--max-samples", "1", "--include", "*.q_proj"]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments):
-    capsys.readouterr()
-    assert run(*arguments) == 1
-    out, err = capsys.readouterr()
-    (line,) = err.splitlines()
-    assert out == ""
-    return line
 
 
 def contents(folder):

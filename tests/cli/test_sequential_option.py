@@ -12,18 +12,14 @@ import sys
 import pytest
 import tiny_models
 import torch
+from running import run
 from safetensors.torch import load_file
 
 from torchao_masquant import Recipe
-from torchao_masquant.__main__ import main
 from torchao_masquant.data import SavedSamples
 from torchao_masquant.testing import model_folders
 
 QUICK = ["--alpha", "0.5", "--separation", "1", "--rank", "2"]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 def assert_same_recipe(path, other):

@@ -22,7 +22,7 @@ from torchao_masquant import (
     masquant_config,
 )
 from torchao_masquant.calibration.session import MASQuantObservedLinear
-from torchao_masquant.solver.methods import METHODS
+from torchao_masquant.options import METHODS
 from torchao_masquant.testing import digits
 
 LAST = r"re:model\.(language_model\.)?layers\.3\..*"

@@ -28,7 +28,7 @@ from torchao_masquant import (
     token_modalities,
 )
 from torchao_masquant.calibration.session import MASQuantObservedLinear
-from torchao_masquant.solver.methods import METHODS, SolverOptions
+from torchao_masquant.options import METHODS, SolverOptions
 
 NAMES = ("text", "vision", "audio")
 FIRST = r"re:model\.(language_model\.)?layers\.0\..*"

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantLinear, Recipe, calibrate, masquant_config
+from torchao_masquant.options import METHODS, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, read_header, weight_fingerprint
-from torchao_masquant.solver.methods import METHODS, SolverOptions
 from torchao_masquant.testing import digits
 
 
@@ -183,7 +183,7 @@ def test_rotations_come_back(scheme, rounding, tmp_path):
     found = model.first.weight.data
     assert found.hadamard_size == 8
     part = loaded.layers["first"]
-    bits = recipe.options.bits
+    bits = recipe.options.number_format
     assert part.made(found, bits, recipe.modalities)
     assert not plain.made(found, bits, recipe.modalities)
     if rounding == "nearest" and scheme == "w4a8":

@@ -15,7 +15,7 @@ from torchao_masquant.deploy import lower
 from torchao_masquant.deploy.lowering import choose_kernels
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.kernels.cpu_engine import CpuEngine
-from torchao_masquant.schemes import SCHEMES
+from torchao_masquant.options import SCHEMES
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 HAVE_KERNELS = cpu_lowering.prepare().engine is not CpuEngine.REFERENCE

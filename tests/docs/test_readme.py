@@ -28,7 +28,9 @@ ALL_PAGES = [
     *sorted((ROOT / "tutorials").glob("*.md")),
 ]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = [p for p in ALL_PAGES if re.search(r"^(```python|masquant )", p.read_text(), re.M)]
+PAGES = [
+    p for p in ALL_PAGES if re.search(r"^(```python|masquant )", p.read_text(), re.M)
+]
 
 #: Of the hub; in its place stands a tiny random model that is made on the spot.
 HUB_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -87,7 +89,9 @@ def test_every_make_target_that_a_page_names_exists():
 def _anchors(page):
     """What GitHub calls the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
-    return {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}
+    return {
+        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings
+    }
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)

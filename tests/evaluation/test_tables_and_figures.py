@@ -19,7 +19,7 @@ from torchao_masquant.evaluation.tables import WIDTH, new_table, short_names, to
 
 def test_an_evaluation_shows_its_numbers():
     text = str(records.evaluation())
-    assert "w4a8: 2 KiB of weights in the decoder (reference: 8 KiB)" in text
+    assert "w4a8: 2.00 KiB of weights in the decoder (reference: 8.00 KiB)" in text
     for cell in ("75.0 (25.0)", "1.500 (2.000)", "1.25e-01", "inf", "50.0", "4.482"):
         assert cell in text
     assert "text+vision" in text

@@ -11,16 +11,16 @@ from expert_models import LAYOUTS, NAMES, E, H, MoEModel, sample, samples
 from torch import nn
 
 from torchao_masquant import Recipe, calibrate
-from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.experts import experts_of
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import weight_fingerprint
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import select, select_linears
 from torchao_masquant.solver.experts import recentered, solve_experts
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics.expert_statistics import ExpertStatistics
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 
 def recipe_of(model: nn.Module, data=None, **options) -> Recipe:
@@ -143,7 +143,7 @@ def test_a_channel_that_is_constant_in_each_expert_has_no_covariance():
     weight = torch.randn(E, 8, 4, generator=torch.Generator().manual_seed(1))
     layer = solve_experts("experts", weight, statistics, SolverOptions("w8a8"))
     # On no token is the outlier rounded: y = W z is a part of the bias.
-    quantized = layer.quantize(weight, SolverOptions("w8a8").bits, ("text",))
+    quantized = layer.quantize(weight, SolverOptions("w8a8").number_format, ("text",))
     order = torch.argsort(experts, stable=True)
     ends = torch.arange(1, E + 1) * 100
     y = torch.ops.masquant.expert_linear(x[order], quantized, ends)
@@ -161,7 +161,7 @@ def test_pairs_of_different_ranks_are_filled_up_with_zeros():
     assert not layer.l1[1].any() and not layer.l2[1].any()
     assert layer.l1[0].any() and layer.l2[2].any()
     for bits in (8, 16):
-        quantized = layer.quantize(weight, options.bits, NAMES, bits)
+        quantized = layer.quantize(weight, options.number_format, NAMES, bits)
         assert quantized.shape == weight.shape
         assert not quantized.dequantize(modality="audio")[1].any()
 

@@ -196,7 +196,7 @@ def test_a_device_map_without_accelerate_is_refused_by_name(saved, monkeypatch):
     monkeypatch.setattr(
         "transformers.integrations.accelerate.is_accelerate_available", lambda: False
     )
-    with refused("requires `accelerate`. You can install it"):
+    with pytest.raises(ValueError, match="requires `accelerate`. You can install it"):
         AutoModelForImageTextToText.from_pretrained(folder, device_map="cpu")
 
 

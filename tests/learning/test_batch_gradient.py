@@ -102,7 +102,9 @@ def test_a_step_is_of_the_mean_loss(monkeypatch):
         name: LearnableWeight(
             layer,
             layer.quantize(
-                model.get_submodule(name).weight.data, start.options.bits, NAMES
+                model.get_submodule(name).weight.data,
+                start.options.number_format,
+                NAMES,
             ),
         )
         for name, layer in start.layers.items()

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import Cache
 
 from torchao_masquant import calibrate
-from torchao_masquant.learning.blocks import capture_calls, decoder_blocks
+from torchao_masquant.decoder_blocks import capture_calls, decoder_blocks
 from torchao_masquant.learning.learnable_weight import LearnableWeight
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
 NAMES = ("text", "vision")
@@ -99,7 +99,9 @@ def _error(model, recipe, samples):
             parts = [f"layers.{index}.{n}" for n in ("up", "down")]
             up, down = (
                 recipe.layers[n].quantize(
-                    model.get_submodule(n).weight.data, recipe.options.bits, NAMES
+                    model.get_submodule(n).weight.data,
+                    recipe.options.number_format,
+                    NAMES,
                 )
                 for n in parts
             )
@@ -227,7 +229,7 @@ def test_starts_as_the_operator(scheme, low_rank_bits, hadamard_size):
         hadamard_size=hadamard_size,
     )
     options = SolverOptions(scheme, group_size=16, low_rank_bits=low_rank_bits)
-    quantized = layer.quantize(weight, options.bits, NAMES, low_rank_bits)
+    quantized = layer.quantize(weight, options.number_format, NAMES, low_rank_bits)
     learnable = LearnableWeight(layer, quantized)
     x, ids, bias = (
         normal(2, 9, 32),
@@ -240,7 +242,9 @@ def test_starts_as_the_operator(scheme, low_rank_bits, hadamard_size):
         # Float32 in another order; a level in a thousand may round the other way.
         off = (y - expected).abs() > 1e-4 * expected.abs().max()
         assert off.float().mean() < 0.02
-    again = learnable.result().quantize(weight, options.bits, NAMES, low_rank_bits)
+    again = learnable.result().quantize(
+        weight, options.number_format, NAMES, low_rank_bits
+    )
     assert again.hadamard_size == hadamard_size
     assert torch.equal(again.int_data(), quantized.int_data())
     for name in ("scale", "act_pre_scale", "act_shift", "l1", "l2", "modality_bias"):
@@ -263,7 +267,9 @@ def test_every_part_has_a_gradient():
         hadamard_size=4,
     )
     options = SolverOptions("w4a4")
-    learnable = LearnableWeight(layer, layer.quantize(weight, options.bits, NAMES))
+    learnable = LearnableWeight(
+        layer, layer.quantize(weight, options.number_format, NAMES)
+    )
     ids = torch.tensor([[0, 1, 1, 0]])
     learnable.linear(torch.randn(1, 4, 16), ids, None).square().sum().backward()
     for name, delta in learnable.deltas.items():

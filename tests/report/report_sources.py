@@ -22,7 +22,7 @@ from torchao_masquant.evaluation import (
     SmoothingLoss,
     TaskScore,
 )
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.modality_spread import InputSpread, ModalitySpread
 
 MODALITIES = ("text", "vision", "audio")

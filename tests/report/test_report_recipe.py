@@ -22,10 +22,10 @@ from torchao_masquant import (
     masquant_config,
 )
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.report import write_report
 from torchao_masquant.report.recipe_bytes import LayerBytes, layer_bytes, recipe_bytes
 from torchao_masquant.report.recipe_figures import shared_inputs
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
 LAYER = r"re:model\.(language_model\.)?layers\.0\..*"
@@ -98,7 +98,7 @@ def test_ready_integers_count_packed(bits, integers):
     options = SolverOptions({8: "w8a8", 4: "w4a4", 3: "w3a3"}[bits], low_rank_bits=8)
     for more in ({}, ready):
         layer = LayerRecipe((9, 7), "0" * 16, **parts, **more)
-        assert layer_bytes(layer, options) == LayerBytes(
+        assert layer_bytes(layer, options, modalities=2) == LayerBytes(
             integers=integers,
             scales=4 * 9,
             factors=4 * 2 * 7,

@@ -15,9 +15,9 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantConfig, MASQuantLinear, calibrate, masquant_config
-from torchao_masquant.calibration.calibrate import base_first
+from torchao_masquant.calibration.request import base_first
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.selection import select
-from torchao_masquant.solver.methods import SolverOptions
 
 
 class Gated(nn.Module):

@@ -10,10 +10,10 @@ import tiny_models
 import torch
 from results import FIXED
 
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.sequential import calibrate_sequential, preflight
 from torchao_masquant.sequential.decoder_walk import DecoderWalk
 from torchao_masquant.sequential.preflight import Estimate, check_time, estimate
-from torchao_masquant.solver.methods import SolverOptions
 
 GIB = 1 << 30
 

@@ -19,11 +19,11 @@ from teams import SIZE, stopped, together
 
 from torchao_masquant import Recipe, Router
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.calibration.statistics import Moments
-from torchao_masquant.calibration.token_sample import TokenSample
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.sequential.block_solver import BlockSolver
 from torchao_masquant.sequential.team import Team
+from torchao_masquant.statistics.input_statistics import Moments
+from torchao_masquant.statistics.token_sample import TokenSample
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hadamard_oracle import hadamard_f64
 
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 NAMES = ("text", "vision", "audio")
 K, WIDTHS, TOKENS = 24, {"q": 30, "k": 12}, 160

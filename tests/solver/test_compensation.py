@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchao_masquant.options import resolve_rank
 from torchao_masquant.solver.compensation import (
     error_spectrum,
     low_rank_pair,
     pair_of_product,
-    resolve_rank,
     whitening,
 )
 from torchao_masquant.solver.gauge import gauge

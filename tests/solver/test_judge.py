@@ -14,9 +14,9 @@ import torch
 from group_oracle import data, statistics
 from hadamard_oracle import hadamard_f64
 
+from torchao_masquant.options import ALPHAS, SEPARATIONS, SolverOptions
 from torchao_masquant.solver.judge import mean_log_error
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import ALPHAS, SEPARATIONS, SolverOptions
 from torchao_masquant.solver.modality_input import modality_inputs
 from torchao_masquant.solver.shared_weight import round_to_nearest
 
@@ -29,7 +29,7 @@ def _solve(tokens, weights, options):
 
 def _judge(layers, weights, tokens, options, importances=(1, 1, 1)):
     """Weighted mean of the logarithms, from float64 outputs of this folder's own."""
-    errors = group_oracle.log_errors(layers, weights, tokens, options.bits)
+    errors = group_oracle.log_errors(layers, weights, tokens, options.number_format)
     used = importances[: len(tokens)]
     total = sum(used[index] * error for (_, index), error in errors.items())
     return total / (len(weights) * sum(used))
@@ -218,7 +218,9 @@ def test_a_modality_that_weighs_more_does_not_lose(scheme, options):
                 **options,
             )
             layers = _solve(tokens, weights, chosen)
-            found = group_oracle.log_errors(layers, weights, tokens, chosen.bits)
+            found = group_oracle.log_errors(
+                layers, weights, tokens, chosen.number_format
+            )
             errors.append(np.mean([e for (_, i), e in found.items() if i == index]))
         # Rounding is greedy: 2 % of the error.
         assert errors[2] < errors[0] and errors[1] < errors[0] + 0.02
@@ -273,7 +275,9 @@ def test_clipping_goes_by_what_each_modality_loses(importances, hadamard_size):
         if index == 0:
             base = torch.from_numpy(factor)
             shared = {
-                name: round_to_nearest(w, base, options.bits, hadamard_size=size)
+                name: round_to_nearest(
+                    w, base, options.number_format, hadamard_size=size
+                )
                 .dequantize()
                 .numpy()
                 for name, w in weights.items()
@@ -297,7 +301,7 @@ def test_clipping_goes_by_what_each_modality_loses(importances, hadamard_size):
     )
     for name, weight in weights.items():
         expected = round_to_nearest(
-            weight, base, options.bits, torch.from_numpy(importance), size
+            weight, base, options.number_format, torch.from_numpy(importance), size
         )
         assert torch.equal(layers[name].scale, expected.scale)
         assert torch.equal(layers[name].qdata, expected.qdata)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hadamard_oracle import hadamard_f64
 
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.solver.modality_spread import (
     InputSpread,
     ModalitySpread,
@@ -20,6 +19,7 @@ from torchao_masquant.solver.modality_spread import (
     sinks_of,
     verdict,
 )
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 NAMES = ("text", "vision", "audio")
 WIDTH = 24  # rotated in blocks of 8

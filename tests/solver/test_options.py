@@ -10,7 +10,7 @@ import math
 import pytest
 
 from torchao_masquant import MASQuantConfig
-from torchao_masquant.solver.methods import ALPHAS, METHODS, SEPARATIONS, SolverOptions
+from torchao_masquant.options import ALPHAS, METHODS, SEPARATIONS, SolverOptions
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,7 @@ from torchao_masquant.solver.methods import ALPHAS, METHODS, SEPARATIONS, Solver
         ({"hadamard_size": 64.0}, TypeError, "hadamard_size must be an int or None"),
         ({"hadamard_size": True}, TypeError, "hadamard_size must be an int or None"),
         ({"hadamard_size": "auto"}, TypeError, "must be an int or None, got 'auto'"),
+        ({"effort": "least"}, ValueError, "unknown effort 'least': choose one of"),
         *(
             ({"method": method, **extra}, ValueError, "is kept as it was published")
             for method in ("masquant-paper", "smoothquant", "rtn")
@@ -56,6 +57,7 @@ from torchao_masquant.solver.methods import ALPHAS, METHODS, SEPARATIONS, Solver
                 {"shift": True},
                 {"rounding": "gptq"},
                 {"clip": True},
+                {"effort": "fast"},
                 {"epochs": 1},
                 {"alpha": "auto"},
                 {"rank": "auto"},
@@ -78,11 +80,15 @@ def test_what_none_stands_for():
     assert ours.separations == (0.0,) and published.separations == (1.0,)
     chosen = SolverOptions(alpha="auto", separation="auto")
     assert chosen.alphas == ALPHAS and chosen.separations == SEPARATIONS
-    assert ours.parts.shift and ours.parts.clip and ours.parts.rounding == "gptq"
-    assert not published.parts.shift and published.parts.rounding == "nearest"
-    assert not SolverOptions(shift=False).parts.shift
-    assert not SolverOptions("w4a16").parts.shift
-    assert SolverOptions(group_size=64).bits.group_size == 64
+    assert (
+        ours.procedure.shift
+        and ours.procedure.clip
+        and ours.procedure.rounding == "gptq"
+    )
+    assert not published.procedure.shift and published.procedure.rounding == "nearest"
+    assert not SolverOptions(shift=False).procedure.shift
+    assert not SolverOptions("w4a16").procedure.shift
+    assert SolverOptions(group_size=64).number_format.group_size == 64
     assert ours.weights_of(("text", "vision", "audio")) == [1.0, 1.0, 1.0]
     given = SolverOptions(modality_weights={"text": 0.5, "audio": 2})
     assert given.weights_of(("text", "vision", "audio")) == [0.5, 1.0, 2.0]
@@ -106,7 +112,7 @@ def test_published_methods_may_be_told_what_they_do(method):
         method=method, shift=False, clip=False, rounding="nearest", hadamard_size=1
     )
     assert said.hadamard_size_of(64) is None
-    assert said.parts == SolverOptions(method=method).parts == METHODS[method]
+    assert said.procedure == SolverOptions(method=method).procedure == METHODS[method]
 
 
 def test_files_from_before_there_were_batches_and_rotations():
@@ -127,3 +133,12 @@ def test_files_from_before_there_were_batches_and_rotations():
 def test_learning_needs_samples():
     with pytest.raises(ValueError, match="learning needs the samples: call calibrate"):
         MASQuantConfig(step="prepare", epochs=2)
+
+
+def test_a_fast_solution_has_no_pairs_unless_they_are_asked_for():
+    assert SolverOptions().rank == SolverOptions(effort="full").rank == 0.05
+    assert SolverOptions(effort="fast").rank == 0
+    assert SolverOptions(effort="fast", rank=0.1).rank == 0.1
+    # Readers of earlier files know no such option.
+    assert "effort" not in SolverOptions().stored()
+    assert SolverOptions(effort="fast").stored()["effort"] == "fast"

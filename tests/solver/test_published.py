@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from torchao_masquant import calibrate
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.learning.published import PublishedTask, _rounded_weight
-from torchao_masquant.schemes import SCHEMES
+from torchao_masquant.options import SCHEMES, SolverOptions
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.tensor_subclasses import (
     dequantize_smoothed_weight,
     quantize_smoothed_weight,

@@ -15,9 +15,9 @@ from group_oracle import data, statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchao_masquant.options import AUTO_SHARE, SolverOptions
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
-from torchao_masquant.solver.ranks import AUTO_SHARE, allocate, spend_ranks
+from torchao_masquant.solver.ranks import allocate, spend_ranks
 
 _VALUES = st.lists(
     st.floats(1e-3, 1e3, allow_nan=False, allow_subnormal=False), max_size=6
@@ -186,7 +186,7 @@ def test_better_than_uniform_where_places_differ():
             errors = []
             for (tokens, weights), (_, found) in zip(problems, groups):
                 layers = solve_group(weights, found, options, chosen)
-                errors += _log_errors(layers, weights, tokens, options.bits)
+                errors += _log_errors(layers, weights, tokens, options.number_format)
             totals.append(np.mean(errors))
         gains.append(totals[1] - totals[0])
     assert np.mean(gains) > 0

@@ -12,8 +12,8 @@ from group_oracle import NAMES, data, statistics
 from hadamard_oracle import hadamard_f64
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.rotation import rotated, rotated_both
 
 DOUBLE = torch.float64
@@ -60,7 +60,7 @@ def _outliers(k):
 
 def _error(layer, weight, tokens, options):
     """Of each modality's output as a model makes it, relative to what varies in it."""
-    quantized = layer.quantize(weight, options.bits, NAMES[: len(tokens)])
+    quantized = layer.quantize(weight, options.number_format, NAMES[: len(tokens)])
     found = []
     for index, x in enumerate(tokens):
         y = torch.ops.masquant.linear(x, quantized, torch.full((len(x),), index), None)
@@ -124,7 +124,7 @@ def test_ugly_tokens(kind, separation, dtype):
         assert all(torch.isfinite(t).all() for t in layer.tensors().values())
         for index, x in enumerate(tokens):
             weight = weights[name].float()
-            quantized = layer.quantize(weight, options.bits, NAMES[:2])
+            quantized = layer.quantize(weight, options.number_format, NAMES[:2])
             ids = torch.full((len(x),), index)
             y = torch.ops.masquant.linear(x, quantized, ids, None).double()
             exact = x.double() @ weight.double().t()

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchao_masquant.schemes import Scheme
+from torchao_masquant.options import Scheme
 from torchao_masquant.solver.shared_weight import JointHessian, SharedWeight
 
 

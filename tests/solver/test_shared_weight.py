@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchao_masquant.schemes import get_scheme
+from torchao_masquant.options import get_scheme
 from torchao_masquant.solver.shared_weight import (
     JointHessian,
     SharedWeight,

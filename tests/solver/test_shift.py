@@ -9,10 +9,9 @@ import group_oracle
 import pytest
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
-from torchao_masquant.schemes import get_scheme
+from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 K, N, TOKENS = 24, 16, 300
 NAMES = ("text", "vision", "audio")
@@ -32,7 +31,7 @@ def _problem(modalities=3, constants=30.0, tokens=TOKENS, seed=0):
 
 
 def _output(layer, weight, options, x, index, modalities):
-    quantized = layer.quantize(weight, options.bits, NAMES[:modalities])
+    quantized = layer.quantize(weight, options.number_format, NAMES[:modalities])
     ids = torch.full((len(x),), index)
     return torch.ops.masquant.linear(x, quantized, ids, None)
 

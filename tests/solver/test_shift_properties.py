@@ -13,9 +13,8 @@ from group_oracle import data, statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchao_masquant.schemes import get_scheme
+from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 
 UNIT = 2.0**-24
 

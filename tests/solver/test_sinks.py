@@ -11,9 +11,8 @@ import pytest
 import torch
 from group_oracle import statistics
 
-from torchao_masquant.schemes import get_scheme
+from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.modality_input import modality_inputs, ordinary
 
 K, N, TOKENS, EVERY, CHANNEL = 64, 48, 2000, 200, 5

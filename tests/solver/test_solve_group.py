@@ -11,11 +11,11 @@ import torch
 from solver_oracle import check_rounded, smooth, truncated
 
 from torchao_masquant import SCHEMES
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import METHODS, SolverOptions
 from torchao_masquant.solver import smoothing
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import METHODS, SolverOptions
 from torchao_masquant.solver.smoothing import smoothing_factor
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.tensor_subclasses import quantize_smoothed_weight
 
 #: Without what the closed form of the paper has not, but the gauge and the bias.

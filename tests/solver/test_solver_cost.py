@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchao_masquant.calibration.statistics import SAMPLE_TOKENS, InputStatistics
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver import cost
 from torchao_masquant.solver.cost import solver_bytes, solver_cost
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
+from torchao_masquant.statistics.input_statistics import SAMPLE_TOKENS, InputStatistics
 
 FIXED = {"alpha": 0.5, "separation": 1.0}
 AUTO = {"alpha": "auto", "separation": "auto"}

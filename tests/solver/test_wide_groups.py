@@ -12,11 +12,11 @@ import torch
 from group_oracle import data, statistics
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver import in_place, sampled_outputs
 from torchao_masquant.solver import layers as layers_module
 from torchao_masquant.solver.judge import mean_log_error
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.modality_input import modality_inputs
 from torchao_masquant.solver.sampled_outputs import sampled_rank
 from torchao_masquant.solver.smoothing import WeightSizes

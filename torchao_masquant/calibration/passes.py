@@ -8,28 +8,10 @@
 from typing import Sequence
 
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.calibration.statistics import statistics_bytes
 from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.statistics.input_statistics import statistics_bytes
 
-__all__ = ["MAX_STATISTICS_BYTES", "check_bound", "in_passes", "plan_passes"]
-
-#: Of the statistics of one pass, where nothing else is asked for.
-MAX_STATISTICS_BYTES = 4 << 30
-
-
-def check_bound(max_bytes: object) -> None:
-    """Raise unless a bound of the statistics' memory is a number of bytes.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is negative.
-    """
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, (int, float)):
-        raise TypeError(
-            f"max_statistics_bytes must be a number of bytes, got {max_bytes!r}."
-        )
-    if not max_bytes >= 0:
-        raise ValueError(f"max_statistics_bytes must not be negative, got {max_bytes}.")
+__all__ = ["in_passes", "plan_passes"]
 
 
 def plan_passes(

@@ -5,20 +5,24 @@
 # LICENSE file in the root directory of this source tree.
 """What is asked of a model, against its shapes, names and modalities: before any data."""
 
-import dataclasses
 import math
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
-import torch
 from torch import nn
 
-from torchao_masquant.learning.blocks import decoder_blocks
-from torchao_masquant.modality import TEXT
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.decoder_blocks import decoder_blocks
+from torchao_masquant.options import CalibrationOptions, SolverOptions
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected, select
-from torchao_masquant.solver.methods import SolverOptions
 
-__all__ = ["base_first", "check_config", "check_request", "check_shapes"]
+__all__ = [
+    "base_first",
+    "check_options",
+    "check_request",
+    "check_session",
+    "check_shapes",
+]
 
 # Of names in a message.
 _SHOWN = 3
@@ -56,37 +60,22 @@ def check_request(
         decoder_blocks(model, list(shapes))
 
 
-def check_config(
-    config: Any, model_class: Any, options: Mapping[str, Any], **given: Any
-) -> None:
-    """Raise where a model's config tells that it cannot be calibrated so.
-
-    Silent where no model can be made of the config without its weights.
+def check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise where a model tells that it cannot be calibrated so.
 
     Args:
-        config: of a transformers model.
-        model_class: auto class that makes the model; on the meta device, here.
+        model: of transformers; its weights may be on the meta device.
         options: of :func:`~torchao_masquant.calibrate`.
-        given: to ``from_config``.
 
     Raises:
         ValueError: as :func:`check_request`.
         TypeError: an option is of the wrong type.
     """
-    names = {field.name for field in dataclasses.fields(SolverOptions)}
-    solver = SolverOptions(**{n: v for n, v in options.items() if n in names})
-    try:
-        with torch.device("meta"):
-            model = model_class.from_config(config, **given)
-    except Exception:  # noqa: BLE001 -- of any code; loading the weights tells it better
-        return
-    base = options.get("base_modality", TEXT)
-    modalities = base_first(model, base, options.get("modalities"))
-    selected = select(
-        model, options.get("include"), options.get("exclude"), solver, len(modalities)
-    )
+    asked = CalibrationOptions(**options)
+    modalities = base_first(model, asked.base_modality, asked.modalities)
+    selected = select(model, asked.include, asked.exclude, asked, len(modalities))
     check_request(
-        model, selected, Router.for_model(model, modalities).modalities, solver
+        model, selected, Router.for_model(model, modalities).modalities, asked
     )
 
 
@@ -109,6 +98,21 @@ def check_shapes(
     _check_groups(shapes, options)
     _check_rotation(shapes, options)
     _check_weights(modalities, options)
+
+
+def check_session(session: CalibrationSession, options: SolverOptions) -> None:
+    """Raise unless a session has what :func:`solve` needs.
+
+    Raises:
+        ValueError: a linear or a modality was left out by the data; a group size does
+            not divide the width of a linear.
+    """
+    session.check_complete()
+    check_shapes(
+        {n: (m.out_features, m.in_features) for n, m in session.layers.items()},
+        session.router.modalities,
+        options,
+    )
 
 
 def base_first(
@@ -161,7 +165,7 @@ def _check_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
 def _check_groups(
     shapes: Mapping[str, tuple[int, int]], options: SolverOptions
 ) -> None:
-    size = options.bits.group_size
+    size = options.number_format.group_size
     odd = [name for name, (_, k) in shapes.items() if size and k % size]
     if not size or not odd:
         return

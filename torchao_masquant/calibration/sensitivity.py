@@ -10,12 +10,13 @@ from typing import Any, Iterable, Mapping
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import warn_of_left_out
-from torchao_masquant.calibration.sample_checks import no_samples
-from torchao_masquant.calibration.samples import run_samples
+from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.model_parts import token_reader
+from torchao_masquant.options import NamePatterns
 from torchao_masquant.routing import Router, UnmatchedTokens
-from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.sample_checks import no_samples
+from torchao_masquant.samples import run_samples
+from torchao_masquant.selection import select_linears
 from torchao_masquant.threads import threads_for, widest
 from torchao_masquant.wrappers import unwrapped
 
@@ -27,8 +28,8 @@ def modality_sensitivity(
     model: nn.Module,
     samples: Iterable[Mapping[str, Any]],
     *,
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: NamePatterns = None,
+    exclude: NamePatterns = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """What an error in a token of each modality costs, for ``modality_weights``.

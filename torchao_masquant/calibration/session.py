@@ -6,21 +6,21 @@
 """Observing the inputs of a model's linears and experts while data runs through it."""
 
 import contextlib
-from typing import Iterator, Mapping, Optional, Sequence, Union
+from typing import Iterator, Mapping, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchao_masquant.calibration.expert_statistics import ExpertStatistics
 from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
-from torchao_masquant.calibration.statistics import InputStatistics
-from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.experts import ExpertWeight, Layer, module_of
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router, UnmatchedTokens
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics.expert_statistics import ExpertStatistics
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 __all__ = ["CalibrationSession", "MASQuantObservedLinear"]
 
@@ -51,7 +51,7 @@ class CalibrationSession:
         experts: name in the model to the weights of a mixture's experts. All experts of
             a layer share the statistics of one input.
         before: tokens of each modality that another process counts, see
-            :class:`~torchao_masquant.calibration.statistics.Moments`.
+            :class:`~torchao_masquant.statistics.input_statistics.Moments`.
     """
 
     def __init__(
@@ -143,12 +143,9 @@ class CalibrationSession:
         MASQuantObservedExperts.detach(experts)
 
     @property
-    def layers(self) -> dict[str, Union[nn.Linear, ExpertWeight]]:
+    def layers(self) -> dict[str, Layer]:
         """Linears and experts, by name, but for those that are left out."""
-        layers: dict[str, Union[nn.Linear, ExpertWeight]] = {
-            **self.linears,
-            **self.experts,
-        }
+        layers: dict[str, Layer] = {**self.linears, **self.experts}
         return {n: layer for n, layer in layers.items() if n not in self.not_matched}
 
     @property
@@ -323,7 +320,7 @@ class CalibrationSession:
         if not self.leaders:
             raise ValueError("no calibration data ran through the model.")
         unseen = [name for name in self.layers if name not in self.leaders]
-        own = [n for n in unseen if "forward" in _module_of(self.layers[n]).__dict__]
+        own = [n for n in unseen if "forward" in module_of(self.layers[n]).__dict__]
         if own:
             raise ValueError(
                 f"{own[0]} is called through a forward of its instance that does not "
@@ -346,7 +343,3 @@ class CalibrationSession:
                         f"{modality}, or name the modalities that the model will meet "
                         f"with modalities=(...)."
                     )
-
-
-def _module_of(layer: Union[nn.Linear, ExpertWeight]) -> nn.Module:
-    return layer.module if isinstance(layer, ExpertWeight) else layer

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from torchao_masquant.cli.calibration_options import add_patterns, number, whole
+from torchao_masquant.cli.calibration_options import add_option, add_patterns, number
 from torchao_masquant.cli.fit import check_analysis
 from torchao_masquant.cli.models import (
     MODEL_HELP,
@@ -27,7 +27,6 @@ from torchao_masquant.cli.samples import (
     calibration_samples,
 )
 from torchao_masquant.outputs import check_file
-from torchao_masquant.schemes import SCHEMES
 
 __all__ = ["add_arguments", "main"]
 
@@ -63,13 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also write analysis.json here, as 'masquant report' reads it",
     )
     add_output_options(parser)
-    parser.add_argument(
-        "--scheme",
-        type=str.lower,
-        choices=list(SCHEMES),
-        default="w4a8",
-        help="whose bits to analyze for (default: %(default)s)",
-    )
+    add_option(parser, "scheme", "whose bits to analyze for")
     parser.add_argument(
         "--alpha",
         type=_share,
@@ -84,20 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARES",
         help="of the low-rank pairs, shares of min(N, K), such as 0,0.05,0.1",
     )
-    parser.add_argument(
-        "--modalities",
-        type=lambda text: tuple(text.split(",")),
-        metavar="NAMES",
-        help="base first, 'text,vision', where it is not all that the model could meet",
+    add_option(
+        parser,
+        "modalities",
+        "base first, 'text,vision', where it is not all that the model could meet",
     )
-    parser.add_argument(
-        "--max-statistics-bytes",
-        type=whole(1),
-        default=4 << 30,
-        metavar="BYTES",
-        help="of covariances; the data runs several times where they do not fit "
-        "(default: %(default)s)",
-    )
+    add_option(parser, "max_statistics_bytes")
     add_patterns(parser)
     add_model_options(parser)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchao_masquant.cli.calibration_options import (
-    MEASURE,
     add_calibration_options,
     add_patterns,
     calibration_options,
@@ -38,10 +37,10 @@ from torchao_masquant.cli.samples import (
 from torchao_masquant.cli.sequential import (
     add_sequential_options,
     calibrate_from_disk,
-    check_processes,
+    check_sequential_usage,
     is_first_process,
-    stray_option,
 )
+from torchao_masquant.option_values import MEASURE
 from torchao_masquant.outputs import check_file, check_folder
 
 if TYPE_CHECKING:
@@ -52,6 +51,7 @@ __all__ = [
     "calibrate_model",
     "described",
     "main",
+    "read_inputs",
 ]
 
 _EXAMPLES = """\
@@ -99,16 +99,14 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
-
     start = time.perf_counter()
-    _check_usage(arguments)
+    check_sequential_usage(arguments)
+    if arguments.output is None and arguments.quantized is None:
+        more = " or --quantized" if arguments.sequential else ""
+        raise UsageError(f"the following arguments are required: -o/--output{more}.")
     options = calibration_options(arguments)
     _check_outputs(arguments)
-    # What is wrong with the data is told before minutes go into the model.
-    resolve_device(arguments.device)
-    config = load_config(arguments.model, arguments.trust_remote_code)
-    check_calibration(config, arguments, options)
-    samples = calibration_samples(arguments, config)
+    config, samples = read_inputs(arguments, options)
     if arguments.sequential:
         found = calibrate_from_disk(
             arguments, config, samples, options, described(arguments)
@@ -133,6 +131,22 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def read_inputs(
+    arguments: argparse.Namespace, options: dict[str, Any]
+) -> tuple[Any, Sequence[Mapping[str, Any]]]:
+    """The model's config, and the samples; what is wrong with them, or with the options
+    for this model, is told before minutes go into the model.
+
+    Args:
+        arguments: of a command that calibrates.
+        options: from :func:`calibration_options`.
+    """
+    resolve_device(arguments.device)
+    config = load_config(arguments.model, arguments.trust_remote_code)
+    check_calibration(config, arguments, options)
+    return config, calibration_samples(arguments, config)
+
+
 def calibrate_model(
     model: Any,
     arguments: argparse.Namespace,
@@ -148,7 +162,8 @@ def calibrate_model(
         options: of :func:`torchao_masquant.calibrate`; its ``modality_weights`` may be
             "measure".
     """
-    from torchao_masquant.calibration import calibrate, modality_sensitivity
+    from torchao_masquant.calibration.sensitivity import modality_sensitivity
+    from torchao_masquant.conductor import calibrate
     from torchao_masquant.data import PlacedSamples
 
     placed = PlacedSamples(samples, model)
@@ -170,21 +185,6 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
         key: Path(name).resolve().name if Path(name).exists() else name
         for key, name in names.items()
     }
-
-
-def _check_usage(arguments: argparse.Namespace) -> None:
-    """Raise where options do not go together.
-
-    Raises:
-        UsageError: names them.
-    """
-    stray = stray_option(arguments)
-    if not arguments.sequential and stray is not None:
-        raise UsageError(f"{stray} goes with --sequential.")
-    check_processes(arguments)
-    if arguments.output is None and arguments.quantized is None:
-        more = " or --quantized" if arguments.sequential else ""
-        raise UsageError(f"the following arguments are required: -o/--output{more}.")
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

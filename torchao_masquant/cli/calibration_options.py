@@ -7,16 +7,16 @@
 
 import argparse
 import dataclasses
-import re
-from typing import Any, Union
+from typing import Any, Callable, Optional, Union
 
 from torchao_masquant.cli.ending import UsageError
-from torchao_masquant.schemes import SCHEMES
-from torchao_masquant.solver.methods import AUTO, METHODS, SolverOptions
+from torchao_masquant.option_fields import option_of
+from torchao_masquant.option_values import MEASURE, Flag, Patterns, as_number
+from torchao_masquant.options import CalibrationOptions
 
 __all__ = [
-    "MEASURE",
     "add_calibration_options",
+    "add_option",
     "add_patterns",
     "calibration_options",
     "given_options",
@@ -24,16 +24,30 @@ __all__ = [
     "whole",
 ]
 
-#: value of ``--modality-weights`` that finds them on the data
-MEASURE = "measure"
+_FIELDS = {
+    field.name: field
+    for field in dataclasses.fields(CalibrationOptions)
+    if option_of(field).values.has_flag
+}
+
+_PATTERNS = [n for n, f in _FIELDS.items() if isinstance(option_of(f).values, Patterns)]
+
+
+def _typed(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an argument, of a function whose errors are sentences."""
+
+    def typed(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return typed
 
 
 def number(text: str) -> Union[int, float]:
-    """A whole number, or one with a point or an exponent."""
-    try:
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number.") from None
+    """The type of an argument that is a number."""
+    return _typed(as_number)(text)
 
 
 def whole(least: int) -> Any:
@@ -41,188 +55,55 @@ def whole(least: int) -> Any:
 
     def read(text: str) -> int:
         if not text.lstrip("+-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no whole number of {least} or more."
-            )
+            raise ValueError(f"{text!r} is no whole number of {least} or more.")
         return int(text)
 
-    return read
+    return _typed(read)
 
 
-def _number_or_auto(text: str) -> Union[int, float, str]:
-    return AUTO if text == AUTO else number(text)
+def _flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def _modality_weights(text: str) -> Union[str, dict[str, float]]:
-    if text == MEASURE:
-        return MEASURE
-    try:
-        pairs = [entry.split("=") for entry in text.split(",")]
-        return {name: float(weight) for name, weight in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither {MEASURE!r} nor such as 'vision=0.2,audio=0.5'."
-        ) from None
+def add_option(group: Any, name: str, about: Optional[str] = None) -> None:
+    """The flag of an option.
 
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of different names such as 'text,vision'."
-        )
-    return names
-
-
-def _pattern(text: str) -> str:
-    if text.startswith("re:"):
-        try:
-            re.compile(text.removeprefix("re:"))
-        except re.error as error:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no regular expression: {error}."
-            ) from None
-    return text
+    Args:
+        group: a parser, or a group of its arguments.
+        name: of a field of :class:`CalibrationOptions`.
+        about: what it is, where a command means something else by it.
+    """
+    field = _FIELDS[name]
+    said = option_of(field)
+    text = (about or said.about).replace("%", "%%")
+    told = field.default is not None and field.default != 0
+    keywords: dict[str, Any] = {
+        "default": field.default,
+        "help": f"{text} (default: %(default)s)" if told else text,
+    }
+    if isinstance(said.values, Flag):
+        keywords["action"] = argparse.BooleanOptionalAction
+    else:
+        keywords["type"] = _typed(said.values.read)
+        keywords["choices"] = said.values.choices
+        keywords["metavar"] = said.metavar
+    if isinstance(said.values, Patterns):
+        keywords["action"] = "append"
+    group.add_argument(_flag_of(name), **keywords)
 
 
 def add_patterns(parser: argparse.ArgumentParser) -> None:
     """Which linears."""
-    parser.add_argument(
-        "--include",
-        action="append",
-        type=_pattern,
-        metavar="PATTERN",
-        help="names of the linears to quantize, '*.mlp.*' or 're:...', in place of all "
-        "of the decoder; may be given again",
-    )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        type=_pattern,
-        metavar="PATTERN",
-        help="names to leave out; may be given again",
-    )
+    for name in _PATTERNS:
+        add_option(parser, name)
 
 
 def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     """Scheme, method, and what tunes the method."""
-    parser.add_argument(
-        "--scheme",
-        type=str.lower,
-        choices=list(SCHEMES),
-        default="w4a8",
-        help="bits of weights and activations (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--method",
-        type=str.lower,
-        choices=list(METHODS),
-        default="masquant",
-        help="masquant; masquant-paper, as published; smoothquant, one factor for all "
-        "tokens; rtn, round-to-nearest (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rank",
-        type=_number_or_auto,
-        default=0.05,
-        help="of each modality's low-rank pair: a share of min(N, K) such as 0.05, a "
-        "whole number, 0 for none, or auto (default: %(default)s)",
-    )
     group = parser.add_argument_group("tuning the method")
-    group.add_argument(
-        "--alpha",
-        type=_number_or_auto,
-        help="exponent of the activations in the smoothing factor, 0..1, or auto, which "
-        "judges three on sampled tokens (default: 0.5)",
-    )
-    group.add_argument(
-        "--separation",
-        type=_number_or_auto,
-        help="how far a modality's factor goes from that of all tokens, 0..1, or auto, "
-        "as above (default: 0 for masquant, 1 for masquant-paper)",
-    )
-    group.add_argument(
-        "--group-size",
-        type=int,
-        help="weights that share a scale, in place of the scheme's",
-    )
-    group.add_argument(
-        "--hadamard-size",
-        type=whole(1),
-        metavar="CHANNELS",
-        help="neighbours that are rotated together before rounding, a power of two that "
-        "divides every input width, or 1 for none; masquant: the largest of each width, "
-        "512 at most",
-    )
-    for name, purpose in (
-        ("shift", "each modality's mean is taken off before rounding"),
-        ("clip", "the part of the weight's range that scales are made for is searched"),
-    ):
-        group.add_argument(
-            f"--{name}",
-            action=argparse.BooleanOptionalAction,
-            help=f"{purpose}; as the method does where it is not given",
-        )
-    group.add_argument(
-        "--rounding",
-        choices=("gptq", "nearest"),
-        help="of the shared weight; as the method does where it is not given",
-    )
-    group.add_argument(
-        "--low-rank-bits", type=int, choices=(8, 16), default=16, help="of the pairs"
-    )
-    group.add_argument(
-        "--modality-weights",
-        type=_modality_weights,
-        metavar="WEIGHTS",
-        help="what an error in each modality weighs, 'vision=0.2,audio=0.5', or "
-        "'measure' to find it on the data",
-    )
-    group.add_argument(
-        "--modalities",
-        type=_names,
-        metavar="NAMES",
-        help="that the model will meet, 'text,vision', where it is not all it could",
-    )
-    group.add_argument(
-        "--base-modality",
-        default="text",
-        help="the one that costs nothing extra at run time (default: %(default)s)",
-    )
-    group.add_argument(
-        "--epochs", type=int, default=0, help="of learning after the closed form"
-    )
-    group.add_argument(
-        "--lr",
-        type=float,
-        help="learning rate (default: 3e-4, and 0.05 for masquant-paper)",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        default=1,
-        metavar="SAMPLES",
-        help="of one step of learning; with several processes, as many or a multiple "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-statistics-bytes",
-        type=whole(1),
-        default=4 << 30,
-        metavar="BYTES",
-        help="of covariances; the data runs several times where they do not fit "
-        "(default: %(default)s)",
-    )
-
-
-_SOLVER = tuple(field.name for field in dataclasses.fields(SolverOptions))
-_OTHERS = (
-    "include",
-    "exclude",
-    "modalities",
-    "base_modality",
-    "max_statistics_bytes",
-)
+    for name, field in _FIELDS.items():
+        if name not in _PATTERNS:
+            add_option(parser if option_of(field).first else group, name)
 
 
 def calibration_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -233,18 +114,14 @@ def calibration_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: one is out of range, or two do not go together.
     """
-    found = {
-        name: getattr(arguments, name)
-        for name in (*_SOLVER, *_OTHERS)
-        if hasattr(arguments, name)
-    }
-    solver = {name: found[name] for name in _SOLVER if name in found}
-    if solver["modality_weights"] == MEASURE:
-        solver["modality_weights"] = None
+    found = {name: getattr(arguments, name) for name in _FIELDS}
+    checked = dict(found)
+    if checked["modality_weights"] == MEASURE:
+        checked["modality_weights"] = None
     try:
-        SolverOptions(**solver)
+        CalibrationOptions(**checked)
     except (TypeError, ValueError) as error:
-        raise UsageError(_as_typed(str(error), solver)) from error
+        raise UsageError(_as_typed(str(error))) from error
     modalities = found["modalities"]
     if modalities is not None and found["base_modality"] not in modalities:
         raise UsageError(
@@ -254,17 +131,17 @@ def calibration_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _as_typed(message: str, names: Any) -> str:
+def _as_typed(message: str) -> str:
     """A message that begins with an option's name in Python, with that of the shell."""
     first, space, rest = message.partition(" ")
-    return f"--{first.replace('_', '-')}{space}{rest}" if first in names else message
+    return f"{_flag_of(first)}{space}{rest}" if first in _FIELDS else message
 
 
 def given_options(arguments: argparse.Namespace) -> list[str]:
     """Options of a calibration that are not as they are when none is given."""
     return [
-        f"--{name.replace('_', '-')}"
-        for name in (*_SOLVER, *_OTHERS, "max_samples")
-        if name not in ("include", "exclude")
+        _flag_of(name)
+        for name in (*_FIELDS, "max_samples")
+        if name not in _PATTERNS
         and getattr(arguments, name, None) != arguments.default_of(name)
     ]

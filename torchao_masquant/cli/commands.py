@@ -8,124 +8,84 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torchao_masquant
-from torchao_masquant.cli.parser import CommandParser, LazyCommand, MainParser
+from torchao_masquant.cli.parser import CommandParser, MainParser
 
 __all__ = ["main_parser", "with_all_arguments"]
 
 
-class _Command(NamedTuple):
-    """
-    Attributes:
-        name: as it is typed.
-        module: with its ``add_arguments`` and ``main``, imported when it is called.
-        help: a few words, for the list of commands.
-        description: for its own help.
-    """
-
-    name: str
-    module: str
-    help: str
-    description: str
-
-
-_COMMANDS = (
-    _Command(
-        "calibrate",
-        "torchao_masquant.cli.calibrate",
+# Name to a few words, for the list of commands, and a description, for its own help. Each
+# is a module of this folder.
+_COMMANDS = {
+    "calibrate": (
         "from a model and data to a recipe: how to quantize it",
         "Run data through a model, observe the inputs of its linears, and\n"
         "write a recipe: one file that says how to quantize them, by modality.",
     ),
-    _Command(
-        "quantize",
-        "torchao_masquant.cli.quantize",
+    "quantize": (
         "from a model, and data or a recipe, to a folder of packed integers",
         "Quantize a model and save it: a folder that from_pretrained loads.\n"
         "With data it is calibrated first; a recipe is what 'masquant calibrate' found.",
     ),
-    _Command(
-        "eval",
-        "torchao_masquant.cli.evaluate",
+    "eval": (
         "score a model, quantized or not, on data",
         "Score a model on labelled data, by task and by modality, and\n"
         "against the model before it was quantized.",
     ),
-    _Command(
-        "analyze",
-        "torchao_masquant.cli.analyze",
+    "analyze": (
         "how the modalities of a model differ, and what that costs",
         "Run data through a model that is not quantized, and tell how its\n"
         "modalities differ at each linear, and what that means for quantizing it.",
     ),
-    _Command(
-        "inspect",
-        "torchao_masquant.cli.inspect",
+    "inspect": (
         "what is in a quantized model or a recipe, without loading it",
         "Print the linears of a quantized model or of a recipe: bits,\n"
         "modalities, ranks and bytes.",
     ),
-    _Command(
-        "bench",
-        "torchao_masquant.cli.bench",
+    "bench": (
         "time a quantized model against the original, on this machine",
         "Time the decoder of a quantized model against that of the\n"
         "original, side by side: prefill and decode.",
     ),
-    _Command(
-        "doctor",
-        "torchao_masquant.cli.doctor",
+    "doctor": (
         "which kernels run here, and why; what is missing",
         "Look at this machine and this installation: versions, devices,\n"
         "the kernel that each scheme runs with, and why; what is missing.",
     ),
-    _Command(
-        "demo",
-        "torchao_masquant.cli.demo",
+    "demo": (
         "quantize a small model that sees, hears and reads, and compare",
         "Quantize a small trained model that sees, hears and reads, in\n"
         "each scheme by each method; print one table; save the w4a8 model, load it\n"
         "in a new process and compile it.",
     ),
-    _Command(
-        "export",
-        "torchao_masquant.cli.export",
+    "export": (
         "a quantized decoder for a process that has torch alone",
         "Compile the decoder of a quantized model with AOTInductor: a\n"
         "folder with the compiled programs, one copy of the weights, our kernels, and\n"
         "a file that runs them and imports torch alone.",
     ),
-    _Command(
-        "report",
-        "torchao_masquant.cli.report",
+    "report": (
         "one HTML page about how a model was quantized",
         "Write one self-contained HTML page from a recipe, an analysis,\n"
         "evaluations and benchmark results, or from whatever there is of them.",
     ),
-    _Command(
-        "plan",
-        "torchao_masquant.cli.plan",
+    "plan": (
         "what quantizing a model, and running it, will take",
         "Reckon memory and traffic of calibration, and of inference\n"
         "in each scheme, from a model's config alone.",
     ),
-    _Command(
-        "tune",
-        "torchao_masquant.cli.tune",
+    "tune": (
         "measure the GPU kernels' tilings for a model",
         "Measure every tiling of the Triton kernels for the linears of a\n"
         "quantized model, on this machine's GPU, and write down what wins.",
     ),
-    _Command(
-        "completion",
-        "torchao_masquant.cli.completion",
+    "completion": (
         "let the shell complete commands and options",
         "Print a script that lets a shell complete the commands, their\n"
         "options and the names of files.",
     ),
-)
+}
 
 
 _EPILOG = """\
@@ -167,13 +127,10 @@ def main_parser() -> MainParser:
         title="commands",
         parser_class=CommandParser,
     )
-    for known in _COMMANDS:
-        lazy = LazyCommand(known.module)
-        command = commands.add_parser(
-            known.name, help=known.help, description=known.description
-        )
-        lazy.add_arguments(command)
-        command.set_defaults(run=lazy.main, default_of=command.get_default)
+    for name, (words, description) in _COMMANDS.items():
+        command = commands.add_parser(name, help=words, description=description)
+        command.module = f"{__package__}.{name}"
+        command.set_defaults(run=command.run, default_of=command.get_default)
     return parser
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.cli.models import DIGITS
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import check_file, check_folder
-from torchao_masquant.solver.methods import SolverOptions
 
 if TYPE_CHECKING:
     from torchao_masquant.demo.compare import Row

@@ -5,7 +5,6 @@
 # LICENSE file in the root directory of this source tree.
 """What is in a quantized checkpoint or a recipe, from the headers of its files."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,15 +12,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from torchao_masquant.hub import read_config, weight_files
 from torchao_masquant.integrations.checkpoint_format import (
     QUANT_METHOD,
     CheckpointFormat,
     stored_part,
 )
-from torchao_masquant.integrations.layer_format import TensorKind
 from torchao_masquant.integrations.stored_tensors import stored_tensors
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import described, read_header
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.tensor_subclasses.weight_layout import TensorKind
 
 __all__ = [
     "Description",
@@ -30,8 +30,6 @@ __all__ = [
     "describe_checkpoint",
     "pattern_of",
 ]
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -158,16 +156,7 @@ def describe(path: Path) -> Description:
 
 def describe_checkpoint(folder: Path) -> Description:
     """Look at a folder that a quantized model was saved to; raises as ``describe``."""
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise FileNotFoundError(
-            f"{str(folder)!r} has no config.json: give the folder of a quantized model."
-        )
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(config_path)!r} is no JSON file: {error}.") from error
-    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    entry = read_config(folder).get("quantization_config")
     if not isinstance(entry, dict):
         raise ValueError(
             f"{str(folder)!r} is not quantized: its config.json has no "
@@ -179,7 +168,7 @@ def describe_checkpoint(folder: Path) -> Description:
             "MASQuant."
         )
     checkpoint = CheckpointFormat.from_json(entry)
-    files = _files(folder)
+    files = weight_files(folder)
     stored = stored_tensors([str(file) for file in files])
     _check_parts(checkpoint, stored)
     linears = tuple(
@@ -191,7 +180,7 @@ def describe_checkpoint(folder: Path) -> Description:
             modalities=layer.modalities if layer.routed else layer.modalities[:1],
             ranks={m: r for m, r in zip(layer.modalities[1:], layer.ranks) if r},
             method=checkpoint.options.get(name, {}).get("method"),
-            nbytes=layer.nbytes,
+            nbytes=layer.layout.nbytes,
             hadamard_size=layer.hadamard_size,
         )
         for name, layer in checkpoint.layers.items()
@@ -212,23 +201,6 @@ def describe_checkpoint(folder: Path) -> Description:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if not index.is_file():
-        if not (folder / _SINGLE).is_file():
-            raise FileNotFoundError(
-                f"{str(folder)!r} has neither {_SINGLE} nor {_INDEX}: download or save "
-                "the checkpoint again."
-            )
-        return [folder / _SINGLE]
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(index)!r} is damaged: {error!r}.") from error
-    # Names, and no ways out of the folder.
-    return [folder / Path(str(name)).name for name in names]
-
-
 def _check_parts(
     checkpoint: CheckpointFormat, stored: Mapping[str, TensorKind]
 ) -> None:
@@ -242,13 +214,13 @@ def _check_parts(
     if set(found) >= set(checkpoint.layers):
         for name, layer in checkpoint.layers.items():
             try:
-                layer.check_tensors(found[name])
+                layer.layout.check_kinds(found[name])
             except ValueError as error:
                 raise ValueError(
                     f"the checkpoint is damaged, {name}: {error}."
                 ) from error
     held = sum(_nbytes(kind) for parts in found.values() for kind in parts.values())
-    said = sum(layer.nbytes for layer in checkpoint.layers.values())
+    said = sum(layer.layout.nbytes for layer in checkpoint.layers.values())
     # Of what torchao's weights hold, the config tells the names alone.
     others = len(checkpoint.torchao)
     fits = held >= said if others else held == said
@@ -301,7 +273,7 @@ def _recipe_line(
         name=name,
         shape=tuple(int(size) for size in entry["shape"]),
         scheme=options.scheme,
-        group_size=options.bits.group_size,
+        group_size=options.number_format.group_size,
         modalities=modalities if routed else modalities[:1],
         ranks={m: int(r) for m, r in zip(modalities[1:], entry["ranks"]) if r},
         method=options.method,

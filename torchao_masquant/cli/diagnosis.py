@@ -24,7 +24,7 @@ from torchao_masquant.kernels.cpu_build import (
     library_path,
 )
 from torchao_masquant.kernels.cpu_engine import CpuEngine
-from torchao_masquant.schemes import SCHEMES, Scheme
+from torchao_masquant.options import SCHEMES, Scheme
 
 __all__ = ["Diagnosis", "KernelRow", "diagnose"]
 

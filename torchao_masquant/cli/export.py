@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from torchao_masquant import hub
 from torchao_masquant.cli.models import read_paths
 from torchao_masquant.outputs import check_folder
 
@@ -59,11 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
         ValueError, TypeError, OSError: something is missing, damaged or cannot be
             exported.
     """
-    if not (arguments.model / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{str(arguments.model)!r} has no config.json: give the folder of a saved "
-            "model."
-        )
+    hub.source_of(str(arguments.model))
     check_folder(
         arguments.folder,
         "package",
@@ -90,17 +87,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _load(folder: Path) -> "nn.Module":
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    names = config.architectures or ()
-    classes = [c for c in (getattr(transformers, n, None) for n in names) if c]
-    if not classes:
-        raise ValueError(
-            f"{str(folder)!r} is a {', '.join(names) or 'model without a class'}, which "
-            "transformers does not have: export it from Python with export_decoder."
-        )
-    return classes[0].from_pretrained(folder).eval()
+    kind = hub.class_of(
+        hub.load_config(folder), "export it from Python with export_decoder"
+    )
+    return kind.from_pretrained(folder).eval()
 
 
 def _sample(model: Any, path: Optional[Path]) -> "dict[str, torch.Tensor]":

@@ -10,8 +10,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
-from torchao_masquant.cli.calibration_options import MEASURE
-from torchao_masquant.cli.models import auto_class, model_folder
+from torchao_masquant.cli.models import model_folder
+from torchao_masquant.hub import auto_class, meta_model, weight_files
+from torchao_masquant.option_values import MEASURE
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +28,15 @@ __all__ = [
 
 
 def _skeleton(config: Any, arguments: argparse.Namespace) -> Any:
-    """The model of a config, on the meta device."""
-    import torch
+    """The model of a config, on the meta device; None where none can be made.
 
-    with torch.device("meta"):
-        return auto_class(config).from_config(
-            config, trust_remote_code=arguments.trust_remote_code
-        )
+    Then loading the weights will tell what is wrong, and better.
+    """
+    kind = auto_class(config)
+    try:
+        return meta_model(kind, config, arguments.trust_remote_code)
+    except Exception:  # noqa: BLE001 -- of any code
+        return None
 
 
 def check_calibration(
@@ -50,17 +53,14 @@ def check_calibration(
         ValueError: the model is quantized; a pattern matches nothing; a modality is
             not the model's; a group size does not divide the width of a linear.
     """
-    from torchao_masquant.calibration.request import check_config
+    from torchao_masquant.calibration.request import check_options
 
     check_dense(arguments.model, config)
     if options["modality_weights"] == MEASURE:
         options = {**options, "modality_weights": None}
-    check_config(
-        config,
-        auto_class(config),
-        options,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    model = _skeleton(config, arguments)
+    if model is not None:
+        check_options(model, options)
 
 
 def check_analysis(config: Any, arguments: argparse.Namespace) -> None:
@@ -79,8 +79,9 @@ def check_analysis(config: Any, arguments: argparse.Namespace) -> None:
 
     check_dense(arguments.model, config)
     model = _skeleton(config, arguments)
-    select_linears(model, arguments.include, arguments.exclude)
-    Router.for_model(model, arguments.modalities)
+    if model is not None:
+        select_linears(model, arguments.include, arguments.exclude)
+        Router.for_model(model, arguments.modalities)
 
 
 def check_dense(name: str, config: Any) -> None:
@@ -109,33 +110,30 @@ def check_quantization(
     Raises:
         ValueError: what does not fit.
     """
-    from torchao_masquant.calibration.request import check_request
-    from torchao_masquant.integrations.hf_loading import QuantizingLoading
-    from torchao_masquant.selection import select
+    from torchao_masquant.integrations.hf_quantizing import QuantizingLoading
 
-    model = _skeleton(config, arguments)
-    modalities = QuantizingLoading(model, quantization).router.modalities
-    if quantization.loaded_recipe is None:
-        options = quantization.options
-        patterns = quantization.include, quantization.exclude
-        selected = select(model, *patterns, options, len(modalities))
-        check_request(model, selected, modalities, options)
+    model, recipe = _skeleton(config, arguments), quantization.loaded_recipe
+    if model is None:
+        return
+    QuantizingLoading(model, quantization)
     folder = Path(model_folder(arguments.model))
-    if quantization.loaded_recipe is not None and folder.is_dir():
-        _check_fingerprint(model, folder, quantization.loaded_recipe, arguments.dtype)
+    if recipe is not None and folder.is_dir():
+        _check_fingerprint(model, folder, recipe, arguments.dtype)
 
 
 def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> None:
     """Compare one weight, the smallest that lies in a file as it is in the model."""
     import safetensors
 
-    from torchao_masquant.recipe import weight_fingerprint
+    from torchao_masquant.fitting import check_fingerprint
 
     target = _loaded_type(model, dtype)
     if target is None:
         return
     files: dict[str, Path] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in weight_files(folder, pickled=True):
+        if path.suffix != ".safetensors":
+            return
         with safetensors.safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)
     stored = _stored_as_they_are(model, list(files))
@@ -148,13 +146,7 @@ def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> Non
         in_file = stored[f"{name}.weight"]
         with safetensors.safe_open(files[in_file], framework="pt") as file:
             weight = file.get_tensor(in_file).to(target)
-        found, expected = weight_fingerprint(weight), recipe.layers[name].fingerprint
-        if found != expected:
-            raise ValueError(
-                f"{name}: the recipe was made for a weight with fingerprint {expected}, "
-                f"the model's is {found}; use the model that it was made for, in the "
-                "same dtype, or calibrate again."
-            )
+        check_fingerprint(name, weight, recipe.layers[name])
 
 
 def _stored_as_they_are(model: Any, names: Sequence[str]) -> dict[str, str]:

@@ -8,16 +8,15 @@
 import argparse
 import contextlib
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 
+from torchao_masquant import hub
 from torchao_masquant.cli.ending import UsageError
+from torchao_masquant.cli.imports import failed_import
 
 if TYPE_CHECKING:
     import torch
-
-from torchao_masquant.cli.imports import failed_import
 
 __all__ = [
     "DIGITS",
@@ -33,14 +32,6 @@ __all__ = [
 
 #: the small model that this package ships, and its variant without trained-in outliers
 DIGITS = {"digits": "outliers", "digits-plain": "plain"}
-
-# Of transformers, the first that knows a config. A model that takes images or sounds is
-# in one of the first two, its bare language model may be in the third as well.
-_AUTO_CLASSES = (
-    "AutoModelForMultimodalLM",
-    "AutoModelForImageTextToText",
-    "AutoModelForCausalLM",
-)
 
 # Seconds that nobody needs a bar for.
 _BRIEF = 3.0
@@ -114,20 +105,7 @@ def model_folder(name: str) -> str:
         from torchao_masquant.testing.digits.checkpoints import checkpoint_path
 
         return str(checkpoint_path(DIGITS[name]))
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{name!r} has no config.json: give the folder of a transformers model."
-            )
-        return name
-    if path.is_file():
-        raise NotADirectoryError(f"{name!r} is a file: give a model's folder.")
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(
-            f"there is no folder {name!r}; a model on the hub is named 'owner/name'."
-        )
-    return name
+    return hub.source_of(name)
 
 
 def read_paths(*names: Any) -> list[Path]:
@@ -145,18 +123,13 @@ def read_paths(*names: Any) -> list[Path]:
 def _explained(name: str) -> Iterator[None]:
     """One sentence where a model on the hub cannot be had."""
     try:
-        yield
-    except OSError as error:
-        if Path(name).is_dir() or error.strerror is not None:
-            raise
-        raise OSError(
-            f"{name!r} is no folder here, and cannot be had from the Hugging Face hub: "
-            "there is no network, no such model, or it asks for a login; give the "
-            "folder of a model that is downloaded."
-        ) from error
+        with hub.reachable(name):
+            yield
     except ImportError as error:
         failed = failed_import(error)
         if failed is not None:
+            from importlib.metadata import version
+
             library, reason = failed
             raise ImportError(
                 f"{name!r} needs {library}, which is installed but cannot be imported "
@@ -191,32 +164,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         OSError: there is none.
         ValueError: it is damaged, or of a model that transformers does not know.
     """
-    from transformers import AutoConfig
-
     folder = model_folder(name)
     with _explained(folder):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def auto_class(config: Any) -> Any:
-    """The class of transformers that loads models with this config.
-
-    Raises:
-        ValueError: none does.
-    """
-    import transformers
-
-    mapped = getattr(config, "auto_map", None) or {}
-    for name in _AUTO_CLASSES:
-        found = getattr(transformers, name, None)
-        if found is not None and (
-            type(config) in found._model_mapping.keys() or name in mapped
-        ):
-            return found
-    raise ValueError(
-        f"{config.model_type!r} is no language model that transformers loads by itself: "
-        f"its config is in none of {', '.join(_AUTO_CLASSES)}."
-    )
+        return hub.load_config(folder, trust_remote_code)
 
 
 def load_model(
@@ -245,7 +195,7 @@ def load_model(
         else {"quantization_config": quantization_config}
     )
     with _explained(folder):
-        model = auto_class(config).from_pretrained(
+        model = hub.auto_class(config).from_pretrained(
             folder,
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,

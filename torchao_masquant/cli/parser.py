@@ -8,9 +8,9 @@
 import argparse
 import difflib
 import importlib
-from typing import Any, Callable, Iterable, NoReturn, Optional, Sequence
+from typing import Any, Iterable, NoReturn, Optional, Sequence
 
-__all__ = ["CommandParser", "LazyCommand", "MainParser", "add_output_options"]
+__all__ = ["CommandParser", "MainParser", "add_output_options"]
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -75,26 +75,37 @@ def _advice(given: str, known: Iterable[str]) -> str:
 
 
 class CommandParser(MainParser):
-    """The parser of one command, whose arguments may wait until it is called."""
+    """The parser of one command, whose module is imported when it is called.
+
+    Attributes:
+        module: its name; it has ``add_arguments(parser)`` and ``main(arguments)``.
+    """
+
+    module: Optional[str] = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._deferred: Optional[Callable[[argparse.ArgumentParser], None]] = None
+        self._is_complete = False
         self.add_argument(
             "--debug",
             action="store_true",
             help="show where an error comes from (MASQUANT_DEBUG=1 does, too)",
         )
 
-    def defer(self, add_arguments: Callable[[argparse.ArgumentParser], None]) -> None:
-        """Add arguments when this parser is first used, and not before."""
-        self._deferred = add_arguments
-
     def complete(self) -> None:
-        """Add the arguments that wait."""
-        if self._deferred is not None:
-            add_arguments, self._deferred = self._deferred, None
-            add_arguments(self)
+        """Add the command's own arguments, which wait until they are needed."""
+        if self.module is not None and not self._is_complete:
+            self._is_complete = True
+            importlib.import_module(self.module).add_arguments(self)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Run the command.
+
+        Returns:
+            Exit code.
+        """
+        assert self.module is not None
+        return importlib.import_module(self.module).main(arguments)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.complete()
@@ -125,22 +136,3 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print what was written as JSON"
     )
-
-
-class LazyCommand:
-    """A command's module, imported when the command is the one that is called.
-
-    Args:
-        module: its name; it has ``add_arguments(parser)`` and ``main(arguments)``.
-    """
-
-    def __init__(self, module: str):
-        self.module = module
-
-    def add_arguments(self, parser: CommandParser) -> None:
-        """Let the parser ask the module for its arguments."""
-        parser.defer(lambda p: importlib.import_module(self.module).add_arguments(p))
-
-    def main(self, arguments: argparse.Namespace) -> int:
-        """Run the command."""
-        return importlib.import_module(self.module).main(arguments)

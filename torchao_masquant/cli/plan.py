@@ -12,9 +12,10 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, Optional
 
+from torchao_masquant.cli.calibration_options import whole
 from torchao_masquant.cli.models import model_folder
-from torchao_masquant.schemes import SCHEMES
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SCHEMES, SolverOptions
+from torchao_masquant.wording import byte_size
 
 if TYPE_CHECKING:
     from torchao_masquant.planning.estimate import CalibrationPlan, InferencePlan
@@ -31,12 +32,6 @@ def _memory(text: str) -> int:
     if found is None or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
-    return int(text)
 
 
 def _rank(text: str) -> "int | float":
@@ -59,23 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with a config.json, or a name on the Hugging Face hub; no weights "
         "are read",
     )
-    parser.add_argument("--devices", type=_count, default=1, metavar="N")
+    parser.add_argument("--devices", type=whole(1), default=1, metavar="N")
     parser.add_argument(
         "--memory", type=_memory, metavar="SIZE", help="of one device, such as 80GiB"
     )
     # What it was for, seconds, is predicted no more; scripts that give it go on.
     parser.add_argument("--machine", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--samples", type=_count, default=128, help="of calibration (default: 128)"
+        "--samples", type=whole(1), default=128, help="of calibration (default: 128)"
     )
     parser.add_argument(
-        "--tokens", type=_count, default=2048, help="of a sample (default: 2048)"
+        "--tokens", type=whole(1), default=2048, help="of a sample (default: 2048)"
     )
     parser.add_argument(
-        "--context", type=_count, default=4096, help="tokens of a call (default: 4096)"
+        "--context",
+        type=whole(1),
+        default=4096,
+        help="tokens of a call (default: 4096)",
     )
     parser.add_argument(
-        "--batch", type=_count, default=1, help="calls at a time (default: 1)"
+        "--batch", type=whole(1), default=1, help="calls at a time (default: 1)"
     )
     parser.add_argument(
         "--rank", type=_rank, default=0.05, help="of the pairs (default: 0.05)"
@@ -145,7 +143,7 @@ def _why_not(row: "InferencePlan", memory: Optional[int]) -> Optional[str]:
     if row.reason is not None:
         return row.reason
     if memory is not None and row.device_bytes > memory:
-        return f"{_size(row.device_bytes - memory)} too much"
+        return f"{byte_size(row.device_bytes - memory)} too much"
     return None
 
 
@@ -185,7 +183,7 @@ def _print(
     verdict = ""
     if memory is not None:
         over = c.device_bytes - memory
-        verdict = f"; {_size(over)} too much" if over > 0 else "; fits"
+        verdict = f"; {byte_size(over)} too much" if over > 0 else "; fits"
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"Calibration, block by block: {arguments.samples} samples of "
@@ -205,12 +203,12 @@ def _print(
         ("written (w4a8)", c.written_bytes),
         ("sent by each device", c.reduced_bytes),
     ):
-        table.add_row(what, _size(size))
+        table.add_row(what, byte_size(size))
     print(to_text(table))
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache "
-        f"is {_size(rows[0].cache_bytes)} of a device",
+        f"is {byte_size(rows[0].cache_bytes)} of a device",
         title_justify="left",
     )
     for column in ("scheme", "weights", "a device", "sent a token", ""):
@@ -220,19 +218,9 @@ def _print(
     for row in rows:
         table.add_row(
             row.scheme,
-            _size(row.weight_bytes),
-            _size(row.device_bytes),
-            _size(row.sent_bytes),
+            byte_size(row.weight_bytes),
+            byte_size(row.device_bytes),
+            byte_size(row.sent_bytes),
             _why_not(row, memory) or ("" if memory is None else "fits"),
         )
     print(to_text(table))
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"

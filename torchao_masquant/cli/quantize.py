@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchao_masquant.cli.calibrate import calibrate_model, described
+from torchao_masquant.cli.calibrate import calibrate_model, described, read_inputs
 from torchao_masquant.cli.calibration_options import (
     add_calibration_options,
     add_patterns,
@@ -19,11 +19,7 @@ from torchao_masquant.cli.calibration_options import (
     given_options,
 )
 from torchao_masquant.cli.ending import UsageError
-from torchao_masquant.cli.fit import (
-    check_calibration,
-    check_dense,
-    check_quantization,
-)
+from torchao_masquant.cli.fit import check_dense, check_quantization
 from torchao_masquant.cli.models import (
     MODEL_HELP,
     add_model_options,
@@ -34,20 +30,16 @@ from torchao_masquant.cli.models import (
     resolve_device,
 )
 from torchao_masquant.cli.parser import add_output_options
-from torchao_masquant.cli.samples import (
-    DATA_FORMS,
-    add_data_argument,
-    calibration_samples,
-)
+from torchao_masquant.cli.samples import DATA_FORMS, add_data_argument
 from torchao_masquant.cli.sequential import (
     add_sequential_options,
     calibrate_from_disk,
-    check_processes,
+    check_sequential_usage,
     is_first_process,
-    stray_option,
 )
+from torchao_masquant.hub import folder_of
+from torchao_masquant.options import SCHEMES
 from torchao_masquant.outputs import check_folder
-from torchao_masquant.schemes import SCHEMES
 
 __all__ = ["add_arguments", "main"]
 
@@ -175,14 +167,11 @@ def _check_usage(arguments: argparse.Namespace) -> None:
             strays.append("--sequential")
         if strays:
             raise UsageError(f"{strays[0]} goes with DATA, not with {given[0]}.")
-    stray = stray_option(arguments)
-    if stray is not None and not arguments.sequential:
-        raise UsageError(f"{stray} goes with --sequential.")
     if arguments.sequential and arguments.max_shard_size is not None:
         raise UsageError(
             "--sequential writes a file a block: leave --max-shard-size out."
         )
-    check_processes(arguments)
+    check_sequential_usage(arguments)
 
 
 def _quantize_while_loading(arguments: argparse.Namespace) -> None:
@@ -211,22 +200,18 @@ def _quantize_while_loading(arguments: argparse.Namespace) -> None:
 def _calibrate_and_quantize(
     arguments: argparse.Namespace, options: dict[str, Any]
 ) -> None:
-    config = load_config(arguments.model, arguments.trust_remote_code)
-    check_calibration(config, arguments, options)
-    samples = calibration_samples(arguments, config)
+    config, samples = read_inputs(arguments, options)
     if arguments.sequential:
         given = {**vars(arguments), "quantized": arguments.output, "output": None}
         calibrate_from_disk(
             argparse.Namespace(**given), config, samples, options, described(arguments)
         )
         return
-    from torchao.quantization import quantize_
-
-    from torchao_masquant.config import masquant_config
+    from torchao_masquant.quantize import apply_recipe
 
     model = load_model(arguments.model, config, arguments)
     recipe = calibrate_model(model, arguments, samples, options)
-    quantize_(model, masquant_config(recipe))
+    apply_recipe(model, recipe)
     _save(model, arguments)
 
 
@@ -236,18 +221,6 @@ def _save(model: Any, arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {}
     if arguments.max_shard_size is not None:
         options["max_shard_size"] = arguments.max_shard_size
-    save_quantized(
-        model, arguments.output, beside=_folder_of(arguments.model), **options
-    )
-
-
-def _folder_of(model: str) -> Path:
-    """Where the files lie that go along with the weights."""
-    folder = model_folder(model)
-    if Path(folder).is_dir():
-        return Path(folder)
-    from huggingface_hub import snapshot_download
-
-    from torchao_masquant.integrations.other_files import NOT_NEEDED
-
-    return Path(snapshot_download(folder, ignore_patterns=list(NOT_NEEDED)))
+    # Where the files lie that go along with the weights.
+    beside = folder_of(model_folder(arguments.model))
+    save_quantized(model, arguments.output, beside=beside, **options)

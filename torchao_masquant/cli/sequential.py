@@ -13,9 +13,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
-from torchao_masquant.cli.calibration_options import MEASURE, number
+from torchao_masquant.cli.calibration_options import number
 from torchao_masquant.cli.ending import UsageError
-from torchao_masquant.cli.models import auto_class, model_folder, resolve_device
+from torchao_masquant.cli.models import model_folder, resolve_device
+from torchao_masquant.hub import auto_class
+from torchao_masquant.option_values import MEASURE
 
 if TYPE_CHECKING:
     from torchao_masquant.sequential import SequentialResult
@@ -23,10 +25,9 @@ if TYPE_CHECKING:
 __all__ = [
     "add_sequential_options",
     "calibrate_from_disk",
-    "check_processes",
+    "check_sequential_usage",
     "is_first_process",
     "processes",
-    "stray_option",
 ]
 
 _GIB = 1 << 30
@@ -86,24 +87,21 @@ _OPTIONS = (
 )
 
 
-def stray_option(arguments: argparse.Namespace) -> Optional[str]:
-    """An option that is given, and means something with ``--sequential`` alone."""
-    given = [name for name in _OPTIONS if getattr(arguments, name, None) is not None]
-    return f"--{given[0].replace('_', '-')}" if given else None
-
-
 def processes() -> int:
     """How many processes torchrun has started; one without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_processes(arguments: argparse.Namespace) -> None:
-    """Raise where a calibration cannot be shared, or done block by block.
+def check_sequential_usage(arguments: argparse.Namespace) -> None:
+    """Raise where options need ``--sequential``, or do not go with it.
 
     Raises:
         UsageError: names the option.
     """
     if not arguments.sequential:
+        for name in _OPTIONS:
+            if getattr(arguments, name, None) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} goes with --sequential.")
         if processes() > 1:
             raise UsageError(
                 "several processes share a calibration with --sequential alone."

@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from torchao_masquant.calibration.calibrate import library_versions, solve
-from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.conductor import solve
 from torchao_masquant.config import masquant_config
 from torchao_masquant.evaluation import linear_sqnr
 from torchao_masquant.linear import MASQuantLinear
-from torchao_masquant.recipe import Recipe
+from torchao_masquant.options import SolverOptions
+from torchao_masquant.recipe import Recipe, library_versions
 from torchao_masquant.routing import Router
+from torchao_masquant.samples import run_samples
 from torchao_masquant.selection import select_linears
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.testing import digits
 
 __all__ = ["METHODS", "SCHEMES", "Row", "compare_methods", "dense_row"]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Optional
 from rich.console import RenderableType
 
 from torchao_masquant.evaluation.json_record import JSONRecord
-from torchao_masquant.schemes import get_scheme
+from torchao_masquant.options import get_scheme
 from torchao_masquant.solver.modality_spread import InputSpread, verdict
 
 __all__ = [

@@ -8,9 +8,10 @@
 import math
 from typing import Optional, Sequence
 
-from torchao_masquant.evaluation.analysis import Analysis, InputAnalysis
+from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.tables import short_names
-from torchao_masquant.figures.drawing import Drawing, Panel, by_kind, drawing
+from torchao_masquant.figures.drawing import Drawing, by_kind, drawing
+from torchao_masquant.figures.panel import Panel
 from torchao_masquant.figures.places import Kind, input_kinds, kinds
 from torchao_masquant.figures.style import (
     GUIDE,
@@ -54,38 +55,36 @@ def _input_kinds(analysis: Analysis) -> list[Kind]:
     return input_kinds({name: i.linears for name, i in analysis.inputs.items()})
 
 
-def _places(
-    analysis: Analysis, kind: Kind, modality: str
-) -> list[tuple[int, InputAnalysis]]:
-    """(layer, input) of the inputs that saw a modality."""
-    return [
-        (layer, analysis.inputs[name])
-        for layer, name in kind.places
-        if modality in analysis.inputs[name].ranges
-    ]
-
-
 def _ranges(analysis: Analysis, modalities: Sequence[str]) -> Optional[Drawing]:
     def draw(panel: Panel, kind: Kind) -> None:
         for modality in analysis.modalities:
-            places = _places(analysis, kind, modality)
-            layers = [layer for layer, _ in places]
-            ranges = [study.ranges[modality] for _, study in places]
+            ranges = {
+                name: study.ranges[modality]
+                for name, study in analysis.inputs.items()
+                if modality in study.ranges
+            }
             color = modality_color(modality, modalities)
-            panel.band(layers, [r.low for r in ranges], [r.high for r in ranges], color)
-            panel.line("", layers, [r.median for r in ranges], color=color, ls=":")
-            panel.line(
+            panel.band(kind, {n: (r.low, r.high) for n, r in ranges.items()}, color)
+            panel.by_layer(
+                kind,
+                f"{modality}, median channel",
+                {n: (r.median, amount(r.median)) for n, r in ranges.items()},
+                color=color,
+                **PLAIN,
+            )
+            panel.by_layer(
+                kind,
                 modality,
-                layers,
-                [r.absmax for r in ranges],
-                [
-                    f"{kind.place_name(layer)}, {modality}: largest {amount(r.absmax)}, "
-                    f"median channel {amount(r.median)}, {r.tokens} tokens"
-                    for layer, r in zip(layers, ranges)
-                ],
+                {
+                    name: (
+                        r.absmax,
+                        f"largest {amount(r.absmax)}, median channel "
+                        f"{amount(r.median)}, {r.tokens} tokens",
+                    )
+                    for name, r in ranges.items()
+                },
                 **modality_look(modality, modalities),
             )
-        panel.line("its median channel", [], [], color=MUTED, linestyle=":")
 
     return by_kind(
         "ranges",
@@ -102,26 +101,21 @@ def _ranges(analysis: Analysis, modalities: Sequence[str]) -> Optional[Drawing]:
 
 def _dominance(analysis: Analysis, modalities: Sequence[str]) -> Optional[Drawing]:
     def draw(panel: Panel, kind: Kind) -> None:
-        tops = {layer: 0.0 for layer, _ in kind.places}
         for modality in analysis.modalities:
-            places = _places(analysis, kind, modality)
-            layers = [layer for layer, _ in places]
-            shares = [study.ranges[modality].dominance for _, study in places]
-            heights = [0.0 if math.isnan(share) else 100 * share for share in shares]
-            panel.bars(
+            shares = {
+                name: study.ranges[modality].dominance
+                for name, study in analysis.inputs.items()
+                if modality in study.ranges
+            }
+            panel.stack(
+                kind,
                 modality,
-                layers,
-                heights,
-                [tops[layer] for layer in layers],
-                [
-                    f"{kind.place_name(layer)}: {modality} decides {percent(share)} of "
-                    "the channels"
-                    for layer, share in zip(layers, shares)
-                ],
+                {
+                    name: (100 * share, f"decides {percent(share)} of the channels")
+                    for name, share in shares.items()
+                },
                 modality_color(modality, modalities),
             )
-            for layer, height in zip(layers, heights):
-                tops[layer] += height
         panel.axis.set_ylim(0, 100)
 
     return by_kind(
@@ -137,30 +131,26 @@ def _dominance(analysis: Analysis, modalities: Sequence[str]) -> Optional[Drawin
 
 def _own_factors(analysis: Analysis, modalities: Sequence[str]) -> Optional[Drawing]:
     """None where there is one modality, or an analysis of before it was measured."""
-    spreads = analysis.spreads
-    if not spreads or len(analysis.modalities) < 2:
+    if not analysis.spreads or len(analysis.modalities) < 2:
         return None
 
     def draw(panel: Panel, kind: Kind) -> None:
         panel.guide(f"{MUCH:g} dB: much", MUCH)
         for modality in analysis.modalities:
-            found = [
-                (layer, spreads[name].modalities[modality])
-                for layer, name in kind.places
-                if name in spreads
-            ]
-            panel.line(
+            spreads = {n: s.modalities[modality] for n, s in analysis.spreads.items()}
+            panel.by_layer(
+                kind,
                 modality,
-                [layer for layer, _ in found],
-                [spread.gain_rotated for _, spread in found],
-                [
-                    f"{kind.place_name(layer)}, {modality}: "
-                    f"{amount(spread.gain_rotated, '.1f')} dB "
-                    f"({amount(spread.gain, '.1f')} dB without rotation), "
-                    f"{percent(spread.constant_share)} of the loudest channels "
-                    f"constant, {percent(spread.sink_share)} sinks"
-                    for layer, spread in found
-                ],
+                {
+                    name: (
+                        spread.gain_rotated,
+                        f"{amount(spread.gain_rotated, '.1f')} dB "
+                        f"({amount(spread.gain, '.1f')} dB without rotation), "
+                        f"{percent(spread.constant_share)} of the loudest channels "
+                        f"constant, {percent(spread.sink_share)} sinks",
+                    )
+                    for name, spread in spreads.items()
+                },
                 **modality_look(modality, modalities),
             )
 
@@ -173,7 +163,7 @@ def _own_factors(analysis: Analysis, modalities: Sequence[str]) -> Optional[Draw
         _input_kinds(analysis),
         "less rounding error, dB",
         draw,
-        share_y=True,
+        share_y="all",
     )
 
 
@@ -232,35 +222,26 @@ def _theorem_1(analysis: Analysis, modalities: Sequence[str]) -> Optional[Drawin
 def _effective_ranks(
     analysis: Analysis, modalities: Sequence[str]
 ) -> Optional[Drawing]:
+    ranks = {name: found for name, found in analysis.effective_ranks.items() if found}
+
     def draw(panel: Panel, kind: Kind) -> None:
         for modality in analysis.modalities[1:]:
-            found = [
-                (layer, analysis.effective_ranks[name][modality])
-                for layer, name in kind.places
-                if modality in analysis.effective_ranks[name]
-            ]
-            layers = [layer for layer, _ in found]
+            of = {n: found[modality] for n, found in ranks.items() if modality in found}
             for how, values, style in (
-                ("without whitening", [rank.plain for _, rank in found], PLAIN),
-                ("whitened", [rank.whitened for _, rank in found], {}),
+                ("without whitening", {n: rank.plain for n, rank in of.items()}, PLAIN),
+                ("whitened", {n: rank.whitened for n, rank in of.items()}, {}),
             ):
-                panel.line(
+                panel.by_layer(
+                    kind,
                     f"{modality}, {how}",
-                    layers,
-                    values,
-                    [
-                        f"{kind.place_name(layer)}, {modality}, {how}: "
-                        f"{amount(value, '.1f')} of {rank.full}"
-                        for (layer, rank), value in zip(found, values)
-                    ],
+                    {
+                        name: (value, f"{amount(value, '.1f')} of {of[name].full}")
+                        for name, value in values.items()
+                    },
                     **{**modality_look(modality, modalities), **style},
                 )
-        most = [
-            (layer, max(rank.full for rank in ranks.values()))
-            for layer, name in kind.places
-            if (ranks := analysis.effective_ranks[name])
-        ]
-        panel.line("full rank", *zip(*most), **{**GUIDE, "linestyle": "-"})
+        full = [max(r.full for r in ranks[name].values()) for _, name in kind.places]
+        panel.line("full rank", [x for x, _ in kind.places], full, color=MUTED)
 
     return by_kind(
         "effective_ranks",
@@ -268,7 +249,7 @@ def _effective_ranks(
         "The lower a line, the fewer directions hold the difference between a "
         "modality's weight and the shared one: whitening by the activations (solid) is "
         "what makes a small pair enough.",
-        kinds(name for name, ranks in analysis.effective_ranks.items() if ranks),
+        kinds(ranks),
         "effective rank",
         draw,
         log=True,
@@ -286,7 +267,7 @@ def _sqnr_by_rank(analysis: Analysis, modalities: Sequence[str]) -> Drawing:
         "shared weight and a pair of that rank, activations not rounded.",
         len(others),
         height=2.8,
-        share_y=True,
+        share_y="all",
     ) as found:
         for panel, modality in zip(found.panels, others):
             for method, curves in analysis.sqnr_by_rank.items():

@@ -12,25 +12,24 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import warn_of_left_out
+from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.passes import (
-    MAX_STATISTICS_BYTES,
-    check_bound,
     plan_passes,
 )
 from torchao_masquant.calibration.request import base_first
-from torchao_masquant.calibration.sample_checks import check_samples, no_samples
-from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.compensation_curves import GAUGED, PUBLISHED
 from torchao_masquant.evaluation.input_study import InputStudy, study_input
 from torchao_masquant.evaluation.token_session import TokenSession
 from torchao_masquant.modality import TEXT
+from torchao_masquant.option_values import Amount
+from torchao_masquant.options import MAX_STATISTICS_BYTES, NamePatterns, get_scheme
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
-from torchao_masquant.schemes import get_scheme
-from torchao_masquant.selection import Patterns, select_linears
+from torchao_masquant.sample_checks import check_samples, no_samples
+from torchao_masquant.samples import run_samples
+from torchao_masquant.selection import select_linears
 from torchao_masquant.threads import threads_for, widest
 from torchao_masquant.wrappers import unwrapped
 
@@ -49,8 +48,8 @@ def analyze(
     alpha: float = 0.5,
     ranks: Sequence[float] = _RANKS,
     modalities: Optional[Sequence[str]] = None,
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: NamePatterns = None,
+    exclude: NamePatterns = None,
     max_statistics_bytes: int = MAX_STATISTICS_BYTES,
     progress: bool = True,
 ) -> Analysis:
@@ -84,7 +83,7 @@ def analyze(
     Reference: MASQuant, arXiv 2603.04800, theorems 1 and 2.
     """
     check_samples(samples)
-    check_bound(max_statistics_bytes)
+    Amount("of bytes").check("max_statistics_bytes", max_statistics_bytes)
     bits = get_scheme(scheme)
     _check_alpha(alpha)
     shares = _checked_shares(ranks)

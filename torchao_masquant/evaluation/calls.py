@@ -12,9 +12,9 @@ from typing import Any, Iterator, Mapping, Optional
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.samples import MODALITY_IDS
 from torchao_masquant.model_parts import token_reader
 from torchao_masquant.routing import Router
+from torchao_masquant.samples import MODALITY_IDS
 from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["evaluation_mode", "logits_of", "modality_ids_of"]

@@ -19,12 +19,12 @@ from typing import Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import Moments
 from torchao_masquant.evaluation.analysis import EffectiveRank
 from torchao_masquant.evaluation.decibel import decibel
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.compensation import resolve_rank, whitening
+from torchao_masquant.options import Scheme, resolve_rank
+from torchao_masquant.solver.compensation import whitening
 from torchao_masquant.solver.gauge import gauge
+from torchao_masquant.statistics.input_statistics import Moments
 from torchao_masquant.tensor_subclasses import (
     dequantize_smoothed_weight,
     quantize_smoothed_weight,

@@ -13,11 +13,6 @@ from typing import Any, Iterable, Mapping, Optional, Union
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.sample_checks import (
-    check_sample,
-    check_samples,
-    no_samples,
-)
 from torchao_masquant.evaluation.calls import (
     evaluation_mode,
     logits_of,
@@ -36,6 +31,11 @@ from torchao_masquant.evaluation.weights import (
 from torchao_masquant.model_parts import token_reader
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router, router_of
+from torchao_masquant.sample_checks import (
+    check_sample,
+    check_samples,
+    no_samples,
+)
 from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["check_reference", "evaluate"]

@@ -8,7 +8,8 @@
 from typing import Optional, Sequence
 
 from torchao_masquant.evaluation.evaluation import Evaluation
-from torchao_masquant.figures.drawing import Drawing, Panel, by_kind, drawing
+from torchao_masquant.figures.drawing import Drawing, by_kind, drawing
+from torchao_masquant.figures.panel import Panel
 from torchao_masquant.figures.places import Kind, kinds
 from torchao_masquant.figures.style import PLAIN, method_look, modality_look
 from torchao_masquant.wording import amount, method_name
@@ -116,24 +117,17 @@ def kind_drawing(
 
     def draw(panel: Panel, kind: Kind) -> None:
         for modality in evaluation.modalities:
-            found = [
-                (place, evaluation.sqnr[name][modality])
-                for place, name in kind.places
-                if modality in evaluation.sqnr[name]
-            ]
+            ratios = {
+                n: r[modality] for n, r in evaluation.sqnr.items() if modality in r
+            }
             for how, values, style in (
-                ("centred", [ratio.centered for _, ratio in found], {}),
-                ("plain", [ratio.plain for _, ratio in found], PLAIN),
+                ("centred", {n: ratio.centered for n, ratio in ratios.items()}, {}),
+                ("plain", {n: ratio.plain for n, ratio in ratios.items()}, PLAIN),
             ):
-                panel.line(
+                panel.by_layer(
+                    kind,
                     f"{modality}, {how}",
-                    [place for place, _ in found],
-                    values,
-                    [
-                        f"{kind.place_name(place)}, {modality}, {how}: "
-                        f"{amount(value, '.1f')} dB"
-                        for (place, _), value in zip(found, values)
-                    ],
+                    {n: (v, f"{amount(v, '.1f')} dB") for n, v in values.items()},
                     **{**modality_look(modality, modalities), **style},
                 )
 
@@ -146,5 +140,5 @@ def kind_drawing(
         kinds(evaluation.sqnr),
         "output SQNR, dB",
         draw,
-        share_y=True,
+        share_y="all",
     )

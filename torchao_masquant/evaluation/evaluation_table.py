@@ -10,6 +10,7 @@ from rich.text import Text
 
 from torchao_masquant.evaluation.evaluation import Evaluation
 from torchao_masquant.evaluation.tables import new_table, number
+from torchao_masquant.wording import byte_size
 
 __all__ = ["render"]
 
@@ -28,9 +29,9 @@ def _heading(evaluation: Evaluation) -> str:
     kind = " ".join(
         part for part in (evaluation.scheme, evaluation.method) if part is not None
     )
-    size = f"{evaluation.weight_bytes / 1024:.0f} KiB of weights in the decoder"
+    size = f"{byte_size(evaluation.weight_bytes)} of weights in the decoder"
     if evaluation.reference_weight_bytes is not None:
-        size += f" (reference: {evaluation.reference_weight_bytes / 1024:.0f} KiB)"
+        size += f" (reference: {byte_size(evaluation.reference_weight_bytes)})"
     return f"{evaluation.model}, {kind or 'dense'}: {size}"
 
 

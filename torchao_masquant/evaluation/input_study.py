@@ -19,7 +19,7 @@ from torchao_masquant.evaluation.compensation_curves import (
 from torchao_masquant.evaluation.ranges import modality_ranges
 from torchao_masquant.evaluation.smoothing_loss import smoothing_loss
 from torchao_masquant.evaluation.token_session import TokenSession
-from torchao_masquant.schemes import Scheme
+from torchao_masquant.options import Scheme
 from torchao_masquant.solver.modality_spread import input_spread
 from torchao_masquant.solver.smoothing import smoothing_factor
 

@@ -9,8 +9,8 @@ import math
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
 from torchao_masquant.evaluation.analysis import ModalityRange
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 __all__ = ["modality_ranges"]
 

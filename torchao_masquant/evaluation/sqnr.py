@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchao_masquant.calibration.samples import run_samples
 from torchao_masquant.evaluation.decibel import decibel
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.routing import Router, router_of, token_modalities
+from torchao_masquant.samples import run_samples
 
 __all__ = ["SQNR", "LinearComparison", "linear_sqnr"]
 

@@ -13,7 +13,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.figures.drawing import Drawing, plain
+from torchao_masquant.figures.drawing import Drawing
+from torchao_masquant.figures.panel import plain
 from torchao_masquant.figures.style import VARIABLES, styled
 
 __all__ = ["to_svg", "write_png"]
@@ -45,7 +46,7 @@ def to_svg(drawing: Drawing) -> str:
     ids are those of no other figure of another name, and what a mark says when it is
     pointed at is its ``<title>``. The same figure gives the same text.
     """
-    hinted = {}
+    hinted: dict[str, list[str]] = {}
     for panel in drawing.panels:
         for artist, hints in panel.hints:
             gid = f"hints-{len(hinted)}"

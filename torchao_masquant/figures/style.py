@@ -58,9 +58,9 @@ PAPER, INK, MUTED, _SOFT = (_LIGHT[n] for n in ("card", "ink", "muted", "soft"))
 PARTS = tuple(_LIGHT[f"part{place}"] for place in range(5))
 
 #: of a line that others are compared with
-GUIDE = {"color": MUTED, "linestyle": "--", "linewidth": 1.0}
+GUIDE: dict[str, Any] = {"color": MUTED, "linestyle": "--", "linewidth": 1.0}
 #: of a line that a solid one of the same colour improves on
-PLAIN = {"linestyle": ":", "markerfacecolor": "none"}
+PLAIN: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "none"}
 
 _MODALITIES = tuple(_LIGHT[f"m{place}"] for place in range(7))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -73,7 +73,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "smoothquant": {"color": MUTED, "marker": "s", "linestyle": "-."},
     "rtn": {"color": MUTED, "marker": "X", "linestyle": ":"},
 }
-_OTHER_MARKERS = ("D", "v", "P")
+_OTHER_MARKERS = ("D", "v", "P", "*", "<", ">", "h", "p")
 
 _RC = {
     "axes.axisbelow": True,

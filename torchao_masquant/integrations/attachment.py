@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["attach_to_transformers", "check_savable", "saving_whole"]
@@ -95,8 +95,8 @@ def saving_whole(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(save_pretrained)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from torchao_masquant.integrations.checkpoint_format import quantized_modules
         from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
+        from torchao_masquant.quantized_modules import quantized_modules
 
         if quantized_modules(self):
             attach_to_transformers(self)

@@ -33,24 +33,24 @@ channels, so that readers of 3 are to refuse it.
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 
-from torchao_masquant.expert_modules import MASQuantExperts
-from torchao_masquant.experts import PROJECTIONS, projections
+from torchao_masquant.experts import PROJECTIONS
 from torchao_masquant.integrations.guard import guard
-from torchao_masquant.integrations.layer_format import PARTS, LayerFormat
+from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import (
     check_entry,
     is_torchao,
     taken_apart,
 )
-from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import QUANT_METHOD
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.quantized_modules import quantized_modules, quantized_weights
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 
 __all__ = [
     "FORMAT_VERSION",
@@ -58,8 +58,6 @@ __all__ = [
     "CheckpointFormat",
     "flatten_state_dict",
     "parameter_of",
-    "quantized_modules",
-    "quantized_weights",
     "stored_name",
     "stored_part",
 ]
@@ -101,20 +99,6 @@ def stored_part(name: str) -> Optional[tuple[str, str]]:
     return module if parameter == "weight" else f"{module}.{parameter}", part
 
 
-def quantized_modules(model: nn.Module) -> list[Union[MASQuantLinear, MASQuantExperts]]:
-    """All quantized linears and experts."""
-    kinds = (MASQuantLinear, MASQuantExperts)
-    return [m for m in model.modules() if isinstance(m, kinds)]
-
-
-def quantized_weights(
-    module: Union[MASQuantLinear, MASQuantExperts],
-) -> dict[str, MASQuantTensor]:
-    """Name of each quantized parameter of one of them to what it holds."""
-    names = projections(module) if isinstance(module, MASQuantExperts) else ("weight",)
-    return {name: getattr(module, name).data for name in names or ()}
-
-
 @dataclass
 class CheckpointFormat:
     """What a checkpoint says of all its quantized linears.
@@ -149,9 +133,7 @@ class CheckpointFormat:
                 was solved with.
         """
         layers, modules = {}, {}
-        for name, module in model.named_modules():
-            if not isinstance(module, (MASQuantLinear, MASQuantExperts)):
-                continue
+        for name, module in quantized_modules(model).items():
             for parameter, weight in quantized_weights(module).items():
                 layer = name if weight.dim() == 2 else f"{name}.{parameter}"
                 layers[layer] = LayerFormat.of(weight)

@@ -11,10 +11,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.expert_modules import MASQuantExperts
-from torchao_masquant.integrations.checkpoint_format import (
-    quantized_modules,
-    quantized_weights,
-)
+from torchao_masquant.quantized_modules import quantized_modules, quantized_weights
 from torchao_masquant.reclassing import become_original, change_class
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -35,7 +32,7 @@ def dequantize_model(model: nn.Module, dtype: Optional[torch.dtype] = None) -> N
         dtype: of the weights, and of all other floating point parameters; None for the
             weights' own.
     """
-    modules = quantized_modules(model)
+    modules = quantized_modules(model).values()
     for router in {module.router for module in modules if module.router is not None}:
         router.detach(model)
     for module in modules:

@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 import torch
 
-from torchao_masquant.integrations.layer_format import TensorKind
+from torchao_masquant.tensor_subclasses.weight_layout import TensorKind
 
 __all__ = ["guard", "guardable", "is_guard"]
 

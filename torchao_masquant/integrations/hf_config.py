@@ -155,7 +155,7 @@ def _check_without_calibration(config: MASQuantConfig) -> None:
         )
     if config.recipe is not None:
         return
-    if config.options.parts.smooth:
+    if config.options.procedure.smooth:
         raise ValueError(
             f"method {config.method!r} needs a calibration: give a recipe from "
             "calibrate(), or method='rtn'."

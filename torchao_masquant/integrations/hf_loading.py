@@ -3,46 +3,47 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""What one ``from_pretrained`` does with the linears of a model on the meta device."""
+"""What ``from_pretrained`` does with a quantized checkpoint."""
 
 import re
-from typing import Any, Callable, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.request import base_first
-from torchao_masquant.config import MASQuantConfig
-from torchao_masquant.expert_modules import MASQuantExperts
-from torchao_masquant.experts import ExpertWeight, experts_of
-from torchao_masquant.freed_memory import return_freed_memory
+from torchao_masquant.experts import (
+    ExpertWeight,
+    by_module,
+    experts_of,
+    layers_of_model,
+)
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     parameter_of,
-    quantized_modules,
     stored_name,
     stored_part,
 )
 from torchao_masquant.integrations.guard import is_guard
-from torchao_masquant.integrations.layer_format import (
-    PARTS,
-    LayerFormat,
-    TensorKind,
-)
+from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import assembled, parts_of
-from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.names import named_here
-from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
+from torchao_masquant.quantized_modules import quantized_modules, replace_weights
 from torchao_masquant.routing import Router
-from torchao_masquant.selection import check_whole, match_names, select
+from torchao_masquant.selection import check_whole
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS, TensorKind
 
-__all__ = ["CheckpointLoading", "QuantizingLoading", "attach_routers"]
+__all__ = [
+    "CheckpointLoading",
+    "attach_routers",
+    "finish_modules",
+    "set_parameter",
+]
 
 
 def attach_routers(model: nn.Module) -> None:
     """Route the calls of a loaded model, where the modality of a token matters."""
-    modules = quantized_modules(model)
+    modules = quantized_modules(model).values()
     for router in dict.fromkeys(m.router for m in modules if m.router is not None):
         # An incomplete router refuses tokens of a modality that it does not know.
         if not router.is_complete or any(
@@ -84,18 +85,17 @@ class CheckpointLoading:
         self._class = type(model).__name__
         self._is_saved_class = self._class in (model.config.architectures or ())
         self._optional = _optional_names(model)
-        modules: dict[str, Any] = dict(model.named_modules())
-        modules |= experts_of(model)
+        layers = layers_of_model(model)
         routers: dict[tuple[str, ...], Router] = {}
         self._routers: dict[str, Router] = {}
         for name, layer in named_here(model, checkpoint.layers).items():
             kind = ExpertWeight if len(layer.shape) == 3 else nn.Linear
-            if type(modules.get(name)) is not kind:
+            if type(layers.get(name)) is not kind:
                 raise ValueError(
                     f"the checkpoint has a quantized linear {name}, {self._class} has "
                     "none of that name: load it with the class that it was saved from."
                 )
-            shape = tuple(modules[name].weight.shape)
+            shape = tuple(layers[name].weight.shape)
             if shape != layer.shape:
                 raise ValueError(
                     f"the checkpoint's {name} is of shape {layer.shape}, the "
@@ -105,6 +105,8 @@ class CheckpointLoading:
                 routers[layer.modalities] = Router.for_model(model, layer.modalities)
             self.formats[name] = layer
             self._routers[name] = routers[layer.modalities]
+        # name of a parameter to that of the linear or experts
+        self._named = {parameter_of(n, f.shape): n for n, f in self.formats.items()}
         for saved_name, entry in checkpoint.torchao.items():
             self.torchao[self._parameter_in(self._state, saved_name)] = entry
         try:
@@ -132,9 +134,9 @@ class CheckpointLoading:
     def state_with_parts(self) -> dict[str, Any]:
         """Names that tensors of the checkpoint may have here."""
         parts = {
-            stored_name(parameter_of(name, layer.shape), part): True
-            for name, layer in self.formats.items()
-            for part in layer.kinds()
+            stored_name(parameter, part): True
+            for parameter, name in self._named.items()
+            for part in self.formats[name].layout.kinds()
         }
         return self._state | parts | dict.fromkeys(self._torchao_parts, True)
 
@@ -156,13 +158,12 @@ class CheckpointLoading:
     @property
     def parameter_names(self) -> list[str]:
         """What quantized parameters are called in their modules."""
-        full = [parameter_of(n, f.shape) for n, f in self.formats.items()]
-        full += self.torchao
+        full = [*self._named, *self.torchao]
         return list(dict.fromkeys(name.rpartition(".")[2] for name in full))
 
     def nbytes_of(self, name: str, weight: torch.Tensor) -> int:
         """Bytes of a linear's quantized weight."""
-        return self.formats[name].nbytes
+        return self.formats[name].layout.nbytes
 
     def check_stored(self, rename: Callable[[str], tuple[list[str], bool]]) -> None:
         """Compare the files with the model, before anything is allocated.
@@ -198,7 +199,7 @@ class CheckpointLoading:
                 )
         for name, layer in self.formats.items():
             try:
-                layer.check_tensors(parts[name])
+                layer.layout.check_kinds(parts[name])
             except ValueError as error:
                 raise ValueError(
                     f"the checkpoint's {name} does not fit its config.json: {error}; "
@@ -217,7 +218,7 @@ class CheckpointLoading:
         ours = self._state.get(name)
         if ours is None:
             return
-        if name.removesuffix(".weight") in self.formats:
+        if name in self._named:
             if is_guard(kind):
                 return
             raise ValueError(
@@ -233,8 +234,7 @@ class CheckpointLoading:
             )
 
     def _check_complete(self, covered: set[str]) -> None:
-        quantized = {parameter_of(n, f.shape) for n, f in self.formats.items()}
-        quantized |= set(self.torchao)
+        quantized = {*self._named, *self.torchao}
         for name in self._state:
             if name in covered or name in quantized or self._optional(name, covered):
                 continue
@@ -245,246 +245,54 @@ class CheckpointLoading:
 
     def linear_of(self, weight_name: str) -> Optional[str]:
         """The quantized linear whose weight has this name, if it is one."""
-        return _layer_of(weight_name, self.formats)
+        return self._named.get(weight_name)
 
     def load(
         self, model: nn.Module, name: str, parts: Mapping[str, torch.Tensor]
     ) -> nn.Parameter:
-        """Turn a linear into a quantized one, with the weight of some loaded parts.
-
-        Of experts, this replaces the parameter alone: see :meth:`finish_experts`.
-        """
-        weight = self.formats[name].build(parts, self.dtype)
-        return _replace(model, name, weight, self._routers[name])
+        """Give a linear, or experts, the quantized weight of some loaded parts."""
+        layer = self.formats[name]
+        weight = layer.build(parts, self.dtype)
+        return set_parameter(model, parameter_of(name, layer.shape), weight)
 
     def load_torchao(
         self, model: nn.Module, name: str, parts: Mapping[str, torch.Tensor]
     ) -> nn.Parameter:
         """Give a parameter of the model the torchao tensor of some loaded parts."""
         stored = {stored_name(name, part): tensor for part, tensor in parts.items()}
-        weight = assembled(name, stored, self.torchao[name])
-        module, _, parameter_name = name.rpartition(".")
-        parameter = nn.Parameter(weight, requires_grad=False)
-        # So that transformers does not initialize it again.
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        setattr(model.get_submodule(module), parameter_name, parameter)
-        return parameter
+        return set_parameter(model, name, assembled(name, stored, self.torchao[name]))
 
-    def finish_experts(self, model: nn.Module) -> None:
-        """Turn experts into quantized ones, once all of their weights are there."""
-        _finish_experts(model, self._routers)
+    def finish(self, model: nn.Module) -> None:
+        """Give modules whose weights have come the class that computes with them."""
+        finish_modules(model, self._routers)
 
 
-class QuantizingLoading:
-    """Quantizes each weight as it is loaded.
-
-    Args:
-        model: on the meta device, not quantized.
-        config: with a recipe, or one that needs none.
-        left_out: names of modules as transformers' ``modules_to_not_convert`` has them.
-
-    Raises:
-        ValueError: the recipe was made for another model, or nothing is left.
-    """
-
-    def __init__(
-        self, model: Any, config: MASQuantConfig, left_out: Sequence[str] = ()
-    ):
-        self.config = config
-        self.done: set[str] = set()
-        #: the first weight that could not be quantized
-        self.error: Optional[ValueError] = None
-        self._class = type(model).__name__
-        self._experts = experts_of(model)
-        self._layers: dict[str, Optional[LayerRecipe]]
-        recipe = config.loaded_recipe
-        if recipe is not None:
-            saved = named_here(model, recipe.layers)
-            names = match_names(list(saved), config.include, config.exclude)
-            self._layers = {name: saved[name] for name in names}
-            modalities = recipe.modalities
-            self._check_names(dict(model.named_modules()))
-            check_whole(names, self._experts)
-        else:
-            modalities = base_first(model, config.base_modality, config.modalities)
-            selected = select(
-                model, config.include, config.exclude, config.options, len(modalities)
-            )
-            self._layers = dict.fromkeys([*selected.linears, *selected.experts])
-        if left_out:
-            self._leave_out(left_out)
-        self.router = Router.for_model(model, modalities)
-
-    def _leave_out(self, names: Sequence[str]) -> None:
-        from transformers.quantizers.quantizers_utils import should_convert_module
-
-        self._layers = {
-            name: layer
-            for name, layer in self._layers.items()
-            if should_convert_module(name, list(names))
-        }
-        if not self._layers:
-            raise ValueError(
-                f"modules_to_not_convert ({list(names)}) leaves no linear to quantize."
-            )
-        check_whole(list(self._layers), self._experts)
-
-    def _check_names(self, modules: Mapping[str, nn.Module]) -> None:
-        again = "use the model that it was made for, or calibrate again"
-        for name, layer in self._layers.items():
-            of_experts = layer is not None and len(layer.shape) == 3
-            module: Union[nn.Module, ExpertWeight, None] = (
-                self._experts.get(name) if of_experts else modules.get(name)
-            )
-            if not isinstance(module, (nn.Linear, ExpertWeight)):
-                raise ValueError(
-                    f"the recipe was made for another model: {self._class} has no "
-                    f"linear {name}; {again}."
-                )
-            if layer is not None and tuple(module.weight.shape) != tuple(layer.shape):
-                raise ValueError(
-                    f"{name}: the recipe was made for a weight of shape "
-                    f"{tuple(layer.shape)}, the model's is "
-                    f"{tuple(module.weight.shape)}; {again}."
-                )
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Linears that are to be quantized."""
-        return list(self._layers)
-
-    def linear_of(self, weight_name: str) -> Optional[str]:
-        """The linear to quantize whose weight has this name, if it is one."""
-        return _layer_of(weight_name, self._layers, self._experts)
-
-    def nbytes_of(self, name: str, weight: torch.Tensor) -> float:
-        """Bytes of a linear's weight once it is quantized."""
-        layer = self._layers[name]
-        packed = self.config.options.bits.weight_bits <= 4
-        integers = weight.numel() * (0.5 if packed else 1)
-        if layer is None:
-            return integers
-        others = {k: t for k, t in layer.tensors().items() if k != "qdata"}
-        return integers + sum(t.nbytes for t in others.values())
-
-    def load(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        """Quantize a weight that has arrived, in the linear that it is for.
-
-        A weight that the recipe was not made for is remembered in :attr:`error`, and
-        neither it nor those after it are kept: transformers would bury an exception
-        from here in its report.
-        """
-        self.done.add(name)
-        if self.error is None:
-            try:
-                _replace(model, name, self._quantized(name, weight), self.router)
-                return_freed_memory()
-                return
-            except ValueError as error:
-                self.error = error
-        # Of the right shape, and of no size.
-        nothing = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
-        parameter = nn.Parameter(nothing, requires_grad=False)
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        if name in self._experts:
-            experts = self._experts[name]
-            setattr(experts.module, experts.parameter, parameter)
-        else:
-            model.get_submodule(name).weight = parameter
-
-    def _quantized(self, name: str, weight: torch.Tensor) -> MASQuantTensor:
-        options = self.config.options
-        layer = self._layers[name]
-        if name in self._experts and self._experts[name].module.is_transposed:
-            weight = weight.transpose(1, 2)
-        if layer is None:
-            layer = LayerRecipe.rounded(weight.shape)
-        elif (found := weight_fingerprint(weight)) != layer.fingerprint:
-            raise ValueError(
-                f"{name}: the recipe was made for a weight with fingerprint "
-                f"{layer.fingerprint}, the checkpoint's is {found}; use the model that "
-                "it was made for, in the same dtype, or calibrate again."
-            )
-        try:
-            return layer.quantize(
-                weight, options.bits, self.router.modalities, options.low_rank_bits
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-    def finish_experts(self, model: nn.Module) -> None:
-        """Turn experts into quantized ones, once all of their weights are there."""
-        _finish_experts(model, dict.fromkeys(self._layers, self.router))
-
-    def finish(self) -> None:
-        """Raise unless every weight has been quantized.
-
-        Raises:
-            ValueError: one could not be, or was not in the checkpoint.
-        """
-        if self.error is not None:
-            raise self.error
-        missing = [name for name in self._layers if name not in self.done]
-        if missing:
-            raise ValueError(
-                f"{missing[0]} was not quantized, since the checkpoint has no weight "
-                "for it of its own: load the model without quantization_config, and "
-                "call quantize_."
-            )
-
-
-def _layer_of(
-    weight_name: str,
-    layers: Mapping[str, Any],
-    experts: Optional[Mapping[str, ExpertWeight]] = None,
-) -> Optional[str]:
-    """Name in ``layers`` of what has a weight of this name, if it is there.
-
-    Args:
-        experts: whose parameters go by their own names; None: any in ``layers`` may.
-    """
-    name = weight_name.removesuffix(".weight")
-    if name not in layers:
-        return None
-    own = experts is None or name in experts
-    return name if own or name != weight_name else None
-
-
-def _replace(
-    model: nn.Module, name: str, weight: MASQuantTensor, router: Router
-) -> nn.Parameter:
-    if weight.dim() == 3:
-        prefix, _, parameter_name = name.rpartition(".")
-        parameter = nn.Parameter(weight, requires_grad=False)
-        setattr(model.get_submodule(prefix), parameter_name, parameter)
-    else:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        parameter = MASQuantLinear.from_float(linear, weight, name, router).weight
-    # So that transformers does not initialize it again.
+def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> nn.Parameter:
+    """Give a model a loaded tensor, which transformers is not to initialize again."""
+    module, _, parameter_name = name.rpartition(".")
+    parameter = nn.Parameter(tensor, requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    setattr(model.get_submodule(module), parameter_name, parameter)
     return parameter
 
 
-def _finish_experts(model: nn.Module, routers: Mapping[str, Router]) -> None:
-    """Turn the experts whose parameters are quantized into quantized experts.
+def finish_modules(model: nn.Module, routers: Mapping[str, Router]) -> None:
+    """Give linears and experts that hold quantized weights the class for them.
 
     Args:
-        routers: name of a parameter to its router, of those that should be.
+        model: whose weights are loaded.
+        routers: by the names of linears and of parameters of experts.
     """
-    modules: dict[nn.Module, dict[str, ExpertWeight]] = {}
-    for name, weight in experts_of(model).items():
-        if name in routers:
-            modules.setdefault(weight.module, {})[name] = weight
-    for module, weights in modules.items():
-        loaded = {
-            w.parameter: getattr(module, w.parameter).data for w in weights.values()
+    known = layers_of_model(model)
+    for layers in by_module({name: known[name] for name in routers}).values():
+        weights = {
+            name: layer.weight.data
+            for name, layer in layers.items()
+            if isinstance(layer.weight.data, MASQuantTensor)
         }
         # Of one that was not there transformers has its own to say.
-        if all(isinstance(tensor, MASQuantTensor) for tensor in loaded.values()):
-            name, first = next(iter(weights.items()))
-            fqn = name.removesuffix(f".{first.parameter}")
-            MASQuantExperts.from_float(module, loaded, fqn, routers[name])
+        if weights.keys() == layers.keys():
+            replace_weights(layers, weights, routers[next(iter(layers))])
 
 
 def _optional_names(model: Any) -> Callable[[str, set[str]], bool]:

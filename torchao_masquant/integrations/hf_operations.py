@@ -11,10 +11,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps
 
-from torchao_masquant.integrations.hf_loading import (
-    CheckpointLoading,
-    QuantizingLoading,
-)
+from torchao_masquant.integrations.hf_loading import CheckpointLoading
+from torchao_masquant.integrations.hf_quantizing import QuantizingLoading
 
 __all__ = ["AssembleWeight", "QuantizeWeight"]
 

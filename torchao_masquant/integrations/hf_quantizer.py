@@ -18,16 +18,13 @@ from torchao_masquant.integrations.checkpoint_format import (
 from torchao_masquant.integrations.dequantizing import dequantize_model
 from torchao_masquant.integrations.guard import guardable
 from torchao_masquant.integrations.hf_config import MASQuantHfConfig
-from torchao_masquant.integrations.hf_loading import (
-    CheckpointLoading,
-    QuantizingLoading,
-    attach_routers,
-)
+from torchao_masquant.integrations.hf_loading import CheckpointLoading, attach_routers
+from torchao_masquant.integrations.hf_quantizing import QuantizingLoading
 from torchao_masquant.integrations.stored_names import model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
 from torchao_masquant.names import named_here
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.sharing import share_smoothing
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["MASQuantHfQuantizer"]
 
@@ -172,13 +169,11 @@ class MASQuantHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         loading, self.loading = self.loading, None
-        if isinstance(loading, QuantizingLoading):
-            loading.finish()
         if loading is not None:
-            loading.finish_experts(model)
+            loading.finish(model)
         if isinstance(loading, QuantizingLoading):
-            self.options = dict.fromkeys(loading.names, loading.config.options)
-            self.description = loading.config.description
+            self.options = dict.fromkeys(loading.names, loading.recipe.options)
+            self.description = loading.recipe.provenance
             # The recipe, which may be as large as the model, is done with.
             self.quantization_config = MASQuantHfConfig.of_checkpoint(
                 CheckpointFormat.of(model, self.options)

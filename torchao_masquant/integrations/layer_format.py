@@ -5,42 +5,26 @@
 # LICENSE file in the root directory of this source tree.
 """What a checkpoint says of one quantized weight, and what its tensors must be."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional
 
 import torch
 
 from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
-from torchao_masquant.tensor_subclasses.checks import check_parts
-
-__all__ = ["PARTS", "LayerFormat", "TensorKind"]
-
-#: Parts of a quantized weight, by the names that a checkpoint has for them.
-PARTS = (
-    *MASQuantTensor.tensor_data_names,
-    *MASQuantTensor.optional_tensor_data_names,
+from torchao_masquant.tensor_subclasses.given_parts import check_rules
+from torchao_masquant.tensor_subclasses.weight_layout import (
+    PAIR_DTYPES,
+    PARTS,
+    WeightLayout,
+    group_count,
 )
 
-#: Type and shape of a stored tensor.
-TensorKind = tuple[torch.dtype, tuple[int, ...]]
+__all__ = ["LayerFormat"]
 
 # Of a dimension; larger than any model's, and small enough to be multiplied.
 _LARGEST = 2**24
 
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
-
-_TYPES: Mapping[str, tuple[str, ...]] = {
-    "qdata": ("int8", "uint8"),
-    "scale": ("float32",),
-    "act_pre_scale": ("float32",),
-    "l1": (*_FLOATING, "int8"),
-    "l2": (*_FLOATING, "int8"),
-    "modality_bias": ("float32",),
-    "zero_point": ("int8",),
-    "low_rank_scale": ("float32",),
-    "act_shift": ("float32",),
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,6 @@ class LayerFormat:
     @classmethod
     def of(cls, weight: MASQuantTensor) -> "LayerFormat":
         """The format of a weight."""
-        parts = {name: getattr(weight, name) for name in PARTS}
         return cls(
             shape=tuple(weight.shape),
             dtype=_type_name(weight.dtype),
@@ -86,12 +69,8 @@ class LayerFormat:
             modalities=tuple(weight.modalities),
             routed=weight.is_routed,
             ranks=tuple(weight.ranks),
-            parts=tuple(
-                (name, _type_name(t.dtype))
-                for name, t in parts.items()
-                if t is not None
-            ),
-            own_shift=weight.act_shift is not None and weight.act_shift.dim() == 3,
+            parts=tuple((n, _type_name(t.dtype)) for n, t in weight.parts().items()),
+            own_shift=weight.weight_layout.own_shift,
             hadamard_size=weight.hadamard_size,
         )
 
@@ -164,101 +143,42 @@ class LayerFormat:
 
     def _check(self) -> None:
         """Raise unless the fields fit each other, as the tensor itself would."""
-        # Of one expert: they are all alike.
-        shape = (self.shape[-2], self.shape[-1])
-        kinds = dataclasses.replace(self, shape=shape, own_shift=False).kinds()
-        check_group_size(self.group_size, shape)
-
-        def meta(name: str) -> Optional[torch.Tensor]:
-            if name not in kinds:
-                return None
-            dtype, size = kinds[name]
-            return torch.empty(size, dtype=dtype, device="meta")
-
-        smoothing_factor = meta("act_pre_scale")
-        if smoothing_factor is None or not {"qdata", "scale"} <= set(kinds):
-            raise ValueError("qdata, scale and act_pre_scale are parts of every weight")
-        integer_pair = "l1" in kinds and kinds["l1"][0] == torch.int8
-        check_parts(
-            shape,
-            weight_bits=self.weight_bits,
+        layout = self.layout
+        check_group_size(self.group_size, (self.shape[-2], self.shape[-1]))
+        check_rules(
+            layout,
             act_bits=self.act_bits,
             modalities=self.modalities,
-            smoothing_factor=smoothing_factor,
             ranks=self.ranks,
-            l1=meta("l1"),
-            l2=meta("l2"),
-            modality_bias=meta("modality_bias"),
-            act_shift=meta("act_shift"),
-            low_rank_bits=8 if integer_pair else 16,
             hadamard_size=self.hadamard_size,
         )
-        packed = self.weight_bits <= 4
-        if kinds["qdata"][0] != (torch.uint8 if packed else torch.int8):
-            raise ValueError(
-                f"integers of {self.weight_bits} bits are not of type {kinds['qdata'][0]}"
-            )
-        if integer_pair != ("low_rank_scale" in kinds):
-            raise ValueError("low_rank_scale goes with a low-rank pair of 8 bits")
-        if "l1" in kinds and kinds["l1"][0] != kinds["l2"][0]:
-            raise ValueError("l1 and l2 are of one type")
-        if "zero_point" in kinds and self.act_bits != 16:
-            raise ValueError("zero points need act_bits of 16")
-
-    def kinds(self) -> dict[str, TensorKind]:
-        """Type and shape of each part."""
-        *experts, n, k = self.shape
-        modalities, rank = len(self.modalities), sum(self.ranks)
-        groups = 1 if self.group_size is None else k // self.group_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "qdata": (n, (k + 1) // 2 if self.weight_bits <= 4 else k),
-            "scale": (n, groups),
-            "act_pre_scale": (modalities if self.routed else 1, k),
-            "l1": (k, rank),
-            "l2": (rank, n),
-            "modality_bias": (modalities, n),
-            "zero_point": (n, groups),
-            "low_rank_scale": (rank,),
-            "act_shift": (modalities, k),
-        }
-        shared = {"act_pre_scale"} if self.own_shift else {"act_pre_scale", "act_shift"}
-        return {
-            name: (
-                getattr(torch, t),
-                shapes[name] if name in shared else (*experts, *shapes[name]),
-            )
-            for name, t in self.parts
-        }
+        if layout.pair_dtype not in PAIR_DTYPES:
+            raise ValueError(f"a low-rank pair is not of type {layout.pair_dtype}")
+        layout.check_kinds(
+            {
+                name: (getattr(torch, dtype), layout.shape_of(PARTS[name]))
+                for name, dtype in self.parts
+            }
+        )
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all parts."""
-        total = 0
-        for dtype, shape in self.kinds().values():
-            total += torch.Size(shape).numel() * dtype.itemsize
-        return total
-
-    def check_tensors(self, found: Mapping[str, TensorKind]) -> None:
-        """Raise unless the stored parts are those that this format asks for.
-
-        Args:
-            found: name of each part to what a file holds for it.
-
-        Raises:
-            ValueError: a part is missing, left over, or of the wrong type or shape.
-        """
-        expected = self.kinds()
-        for name in expected:
-            if name not in found:
-                raise ValueError(f"its {name} is missing")
-        for name, (dtype, shape) in found.items():
-            if name not in expected:
-                raise ValueError(f"its {name} should not be there")
-            if expected[name] != (dtype, tuple(shape)):
-                raise ValueError(
-                    f"its {name} is {dtype} of shape {tuple(shape)}, it should be "
-                    f"{expected[name][0]} of shape {expected[name][1]}"
-                )
+    def layout(self) -> WeightLayout:
+        """Which parts there are, and the type and shape of each."""
+        parts = dict(self.parts)
+        modalities = len(self.modalities)
+        return WeightLayout(
+            shape=self.shape,
+            weight_bits=self.weight_bits,
+            groups=group_count(self.group_size, self.shape[-1]),
+            modalities=modalities,
+            factors=modalities if self.routed else 1,
+            rank=sum(self.ranks),
+            pair_dtype=getattr(torch, parts.get("l1", "bfloat16")),
+            symmetric="zero_point" not in parts,
+            bias="modality_bias" in parts,
+            shift="act_shift" in parts,
+            own_shift=self.own_shift,
+        )
 
     def build(
         self, parts: Mapping[str, torch.Tensor], dtype: Optional[torch.dtype] = None
@@ -272,7 +192,9 @@ class LayerFormat:
         Raises:
             ValueError: the parts are not those of this format.
         """
-        self.check_tensors({n: (t.dtype, tuple(t.shape)) for n, t in parts.items()})
+        self.layout.check_kinds(
+            {name: (t.dtype, tuple(t.shape)) for name, t in parts.items()}
+        )
         return MASQuantTensor(
             in_features=self.shape[-1],
             weight_bits=self.weight_bits,
@@ -311,6 +233,6 @@ def _parts(entry: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(entry, dict):
         raise ValueError(f"parts is a dict of names and types, got {entry!r}")
     for name, dtype in entry.items():
-        if name not in _TYPES or dtype not in _TYPES[name]:
+        if name not in PARTS or dtype not in (*_FLOATING, "int8", "uint8"):
             raise ValueError(f"there is no part {name!r} of type {dtype!r}")
     return tuple((name, entry[name]) for name in PARTS if name in entry)

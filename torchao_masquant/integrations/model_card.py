@@ -6,12 +6,13 @@
 """The README.md of a quantized model: how it was made, and how it is loaded."""
 
 import collections
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
+from torchao_masquant.atomic_files import write_whole
+from torchao_masquant.hub import read_config
 from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
 
 __all__ = ["CARD", "add_scores", "is_model_card", "write_model_card"]
@@ -39,7 +40,7 @@ def write_model_card(folder: Path, original: Optional[Path], name: str) -> None:
         original: folder of the model before it was quantized; None where it is not known.
         name: that the folder will have.
     """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_config(folder)
     checkpoint = CheckpointFormat.from_json(config["quantization_config"])
     about = checkpoint.description
     base = _name_of(original) or about.get("model")
@@ -63,8 +64,6 @@ def add_scores(folder: Path, table: str) -> None:
             f"{str(folder)!r} has no README.md that tells how it was quantized: quantize "
             "the model again to have one."
         )
-    from torchao_masquant.atomic_files import write_whole
-
     text = card.read_text("utf-8")
     section = f"{_SCORES}\n## Scores\n\n```\n{table.strip()}\n```\n{_SCORES_END}\n"
     old = re.compile(f"{re.escape(_SCORES)}.*{re.escape(_SCORES_END)}\n?", re.S)
@@ -128,7 +127,7 @@ def _text(
     kinds = [entry for entry in checkpoint.options.values()]
     methods = sorted({str(entry.get("method")) for entry in kinds}) or ["unknown"]
     modalities = list(dict.fromkeys(m for x in layers.values() for m in x.modalities))
-    size = sum(x.nbytes for x in layers.values())
+    size = sum(x.layout.nbytes for x in layers.values())
     dense = sum(2 * math.prod(x.shape) for x in layers.values())
     rows = {
         "Original": base or "unknown",

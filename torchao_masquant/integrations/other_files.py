@@ -12,40 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Iterator, Sequence
 
-__all__ = ["NOT_NEEDED", "copy_other_files"]
+from torchao_masquant.hub import OTHER_WEIGHTS
+
+__all__ = ["copy_other_files"]
 
 _LOGGER = logging.getLogger(__name__)
-
-# Weights by other libraries, or in formats that transformers had before, and what
-# training leaves: by the whole name, in any folder.
-_OTHER_WEIGHTS = (
-    "pytorch_model*.bin",
-    "model*.bin",
-    "diffusion_pytorch_model*",
-    "consolidated*",
-    "*.gguf",
-    "*.ggml",
-    "*.onnx",
-    "*.onnx[._]data*",
-    "*.h5",
-    "*.msgpack",
-    "*.tflite",
-    "*.mlmodel",
-    "*.ot",
-    "*.pte",
-    "*.ckpt",
-    "*.npz",
-    "openvino_*",
-    "model*.pt",
-    "model*.pth",
-    "pytorch_model*.pt",
-    "training_args.bin",
-    "optimizer*.pt",
-    "optimizer*.bin",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-)
 
 # Weights of transformers, which new ones take the place of.
 _WEIGHTS = ("*.safetensors", "*.index.json")
@@ -57,13 +28,6 @@ _ADAPTERS = ("adapter_model*.safetensors", "adapter_model*.bin")
 
 # The new folder has a card of its own.
 _CARD = "README.md"
-
-#: Patterns of a hub repository's files that neither a model's weights nor what goes along
-#: with them are among.
-NOT_NEEDED: Sequence[str] = [
-    *(prefix + pattern for pattern in _OTHER_WEIGHTS for prefix in ("", "*/")),
-    "original/*",
-]
 
 
 def copy_other_files(original: Path, new: Path) -> None:
@@ -130,7 +94,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _holds_weights(name: str) -> bool:
-    return not _matches(name, _ADAPTERS) and _matches(name, _WEIGHTS + _OTHER_WEIGHTS)
+    return not _matches(name, _ADAPTERS) and _matches(name, _WEIGHTS + OTHER_WEIGHTS)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -53,17 +53,29 @@ class _OfTorchAoConfig:
         return MASQuantHfQuantizer(ours, **kwargs)
 
 
-def _watch_saving(modeling: ModuleType) -> None:
-    """A model's ``save_pretrained``, where a part of it is quantized."""
-    from torchao_masquant.integrations.attachment import saving_whole
+def _watch_models(modeling: ModuleType) -> None:
+    """Models that are quantized, and ``save_pretrained`` where a part of one is."""
+    from torchao_masquant.integrations.attachment import (
+        attach_to_transformers,
+        saving_whole,
+    )
+    from torchao_masquant.listeners import listen
 
+    listen(attach_to_transformers)
     kind = modeling.PreTrainedModel
     if kind not in _WATCHED:
         _WATCHED.append(kind)
         kind.save_pretrained = saving_whole(kind.save_pretrained)
 
 
-def _register_with_torchao(registry: ModuleType) -> None:
+def _register_config(registry: ModuleType) -> None:
+    """The module of our config, for ``config_from_dict``."""
+    # A config is named in JSON by its class alone, looked up in the modules of this set;
+    # one of its own, since torchao calls whatever has the name.
+    registry.ALLOWED_AO_MODULES.add("torchao_masquant.integrations.torchao_config")
+
+
+def _register_tensor(registry: ModuleType) -> None:
     """The tensor, for ``flatten_tensor_state_dict`` and its reverse."""
     from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -78,21 +90,22 @@ _WATCHED: list[type] = []
 
 
 def _register_with_torch(registry: ModuleType) -> None:
-    """The tensor, for ``torch.load``; operators; and the config, for ``quantize_``."""
+    """The tensor, for ``torch.load``, and its operators."""
     ours = f"{__name__.partition('.')[0]}."
     for name, module in list(sys.modules.items()):
         spec = getattr(module, "__spec__", None)
         if name.startswith(ours) and getattr(spec, "_initializing", False):
             # A module of ours is importing torch, and will import what it needs.
             return
-    importlib.import_module("torchao_masquant.steps.handler")
+    importlib.import_module("torchao_masquant.tensor_subclasses")
 
 
 # The modules that keep what a library knows.
 _REGISTRIES: Mapping[str, Callable[[ModuleType], None]] = {
     "torch": _register_with_torch,
-    "torchao.prototype.safetensors.safetensors_utils": _register_with_torchao,
-    "transformers.modeling_utils": _watch_saving,
+    "torchao.core.config": _register_config,
+    "torchao.prototype.safetensors.safetensors_utils": _register_tensor,
+    "transformers.modeling_utils": _watch_models,
     "transformers.quantizers.auto": _register_with_transformers,
 }
 

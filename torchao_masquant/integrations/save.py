@@ -5,7 +5,6 @@
 # LICENSE file in the root directory of this source tree.
 """Writing a quantized model as a whole, or not at all."""
 
-import json
 import logging
 import os
 import shutil
@@ -16,11 +15,11 @@ import torch
 from torch import nn
 
 from torchao_masquant.atomic_files import replacing_folder
+from torchao_masquant.hub import read_config
 from torchao_masquant.integrations.attachment import (
     attach_to_transformers,
     check_savable,
 )
-from torchao_masquant.integrations.checkpoint_format import quantized_modules
 from torchao_masquant.integrations.model_card import (
     CARD,
     is_model_card,
@@ -34,6 +33,7 @@ from torchao_masquant.integrations.unloaded import (
     unloaded_tensors,
 )
 from torchao_masquant.outputs import check_folder
+from torchao_masquant.quantized_modules import quantized_modules
 
 __all__ = ["save_quantized"]
 
@@ -132,8 +132,9 @@ def _take_along(model: nn.Module, original: Path, new: Path) -> None:
 def _tell_of_left(model: nn.Module) -> None:
     """Say which tensors are in the folder of the original alone, where it is known."""
     original = Path(getattr(model, "name_or_path", "") or "")
-    entry = original / "config.json"
-    if not entry.is_file() or "quantization_config" in json.loads(entry.read_text()):
+    if not (original / "config.json").is_file():
+        return
+    if "quantization_config" in read_config(original):
         return
     if is_of_same_model(model, original) and (
         left := unloaded_tensors(model, original)

@@ -11,7 +11,7 @@ from typing import Sequence
 import safetensors
 import torch
 
-from torchao_masquant.integrations.layer_format import TensorKind
+from torchao_masquant.tensor_subclasses.weight_layout import TensorKind
 
 __all__ = ["stored_tensors"]
 

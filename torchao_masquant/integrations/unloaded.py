@@ -6,7 +6,6 @@
 """Tensors of a checkpoint that its class does not load, such as the head that predicts
 further tokens: other programs use them, so they go along with new weights."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from torchao_masquant.hub import read_config, weight_files, write_index
 from torchao_masquant.integrations.stored_names import loaded_names
 
 __all__ = [
@@ -31,9 +31,6 @@ _LOGGER = logging.getLogger(__name__)
 #: Of the tensors that are in memory at a time.
 PART_BYTES = 1 << 30
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-
 
 def unloaded_tensors(model: Any, folder: Path) -> dict[str, Path]:
     """What a checkpoint holds beyond a model.
@@ -47,14 +44,19 @@ def unloaded_tensors(model: Any, folder: Path) -> dict[str, Path]:
     Returns:
         Name of each tensor to the file that holds it.
     """
-    stored = {name: file for file in _weight_files(folder) for name in _names_in(file)}
+    try:
+        files = weight_files(folder, pickled=True)
+    except FileNotFoundError:
+        # A config alone, or weights in another format, which transformers converts.
+        return {}
+    stored = {name: file for file in files for name in _names_in(file)}
     loaded = loaded_names(model, list(stored))
     return {name: file for name, file in stored.items() if name not in loaded}
 
 
 def is_of_same_model(model: Any, folder: Path) -> bool:
     """Whether a checkpoint is of this kind of model, and not of one around it."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     return config.get("model_type") in (None, model.config.model_type)
 
 
@@ -111,7 +113,7 @@ def add_unloaded(folder: Path, tensors: Mapping[str, Path]) -> None:
     """
     if not tensors:
         return
-    files = _weight_files(folder)
+    files = weight_files(folder, pickled=True)
     added: list[Path] = []
     for part in parts_of_unloaded(tensors):
         added.append(folder / f"unloaded-{len(added)}.safetensors")
@@ -125,27 +127,7 @@ def add_unloaded(folder: Path, tensors: Mapping[str, Path]) -> None:
         file.rename(folder / name)
         weight_map |= dict.fromkeys(names, name)
         size += (folder / name).stat().st_size
-    index = folder / _INDEX
-    metadata = json.loads(index.read_text())["metadata"] if index.is_file() else {}
-    content = {
-        "metadata": {**metadata, "total_size": size},
-        "weight_map": weight_map,
-    }
-    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Files that transformers takes a model's weights from."""
-    for single, index in (
-        (_SINGLE, _INDEX),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            weight_map = json.loads((folder / index).read_text())["weight_map"]
-            return [folder / name for name in sorted(set(weight_map.values()))]
-    return []
+    write_index(folder, weight_map, size)
 
 
 def _names_in(file: Path) -> list[str]:

@@ -15,21 +15,21 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequenc
 import torch
 from torch import nn
 
-from torchao_masquant.learning.batch_gradient import BatchGradient
-from torchao_masquant.learning.batches import batches, held_back
-from torchao_masquant.learning.blocks import (
+from torchao_masquant.decoder_blocks import (
     RunsBlocks,
     capture_calls,
     decoder_blocks,
     forwards,
 )
+from torchao_masquant.learning.batch_gradient import BatchGradient
+from torchao_masquant.learning.batches import batches, held_back
 from torchao_masquant.learning.learnable_weight import LearnableWeight
 from torchao_masquant.learning.together import Alone, Together
 from torchao_masquant.learning.token_variation import TokenVariation, tokens_of
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["BlockTask", "learn"]
@@ -146,7 +146,7 @@ class BlockTask:
         return {
             name: layers[name].quantize(
                 linear.weight.data,
-                self.options.bits,
+                self.options.number_format,
                 self.modalities,
                 self.options.low_rank_bits,
             )

@@ -7,8 +7,7 @@
 
 from typing import Iterable
 
-from torchao_masquant.solver.methods import SolverOptions
-from torchao_masquant.solver.ranks import average_rank
+from torchao_masquant.options import SolverOptions
 
 __all__ = ["learning_bytes"]
 
@@ -34,8 +33,8 @@ def learning_bytes(
     """
     held, largest = 0, 0
     for n, k in shapes:
-        pairs = (modalities - 1) * average_rank(options, n, k)
-        groups = -(-k // (options.bits.group_size or k))
+        pairs = (modalities - 1) * options.average_rank(n, k)
+        groups = -(-k // (options.number_format.group_size or k))
         floats = n * groups + 2 * modalities * k + pairs * (n + k) + modalities * n
         # Integers, twice in int8 (the recipe's and the packed ones), and in float32; a
         # scaled copy is kept for the gradients.

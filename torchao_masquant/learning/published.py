@@ -14,8 +14,8 @@ import torch
 from torchao_masquant.learning.learn import BlockTask
 from torchao_masquant.learning.learnable_weight import rounded_activations
 from torchao_masquant.learning.token_variation import tokens_of
+from torchao_masquant.options import Scheme
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.schemes import Scheme
 
 __all__ = ["PublishedTask"]
 
@@ -99,12 +99,12 @@ class PublishedTask(BlockTask):
             if (name, row) not in rounded:
                 weight = self.linears[name].weight.detach().float()
                 rounded[name, row] = _rounded_weight(
-                    weight * factors[name][row], self.options.bits
+                    weight * factors[name][row], self.options.number_format
                 )
             return rounded[name, row]
 
         def forward(name: str, ids: Any, x: torch.Tensor) -> torch.Tensor:
-            linear, bits = self.linears[name], self.options.bits
+            linear, bits = self.linears[name], self.options.number_format
             flat = x.reshape(-1, x.shape[-1]).float()
             met = torch.zeros_like(flat[:, 0], dtype=torch.int64)
             if ids is not None:

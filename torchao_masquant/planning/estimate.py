@@ -8,13 +8,12 @@
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
-from torchao_masquant.calibration import statistics
-from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, in_passes
+from torchao_masquant.calibration.passes import in_passes
+from torchao_masquant.options import MAX_STATISTICS_BYTES, Scheme, SolverOptions
 from torchao_masquant.planning.skeleton import InputGroup, Skeleton
 from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
-from torchao_masquant.schemes import Scheme
 from torchao_masquant.solver.cost import solver_bytes
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics import input_statistics as statistics
 
 __all__ = [
     "CalibrationPlan",

@@ -5,14 +5,13 @@
 # LICENSE file in the root directory of this source tree.
 """What a plan has to know of a model: read from its config, without weights."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
+from torchao_masquant.hub import auto_class, load_config, meta_model
 from torchao_masquant.modality import modality_token_ids
 from torchao_masquant.model_parts import token_reader
 from torchao_masquant.selection import select_linears
@@ -119,10 +118,11 @@ def read_skeleton(source: str) -> Skeleton:
         source: a folder with a config.json, or a name on the Hugging Face hub.
 
     Raises:
-        ValueError: there is no config, or transformers can't make a model of it.
+        OSError: there is no config.
+        ValueError: transformers can't make a model of it.
     """
-    config = _config(source)
-    model = _meta_model(config, source)
+    config = load_config(source)
+    model = _meta_model(config)
     linears = select_linears(model)
     plan = getattr(model, "tp_plan", None) or {}
     shapes = tuple(
@@ -164,34 +164,8 @@ def read_skeleton(source: str) -> Skeleton:
     )
 
 
-def _config(source: str) -> Any:
-    from transformers import AutoConfig
-
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json: give a model's folder.")
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(
-            f"{source} is no folder with a model's config.json, and no model of the "
-            "Hugging Face hub that can be reached from here."
-        ) from error
-
-
-def _meta_model(config: Any, source: str) -> Any:
-    import transformers
-
-    for name in getattr(config, "architectures", None) or ():
-        model_class = getattr(transformers, name, None)
-        if model_class is not None:
-            break
-    else:
-        raise ValueError(
-            f"{source}: its config names no class of transformers "
-            f"(architectures={getattr(config, 'architectures', None)})."
-        )
-    with torch.device("meta"):
-        model = model_class(config)
+def _meta_model(config: Any) -> Any:
+    model = meta_model(auto_class(config), config)
     dtype = getattr(config, "dtype", None) or getattr(
         config.get_text_config(), "dtype", None
     )

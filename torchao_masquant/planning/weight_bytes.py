@@ -8,15 +8,12 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from torchao_masquant.schemes import Scheme
-from torchao_masquant.solver.compensation import resolve_rank
-from torchao_masquant.solver.methods import SolverOptions
-from torchao_masquant.solver.ranks import average_share
+import torch
+
+from torchao_masquant.options import Scheme, SolverOptions, resolve_rank
+from torchao_masquant.tensor_subclasses.weight_layout import WeightLayout, group_count
 
 __all__ = ["Compensation", "weight_bytes"]
-
-#: what a part is cut along when a weight is sharded
-_ROWS, _COLUMNS, _BOTH, _WHOLE = "rows", "columns", "both", "whole"
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,10 @@ class Compensation:
             options: of the solution.
             modalities: that it is for, base among them.
         """
-        parts = options.parts
+        parts = options.procedure
         return cls(
             modalities=modalities if parts.per_modality else 1,
-            rank=average_share(options),
+            rank=options.average_share,
             low_rank_bits=options.low_rank_bits,
             shift=parts.shift,
             bias=parts.centered,
@@ -75,28 +72,19 @@ def weight_bytes(
         ranks: that share the weight.
         sharded: "rows" or "columns"; None: each rank has all of it.
     """
-    groups = 1 if scheme.group_size is None else k // scheme.group_size
-    packed = scheme.weight_bits <= 4
     others = compensation.modalities - 1
-    rank = resolve_rank(compensation.rank, n, k) * others
-    element = 1 if compensation.low_rank_bits == 8 else 2
-    vectors = compensation.modalities
-    parts = [
-        (n * ((k + 1) // 2 if packed else k), _BOTH),
-        (4 * n * groups, _BOTH if groups > 1 else _ROWS),
-        (4 * vectors * k, _COLUMNS),
-        (element * k * rank, _COLUMNS),
-        (element * rank * n, _ROWS),
-    ]
-    if not scheme.symmetric:
-        parts.append((n * groups, _BOTH if groups > 1 else _ROWS))
-    if compensation.low_rank_bits == 8:
-        parts.append((4 * rank, _WHOLE))
-    if compensation.bias and others:
-        parts.append((4 * vectors * n, _ROWS))
-    if compensation.shift and others and not scheme.weight_only:
-        parts.append((4 * vectors * k, _COLUMNS))
-    return sum(
-        size // ranks if along in (sharded, _BOTH) and sharded is not None else size
-        for size, along in parts
+    layout = WeightLayout(
+        shape=(n, k),
+        weight_bits=scheme.weight_bits,
+        groups=group_count(scheme.group_size, k),
+        modalities=compensation.modalities,
+        factors=compensation.modalities,
+        rank=resolve_rank(compensation.rank, n, k) * others,
+        pair_dtype=torch.int8 if compensation.low_rank_bits == 8 else torch.bfloat16,
+        symmetric=scheme.symmetric,
+        bias=compensation.bias and others > 0,
+        shift=compensation.shift and others > 0 and not scheme.weight_only,
     )
+    if sharded is not None:
+        layout = layout.piece(("rows", "columns").index(sharded), ranks)
+    return layout.nbytes

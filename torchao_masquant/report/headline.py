@@ -93,14 +93,15 @@ def headline(
         groups += benchmarks
     row, dense = _chosen(sources, groups)
     scheme, method = (row.scheme, row.method) if row is not None else ("", "")
-    total = None
+    numbers: list[Number] = []
     if sources.recipe is not None:
         scheme, method = sources.recipe.scheme, sources.recipe.options.method
         total = sum(recipe_bytes(sources.recipe).values(), LayerBytes())
-    numbers = [] if total is None else [_recipe_memory(total)]
+        numbers.append(_memory(total.total, total.bfloat16, "{} in bfloat16"))
     if row is not None:
-        if total is None and row.weight_bytes is not None:
-            numbers.append(_memory(row, dense))
+        if sources.recipe is None and row.weight_bytes is not None:
+            of = None if dense is None else dense.weight_bytes
+            numbers.append(_memory(row.weight_bytes, of, "the dense model's {}"))
         numbers += [_accuracy(row, dense, task) for task in row.accuracy]
     model = _model(sources)
     named = [f"{scheme}, {method_name(method)}"] if scheme else []
@@ -137,26 +138,10 @@ def _chosen(
     return chosen[-1] if chosen else (None, None)
 
 
-def _recipe_memory(total: LayerBytes) -> Number:
-    share = total.total / total.bfloat16 if total.bfloat16 else None
-    return Number(
-        "weights of its linears",
-        byte_size(total.total),
-        f"{percent(share, '.0f')} of {byte_size(total.bfloat16)} in bfloat16",
-        share=share,
-    )
-
-
-def _memory(row: Row, dense: Optional[Row]) -> Number:
-    share = None
-    if dense and dense.weight_bytes and row.weight_bytes is not None:
-        share = row.weight_bytes / dense.weight_bytes
-    note = ""
-    if dense is not None and share is not None:
-        note = f"{percent(share, '.0f')} of the dense model's {byte_size(dense.weight_bytes)}"
-    return Number(
-        "weights of its linears", byte_size(row.weight_bytes), note, share=share
-    )
+def _memory(size: int, of: Optional[int], what: str) -> Number:
+    share = size / of if of else None
+    note = f"{percent(share, '.0f')} of {what.format(byte_size(of))}" if share else ""
+    return Number("weights of its linears", byte_size(size), note, share=share)
 
 
 def _accuracy(row: Row, dense: Optional[Row], task: str) -> Number:

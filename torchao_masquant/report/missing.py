@@ -29,60 +29,37 @@ class Missing:
 
 def missing_parts(sources: Sources) -> list[Missing]:
     """Everything that could be there and is not."""
-    found = []
-    scheme = "w4a8" if sources.recipe is None else sources.recipe.scheme
-    method = "masquant" if sources.recipe is None else sources.recipe.options.method
-    if sources.recipe is None:
-        found.append(
-            Missing(
-                "recipe",
-                "options, memory part by part, ranks, smoothing factors by layer",
-                f'calibrate(model, samples, scheme="{scheme}").save("FOLDER/{RECIPE}")',
-            )
-        )
-    elif not sources.recipe.layers:
-        found.append(
-            Missing(
-                "linears in the recipe",
-                "memory, ranks and smoothing factors",
-                f'calibrate(model, samples, scheme="{scheme}").save("FOLDER/{RECIPE}")',
-            )
-        )
-    if sources.analysis is None:
-        found.append(
-            Missing(
-                "analysis",
-                "activation ranges, who decides the unified factor, theorem 1, "
-                "effective ranks, signal-to-noise ratio by rank",
-                f'analyze(model, samples, scheme="{scheme}").save("FOLDER/{ANALYSIS}")',
-            )
-        )
+    recipe, evaluations = sources.recipe, sources.evaluations
+    scheme = "w4a8" if recipe is None else recipe.scheme
+    method = "masquant" if recipe is None else recipe.options.method
+    calibrate = f'calibrate(model, samples, scheme="{scheme}").save("FOLDER/{RECIPE}")'
+    analyze = f'analyze(model, samples, scheme="{scheme}").save("FOLDER/{ANALYSIS}")'
     evaluate = (
         "evaluate(quantized, data, reference=model)"
         f'.save("FOLDER/evaluation-{scheme}-{method}.json")'
     )
-    if not sources.evaluations:
-        found.append(
-            Missing(
-                "evaluations",
-                "accuracy against the dense model, signal-to-noise ratio by layer",
-                evaluate,
-            )
+    by_layer = "signal-to-noise ratio by layer"
+    found = []
+    if recipe is None:
+        shows = "options, memory part by part, ranks, smoothing factors by layer"
+        found.append(Missing("recipe", shows, calibrate))
+    elif not recipe.layers:
+        shows = "memory, ranks and smoothing factors"
+        found.append(Missing("linears in the recipe", shows, calibrate))
+    if sources.analysis is None:
+        shows = (
+            "activation ranges, who decides the unified factor, theorem 1, "
+            "effective ranks, signal-to-noise ratio by rank"
         )
-    elif not any(evaluation.sqnr for _, evaluation in sources.evaluations):
-        found.append(
-            Missing(
-                "evaluation against the dense model",
-                "signal-to-noise ratio by layer",
-                evaluate,
-            )
-        )
+        found.append(Missing("analysis", shows, analyze))
+    if not evaluations:
+        shows = f"accuracy against the dense model, {by_layer}"
+        found.append(Missing("evaluations", shows, evaluate))
+    elif not any(evaluation.sqnr for _, evaluation in evaluations):
+        name = "evaluation against the dense model"
+        found.append(Missing(name, by_layer, evaluate))
     if not sources.results:
-        found.append(
-            Missing(
-                "benchmark results",
-                "memory and quality of every scheme and method",
-                "python -m torchao_masquant demo --json FOLDER/results.json",
-            )
-        )
+        shows = "memory and quality of every scheme and method"
+        command = "python -m torchao_masquant demo --json FOLDER/results.json"
+        found.append(Missing("benchmark results", shows, command))
     return found

@@ -6,7 +6,7 @@
 """What an analysis and evaluations say about the inside of a model."""
 
 from dataclasses import replace
-from typing import Sequence
+from typing import Sequence, Union
 
 from torchao_masquant.evaluation import Analysis, Evaluation
 from torchao_masquant.evaluation.analysis_figures import (
@@ -15,7 +15,7 @@ from torchao_masquant.evaluation.analysis_figures import (
 )
 from torchao_masquant.evaluation.evaluation_figures import kind_drawing, layer_drawing
 from torchao_masquant.evaluation.tables import short_names
-from torchao_masquant.report.section import Cell, Column, Section, Table
+from torchao_masquant.report.section import Cell, Section, Table
 from torchao_masquant.solver.modality_spread import sinks_of
 from torchao_masquant.wording import MISSING, amount, method_name
 
@@ -75,23 +75,19 @@ def layer_section(
         scheme, method: of the model whose linears are shown one by one.
     """
     figures, tables = [layer_drawing(evaluations)], []
-    for of, evaluation in evaluations:
-        if (
-            not tables
-            and evaluation.sqnr
-            and (evaluation.scheme, of) == (scheme, method)
-        ):
-            found = kind_drawing(evaluation, modalities)
-            if found is not None:
-                about = f"{found.title}, {scheme}, {method_name(method)}"
-                figures.append(replace(found, title=about))
-            tables.append(_weakest(method, evaluation))
+    chosen = [e for m, e in evaluations if e.sqnr and (e.scheme, m) == (scheme, method)]
+    for evaluation in chosen[:1]:
+        found = kind_drawing(evaluation, modalities)
+        if found is not None:
+            about = f"{found.title}, {scheme}, {method_name(method)}"
+            figures.append(replace(found, title=about))
+        tables.append(_weakest(method, evaluation))
     return Section.of(
         "layers",
         "Layer by layer",
         "The quantized model's linears on the dense model's inputs.",
         figures,
-        tuple(tables),
+        tables,
     )
 
 
@@ -102,25 +98,25 @@ def _weakest(method: str, evaluation: Evaluation) -> Table:
         (name for name, ratios in evaluation.sqnr.items() if ratios),
         key=lambda name: min(r.centered for r in evaluation.sqnr[name].values()),
     )
-    rows = []
+    rows: list[list[Union[Cell, str]]] = []
     for name in ordered[:_WEAKEST]:
         ratios = evaluation.sqnr[name]
         found = [ratios.get(modality) for modality in evaluation.modalities]
         rows.append(
-            (
+            [
                 Cell(labels[name], title=name),
-                *(Cell(amount(r.centered, ".1f") if r else MISSING) for r in found),
-                *(Cell(amount(r.plain, ".1f") if r else MISSING) for r in found),
-            )
+                *(amount(r.centered, ".1f") if r else MISSING for r in found),
+                *(amount(r.plain, ".1f") if r else MISSING for r in found),
+            ]
         )
     return Table(
         f"The {len(rows)} linears with the least centred SQNR, {evaluation.scheme}, "
         f"{method_name(method)}" + (f", in {path}" if path else ""),
-        (
-            Column("linear", number=False),
-            *(Column(m, "centred SQNR, dB") for m in evaluation.modalities),
-            *(Column(m, "plain SQNR, dB") for m in evaluation.modalities),
-        ),
-        tuple(rows),
+        [
+            ("", ["linear"]),
+            ("centred SQNR, dB", evaluation.modalities),
+            ("plain SQNR, dB", evaluation.modalities),
+        ],
+        rows,
         folded=True,
     )

@@ -23,6 +23,7 @@ from torchao_masquant.figures.style import (
     modality_color,
     require,
 )
+from torchao_masquant.options import SCHEMES
 from torchao_masquant.outputs import check_file
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.report.headline import headline
@@ -38,7 +39,6 @@ from torchao_masquant.report.result_rows import rows_of_results
 from torchao_masquant.report.rows import Rows, rows_of_evaluations
 from torchao_masquant.report.section import Section
 from torchao_masquant.report.sources import UNNAMED, Sources
-from torchao_masquant.schemes import SCHEMES
 
 __all__ = ["Report", "write_report"]
 

@@ -10,7 +10,7 @@ from typing import Optional
 from torchao_masquant.report.headline import NOTICED, fell
 from torchao_masquant.report.row_figures import accuracy_figure, memory_figure
 from torchao_masquant.report.rows import Row, Rows
-from torchao_masquant.report.section import Cell, Column, Section, Table
+from torchao_masquant.report.section import Cell, Section, Table
 from torchao_masquant.wording import (
     MISSING,
     amount,
@@ -42,27 +42,28 @@ def quality_section(rows: Rows, name: str) -> Section:
 def _table(rows: Rows) -> Table:
     tasks, losses = rows.names("accuracy"), rows.names("cross_entropy")
     modalities, divergences = rows.names("sqnr"), rows.names("kl")
-    columns = [Column("scheme and method", number=False)]
-    columns += [Column(task, "right answers, %") for task in tasks]
-    columns += [Column("weights")]
-    columns += [Column(modality, "centred SQNR, dB") for modality in modalities]
-    columns += [Column(name, "KL to dense, nats") for name in divergences]
-    columns += [Column(task, "cross-entropy, nats") for task in losses]
     dense = rows.dense
     return Table(
         f"{rows.source}. In bold: more than {100 * NOTICED:.0f} points below the dense model",
-        tuple(columns),
-        tuple(
-            (
+        [
+            ("", ["scheme and method"]),
+            ("right answers, %", tasks),
+            ("", ["weights"]),
+            ("centred SQNR, dB", modalities),
+            ("KL to dense, nats", divergences),
+            ("cross-entropy, nats", losses),
+        ],
+        [
+            [
                 Cell(row.scheme, note="" if row is dense else row.label),
                 *(_accuracy(row, dense, task) for task in tasks),
                 _memory(row),
-                *(Cell(amount(row.sqnr.get(m), ".1f")) for m in modalities),
+                *(amount(row.sqnr.get(m), ".1f") for m in modalities),
                 *(_divergence(row.kl.get(name)) for name in divergences),
-                *(Cell(amount(row.cross_entropy.get(task), ".3f")) for task in losses),
-            )
+                *(amount(row.cross_entropy.get(task), ".3f") for task in losses),
+            ]
             for row in rows.rows
-        ),
+        ],
     )
 
 

@@ -5,17 +5,15 @@
 # LICENSE file in the root directory of this source tree.
 """What a recipe's linears will weigh, part by part."""
 
-import math
 from dataclasses import dataclass
+from math import prod
 
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, Recipe
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["PART_NAMES", "LayerBytes", "layer_bytes", "recipe_bytes"]
 
-# In bytes.
-_FLOAT32, _BFLOAT16, _ZERO_POINT = 4, 2, 1
-
+#: What the parts of a weight are there for, as :class:`WeightLayout` has it, in words.
 PART_NAMES = {
     "integers": "integers",
     "scales": "scales",
@@ -23,9 +21,6 @@ PART_NAMES = {
     "pairs": "low-rank pairs",
     "offsets": "biases and shifts",
 }
-
-_WEIGHT = ("qdata", "scale", "zero_point")
-_PART_OF = {"smoothing_factor": "factors", "l1": "pairs", "l2": "pairs"}
 
 
 @dataclass(frozen=True)
@@ -59,44 +54,29 @@ class LayerBytes:
         )
 
 
-def layer_bytes(layer: LayerRecipe, options: SolverOptions) -> LayerBytes:
+def layer_bytes(
+    layer: LayerRecipe, options: SolverOptions, modalities: int
+) -> LayerBytes:
     """Bytes that one linear's weight has once it is quantized.
 
-    Whatever tensors the part holds count as they are; the integers and their scales,
-    which a part has only where they are not those of round-to-nearest, count always.
+    Whatever tensors the part holds count, as the weight will hold them; the integers and
+    their scales, which a part has only where they are not those of round-to-nearest,
+    count always.
 
     Args:
         layer: its part of a recipe.
         options: the recipe's.
+        modalities: M.
     """
-    *leading, k = layer.shape
-    # Output channels, of all experts where there are several.
-    n = math.prod(leading)
-    bits = options.bits
-    sizes = {part: 0 for part in PART_NAMES}
-    sizes["integers"] = n * (-(-k // 2) if bits.weight_bits <= 4 else k)
-    if layer.scale is not None:
-        scales = layer.scale.numel()
-        zero_points = 0 if layer.zero_point is None else layer.zero_point.numel()
-    else:
-        scales = n * (1 if bits.group_size is None else k // bits.group_size)
-        zero_points = 0 if bits.symmetric else scales
-    sizes["scales"] = _FLOAT32 * scales + _ZERO_POINT * zero_points
-    for name, tensor in layer.tensors().items():
-        if name in _WEIGHT:
-            continue
-        part = _PART_OF.get(name, "offsets")
-        width = options.low_rank_bits // 8 if part == "pairs" else _FLOAT32
-        sizes[part] += width * tensor.numel()
-    if options.low_rank_bits == 8:
-        experts = math.prod(leading[:-1])
-        sizes["pairs"] += _FLOAT32 * sum(layer.ranks) * experts
-    return LayerBytes(**sizes, bfloat16=_BFLOAT16 * n * k)
+    sizes = layer.layout(
+        options.number_format, modalities, options.low_rank_bits
+    ).bytes_by_role()
+    return LayerBytes(**sizes, bfloat16=2 * prod(layer.shape))
 
 
 def recipe_bytes(recipe: Recipe) -> dict[str, LayerBytes]:
     """Linear to its bytes."""
     return {
-        name: layer_bytes(layer, recipe.options)
+        name: layer_bytes(layer, recipe.options, len(recipe.modalities))
         for name, layer in recipe.layers.items()
     }

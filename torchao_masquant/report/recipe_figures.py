@@ -10,7 +10,8 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-from torchao_masquant.figures.drawing import Bar, Drawing, Panel, by_kind
+from torchao_masquant.figures.drawing import Drawing, by_kind
+from torchao_masquant.figures.panel import Bar, Panel
 from torchao_masquant.figures.places import Kind, input_kinds, kinds
 from torchao_masquant.figures.style import INK, PARTS, modality_look
 from torchao_masquant.recipe import Recipe
@@ -134,20 +135,18 @@ def _draw_spread(
     values: dict[str, torch.Tensor],
 ) -> None:
     """Median and middle 90 % of the (K,) values of each linear."""
-    places = [place for place, name in kind.places if name in values]
-    spreads = [Quantiles.of(values[n]) for _, n in kind.places if n in values]
-    panel.band(
-        places, [s.low for s in spreads], [s.high for s in spreads], look["color"]
-    )
-    panel.line(
+    spreads = {name: Quantiles.of(factor) for name, factor in values.items()}
+    panel.band(kind, {n: (s.low, s.high) for n, s in spreads.items()}, look["color"])
+    panel.by_layer(
+        kind,
         label,
-        places,
-        [spread.median for spread in spreads],
-        [
-            f"{kind.place_name(place)}, {label}: median {amount(spread.median)}, "
-            f"from {amount(spread.least)} to {amount(spread.most)}"
-            for place, spread in zip(places, spreads)
-        ],
+        {
+            name: (
+                s.median,
+                f"median {amount(s.median)}, from {amount(s.least)} to {amount(s.most)}",
+            )
+            for name, s in spreads.items()
+        },
         **look,
     )
 

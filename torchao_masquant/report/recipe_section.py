@@ -5,9 +5,10 @@
 # LICENSE file in the root directory of this source tree.
 """What a recipe says: options, memory, ranks and smoothing factors."""
 
-from typing import Sequence
+from typing import Sequence, Union
 
 from torchao_masquant.evaluation.tables import short_names
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.report.recipe_bytes import PART_NAMES, LayerBytes, recipe_bytes
 from torchao_masquant.report.recipe_figures import (
@@ -17,8 +18,7 @@ from torchao_masquant.report.recipe_figures import (
     shared_inputs,
     smoothing_figure,
 )
-from torchao_masquant.report.section import Cell, Column, Section, Table
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.report.section import Cell, Section, Table
 from torchao_masquant.wording import (
     MISSING,
     amount,
@@ -66,17 +66,17 @@ def recipe_section(recipe: Recipe, modalities: Sequence[str]) -> Section:
 
 
 def _options(recipe: Recipe) -> Table:
-    options, bits = recipe.options, recipe.options.bits
+    options, bits = recipe.options, recipe.options.number_format
     group = "output channel"
     if bits.group_size is not None:
         group = f"{bits.group_size} neighbours in an output channel"
     activations = "not quantized"
     if not bits.weight_only:
         activations = f"{bits.act_bits} bits, one scale per token"
-        if options.parts.shift:
+        if options.procedure.shift:
             activations += ", less each modality's mean"
-    rounding = _ROUNDINGS[options.parts.rounding]
-    if options.parts.clip:
+    rounding = _ROUNDINGS[options.procedure.rounding]
+    if options.procedure.clip:
         rounding += ", of a clipped range where that errs less"
     values = {
         "scheme": options.scheme,
@@ -85,9 +85,9 @@ def _options(recipe: Recipe) -> Table:
         f"{'symmetric' if bits.symmetric else 'asymmetric'}, one scale per {group}",
         "rounding of the weights": rounding,
         "activations": activations,
-        "alpha": _choice(options.alphas, options.parts.smooth),
+        "alpha": _choice(options.alphas, options.procedure.smooth),
         "separation of the modalities": _choice(
-            options.separations, options.parts.per_modality
+            options.separations, options.procedure.per_modality
         ),
         "low-rank pairs": _pairs(options),
         **_modality_weights(options),
@@ -97,8 +97,9 @@ def _options(recipe: Recipe) -> Table:
     }
     return Table(
         "Options of the recipe",
-        (Column("option", number=False), Column("value", number=False)),
-        tuple((Cell(name), Cell(value)) for name, value in values.items()),
+        [("", ["option", "value"])],
+        list(values.items()),
+        texts=2,
     )
 
 
@@ -110,7 +111,7 @@ def _choice(values: Sequence[float], used: bool) -> str:
 
 
 def _pairs(options: SolverOptions) -> str:
-    if not options.parts.per_modality:
+    if not options.procedure.per_modality:
         return "none"
     if isinstance(options.rank, str):
         rank = "rank chosen for each linear"
@@ -140,52 +141,48 @@ def _parts(recipe: Recipe) -> Table:
     ]
     return Table(
         "Memory of the linears' weights, part by part",
-        (Column("part", number=False), Column("size"), Column("of bfloat16")),
-        tuple(
-            (
-                Cell(name),
-                Cell(byte_size(size), title=f"{size} bytes"),
-                Cell(percent(size / total.bfloat16 if total.bfloat16 else None)),
-            )
+        [("", ["part", "size", "of bfloat16"])],
+        [
+            [name, Cell(byte_size(size), title=f"{size} bytes"), _share(size, total)]
             for name, size in rows
-        ),
+        ],
     )
+
+
+def _share(size: int, of: LayerBytes, pattern: str = ".1f") -> str:
+    return percent(size / of.bfloat16 if of.bfloat16 else None, pattern)
 
 
 def _factors(recipe: Recipe) -> Table:
     groups = shared_inputs(recipe)
     path, short = short_names(list(groups))
-    rows = []
+    rows: list[list[Union[Cell, str]]] = []
     for label, (first, linears) in zip(short, groups.items()):
         factor = recipe.layers[first].smoothing_factor.double()
         for index, values in enumerate(factor):
-            one = factor.shape[0] == 1
             spread, ratio = Quantiles.of(values), Quantiles.of(values / factor[0])
             rows.append(
-                (
+                [
                     Cell(label, title=joined([n.rpartition(".")[2] for n in linears])),
-                    Cell("all" if one else recipe.modalities[index]),
-                    Cell(amount(spread.least)),
-                    Cell(amount(spread.median)),
-                    Cell(amount(spread.most)),
-                    Cell(MISSING if index == 0 else amount(ratio.least)),
-                    Cell(MISSING if index == 0 else amount(ratio.median)),
-                    Cell(MISSING if index == 0 else amount(ratio.most)),
-                )
+                    "all" if factor.shape[0] == 1 else recipe.modalities[index],
+                    *map(amount, (spread.least, spread.median, spread.most)),
+                    *(
+                        amount(value) if index else MISSING
+                        for value in (ratio.least, ratio.median, ratio.most)
+                    ),
+                ]
             )
+    ends = ["least", "median", "most"]
     return Table(
         "Smoothing factors over the channels of each input"
         + (f", in {path}" if path else ""),
-        (
-            Column("first linear that reads it", number=False),
-            Column("modality", number=False),
-            *(Column(name, "factor") for name in ("least", "median", "most")),
-            *(
-                Column(name, f"ratio to {recipe.modalities[0]}")
-                for name in ("least", "median", "most")
-            ),
-        ),
-        tuple(rows),
+        [
+            ("", ["first linear that reads it", "modality"]),
+            ("factor", ends),
+            (f"ratio to {recipe.modalities[0]}", ends),
+        ],
+        rows,
+        texts=2,
         folded=True,
     )
 
@@ -194,34 +191,26 @@ def _layers(recipe: Recipe) -> Table:
     path, short = short_names(list(recipe.layers))
     sizes = recipe_bytes(recipe)
     others = recipe.modalities[1:]
-    rows = []
+    rows: list[list[Union[Cell, str]]] = []
     for label, (name, layer) in zip(short, recipe.layers.items()):
-        ranks = layer.ranks or (0,) * len(others)
         size = sizes[name]
         rows.append(
-            (
-                Cell(label),
-                Cell(" × ".join(str(size) for size in layer.shape)),
-                *(Cell(str(rank)) for rank in ranks),
-                *(Cell(byte_size(getattr(size, part))) for part in PART_NAMES),
-                Cell(byte_size(size.total)),
-                Cell(
-                    percent(
-                        size.total / size.bfloat16 if size.bfloat16 else None, ".0f"
-                    )
-                ),
-            )
+            [
+                label,
+                " × ".join(map(str, layer.shape)),
+                *map(str, layer.ranks or (0,) * len(others)),
+                *(byte_size(getattr(size, part)) for part in PART_NAMES),
+                byte_size(size.total),
+                _share(size.total, size, ".0f"),
+            ]
         )
     return Table(
         "Ranks and memory of each linear" + (f", in {path}" if path else ""),
-        (
-            Column("linear", number=False),
-            Column("N × K"),
-            *(Column(modality, "rank of the pair") for modality in others),
-            *(Column(name, "memory") for name in PART_NAMES.values()),
-            Column("all", "memory"),
-            Column("of bfloat16", "memory"),
-        ),
-        tuple(rows),
+        [
+            ("", ["linear", "N × K"]),
+            ("rank of the pair", others),
+            ("memory", [*PART_NAMES.values(), "all", "of bfloat16"]),
+        ],
+        rows,
         folded=True,
     )

@@ -10,8 +10,8 @@ import math
 import statistics
 from typing import Any, Mapping, Optional, Sequence, Union
 
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.report.rows import DENSE, Row, Rows
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.wording import joined
 
 __all__ = ["rows_of_results"]

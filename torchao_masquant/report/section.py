@@ -6,26 +6,11 @@
 """What a page is made of, before it is HTML."""
 
 from dataclasses import dataclass
-from typing import Iterable, Optional
+from typing import Iterable, Optional, Sequence, Union
 
 from torchao_masquant.figures.drawing import Drawing
 
-__all__ = ["Cell", "Column", "Section", "Table"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table.
-
-    Attributes:
-        title: its heading.
-        group: heading above it, shared with its neighbours; "" for none.
-        number: whether it holds numbers.
-    """
-
-    title: str
-    group: str = ""
-    number: bool = True
+__all__ = ["Cell", "Section", "Table"]
 
 
 @dataclass(frozen=True)
@@ -50,26 +35,25 @@ class Table:
 
     Attributes:
         caption: what it shows.
-        columns: one for each cell of a row.
-        rows: cells.
+        columns: heading that neighbours share ("" for none), and their own headings.
+        rows: cells, or the texts of those that are nothing else.
+        texts: how many columns, the first ones, hold texts; the others hold numbers.
         folded: whether the page shows it only on demand.
     """
 
     caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    columns: Sequence[tuple[str, Sequence[str]]]
+    rows: Sequence[Sequence[Union[Cell, str]]]
+    texts: int = 1
     folded: bool = False
 
     @property
-    def groups(self) -> list[tuple[str, int]]:
-        """Headings above the columns and how many of these each spans."""
-        found: list[tuple[str, int]] = []
-        for column in self.columns:
-            if found and found[-1][0] == column.group:
-                found[-1] = column.group, found[-1][1] + 1
-            else:
-                found.append((column.group, 1))
-        return found
+    def cells(self) -> list[list[Cell]]:
+        return [[Cell(c) if isinstance(c, str) else c for c in r] for r in self.rows]
+
+    @property
+    def titles(self) -> list[str]:
+        return [title for _, titles in self.columns for title in titles]
 
 
 @dataclass(frozen=True)
@@ -99,9 +83,10 @@ class Section:
         title: str,
         lead: str,
         figures: Iterable[Optional[Drawing]] = (),
-        tables: tuple[Table, ...] = (),
-        notes: tuple[str, ...] = (),
+        tables: Iterable[Table] = (),
+        notes: Iterable[str] = (),
     ) -> "Section":
         """A section without what has nothing to show."""
         drawn = tuple(figure for figure in figures if figure is not None)
-        return cls(name, title, lead, drawn, tables, tuple(n for n in notes if n))
+        said = tuple(note for note in notes if note)
+        return cls(name, title, lead, drawn, tuple(tables), said)

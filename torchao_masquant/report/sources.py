@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Optional, Sequence, TypeVar, Union
 
 from torchao_masquant.evaluation import Analysis, Evaluation
+from torchao_masquant.options import METHODS
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.report.result_rows import rows_of_results
-from torchao_masquant.solver.methods import METHODS
 
 __all__ = [
     "ANALYSIS",

@@ -12,7 +12,7 @@ from typing import Any, Callable, Optional
 import torch
 
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.learning.blocks import is_cache
+from torchao_masquant.decoder_blocks import is_cache
 
 __all__ = ["ActivationStore", "kept", "tensor_bytes", "tree_map"]
 

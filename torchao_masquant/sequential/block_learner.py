@@ -11,8 +11,9 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.learning.blocks import hidden_states
+from torchao_masquant.decoder_blocks import hidden_states
 from torchao_masquant.learning.learn import BlockTask
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.sequential.activations import ActivationStore, kept
 from torchao_masquant.sequential.decoder_walk import (
@@ -21,7 +22,6 @@ from torchao_masquant.sequential.decoder_walk import (
     DecoderWalk,
 )
 from torchao_masquant.sequential.team import Team
-from torchao_masquant.solver.methods import SolverOptions
 
 __all__ = ["BlockLearner"]
 

@@ -11,18 +11,20 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.calibrate import check_session, warn_of_left_out
-from torchao_masquant.calibration.notices import CalibrationNotices
+from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.passes import plan_passes
+from torchao_masquant.calibration.request import check_session
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.notices import CalibrationNotices
+from torchao_masquant.option_values import AUTO
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.sequential.team import Team
 from torchao_masquant.solver.cost import solver_cost
 from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.solver.ranks import spend_ranks
 
 __all__ = ["BlockLayers", "BlockSolver", "solved_shapes"]
@@ -102,7 +104,7 @@ class BlockSolver:
         probe.has_first = self._at_first
         with probe.watching():
             run()
-        second = self.options.parts.per_modality
+        second = self.options.procedure.per_modality
         return self.team.broadcast(
             plan_passes(probe, second, self.max_statistics_bytes)
         )
@@ -124,7 +126,7 @@ class BlockSolver:
         session = CalibrationSession(
             dict(chosen.linears),
             self.router,
-            self.options.parts.per_modality,
+            self.options.procedure.per_modality,
             chosen.experts,
             self.before,
         )
@@ -147,7 +149,7 @@ class BlockSolver:
         ]
         experts = [(n, e) for n, e in chosen.experts.items() if n in session.layers]
         ranks: Optional[dict[str, list[int]]] = None
-        if self.options.parts.per_modality and self.options.rank == AUTO:
+        if self.options.procedure.per_modality and self.options.rank == AUTO:
             ranks = self.team.on_first(lambda: spend_ranks(groups, self.options))
         costs = [
             solver_cost(shapes, len(self.router.modalities), self.options)

@@ -19,21 +19,19 @@ import torch
 from torch import nn
 
 from torchao_masquant.atomic_files import move_folder, replacing, sync
-from torchao_masquant.calibration.calibrate import (
-    library_versions,
-)
 from torchao_masquant.calibration.observed_experts import as_observed
-from torchao_masquant.calibration.passes import MAX_STATISTICS_BYTES, check_bound
 from torchao_masquant.calibration.request import base_first, check_request
+from torchao_masquant.decoder_blocks import decoder_blocks
 from torchao_masquant.freed_memory import return_freed_memory
-from torchao_masquant.learning.blocks import decoder_blocks
-from torchao_masquant.modality import TEXT
 from torchao_masquant.model_parts import heads_of, token_reader
+from torchao_masquant.option_fields import takes_options
+from torchao_masquant.option_values import AUTO
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import check_file, check_folder
 from torchao_masquant.progress import progress_bar
-from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes
+from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes, library_versions
 from torchao_masquant.routing import Router
-from torchao_masquant.selection import Patterns, select
+from torchao_masquant.selection import select
 from torchao_masquant.sequential.activations import ActivationStore, kept
 from torchao_masquant.sequential.block_learner import BlockLearner
 from torchao_masquant.sequential.block_solver import BlockLayers, BlockSolver
@@ -58,8 +56,8 @@ from torchao_masquant.sequential.preflight import (
     check_time,
     estimate,
 )
+from torchao_masquant.sequential.sequential_options import SequentialOptions
 from torchao_masquant.sequential.team import Team
-from torchao_masquant.solver.methods import AUTO, SolverOptions
 from torchao_masquant.threads import threads_for, widest
 
 __all__ = ["SequentialResult", "calibrate_sequential"]
@@ -92,42 +90,11 @@ class SequentialResult:
     estimated_bytes: int
 
 
+@takes_options(SequentialOptions)
 def calibrate_sequential(
     model: Union[str, os.PathLike],
     samples: Iterable[Mapping[str, Any]],
-    *,
-    output: Union[str, os.PathLike, None] = None,
-    recipe: Union[str, os.PathLike, None] = None,
-    scheme: str = "w4a8",
-    method: str = "masquant",
-    alpha: Union[float, str, None] = None,
-    separation: Union[float, str, None] = None,
-    rank: Union[int, float, str] = 0.05,
-    group_size: Optional[int] = None,
-    shift: Optional[bool] = None,
-    rounding: Optional[str] = None,
-    clip: Optional[bool] = None,
-    low_rank_bits: int = 16,
-    modality_weights: Optional[Mapping[str, float]] = None,
-    epochs: int = 0,
-    lr: Optional[float] = None,
-    batch_size: int = 1,
-    hadamard_size: Optional[int] = None,
-    base_modality: str = TEXT,
-    modalities: Optional[Sequence[str]] = None,
-    include: Patterns = None,
-    exclude: Patterns = None,
-    max_statistics_bytes: int = MAX_STATISTICS_BYTES,
-    dtype: Optional[torch.dtype] = None,
-    device: Union[str, torch.device] = "cpu",
-    activations: str = "memory",
-    model_class: Optional[type] = None,
-    max_memory_bytes: Optional[int] = None,
-    max_seconds: Optional[float] = None,
-    timeout: float = 7200.0,
-    overwrite: bool = False,
-    description: Optional[Mapping[str, Any]] = None,
-    progress: bool = True,
+    given: SequentialOptions,
 ) -> SequentialResult:
     """Calibrate and quantize a model one block at a time, from disk to disk.
 
@@ -151,34 +118,14 @@ def calibrate_sequential(
     share the samples and the solving; process 0 writes. The folders must be on a file
     system that all of them see.
 
+    ``rank="auto"`` spends its bytes in each block by itself. Of method "masquant-paper"
+    there is the closed form alone, ``epochs=0``.
+
     Args:
         model: folder of a transformers checkpoint in safetensors files, or its name on
             the hub.
         samples: as for ``calibrate``, on the CPU; run through more than once.
-        output: folder of the quantized checkpoint to write.
-        recipe: file of the recipe to write. At least one of the two.
-        scheme, method, alpha, separation, rank, group_size, shift, rounding, clip,
-            low_rank_bits, modality_weights, epochs, lr, hadamard_size, base_modality,
-            modalities, include, exclude: as for ``calibrate``. ``rank="auto"`` spends its bytes in
-            each block by itself. Of "masquant-paper" only the closed form, ``epochs=0``.
-        batch_size: as for ``calibrate``; several processes share the samples of a
-            batch, best where it is a multiple of their number.
-        max_statistics_bytes: bound of the statistics' memory, in bytes: a block runs
-            several times where its statistics do not fit.
-        dtype: to run the model in; None for what its config says.
-        device: where blocks run and are solved for.
-        activations: "memory", or "disk": in mapped files in the folder of the run.
-        model_class: of transformers; None for the one that the config names.
-        max_memory_bytes: that each process may take; None for what is free on the
-            machine, shared by its processes.
-        max_seconds: that the blocks may take, as far as a short measurement tells; None
-            for any time.
-        timeout: seconds that a process waits for the others.
-        overwrite: replace a quantized checkpoint or a recipe of another calibration;
-            nothing else ever is.
-        description: more for the recipe's :attr:`~torchao_masquant.Recipe.description`
-            and the checkpoint, such as the name of the data.
-        progress: show a bar on a terminal.
+        {options}
 
     Returns:
         Where the results are.
@@ -193,48 +140,27 @@ def calibrate_sequential(
         FileNotFoundError: there is no such model.
         TeamError: another process has died, or has learned something else.
     """
-    options = SolverOptions(
-        scheme=scheme,
-        method=method,
-        alpha=alpha,
-        separation=separation,
-        rank=rank,
-        group_size=group_size,
-        shift=shift,
-        rounding=rounding,
-        clip=clip,
-        low_rank_bits=low_rank_bits,
-        modality_weights=modality_weights,
-        epochs=epochs,
-        lr=lr,
-        batch_size=batch_size,
-        hadamard_size=hadamard_size,
-    )
+    options = given.options
     if options.learns_factors:
         raise ValueError(
-            f"method {method!r} learns its smoothing factors in memory alone: use "
-            "calibrate, or epochs=0 for factors in closed form."
+            f"method {options.method!r} learns its smoothing factors in memory alone: "
+            "use calibrate, or epochs=0 for factors in closed form."
         )
-    if activations not in ("memory", "disk"):
-        raise ValueError(
-            f"activations are kept in 'memory' or on 'disk', not {activations!r}."
-        )
-    check_bound(max_statistics_bytes)
-    outputs = _Outputs(output, recipe, overwrite)
-    team = Team(timeout)
-    if epochs and batch_size < team.size and team.rank == 0:
+    outputs = _Outputs(given.output, given.recipe, given.overwrite)
+    team = Team(given.timeout)
+    if options.epochs and options.batch_size < team.size and team.rank == 0:
         _LOGGER.warning(
             "a step of learning has batch_size=%d samples for %d processes, and those "
             "without one wait: a multiple of %d keeps all busy (another result, of "
             "fewer steps).",
-            batch_size,
+            options.batch_size,
             team.size,
             team.size,
         )
     team.on_first(lambda: outputs.check(Path(model)))
-    disk = DiskModel(model, dtype, device, model_class)
-    met = base_first(disk.model, base_modality, modalities)
-    selected = select(disk.model, include, exclude, options, len(met))
+    disk = DiskModel(model, given.dtype, given.device, given.model_class)
+    met = base_first(disk.model, given.base_modality, given.modalities)
+    selected = select(disk.model, given.include, given.exclude, options, len(met))
     layers = BlockLayers(selected.linears, selected.experts)
     blocks = decoder_blocks(disk.model, layers.names)
     router = Router.for_model(disk.model, met)
@@ -260,14 +186,14 @@ def calibrate_sequential(
         outputs,
         team,
         summary,
-        max_statistics_bytes,
-        {"samples": summary.count, **(description or {})},
-        progress,
+        given.max_statistics_bytes,
+        {"samples": summary.count, **(given.description or {})},
+        given.progress,
     )
-    run.check_room(max_memory_bytes, activations == "disk")
+    run.check_room(given.max_memory_bytes, given.activations == "disk")
     # As ``calibrate`` does: sums depend on the number of threads.
     with threads_for(widest(selected.weights.values())):
-        return run(samples, activations, max_seconds)
+        return run(samples, given.activations, given.max_seconds)
 
 
 class _Outputs:
@@ -744,7 +670,7 @@ class _Run:
         quantized = {
             name: layers[name].quantize(
                 parameters[name][1],
-                self.options.bits,
+                self.options.number_format,
                 self.router.modalities,
                 self.options.low_rank_bits,
             )

@@ -5,7 +5,6 @@
 # LICENSE file in the root directory of this source tree.
 """A quantized checkpoint written part by part, as ``save_pretrained`` writes it whole."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ import safetensors
 import torch
 
 from torchao_masquant.atomic_files import sync
-from torchao_masquant.calibration.calibrate import library_versions
+from torchao_masquant.hub import write_index
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
     flatten_state_dict,
@@ -31,9 +30,10 @@ from torchao_masquant.integrations.unloaded import (
     parts_of_unloaded,
     tell_of_unloaded,
 )
+from torchao_masquant.options import SolverOptions
+from torchao_masquant.recipe import library_versions
 from torchao_masquant.sequential.block_store import BlockStore
 from torchao_masquant.sequential.disk_model import DiskModel
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["assemble", "other_parts", "write_part", "write_unloaded"]
@@ -159,9 +159,7 @@ def assemble(
         with safetensors.safe_open(folder / name, framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), name)
         size += (folder / name).stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text)
+    write_index(folder, weight_map, size)
     model = disk.model
     formats = store.formats(parts)
     known = {name: options for name in formats}

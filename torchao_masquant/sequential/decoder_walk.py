@@ -31,9 +31,9 @@ from typing import Any, Callable, Iterator, Mapping, Optional
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.samples import run_samples
-from torchao_masquant.learning.blocks import forwards
+from torchao_masquant.decoder_blocks import forwards
 from torchao_masquant.routing import Router
+from torchao_masquant.samples import run_samples
 from torchao_masquant.selection import decoder_of
 from torchao_masquant.sequential.activations import kept, tree_map
 

@@ -7,7 +7,6 @@
 
 import collections
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional, Union
@@ -24,11 +23,11 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from torchao_masquant.integrations.layer_format import TensorKind
-from torchao_masquant.integrations.other_files import NOT_NEEDED
+from torchao_masquant.hub import class_of, folder_of, load_config, weight_files
 from torchao_masquant.integrations.stored_names import stored_to_model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
 from torchao_masquant.integrations.unloaded import is_of_same_model
+from torchao_masquant.tensor_subclasses.weight_layout import TensorKind
 
 __all__ = ["DiskModel", "checkpoint_dtype"]
 
@@ -59,16 +58,16 @@ class DiskModel:
         device: Union[str, torch.device] = "cpu",
         model_class: Optional[type] = None,
     ):
-        self.folder = _folder(model)
+        self.folder = folder_of(model)
         self.device = torch.device(device)
         self._file_of: dict[str, Path] = {}
         self.stored: dict[str, TensorKind] = {}
-        self.files = _files(self.folder)
+        self.files = weight_files(self.folder)
         for file in self.files:
             tensors = stored_tensors([str(file)])
             self.stored |= tensors
             self._file_of |= dict.fromkeys(tensors, file)
-        config = transformers.AutoConfig.from_pretrained(self.folder)
+        config = load_config(self.folder)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
                 f"{os.fspath(model)!r} is quantized already: calibrate the original."
@@ -76,7 +75,7 @@ class DiskModel:
         if dtype is None:
             dtype = _dtype(config, self.files)
         self.dtype: torch.dtype = dtype
-        kind: Any = _class_of(config) if model_class is None else model_class
+        kind = model_class or class_of(config, "give model_class=")
         self.model: Any = self._skeleton(kind, config)
         #: name in a file to the names in the model that it becomes
         self.names: dict[str, list[str]] = stored_to_model_names(
@@ -245,50 +244,6 @@ class DiskModel:
         return revert_weight_conversion(self.model, state)
 
 
-def _folder(model: Union[str, os.PathLike]) -> Path:
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or len(path.parts) > 2 or path.parts[0] in (".", ".."):
-        raise FileNotFoundError(f"there is no folder {os.fspath(model)!r}.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(os.fspath(model), ignore_patterns=list(NOT_NEEDED))
-        )
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{os.fspath(model)!r} is neither a folder nor a model that the hub gives "
-            f"({type(error).__name__}); give the folder of a downloaded checkpoint."
-        ) from error
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(
-            f"{os.fspath(folder)!r} holds no model.safetensors and no "
-            "model.safetensors.index.json: save the model there with save_pretrained."
-        )
-    return [single]
-
-
-def _class_of(config: Any) -> Any:
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None:
-            return found
-    raise ValueError(
-        f"transformers has none of the classes {config.architectures or []} that the "
-        "checkpoint's config.json names: give model_class=."
-    )
-
-
 def checkpoint_dtype(model: Union[str, os.PathLike]) -> torch.dtype:
     """What a checkpoint's config says its weights are, or else its first weights are.
 
@@ -298,8 +253,8 @@ def checkpoint_dtype(model: Union[str, os.PathLike]) -> torch.dtype:
     Raises:
         FileNotFoundError: there is no such folder, or no safetensors file in it.
     """
-    folder = _folder(model)
-    return _dtype(transformers.AutoConfig.from_pretrained(folder), _files(folder))
+    folder = folder_of(model)
+    return _dtype(load_config(folder), weight_files(folder))
 
 
 def _dtype(config: Any, files: Iterable[Path]) -> torch.dtype:

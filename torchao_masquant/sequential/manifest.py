@@ -14,8 +14,8 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 import torch
 
 from torchao_masquant.atomic_files import write_whole
-from torchao_masquant.calibration.calibrate import NEEDED
-from torchao_masquant.calibration.sample_checks import (
+from torchao_masquant.sample_checks import (
+    NEEDED,
     check_sample,
     check_samples,
     no_samples,

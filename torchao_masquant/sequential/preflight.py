@@ -15,12 +15,15 @@ from typing import Mapping, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics, statistics_bytes
 from torchao_masquant.learning.memory import learning_bytes
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.sequential.block_solver import solved_shapes
 from torchao_masquant.solver.cost import solver_bytes, solver_cost
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics.input_statistics import (
+    InputStatistics,
+    statistics_bytes,
+)
 
 __all__ = ["Estimate", "available_memory", "check_time", "estimate", "solving_rate"]
 
@@ -197,7 +200,7 @@ def estimate(
         on_disk: whether activations are.
         writes: whether a checkpoint, and a recipe.
     """
-    per_modality = options.parts.per_modality
+    per_modality = options.procedure.per_modality
     statistics, least, solving, widest, of_experts = 0, 0, 0, "", False
     for linears in blocks:
         needs = {
@@ -221,7 +224,7 @@ def estimate(
                 # Of each expert, as measured: integers and pairs of the best try and of
                 # the last, and what it takes on the way.
                 work += sum(experts) * n * k * 2 * (6 + modalities)
-                if experts and options.parts.shift:
+                if experts and options.procedure.shift:
                     # Second moments without the experts' means, and what makes them.
                     work += 8 * (modalities + 3) * k * k
             in_pass = max(needs[name], together)
@@ -308,7 +311,7 @@ def solving_rate(
     width = _PROBE_WIDTH
     names = tuple(f"modality {index}" for index in range(modalities))
     statistics = InputStatistics(
-        width, names, device, second_moments=options.parts.per_modality
+        width, names, device, second_moments=options.procedure.per_modality
     )
     for index in range(modalities):
         x = torch.randn(2 * width, width, generator=generator).to(device)

@@ -24,14 +24,14 @@ from typing import (
 import torch
 import torch.distributed as dist
 
-from torchao_masquant.calibration.expert_statistics import (
+from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.recipe import LayerRecipe
+from torchao_masquant.statistics.expert_statistics import (
     ExpertMoments,
     ExpertStatistics,
 )
-from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.calibration.statistics import InputStatistics, Moments
-from torchao_masquant.calibration.token_sample import TokenSample
-from torchao_masquant.recipe import LayerRecipe
+from torchao_masquant.statistics.input_statistics import InputStatistics, Moments
+from torchao_masquant.statistics.token_sample import TokenSample
 
 __all__ = ["Team", "TeamError"]
 

@@ -16,39 +16,12 @@ __all__ = [
     "error_spectrum",
     "low_rank_pair",
     "pair_of_product",
-    "resolve_rank",
     "whitening",
 ]
 
 # Eigenvalues below this part of the largest are rounding noise of a float64
 # covariance: it has rank min(T, K), and eigh returns its zeros as +-1e-16 relative.
 _NUMERICAL_RANGE = 1e-10
-
-
-def resolve_rank(rank: "int | float", n: int, k: int) -> int:
-    """Rank of the pair of an (N, K) weight.
-
-    Args:
-        rank: an int is the rank itself, a float the share of ``min(n, k)`` (at least
-            one where it is above zero).
-
-    Raises:
-        ValueError: ``rank`` is negative, or a share above 1.
-        TypeError: ``rank`` is no number.
-    """
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise TypeError(f"rank must be an int or a float, got {rank!r}.")
-    if not rank >= 0:
-        raise ValueError(f"rank must not be negative, got {rank}.")
-    full = min(n, k)
-    if isinstance(rank, int):
-        return min(rank, full)
-    if rank > 1:
-        raise ValueError(
-            f"a rank of type float is a share of min(N, K), 0..1, got {rank}; give an "
-            "int for an absolute rank."
-        )
-    return max(1, round(rank * full)) if rank > 0 else 0
 
 
 def whitening(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,12 +7,12 @@
 
 from typing import Sequence
 
-from torchao_masquant.calibration.statistics import SAMPLE_TOKENS
+from torchao_masquant.option_values import AUTO
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.in_place import ROWS
 from torchao_masquant.solver.layers import ROUNDED_TOGETHER
-from torchao_masquant.solver.methods import AUTO, SolverOptions
-from torchao_masquant.solver.ranks import average_rank
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
+from torchao_masquant.statistics.input_statistics import SAMPLE_TOKENS
 
 __all__ = ["solver_bytes", "solver_cost"]
 
@@ -39,7 +39,7 @@ def solver_cost(
         modalities: M.
         options: of the solution.
     """
-    parts, k = options.parts, shapes[0][1]
+    parts, k = options.procedure, shapes[0][1]
     if not parts.per_modality:
         return float(_A_VALUE * sum(n * k for n, k in shapes))
     jointly = parts.rounding == "gptq"
@@ -56,19 +56,19 @@ def solver_cost(
             products += jointly * (1.25 + modalities * differ)
             passes = (_CLIPPED if parts.clip else 1) + modalities + 2 * gauged + fits
             cost += outputs * k * (k * products + _A_VALUE * passes)
-            if average_rank(options, outputs, k):
+            if options.average_rank(outputs, k):
                 cost += _A_CUBE * fits * min(outputs, k) ** 3
     return cost
 
 
 def _differ(modalities: int, options: SolverOptions, separation: float) -> bool:
     """Whether modalities have factors of their own."""
-    return modalities > 1 and separation > 0 and not options.bits.weight_only
+    return modalities > 1 and separation > 0 and not options.number_format.weight_only
 
 
 def _noisy(options: SolverOptions) -> bool:
     """Whether rounded activations move the target of the weight, as a rule."""
-    return options.bits.act_bits < 8
+    return options.number_format.act_bits < 8
 
 
 def solver_bytes(
@@ -86,10 +86,10 @@ def solver_bytes(
         options: of the solution.
     """
     weight, square = 8 * n * k, 8 * k * k
-    if not options.parts.per_modality:
+    if not options.procedure.per_modality:
         # Rounding holds copies in float32 and integers.
         return 2 * weight
-    parts, others = options.parts, modalities - 1
+    parts, others = options.procedure, modalities - 1
     jointly = parts.rounding == "gptq"
     differ = _differ(modalities, options, max(options.separations))
     tries = len(options.alphas) + len(options.separations) - 1
@@ -99,7 +99,7 @@ def solver_bytes(
     peak = 4 * weight
     if differ and parts.gauge:
         peak = max(peak, 5 * weight)
-    if others and average_rank(options, n, k):
+    if others and options.average_rank(n, k):
         # The first pairs are found while there is a Hessian.
         fitting = square if jointly and differ else 0
         if n <= k:

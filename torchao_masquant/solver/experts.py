@@ -9,19 +9,18 @@ import dataclasses
 
 import torch
 
-from torchao_masquant.calibration.expert_statistics import ExpertStatistics
-from torchao_masquant.calibration.statistics import (
+from torchao_masquant.option_values import AUTO
+from torchao_masquant.options import AUTO_SHARE, SolverOptions, resolve_rank
+from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
+from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.smoothing import RESOLUTION
+from torchao_masquant.statistics.expert_statistics import ExpertStatistics
+from torchao_masquant.statistics.input_statistics import (
     ROUNDING,
     InputStatistics,
     Moments,
 )
-from torchao_masquant.calibration.token_sample import TokenSample
-from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
-from torchao_masquant.solver.compensation import resolve_rank
-from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import AUTO, SolverOptions
-from torchao_masquant.solver.ranks import AUTO_SHARE
-from torchao_masquant.solver.smoothing import RESOLUTION
+from torchao_masquant.statistics.token_sample import TokenSample
 
 __all__ = ["recentered", "solve_experts"]
 
@@ -59,11 +58,11 @@ def solve_experts(
     """
     experts = {f"{name}[{e}]": of_expert for e, of_expert in enumerate(weight)}
     ranks = None
-    if options.parts.per_modality and options.rank == AUTO:
+    if options.procedure.per_modality and options.rank == AUTO:
         share = resolve_rank(AUTO_SHARE, *weight.shape[1:])
         ranks = {key: [share] * (len(statistics.moments) - 1) for key in experts}
     means = None
-    if options.parts.shift and isinstance(statistics, ExpertStatistics):
+    if options.procedure.shift and isinstance(statistics, ExpertStatistics):
         statistics, means = recentered(statistics)
         spend_statistics = True
     layers = list(

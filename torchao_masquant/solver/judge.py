@@ -9,9 +9,9 @@ import math
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 __all__ = ["mean_log_error"]
 
@@ -41,7 +41,7 @@ def mean_log_error(
     total = count = 0.0
     for name, weight in weights.items():
         quantized = layers[name].quantize(
-            weight, options.bits, statistics.modalities, options.low_rank_bits
+            weight, options.number_format, statistics.modalities, options.low_rank_bits
         )
         for index, (moments, importance) in enumerate(
             zip(statistics.moments, options.weights_of(statistics.modalities))

@@ -9,7 +9,7 @@ from typing import Iterator, Mapping, Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import FAST, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.compensation import (
     balanced,
@@ -20,7 +20,6 @@ from torchao_masquant.solver.compensation import (
 from torchao_masquant.solver.gauge import fitted_gauge
 from torchao_masquant.solver.in_place import ROWS
 from torchao_masquant.solver.judge import mean_log_error
-from torchao_masquant.solver.methods import SolverOptions
 from torchao_masquant.solver.modality_input import ModalityInput, modality_inputs
 from torchao_masquant.solver.rotation import rotated, rotated_both
 from torchao_masquant.solver.sampled_outputs import sampled_outputs, sampled_rank
@@ -35,6 +34,7 @@ from torchao_masquant.solver.smoothing import (
     smoothing_factor,
     smoothing_factors,
 )
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
 from torchao_masquant.threads import threads_for, widest
 
@@ -88,7 +88,7 @@ def solve_group(
         spared = {n: w for n, w in weights.items() if options.spares(n)}
         others = {n: w for n, w in weights.items() if n not in spared}
         layers = {name: _with_factor(w) for name, w in spared.items()}
-        if others and not options.parts.per_modality:
+        if others and not options.procedure.per_modality:
             layers |= _shared_factor(others, statistics, options)
         elif others:
             if ranks is None:
@@ -190,7 +190,7 @@ class _Problem:
         factors = smoothing_factors(
             self.inputs, self.sizes, alpha, separation, self.options
         )
-        return _PerModality(self, factors, gauge=self.options.parts.gauge).solve()
+        return _PerModality(self, factors, gauge=self.options.procedure.gauge).solve()
 
     def solve_for(self, factors: torch.Tensor) -> dict[str, LayerRecipe]:
         """For factors (M, K), which no gauge moves."""
@@ -207,7 +207,7 @@ class _PerModality:
             problem.weights,
             problem.inputs,
         )
-        self.options, self.method = problem.options, problem.options.parts
+        self.options, self.method = problem.options, problem.options.procedure
         self.factors = factors
         self.differ = any(not torch.equal(f, factors[0]) for f in factors[1:])
         # One factor for all modalities leaves nothing for a gauge to make up for.
@@ -254,14 +254,17 @@ class _PerModality:
         return round_to_nearest(
             self.weights[name],
             self.factors[0],
-            self.options.bits,
+            self.options.number_format,
             importance,
             self.problem.hadamard_size,
         )
 
     def _total(self) -> torch.Tensor:
         """``sum_m v_m A_m``, new memory."""
-        total = torch.zeros_like(self.inputs[0].covariance)
+        fast = self.options.effort == FAST
+        total = torch.zeros_like(
+            self.inputs[0].covariance, dtype=torch.float32 if fast else torch.float64
+        )
         for modality, factor, share in zip(self.inputs, self.factors, self.shares):
             _add_scaled(total, modality.covariance, 1 / factor, share)
         return rotated_both(total, self.problem.hadamard_size)
@@ -269,9 +272,9 @@ class _PerModality:
     def _noise(self) -> torch.Tensor:
         """What rounding adds to the variance of a channel, over modalities."""
         noise = torch.zeros_like(self.factors[0][0])
-        if self.options.bits.weight_only:
+        if self.options.number_format.weight_only:
             return noise
-        quant_max = 2 ** (self.options.bits.act_bits - 1) - 1
+        quant_max = 2 ** (self.options.number_format.act_bits - 1) - 1
         for modality, factor, share in zip(self.inputs, self.factors, self.shares):
             # The variance of what is uniform over a step.
             step = modality.squared_step(factor, self.problem.hadamard_size)
@@ -304,7 +307,7 @@ class _PerModality:
         found = hessian.rounded(
             torch.cat(targets),
             SharedWeight.cat([shared[name] for name in names]),
-            self.options.bits,
+            self.options.number_format,
         )
         return dict(zip(names, found.split([len(target) for target in targets])))
 
@@ -501,7 +504,7 @@ def _shared_factor(
 ) -> dict[str, LayerRecipe]:
     """One factor for all tokens, whatever their modality."""
     factor = None
-    if options.parts.smooth:
+    if options.procedure.smooth:
         absmax = torch.stack([m.absmax() for m in statistics.moments]).amax(0)
         weight_absmax = WeightSizes.of(weights).absmax
         factor = smoothing_factor(absmax, weight_absmax, options.alphas[0])

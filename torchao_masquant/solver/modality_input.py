@@ -12,15 +12,16 @@ lie, how wide channels are, how much rounding adds to them) is therefore found f
 tokens alone; covariances are of all tokens, for a sink's output has to be right, too.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Optional
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics, Moments
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.rotation import rotated
+from torchao_masquant.statistics.input_statistics import InputStatistics, Moments
 
 __all__ = ["ModalityInput", "modality_inputs", "ordinary"]
 
@@ -110,7 +111,7 @@ def modality_inputs(
 def _of(
     moments: Moments, share: float, options: SolverOptions, spend: bool
 ) -> ModalityInput:
-    parts = options.parts
+    parts = options.procedure
     tokens = moments.sample.double()
     mean = moments.mean()
     center = torch.zeros_like(mean)
@@ -122,6 +123,9 @@ def _of(
                 center = tokens[kept].mean(0)
             tokens = tokens[kept]
     shift = center if parts.shift else torch.zeros_like(center)
+    own = dataclasses.replace(moments)
+    if spend:
+        moments.outer = None
     return ModalityInput(
         share,
         center,
@@ -129,7 +133,7 @@ def _of(
         moments.absmax(),
         moments.absmax(shift),
         shift,
-        moments,
+        own,
         parts.centered,
         spend,
     )

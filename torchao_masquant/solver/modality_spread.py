@@ -33,12 +33,7 @@ from typing import Any, Mapping, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import (
-    InputStatistics,
-    Moments,
-)
-from torchao_masquant.calibration.token_sample import SAMPLE_TOKENS
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.modality_input import (
     ModalityInput,
     modality_inputs,
@@ -46,6 +41,11 @@ from torchao_masquant.solver.modality_input import (
 )
 from torchao_masquant.solver.sampled_outputs import sampled_outputs
 from torchao_masquant.solver.smoothing import WeightSizes, smoothing_factors
+from torchao_masquant.statistics.input_statistics import (
+    InputStatistics,
+    Moments,
+)
+from torchao_masquant.statistics.token_sample import SAMPLE_TOKENS
 from torchao_masquant.threads import threads_for
 
 __all__ = [

@@ -12,28 +12,15 @@ from typing import Optional, Sequence
 
 import torch
 
-from torchao_masquant.calibration.statistics import InputStatistics
+from torchao_masquant.options import AUTO_SHARE, SolverOptions, resolve_rank
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.solver.compensation import error_spectrum, resolve_rank
+from torchao_masquant.solver.compensation import error_spectrum
 from torchao_masquant.solver.layers import solve_group
-from torchao_masquant.solver.methods import AUTO, SolverOptions
+from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.threads import threads_for
 
-__all__ = ["AUTO_SHARE", "allocate", "average_rank", "average_share", "spend_ranks"]
-
-#: Of ``min(N, K)``: the rank everywhere whose bytes ``rank="auto"`` spends.
-AUTO_SHARE = 0.05
-
-
-def average_share(options: SolverOptions) -> "int | float":
-    """The uniform rank, or share of ``min(N, K)``, that takes as many bytes."""
-    return AUTO_SHARE if options.rank == AUTO else options.uniform_rank
-
-
-def average_rank(options: SolverOptions, n: int, k: int) -> int:
-    """Of the pair of an (N, K) weight, where a uniform rank takes as many bytes."""
-    return options.rank_of(average_share(options), n, k)
+__all__ = ["allocate", "spend_ranks"]
 
 
 def spend_ranks(
@@ -145,7 +132,10 @@ def _spectrum(
     weight = weight.double()
     covariance = moments.covariance()
     quantized = layer.quantize(
-        weight.float(), options.bits, statistics.modalities, options.low_rank_bits
+        weight.float(),
+        options.number_format,
+        statistics.modalities,
+        options.low_rank_bits,
     )
     met = quantized.dequantize(torch.float32, statistics.modalities[index]).double()
     # Of the unsmoothed input and weight: the factor cancels.

@@ -26,7 +26,7 @@ def damped_factor(hessian: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     """Lower Cholesky factor of ``H + ridge I``, in the memory of H.
 
     Args:
-        hessian: (K, K) float64, symmetric positive semi-definite; lost.
+        hessian: (K, K) floating point, symmetric positive semi-definite; lost.
         ridge: scalar.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Optional, Sequence
 import torch
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
-from torchao_masquant.schemes import Scheme
+from torchao_masquant.options import Scheme
 from torchao_masquant.solver.in_place import on_both_sides
 from torchao_masquant.solver.rounding import (
     damped_factor,
@@ -171,12 +171,13 @@ class JointHessian:
     than that.
 
     Args:
-        total: (K, K) float64 ``sum_m v_m A_m``; lost.
+        total: (K, K) ``sum_m v_m A_m``, in float64, or in float32 where that is to be the
+            precision of its decomposition; lost.
         noise: ``sum_m v_m e_m``, scalar.
 
     Attributes:
         active: False where no modality varies at all, so that nothing can be weighed.
-        importance: (K,) float64, what the square of a channel's error costs after the
+        importance: (K,) of the total's type, what the square of a channel's error costs after the
             channels that are rounded behind it have made up for what they can.
     """
 
@@ -217,12 +218,14 @@ class JointHessian:
         """``rows H^-1``."""
         # Not cholesky_solve, which copies the factor.
         half = torch.linalg.solve_triangular(
-            self._lower, rows[:, self.order].t(), upper=False
+            self._lower, rows[:, self.order].t().to(self._lower.dtype), upper=False
         )
         solved = torch.empty_like(rows)
-        solved[:, self.order] = torch.linalg.solve_triangular(
-            self._lower.mT, half, upper=True
-        ).t()
+        solved[:, self.order] = (
+            torch.linalg.solve_triangular(self._lower.mT, half, upper=True)
+            .t()
+            .to(rows.dtype)
+        )
         return solved
 
     def rounded(

@@ -10,7 +10,7 @@ from typing import Mapping, Sequence
 
 import torch
 
-from torchao_masquant.solver.methods import SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.modality_input import ModalityInput
 
 __all__ = [
@@ -70,7 +70,7 @@ def smoothing_factors(
             gain nothing from a factor of their own.
         options: of the solution.
     """
-    if options.bits.weight_only:
+    if options.number_format.weight_only:
         separation = 0.0
     if options.hadamard_size_of(len(sizes.rms)) is None:
         ranges = [torch.maximum(i.range, RESOLUTION * i.absmax) for i in inputs]

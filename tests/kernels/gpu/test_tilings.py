@@ -13,8 +13,14 @@ import pytest
 
 pytest.importorskip("triton")
 
+import kernel_cases.int_linear
+import kernel_cases.low_rank_down
+import kernel_cases.smooth
+import kernel_cases.smooth_quantize
+import kernel_cases.weight_only_linear
 import torch
 from backends import TILINGS, Triton, check_result, tiling
+from kernel_cases.case import AotCase
 from operator_cases import (
     BF16,
     DOWN,
@@ -33,15 +39,12 @@ from operator_cases import (
 
 from torchao_masquant.kernels import reference
 from torchao_masquant.kernels.gpu import (
-    int_linear_cases,
     int_linear_tilings,
     low_rank_down,
-    smooth,
     smooth_quantize,
-    weight_only_cases,
     weight_only_tilings,
 )
-from torchao_masquant.kernels.gpu.launching import AotCase, TileConfig
+from torchao_masquant.kernels.gpu.launching import TileConfig
 from torchao_masquant.kernels.gpu.library_products import dense
 
 CONFIGS = {
@@ -185,10 +188,13 @@ def test_a_product_that_is_not_rounded_shows() -> None:
 
 def aot_cases(architecture: Optional[str]) -> list[list[AotCase]]:
     return [
-        smooth_quantize.aot_cases(),
-        low_rank_down.aot_cases(),
-        int_linear_cases.aot_cases(architecture),
-        [*smooth.aot_cases(), *weight_only_cases.aot_cases(architecture)],
+        kernel_cases.smooth_quantize.aot_cases(),
+        kernel_cases.low_rank_down.aot_cases(),
+        kernel_cases.int_linear.aot_cases(architecture),
+        [
+            *kernel_cases.smooth.aot_cases(),
+            *kernel_cases.weight_only_linear.aot_cases(architecture),
+        ],
     ]
 
 

@@ -1,0 +1,569 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What is asked for: number formats, methods, and the options of a calibration."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional, Sequence, Union
+
+from torchao_masquant.modality import TEXT
+from torchao_masquant.option_fields import (
+    check_options,
+    option,
+    option_of,
+    shows_options,
+)
+from torchao_masquant.option_values import (
+    AUTO,
+    Amount,
+    Flag,
+    Names,
+    NoFlag,
+    OneOf,
+    Patterns,
+    PowerOfTwo,
+    Rank,
+    Share,
+    Values,
+    Weights,
+    Whole,
+)
+
+__all__ = [
+    "ALPHAS",
+    "AUTO_SHARE",
+    "FAST",
+    "MAX_STATISTICS_BYTES",
+    "METHODS",
+    "SCHEMES",
+    "SEPARATIONS",
+    "CalibrationOptions",
+    "Method",
+    "NamePatterns",
+    "QuantizationOptions",
+    "Scheme",
+    "SolverOptions",
+    "get_scheme",
+    "resolve_rank",
+]
+
+#: What ``alpha="auto"`` chooses from, for each input.
+ALPHAS = (0.3, 0.5, 0.7)
+
+#: Of ``min(N, K)``: the rank everywhere whose bytes ``rank="auto"`` spends.
+AUTO_SHARE = 0.05
+
+#: What ``separation="auto"`` chooses from, for each input.
+SEPARATIONS = (1.0, 0.5, 0.0)
+
+#: Value of ``effort`` for a first result.
+FAST = "fast"
+
+#: Of the statistics of one pass, where nothing else is asked for.
+MAX_STATISTICS_BYTES = 4 << 30
+
+#: Of names of linears and expert weights, shell-style or "re:...".
+NamePatterns = Optional[Union[str, Sequence[str]]]
+
+# Larger blocks spread outliers no better, and take longer to rotate.
+_LARGEST_BLOCK = 512
+
+# What the linear behind an MLP's activation is called.
+_DOWN = ("down_proj", "fc2", "w2")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Integer formats of a quantized linear.
+
+    Attributes:
+        name: as users write it.
+        weight_bits: 8, 4 or 3. 3-bit integers are held in the storage of 4-bit ones:
+            they show what 3 bits cost in accuracy, and save neither memory nor time
+            over 4.
+        act_bits: 2 to 8, symmetric, one scale per token, found at run time; fewer than
+            8 bits are held in int8. 16: activations are not quantized.
+        group_size: neighbours of an output channel that share one weight scale; None
+            for one scale per output channel.
+        symmetric: False for weights with a zero point per scale, which only
+            activations that are not quantized can meet.
+    """
+
+    name: str
+    weight_bits: int
+    act_bits: int
+    group_size: Optional[int] = None
+    symmetric: bool = True
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations stay as they are."""
+        return self.act_bits == 16
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("w8a8", 8, 8),
+        Scheme("w4a8", 4, 8),
+        Scheme("w4a6", 4, 6),
+        Scheme("w4a4", 4, 4),
+        # Simulated: see Scheme.weight_bits.
+        Scheme("w3a3", 3, 3),
+        Scheme("w4a16", 4, 16, group_size=128, symmetric=False),
+    )
+}
+
+
+def get_scheme(name: str) -> Scheme:
+    """Look a scheme up by name, in small or capital letters: "w4a8" or "W4A8".
+
+    Raises:
+        ValueError: there is no such scheme.
+    """
+    scheme = SCHEMES.get(name.lower()) if isinstance(name, str) else None
+    if scheme is None:
+        raise ValueError(
+            f"unknown scheme {name!r}: choose one of {', '.join(SCHEMES)}."
+        )
+    return scheme
+
+
+@dataclass(frozen=True)
+class Method:
+    """Parts that make up a way to quantize.
+
+    Attributes:
+        smooth: divide activations by a smoothing factor at all.
+        per_modality: one smoothing factor per modality (MAS) and a low-rank pair for
+            each but the base (CMC), instead of one factor for all tokens.
+        gauge: fit each modality's overall factor (:func:`solver.gauge.gauge`).
+        centered: whiten by the centred covariance and let a bias per modality take
+            the mean of what the pair leaves.
+        shift: take each modality's mean off its activations before they are rounded;
+            its product with the weight joins the modality's bias.
+        rounding: of the shared weight, "gptq" (for all modalities jointly, see
+            :func:`solver.shared_weight.round_jointly`) or "nearest".
+        clip: make the weight's scales for a part of its range, where that leaves a
+            smaller error.
+        rank_floor: the least that a share of ``min(N, K)`` stands for as a rank, where
+            the weight has so many.
+        rotation: rotate channels in blocks by Hadamard matrices before they are rounded.
+        spares_down: the linear behind an MLP's activation (``down_proj``, ``fc2``,
+            ``w2``) is rounded as it is, without factor and pair.
+        lr: of learning, where none is given.
+    """
+
+    smooth: bool
+    per_modality: bool = False
+    gauge: bool = False
+    centered: bool = False
+    shift: bool = False
+    rounding: str = "nearest"
+    clip: bool = False
+    rank_floor: int = 0
+    rotation: bool = False
+    spares_down: bool = False
+    lr: float = 3e-4
+
+
+METHODS = {
+    "masquant": Method(
+        smooth=True,
+        per_modality=True,
+        gauge=True,
+        centered=True,
+        shift=True,
+        rounding="gptq",
+        clip=True,
+        rotation=True,
+    ),
+    # As in arXiv 2603.04800, sections on MAS and CMC, and its authors' code.
+    "masquant-paper": Method(
+        smooth=True, per_modality=True, rank_floor=32, spares_down=True, lr=5e-2
+    ),
+    "smoothquant": Method(smooth=True),
+    "rtn": Method(smooth=False),
+}
+
+
+def resolve_rank(rank: Union[int, float], n: int, k: int) -> int:
+    """Rank of the pair of an (N, K) weight.
+
+    Args:
+        rank: an int is the rank itself, a float the share of ``min(n, k)`` (at least
+            one where it is above zero).
+
+    Raises:
+        ValueError: ``rank`` is negative, or a share above 1.
+        TypeError: ``rank`` is no number.
+    """
+    if rank == AUTO:
+        raise TypeError(f"rank must be an int or a float, got {rank!r}.")
+    Rank().check("rank", rank)
+    full = min(n, k)
+    if isinstance(rank, int):
+        return min(rank, full)
+    return max(1, round(rank * full)) if rank > 0 else 0
+
+
+class _SchemeName(Values):
+    """Names of schemes, in small or capital letters."""
+
+    choices = tuple(SCHEMES)
+
+    def check(self, name: str, value: Any) -> None:
+        get_scheme(value)
+
+    def read(self, text: str) -> str:
+        return text.lower()
+
+
+@shows_options
+@dataclass
+class SolverOptions:
+    """Options of a solution, as a recipe holds them; checked when made.
+
+    Attributes:
+        {options}
+
+    Raises:
+        ValueError: an unknown scheme or method, an option that is out of range or that
+            the method does not have.
+        TypeError: an option is of another type than those above.
+    """
+
+    scheme: str = option(
+        "w4a8",
+        "bits of weights and activations",
+        _SchemeName(),
+        f'One of {", ".join(SCHEMES)}; "w4a16" quantizes weights alone, and "w3a3" is '
+        "simulated.",
+        first=True,
+    )
+    method: str = option(
+        "masquant",
+        "masquant; masquant-paper, as published; smoothquant, one factor for all "
+        "tokens; rtn, round-to-nearest",
+        OneOf(tuple(METHODS)),
+        '"masquant-paper" has no shift, gauge, modality bias, joint rounding and '
+        "rotation; its ranks are 32 at least, ``down_proj`` is only rounded, and factors "
+        "are learned where ``epochs`` says so.",
+        first=True,
+    )
+    alpha: Union[float, str, None] = option(
+        None,
+        "exponent of the activations in the smoothing factor, 0..1, or auto, which takes "
+        "for each input the best of three on sampled tokens; 0.5 where it is not given",
+        Share(),
+    )
+    separation: Union[float, str, None] = option(
+        None,
+        "how far a modality's factor goes from that of all tokens, 0..1, or auto, as "
+        "above; where it is not given 0 for masquant, 1 for masquant-paper",
+        Share(),
+        "A factor is made for the sizes of channels over all tokens (0: as in "
+        "SmoothQuant), over the modality's own (1: as published), or between them, "
+        "geometrically.",
+    )
+    rank: Union[int, float, str, None] = option(
+        None,
+        "of each modality's low-rank pair: a share of min(N, K) such as 0.05, a whole "
+        "number, 0 for none, or auto; where it is not given 0.05, and 0 for effort fast",
+        Rank(),
+        'A float is a share, an int the rank itself. "auto" spends the bytes of a share '
+        "of 0.05 on the linears and modalities where they gain most.",
+        first=True,
+    )
+    group_size: Optional[int] = option(
+        None, "weights that share a scale, in place of the scheme's", Whole(2)
+    )
+    shift: Optional[bool] = option(
+        None,
+        "take each modality's mean off its activations before they are rounded; as the "
+        "method does where it is not given",
+        Flag(),
+        'Of the methods "masquant" does.',
+    )
+    rounding: Optional[str] = option(
+        None,
+        "of the shared weight, gptq (for all modalities jointly) or nearest; as the "
+        "method does where it is not given",
+        OneOf(("gptq", "nearest")),
+        'Method "masquant" takes "gptq".',
+    )
+    clip: Optional[bool] = option(
+        None,
+        "search the part of the weight's range that its scales are made for; as the "
+        "method does where it is not given",
+        Flag(),
+        'Of the methods "masquant" does.',
+    )
+    low_rank_bits: int = option(16, "of the low-rank pairs", OneOf((8, 16)))
+    modality_weights: Optional[Mapping[str, float]] = option(
+        None,
+        "what an error in each modality weighs, 1 where it is not given; on the command "
+        "line 'vision=0.2,audio=0.5', or 'measure' to find it on the data",
+        Weights(),
+        "Name of a modality to a factor, where modalities compete for the shared weight. "
+        'For "gptq" and ``clip`` it multiplies the weight of each of the modality\'s '
+        'tokens; for "auto" and learning that of the modality\'s mean. '
+        ":func:`~torchao_masquant.modality_sensitivity` measures them.",
+        metavar="WEIGHTS",
+    )
+    epochs: int = option(
+        0,
+        "of learning after the closed form",
+        Whole(0),
+        "The data runs so often through each block of the decoder, for gradients of all "
+        "but the integers (:func:`torchao_masquant.learning.learn`). Zero for none. "
+        '"masquant-paper" learns its smoothing factors, before all else; its authors '
+        "for two epochs.",
+    )
+    lr: Optional[float] = option(
+        None,
+        "learning rate; where it is not given 3e-4, and 0.05 for masquant-paper",
+        Amount(positive=True),
+        'Relative to the size of what is learned; for "masquant-paper" that of the '
+        "factors themselves.",
+    )
+    batch_size: int = option(
+        1,
+        "samples whose mean gradient makes one step of learning; with several "
+        "processes, as many or a multiple",
+        Whole(1, "sample"),
+        "A larger one makes fewer steps of an epoch; ``lr`` is not changed for it.",
+        metavar="SAMPLES",
+        later=True,
+    )
+    hadamard_size: Optional[int] = option(
+        None,
+        "neighbouring channels that are rotated together before they are rounded, a "
+        "power of two that divides every input width, or 1 for none; as the method does "
+        "where it is not given",
+        PowerOfTwo(),
+        '"masquant" takes for each width the largest that divides it, of 512 at most; '
+        "the others do not rotate.",
+        metavar="CHANNELS",
+        later=True,
+        kw_only=True,
+    )
+
+    effort: str = option(
+        "full",
+        "full, or fast for a first result: no pairs unless a rank is given, and weights "
+        "are rounded by Hessians that are decomposed in float32",
+        OneOf(("full", FAST)),
+        "Fast takes about half of the time; it is for large models, and for devices on "
+        "which float64 is slow.",
+        later=True,
+        kw_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        # Files and reports compare it: as SCHEMES has it, however it was written.
+        self.scheme = get_scheme(self.scheme).name
+        method = METHODS[self.method]
+        if self.lr is None:
+            self.lr = method.lr
+        if self.rank is None:
+            self.rank = 0 if self.effort == FAST else 0.05
+        if not method.centered and (
+            self.shift
+            or self.clip
+            or self.rounding == "gptq"
+            or self.hadamard_size not in (None, 1)
+            or self.effort == FAST
+            or AUTO in (self.alpha, self.rank, self.separation)
+        ):
+            raise ValueError(
+                f"method {self.method!r} is kept as it was published: shift, gptq, "
+                "clip, rotations, auto and effort 'fast' are for method 'masquant'."
+            )
+        if self.epochs and not method.per_modality:
+            raise ValueError(
+                f"method {self.method!r} is kept as it was published: learning is for "
+                "methods 'masquant' and 'masquant-paper'."
+            )
+
+    def stored(self) -> dict[str, Any]:
+        """As files hold them, for ``SolverOptions(**stored)``.
+
+        An option that earlier files do not have is left out where it is as if it were
+        not given: their readers refuse a name that they do not know, and an interrupted
+        run goes on.
+        """
+        return {
+            field.name: value
+            for field in dataclasses.fields(SolverOptions)
+            if (value := getattr(self, field.name)) != field.default
+            or not option_of(field).later
+        }
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Exponents to choose from."""
+        return self._choice(0.5 if self.alpha is None else self.alpha, ALPHAS)
+
+    @property
+    def separations(self) -> tuple[float, ...]:
+        """Separations to choose from."""
+        given = self.separation
+        if given is None:
+            given = 0.0 if METHODS[self.method].centered else 1.0
+        return self._choice(given, SEPARATIONS)
+
+    @staticmethod
+    def _choice(given: Union[float, str], auto: tuple[float, ...]) -> tuple[float, ...]:
+        return auto if isinstance(given, str) else (float(given),)
+
+    @property
+    def learning_rate(self) -> float:
+        """What ``lr`` is where None was given, too."""
+        assert self.lr is not None
+        return self.lr
+
+    @property
+    def learns_factors(self) -> bool:
+        """Whether smoothing factors are learned before the rest is solved for."""
+        return self.epochs > 0 and not METHODS[self.method].centered
+
+    def spares(self, name: str) -> bool:
+        """Whether a linear, or a projection of experts, has no factor and no pair."""
+        last = name.rpartition(".")[2].partition("[")[0]
+        return METHODS[self.method].spares_down and last in _DOWN
+
+    def rank_of(self, share: Union[int, float], n: int, k: int) -> int:
+        """Of the pair of an (N, K) weight: see :func:`resolve_rank`.
+
+        Args:
+            share: a rank, or a share of ``min(N, K)``, of which the method's least rank
+                is made at least.
+        """
+        rank = resolve_rank(share, n, k)
+        if rank and isinstance(share, float):
+            rank = max(rank, METHODS[self.method].rank_floor)
+        return min(rank, n, k)
+
+    @property
+    def uniform_rank(self) -> Union[int, float]:
+        """The rank where it is the same rule for all linears."""
+        assert self.rank is not None and not isinstance(self.rank, str)
+        return self.rank
+
+    @property
+    def average_share(self) -> Union[int, float]:
+        """The uniform rank, or share of ``min(N, K)``, that takes as many bytes."""
+        return AUTO_SHARE if self.rank == AUTO else self.uniform_rank
+
+    def average_rank(self, n: int, k: int) -> int:
+        """Of the pair of an (N, K) weight, where a uniform rank takes as many bytes."""
+        return self.rank_of(self.average_share, n, k)
+
+    def hadamard_size_of(self, in_features: int) -> Optional[int]:
+        """Of the rotation of an input's channels; None for none.
+
+        Args:
+            in_features: K, which a size that was asked for divides
+                (:func:`~torchao_masquant.calibration.request.check_shapes`).
+        """
+        if self.hadamard_size is not None:
+            return self.hadamard_size if self.hadamard_size > 1 else None
+        if not METHODS[self.method].rotation:
+            return None
+        size = min(in_features & -in_features, _LARGEST_BLOCK)
+        return size if size > 1 else None
+
+    @property
+    def number_format(self) -> Scheme:
+        """The scheme, with the group size that is asked for."""
+        scheme = get_scheme(self.scheme)
+        if self.group_size is None:
+            return scheme
+        return dataclasses.replace(scheme, group_size=self.group_size)
+
+    @property
+    def procedure(self) -> Method:
+        """The method, with what is asked for in place of what it does by itself."""
+        given = {
+            name: value
+            for name in ("shift", "rounding", "clip")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.number_format.weight_only:
+            # Nothing to round: a shift would change nothing.
+            given["shift"] = False
+        return dataclasses.replace(METHODS[self.method], **given)
+
+    def weights_of(self, modalities: Sequence[str]) -> list[float]:
+        """What the error of each modality weighs, base first."""
+        given = self.modality_weights or {}
+        return [float(given.get(name, 1.0)) for name in modalities]
+
+
+@shows_options
+@dataclass
+class QuantizationOptions(SolverOptions):
+    """What is quantized of a model, for which modalities, and how.
+
+    Attributes:
+        {options}
+    """
+
+    base_modality: str = option(
+        TEXT,
+        "the modality that the shared weight is smoothed for, whose tokens cost nothing "
+        "extra at run time",
+        Values(),
+    )
+    modalities: Optional[Sequence[str]] = option(
+        None,
+        "those that the model will meet, 'text,vision', where they are not all that it "
+        "could",
+        Names(),
+        "None for all that its config declares (only text where it has none).",
+        metavar="NAMES",
+    )
+    include: NamePatterns = option(
+        None,
+        "names of the linears and expert weights to quantize, '*.mlp.*' or 're:...', in "
+        "place of all of the decoder; may be given again",
+        Patterns(),
+        "A pattern, or a sequence of them: see :func:`~torchao_masquant.selection.select`.",
+        metavar="PATTERN",
+    )
+    exclude: NamePatterns = option(
+        None,
+        "names to leave out; may be given again",
+        Patterns(),
+        metavar="PATTERN",
+    )
+
+    @property
+    def options(self) -> SolverOptions:
+        """Those of the solution, checked."""
+        names = [field.name for field in dataclasses.fields(SolverOptions)]
+        return SolverOptions(**{name: getattr(self, name) for name in names})
+
+
+@shows_options
+@dataclass
+class CalibrationOptions(QuantizationOptions):
+    """Options of :func:`torchao_masquant.calibrate`.
+
+    Attributes:
+        {options}
+    """
+
+    max_statistics_bytes: int = option(
+        MAX_STATISTICS_BYTES,
+        "bound of the covariances' memory; the data runs several times where they do "
+        "not fit",
+        Amount("of bytes"),
+        metavar="BYTES",
+    )
+    progress: bool = option(True, "show a bar on a terminal", NoFlag())

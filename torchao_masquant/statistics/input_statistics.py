@@ -1,0 +1,214 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What calibration keeps of the inputs of a linear: per modality, not per token."""
+
+from dataclasses import dataclass
+from typing import Any, Optional, Sequence
+
+import torch
+
+from torchao_masquant.statistics.token_sample import SAMPLE_TOKENS, TokenSample
+from torchao_masquant.threads import threads_for
+
+__all__ = [
+    "InputStatistics",
+    "Moments",
+    "SAMPLE_TOKENS",
+    "statistics_bytes",
+]
+
+# Columns of tokens that are multiplied at a time: of a symmetric product of wide ones only
+# the half below the diagonal is then computed.
+_COLUMNS = 4096
+
+# Of a sum of float64 squares over a million tokens, with room to spare.
+ROUNDING = 1e-11
+
+
+@dataclass
+class Moments:
+    """Sums over the tokens of one modality that reached one input.
+
+    Attributes:
+        count: T, number of tokens.
+        amin: (K,) float64, ``min_t x``; inf without a token.
+        amax: (K,) float64, ``max_t x``; -inf without a token.
+        sum: (K,) float64, ``sum_t x``.
+        outer: (K, K) float64, ``sum_t x x^T``; None where it is not needed.
+        before: number of tokens that come before these and are counted elsewhere (by
+            another process).
+        sampled: some of the tokens, in float32; none where ``outer`` is None.
+    """
+
+    count: int
+    amin: torch.Tensor
+    amax: torch.Tensor
+    sum: torch.Tensor
+    outer: Optional[torch.Tensor]
+    sampled: TokenSample
+    before: int = 0
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """(S, K) float32."""
+        return self.sampled.rows
+
+    @classmethod
+    def zeros(
+        cls, width: int, device: torch.device, second: bool, before: int = 0
+    ) -> "Moments":
+        zeros: dict[str, Any] = dict(dtype=torch.float64, device=device)
+        return cls(
+            0,
+            torch.full((width,), float("inf"), **zeros),
+            torch.full((width,), float("-inf"), **zeros),
+            torch.zeros(width, **zeros),
+            torch.zeros(width, width, **zeros) if second else None,
+            TokenSample.empty(width, dtype=torch.float32, device=device),
+            before,
+        )
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add tokens (T, K) of any floating point type."""
+        if x.shape[0] == 0:
+            return
+        if self.outer is not None:
+            self.sampled.add(x, self.before + self.count)
+        x = x.double()
+        self.count += x.shape[0]
+        self.amin = torch.minimum(self.amin, x.amin(0))
+        self.amax = torch.maximum(self.amax, x.amax(0))
+        self.sum += x.sum(0)
+        if self.outer is not None:
+            _add_squares(self.outer, x)
+
+    def absmax(self, center: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """(K,) float64, ``max_t |x - center|``; zeros without a token.
+
+        Args:
+            center: (K,), None for zeros.
+        """
+        if self.count == 0:
+            return torch.zeros_like(self.sum)
+        shift = torch.zeros_like(self.sum) if center is None else center
+        return torch.maximum(self.amax - shift, shift - self.amin)
+
+    def mean(self) -> torch.Tensor:
+        """(K,) float64, ``E[x]``."""
+        return self.sum / self.count
+
+    def covariance(self, centered: bool = True, *, spend: bool = False) -> torch.Tensor:
+        """(K, K) float64, ``E[x x^T]``, less ``E[x] E[x]^T`` where centered.
+
+        A channel that is constant to within rounding has no covariance: what the
+        subtraction leaves of it is noise, and whitening would blow it up.
+
+        Args:
+            spend: make it in the memory of ``outer``, which is None afterwards.
+        """
+        assert self.outer is not None
+        covariance = self.outer if spend else self.outer.clone()
+        if spend:
+            self.outer = None
+        covariance /= self.count
+        if not centered:
+            return covariance
+        mean = self.mean()
+        second = covariance.diagonal().clone()
+        covariance.addr_(mean, mean, alpha=-1)
+        still = covariance.diagonal() <= ROUNDING * second
+        covariance[still] = 0
+        covariance[:, still] = 0
+        return covariance
+
+
+def _add_squares(outer: torch.Tensor, x: torch.Tensor) -> None:
+    """Add ``x^T x`` to a symmetric (K, K)."""
+    k = x.shape[1]
+    if k <= _COLUMNS:
+        outer.addmm_(x.t(), x)
+        return
+    for start in range(0, k, _COLUMNS):
+        end = min(start + _COLUMNS, k)
+        product = x[:, start:end].t() @ x[:, :end]
+        outer[start:end, :end] += product
+        outer[:start, start:end] += product[:, :start].t()
+
+
+def statistics_bytes(
+    width: int, modalities: int, second_moments: bool, experts: int = 0
+) -> int:
+    """Of one input's statistics, whose samples are as large as they get.
+
+    Args:
+        width: K.
+        modalities: M.
+        second_moments: whether covariances and samples are kept.
+        experts: that have ranges and sums of their own beside those of all.
+    """
+    size = 24 * width * (1 + experts)
+    if second_moments:
+        size += (8 * width + 4 * SAMPLE_TOKENS) * width
+    return size * modalities
+
+
+class InputStatistics:
+    """Moments of one input tensor that one or more linears are fed.
+
+    The second moments are of the *unsmoothed* input: those of ``x / s`` are
+    ``D^-1 C D^-1`` with ``D = diag(s)`` for whatever ``s``, so that one pass over the
+    data gives both the maxima that decide the smoothing factors and the covariances
+    that whiten the compensation. Float64 holds the scaled entries to 1e-16 relative.
+
+    Args:
+        width: K.
+        modalities: names, base first.
+        second_moments: keep ``sum x x^T``, 8 K^2 bytes for each modality, and a sample
+            of tokens.
+        before: of each modality, see :class:`Moments`; None for none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        modalities: tuple[str, ...],
+        device: torch.device,
+        second_moments: bool,
+        before: Optional[Sequence[int]] = None,
+    ):
+        self.modalities = modalities
+        self.moments = [
+            Moments.zeros(width, device, second_moments, earlier)
+            for earlier in before or [0] * len(modalities)
+        ]
+
+    def update(
+        self, name: str, x: torch.Tensor, modality_ids: Optional[torch.Tensor]
+    ) -> None:
+        """Add the tokens of one call.
+
+        Args:
+            name: of the linear, for the message.
+            x: (T, K).
+            modality_ids: (T,) index of each token's modality, negative for a token
+                to leave out (padding); None: all base.
+
+        Raises:
+            ValueError: a token that is not left out holds nan or inf.
+        """
+        for index, moments in enumerate(self.moments):
+            if modality_ids is None:
+                tokens = x if index == 0 else x[:0]
+            else:
+                tokens = x[modality_ids == index]
+            if tokens.numel() and not torch.isfinite(tokens).all():
+                raise ValueError(
+                    f"{name}: its input holds nan or inf in {self.modalities[index]} "
+                    "tokens, so nothing can be calibrated from it; look for the sample "
+                    "or the layer before it that overflows."
+                )
+            with threads_for(x.shape[-1]):
+                moments.update(tokens)

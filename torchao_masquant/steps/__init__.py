@@ -1,6 +1,0 @@
-# Copyright (c) torchao_masquant contributors.
-# All rights reserved.
-#
-# This source code is licensed under the BSD 3-Clause license found in the
-# LICENSE file in the root directory of this source tree.
-"""torchao's steps: what ``quantize_`` does with a MASQuantConfig."""
