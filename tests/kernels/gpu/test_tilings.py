@@ -98,8 +98,8 @@ def test_every_tiling(operator: str, config: TileConfig) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_own_choice_of_tiling(operator: str) -> None:
-    for tokens in (0, 1, 16, 17, 65, 300):
-        for groups in (1, 2) if operator in WEIGHTS else (1,):
+    for tokens in (0, 1, 17, 65, 257):
+        for groups in (1, 2) if operator in WEIGHTS and tokens < 65 else (1,):
             case = Case("own choice", "", tokens=tokens, weight_bits=4, groups=groups)
             check(operator, None, Operands(case, seed=0))
 
