@@ -23,6 +23,10 @@ __all__ = ["to_svg", "write_png"]
 _PNG_METADATA = {"Software": "torchao_masquant"}
 
 _COORDINATES = ("d", "x", "y", "width", "height", "transform")
+# The page has a font of its own.
+_NEEDLESS = re.compile(
+    "(font-family: [^;]*|stroke-linejoin: miter|stroke-dashoffset: 0)(; )?"
+)
 _COLOR = re.compile("#[0-9a-f]{6}")
 
 
@@ -92,7 +96,7 @@ def _clean(root: Any) -> None:
             if name in _COORDINATES:
                 value = _short(value)
             elif name == "style":
-                value = re.sub(r"font-family:[^;]*;? ?", "", value)
+                value = _NEEDLESS.sub("", value)
                 value = _COLOR.sub(lambda m: VARIABLES.get(m[0], m[0]), value)
             if not value.startswith("rotate(-0 "):
                 element.set(name.rpartition("}")[2], value)
