@@ -24,6 +24,7 @@ from torchao_masquant.figures.drawing import drawing
 from torchao_masquant.figures.export import to_svg, write_png
 from torchao_masquant.figures.places import input_kinds, kinds
 from torchao_masquant.figures.style import COLORS, modality_color
+from torchao_masquant.figures.ticks import categories
 from torchao_masquant.report.recipe_bytes import recipe_bytes
 from torchao_masquant.report.recipe_figures import (
     bytes_figure,
@@ -285,7 +286,7 @@ def test_what_a_file_says_can_be_drawn(tmp_path):
         panel = figure.panels[0]
         panel.line(f"_{name}", [0, 1], [1.0, 2.0], [name, name], marker="o")
         panel.name(name, name)
-        panel.categories([name, "b"])
+        categories(panel.axis, [name, "b"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         root = ElementTree.fromstring(to_svg(figure))

@@ -6,12 +6,10 @@
 """The command: what it reads, what it writes, and what it says where it cannot."""
 
 import functools
-import importlib
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -334,22 +332,3 @@ def test_the_module_runs_as_a_command(tmp_path):
     )
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: there is no ")
-
-
-def test_the_installed_command_is_the_same():
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pytest brings it
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    target = tomllib.loads(text)["project"]["scripts"]["masquant"]
-    module, _, name = target.partition(":")
-    assert getattr(importlib.import_module(module), name) is main
-
-
-@pytest.mark.parametrize("command", ["report", "demo"])
-def test_every_command_tells_its_options(command, capsys):
-    with pytest.raises(SystemExit) as raised:
-        main([command, "--help"])
-    assert raised.value.code == 0
-    assert "--json" in capsys.readouterr().out

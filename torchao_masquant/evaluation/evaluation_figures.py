@@ -12,6 +12,7 @@ from torchao_masquant.figures.drawing import Drawing, by_kind, drawing
 from torchao_masquant.figures.panel import Panel
 from torchao_masquant.figures.places import Kind, kinds
 from torchao_masquant.figures.style import PLAIN, method_look, modality_look
+from torchao_masquant.figures.ticks import categories, layers
 from torchao_masquant.wording import amount, method_name
 
 __all__ = ["kind_drawing", "layer_drawing"]
@@ -74,9 +75,9 @@ def layer_drawing(
                 "" if names else "decoder layer",
             )
             if names:
-                panel.categories(names)
+                categories(panel.axis, names)
             else:
-                panel.layers()
+                layers(panel.axis)
     return made
 
 

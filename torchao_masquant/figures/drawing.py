@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Literal, Optional, Sequence
 
-from torchao_masquant.figures.panel import Panel, legible
+from torchao_masquant.figures.panel import Panel
 from torchao_masquant.figures.places import Kind
 from torchao_masquant.figures.style import styled
+from torchao_masquant.figures.ticks import categories, layers, legible, log_ticks
 
 __all__ = ["Drawing", "by_kind", "drawing"]
 
@@ -117,7 +118,7 @@ def drawing(
         yield found
         for panel in made:
             if log:
-                panel.log_ticks()
+                log_ticks(panel.axis)
         found._add_legend()
 
 
@@ -149,7 +150,7 @@ def by_kind(
             draw(panel, kind)
             panel.name(kind.title, y, "" if kind.categories else "decoder layer")
             if kind.categories:
-                panel.categories(kind.categories)
+                categories(panel.axis, kind.categories)
             else:
-                panel.layers()
+                layers(panel.axis)
     return found

@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 
 from torchao_masquant.atomic_files import replacing
 from torchao_masquant.figures.drawing import Drawing
-from torchao_masquant.figures.panel import plain
 from torchao_masquant.figures.style import VARIABLES, styled
+from torchao_masquant.figures.ticks import plain
 
 __all__ = ["to_svg", "write_png"]
 

@@ -6,39 +6,21 @@
 """One pair of axes: lines, bands, bars, and what is said of them."""
 
 import math
-import re
-import textwrap
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Sequence
 
 from torchao_masquant.figures.places import Kind
 from torchao_masquant.figures.style import GUIDE, PAPER
+from torchao_masquant.figures.ticks import columns_of, legible
 from torchao_masquant.wording import amount
 
-__all__ = ["BAR_LABEL", "Bar", "Panel", "legible", "plain"]
+__all__ = ["BAR_LABEL", "Bar", "Panel"]
 
 # Lines of more points than this have small markers, or none where they are hollow.
 _MANY = 24
 
-# Of the names under all axes of a row: more letters than these slant, longer names are
-# cut, and of more names not each is told.
-_UPRIGHT, _LONGEST, _MOST = 90, 24, 24
-
 #: in letters, of the names of lying bars
 BAR_LABEL = 36
-
-# Characters that no XML file may hold.
-_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-
-
-def plain(text: str) -> str:
-    """Whatever a file says, without characters that no figure can hold."""
-    return _NO_TEXT.sub("\ufffd", text)
-
-
-def legible(text: str, width: int = 48) -> str:
-    """Text that can be drawn, in lines of some letters."""
-    return textwrap.fill(plain(text), width) or " "
 
 
 @dataclass
@@ -79,15 +61,10 @@ class Panel:
 
     def name(self, title: str, y: str, x: str = "") -> None:
         """Title and axes, with their units; panels of one row share the y axis's name."""
-        self.axis.set_title(legible(title, 100 // self._columns))
+        self.axis.set_title(legible(title, 100 // columns_of(self.axis)))
         self.axis.set_xlabel(legible(x) if x else "")
         if self.axis.get_subplotspec().is_first_col():
             self.axis.set_ylabel(legible(y, 36))
-
-    @property
-    def _columns(self) -> int:
-        """How many panels there are in a row."""
-        return self.axis.get_subplotspec().get_gridspec().ncols
 
     def _shown(self, values: Sequence[float]) -> list[float]:
         """Values that have a place on the y axis, and nan for the others."""
@@ -230,52 +207,3 @@ class Panel:
         self.axis.xaxis.set_visible(False)
         self.axis.grid(False)
         self.axis.spines["bottom"].set_visible(False)
-
-    def categories(self, names: Sequence[str]) -> None:
-        """Names at the places 0, 1, ... of the x axis."""
-        labels = [
-            name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
-            for name in names
-        ]
-        step = -(-len(labels) // max(1, _MOST // self._columns))
-        self.axis.set_xticks(
-            range(0, len(labels), step), [legible(label) for label in labels[::step]]
-        )
-        self.axis.set_xlim(-0.5, len(labels) - 0.5)
-        self.axis.grid(False, axis="x")
-        if sum(map(len, labels[::step])) > _UPRIGHT // self._columns:
-            self.axis.tick_params(axis="x", labelrotation=30)
-            for text in self.axis.get_xticklabels():
-                text.set_ha("right")
-
-    def layers(self) -> None:
-        """Whole numbers on the x axis."""
-        from matplotlib.ticker import MaxNLocator
-
-        self.axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-    def log_ticks(self) -> None:
-        """A logarithmic y axis whose ticks are numbers."""
-        from matplotlib.ticker import (
-            FuncFormatter,
-            LogLocator,
-            MaxNLocator,
-            NullLocator,
-        )
-
-        self.axis.set_yscale("log")
-        low, high = self.axis.get_ylim()
-        if not 0 < low < high:
-            # There is no value at all.
-            self.axis.set_ylim(low := 1.0, high := 10.0)
-        decades = math.log10(high / low)
-        subs = (
-            (1.0, 2.0, 5.0) if decades < 1.7 else (1.0, 3.0) if decades < 3 else (1.0,)
-        )
-        locator: Any = LogLocator(subs=subs, numticks=7)
-        if sum(low <= tick <= high for tick in locator.tick_values(low, high)) < 3:
-            # On a short axis, values are all but evenly spaced.
-            locator = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
-        self.axis.yaxis.set_major_locator(locator)
-        self.axis.yaxis.set_minor_locator(NullLocator())
-        self.axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))

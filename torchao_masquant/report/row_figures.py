@@ -8,8 +8,9 @@
 from typing import Optional
 
 from torchao_masquant.figures.drawing import Drawing, drawing
-from torchao_masquant.figures.panel import BAR_LABEL, Bar, Panel, legible
+from torchao_masquant.figures.panel import BAR_LABEL, Bar, Panel
 from torchao_masquant.figures.style import INK, MUTED, method_look
+from torchao_masquant.figures.ticks import categories, legible
 from torchao_masquant.report.rows import DENSE, Row, Rows
 from torchao_masquant.wording import byte_size, method_name, percent
 
@@ -61,7 +62,7 @@ def _draw(panel: Panel, rows: Rows, task: str) -> None:
             **{**method_look(method, methods), "linestyle": "none", "markersize": 6},
         )
     panel.name(task, "right answers, %")
-    panel.categories(schemes)
+    categories(panel.axis, schemes)
     # Room for marks at both ends.
     low, high = panel.axis.get_ylim()
     panel.axis.set_ylim(min(low, -4), max(high, 104))
