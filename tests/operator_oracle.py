@@ -159,7 +159,8 @@ def unpacked(stored: torch.Tensor, weight_bits: int, in_features: int) -> np.nda
     if weight_bits > 4:
         return stored.numpy().astype(np.int64)
     pairs = stored.numpy()[..., None].astype(np.int64) >> np.array([0, 4]) & 15
-    values = pairs.reshape(*stored.shape[:-1], -1)[..., :in_features]
+    values = pairs.reshape(*stored.shape[:-1], 2 * stored.shape[-1])
+    values = values[..., :in_features]
     return np.where(values > 7, values - 16, values)
 
 

@@ -9,7 +9,7 @@ Triton compiles a kernel to machine code for a named target without its driver. 
 comes out tells before any run whether a tiling is sound: whether the integer matrix
 instruction was taken, whether registers were spilled to memory, and whether the shared
 memory fits. :func:`compile_all` does so for every case of ``aot_cases()`` of every
-module of ``kernels/gpu``, each in one of a few processes of its own: a kernel is made for
+module of ``kernel_cases``, each in one of a few processes of its own: a kernel is made for
 Triton's interpreter or for its compiler when it is defined, and which of the two this
 process chose does not matter.
 """
@@ -86,7 +86,7 @@ class CaseName:
 
     Attributes:
         target: of :data:`TARGETS`.
-        module: of ``kernels/gpu``.
+        module: of ``kernel_cases``.
         case: name of one of its :class:`AotCase`.
         elements: of the tile, a thread.
     """
@@ -153,12 +153,14 @@ class Compiled:
 
 
 def _modules() -> dict[str, Callable[..., list[Any]]]:
-    """Of each module of kernels/gpu with cases the function that lists them."""
-    from torchao_masquant.kernels import gpu
+    """Of each module of kernel_cases the function that lists its cases."""
+    import kernel_cases
 
     found = {}
-    for info in sorted(pkgutil.iter_modules(gpu.__path__), key=lambda info: info.name):
-        module = importlib.import_module(f"{gpu.__name__}.{info.name}")
+    for info in sorted(
+        pkgutil.iter_modules(kernel_cases.__path__), key=lambda info: info.name
+    ):
+        module = importlib.import_module(f"{kernel_cases.__name__}.{info.name}")
         if hasattr(module, "aot_cases"):
             found[info.name] = module.aot_cases
     return found

@@ -12,13 +12,7 @@ import torch
 
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.options import SolverOptions
-from torchao_masquant.solver.modality_spread import (
-    InputSpread,
-    differ_by_much,
-    input_spread,
-    sinks_of,
-    verdict,
-)
+from torchao_masquant.solver import modality_spread
 
 __all__ = ["CalibrationNotices"]
 
@@ -36,7 +30,7 @@ class CalibrationNotices:
 
     def __init__(self, options: SolverOptions):
         self.options = options
-        self.inputs: dict[str, InputSpread] = {}
+        self.inputs: dict[str, modality_spread.InputSpread] = {}
         self._told = False
 
     def see(self, session: CalibrationSession) -> None:
@@ -51,11 +45,13 @@ class CalibrationNotices:
             _warn_of_one_sequence(session)
         if self.options.procedure.per_modality:
             for name, weights in _weights(session):
-                self.inputs[name] = input_spread(session.statistics[name], weights)
+                self.inputs[name] = modality_spread.input_spread(
+                    session.statistics[name], weights
+                )
 
     def tell(self) -> None:
         """Of sinks, and of modalities that differ so much that options should, too."""
-        for sentence in sinks_of(self.inputs):
+        for sentence in modality_spread.sinks_of(self.inputs):
             _LOGGER.info(
                 "%s Centres and factors are made without them; what weights are rounded "
                 "for counts them.",
@@ -65,8 +61,8 @@ class CalibrationNotices:
             self.options.number_format.act_bits,
             not any(self.options.separations),
         )
-        if one_factor and differ_by_much(self.inputs, bits):
-            _LOGGER.warning("%s", verdict(self.inputs, bits))
+        if one_factor and modality_spread.differ_by_much(self.inputs, bits):
+            _LOGGER.warning("%s", modality_spread.verdict(self.inputs, bits))
 
 
 def _weights(

@@ -5,13 +5,13 @@
 # LICENSE file in the root directory of this source tree.
 """How the Triton kernels are launched, and described for compilation ahead of time."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Union
 
 import torch
 from torch.library import wrap_triton
 
-__all__ = ["AotCase", "TileConfig", "launch", "rows_contiguous", "size_hint"]
+__all__ = ["TileConfig", "launch", "rows_contiguous", "size_hint"]
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,6 @@ class TileConfig:
             KeyError: a part is missing.
         """
         return cls.of(entry["num_warps"], entry["num_stages"], **entry["blocks"])
-
-
-@dataclass(frozen=True)
-class AotCase:
-    """One specialization of a kernel, to be compiled without a GPU.
-
-    Attributes:
-        name: of the case, such as "int_linear w4 group mixed bf16".
-        kernel: what ``@triton.jit`` made.
-        signature: name of each argument that is no constexpr to Triton's name of its
-            type, such as "*bf16" or "i32".
-        constexprs: name to value of the others, without those of ``config``.
-        config: the tiling.
-        int8_dot: whether the kernel multiplies int8 matrices.
-        divisible: arguments that are multiples of 16, as most sizes and strides of
-            real models are.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    config: TileConfig
-    int8_dot: bool = False
-    divisible: tuple[str, ...] = field(default=())
 
 
 def size_hint(size: Union[int, torch.SymInt]) -> int:

@@ -27,7 +27,7 @@ With few tokens, K is split: each of SPLIT_K programs sums its share into a work
 depends on which program was first.
 """
 
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 import triton
@@ -35,14 +35,13 @@ import triton.language as tl
 
 from torchao_masquant.kernels.gpu import tuning
 from torchao_masquant.kernels.gpu.launching import (
-    AotCase,
     TileConfig,
     launch,
     rows_contiguous,
     size_hint,
 )
 
-__all__ = ["CONFIGS", "aot_cases", "choose", "low_rank_down"]
+__all__ = ["CONFIGS", "REDUCE_BLOCKS", "choose", "fitted", "low_rank_down"]
 
 
 def _config(
@@ -280,7 +279,7 @@ def reduce_kernel(
     tl.store(out + element, hidden, mask=stored)
 
 
-_REDUCE_BLOCKS = {"BLOCK_M": 16, "BLOCK_R": 64}
+REDUCE_BLOCKS = {"BLOCK_M": 16, "BLOCK_R": 64}
 
 
 def choose(
@@ -315,7 +314,7 @@ def _fallback(tokens: int) -> TileConfig:
     return _LONG[0]
 
 
-def _fitted(config: TileConfig, wide: bool) -> TileConfig:
+def fitted(config: TileConfig, wide: bool) -> TileConfig:
     # Elements of four bytes: half as many in a block fit where two bytes do. Their three
     # parts leave no registers for the sums of the largest tile.
     if not wide:
@@ -368,7 +367,7 @@ def low_rank_down(
     hidden = torch.empty((tokens, rank), dtype=torch.float32, device=qdata.device)
     if config is None:
         config = choose(tokens, rank, in_features, l1.dtype, qdata.device)
-    config = _fitted(config, l1.dtype == torch.float32)
+    config = fitted(config, l1.dtype == torch.float32)
     split_k = config["SPLIT_K"]
     is_int8 = l1.dtype == torch.int8
     out = hidden
@@ -422,7 +421,7 @@ def low_rank_down(
             config=config,
         )
         if split_k > 1:
-            reduce = TileConfig.of(4, 1, SPLIT_K=split_k, **_REDUCE_BLOCKS)
+            reduce = TileConfig.of(4, 1, SPLIT_K=split_k, **REDUCE_BLOCKS)
             launch(
                 reduce_kernel,
                 (
@@ -440,82 +439,3 @@ def low_rank_down(
                 config=reduce,
             )
     return hidden
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tiling with every type of L1, and the sums of split K."""
-    cases = [
-        _gemm_case(dtype, config)
-        for dtype in ("bf16", "fp16", "fp32", "i8")
-        for config in dict.fromkeys(_fitted(c, dtype == "fp32") for c in CONFIGS)
-    ]
-    for sum_type in ("fp32", "i32"):
-        for split_k in sorted({config["SPLIT_K"] for config in CONFIGS} - {1}):
-            cases.append(_reduce_case(sum_type, split_k))
-    return cases
-
-
-# What both kernels take.
-_TERMS = {"scale": "*fp32", "low_rank_scale": "*fp32", "ids": "*i64"}
-_COLUMNS = ("last", "end_1", "end_2", "end_3")
-_STRIDES = ("stride_scale", "stride_ids")
-# Multiples of 16: sizes of real models, R where the ranks sum to one, and 0.
-_DIVISIBLE = ("in_features", "stride_q", "rank", "stride_l1_k", "first", "last")
-
-
-def _case(
-    name: str,
-    kernel: tl.tensor,
-    tensors: dict[str, str],
-    sizes: tuple[str, ...],
-    constexprs: dict[str, Any],
-    config: TileConfig,
-    int8_dot: bool,
-) -> AotCase:
-    # The strides of (T, 1) scales and (T,) ids, and the only launch of most calls.
-    ones = dict.fromkeys((*_STRIDES, "modality"), 1)
-    return AotCase(
-        name,
-        kernel,
-        {**tensors, **dict.fromkeys(sizes, "i32")},
-        {**constexprs, **ones},
-        config,
-        int8_dot,
-        (*tensors, *(size for size in sizes if size in _DIVISIBLE)),
-    )
-
-
-def _gemm_case(dtype: str, config: TileConfig) -> AotCase:
-    is_int8 = dtype == "i8"
-    sum_type = "i32" if is_int8 and config["SPLIT_K"] > 1 else "fp32"
-    name = f"low_rank_down {dtype} " + "x".join(
-        str(config[f"BLOCK_{axis}"]) for axis in "MRK"
-    )
-    return _case(
-        f"{name} split {config['SPLIT_K']}",
-        low_rank_down_kernel,
-        {"qdata": "*i8", "l1": f"*{dtype}", "out": f"*{sum_type}", **_TERMS},
-        ("tokens", "rank", "in_features", "first", *_COLUMNS)
-        + ("stride_q", "stride_l1_k"),
-        {
-            "stride_l1_r": 1,
-            "HAS_LOW_RANK_SCALE": is_int8,
-            "TRANSPOSED": is_int8,
-            "L1_PARTS": 3 if dtype == "fp32" else 1,
-            "BF16_DOT": True,
-        },
-        config,
-        is_int8,
-    )
-
-
-def _reduce_case(sum_type: str, split_k: int) -> AotCase:
-    return _case(
-        f"low_rank_down reduce {sum_type} split {split_k}",
-        reduce_kernel,
-        {"workspace": f"*{sum_type}", "out": "*fp32", **_TERMS},
-        ("tokens", "rank", "first", *_COLUMNS),
-        {"HAS_LOW_RANK_SCALE": sum_type == "i32"},
-        TileConfig.of(4, 1, SPLIT_K=split_k, **_REDUCE_BLOCKS),
-        False,
-    )

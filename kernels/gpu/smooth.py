@@ -11,14 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from torchao_masquant.kernels.gpu.launching import AotCase, TileConfig, launch
+from torchao_masquant.kernels.gpu.launching import TileConfig, launch
 from torchao_masquant.kernels.gpu.rotation import (
     rotated,
     rotated_in_blocks_of,
     stages_of,
 )
 
-__all__ = ["aot_cases", "smooth"]
+__all__ = ["SMOOTH", "WIDE", "smooth"]
 
 
 @triton.jit
@@ -58,9 +58,9 @@ def smooth_kernel(
     )
 
 
-_SMOOTH = TileConfig.of(4, 1, BLOCK_K=1024)
+SMOOTH = TileConfig.of(4, 1, BLOCK_K=1024)
 # For rotations of larger blocks.
-_WIDE = tuple(TileConfig.of(w, 1, BLOCK_K=1024 * w) for w in (2, 4, 8, 16))
+WIDE = tuple(TileConfig.of(w, 1, BLOCK_K=1024 * w) for w in (2, 4, 8, 16))
 
 
 def smooth(
@@ -87,7 +87,7 @@ def smooth(
     out = torch.empty((tokens, in_features), dtype=x.dtype, device=x.device)
     ids = act_pre_scale if modality_ids is None else modality_ids
     name = "masquant::weight_only_linear"
-    config = rotated_in_blocks_of(name, _SMOOTH, _WIDE, hadamard_size)
+    config = rotated_in_blocks_of(name, SMOOTH, WIDE, hadamard_size)
     launch(
         smooth_kernel,
         (tokens, triton.cdiv(in_features, config["BLOCK_K"])),
@@ -106,36 +106,3 @@ def smooth(
         config=config,
     )
     return out
-
-
-def aot_cases() -> list[AotCase]:
-    """Every type of token, with ids and without; two rotations."""
-    return [
-        _case(dtype, has_ids, 1, _SMOOTH)
-        for dtype in ("bf16", "fp16", "fp32")
-        for has_ids in (False, True)
-    ] + [
-        _case("bf16", True, 128, _SMOOTH),
-        _case("bf16", True, 4096, _WIDE[1]),
-    ]
-
-
-def _case(dtype: str, has_ids: bool, hadamard_size: int, config: TileConfig) -> AotCase:
-    sizes = ("in_features", "modalities", "stride_x", "stride_pre_scale", "stride_ids")
-    tensors = {
-        "x": f"*{dtype}",
-        "pre_scale": "*fp32",
-        "ids": "*i64" if has_ids else "*fp32",
-        "out": f"*{dtype}",
-    }
-    name = f"{dtype}{' ids' if has_ids else ''}"
-    if hadamard_size > 1:
-        name = f"rotated {name} {config['BLOCK_K']} by {hadamard_size}"
-    return AotCase(
-        f"weight_only_linear smooth {name}",
-        smooth_kernel,
-        {**tensors, **dict.fromkeys(sizes, "i32"), "one": "fp32"},
-        {"HAS_IDS": has_ids, "STAGES": stages_of(hadamard_size)},
-        config,
-        divisible=(*tensors, "in_features", "stride_x", "stride_pre_scale"),
-    )

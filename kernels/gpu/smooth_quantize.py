@@ -24,7 +24,7 @@ by ``one``, a number that the compiler does not know, and ``o`` is taken off in 
 instruction: a fused multiply-add of a rounded product can't be contracted further.
 """
 
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import triton
@@ -32,7 +32,6 @@ import triton.language as tl
 
 from torchao_masquant.kernels.gpu import tuning
 from torchao_masquant.kernels.gpu.launching import (
-    AotCase,
     TileConfig,
     launch,
     rows_contiguous,
@@ -44,10 +43,10 @@ from torchao_masquant.kernels.gpu.rotation import (
     stages_of,
 )
 
-__all__ = ["CONFIGS", "aot_cases", "choose", "smooth_quantize"]
+__all__ = ["CONFIGS", "SHARED", "SINGLE", "choose", "fitted", "smooth_quantize"]
 
 # A token each, and no more of a block than a row needs: few tokens, or long rows.
-_SINGLE = (
+SINGLE = (
     TileConfig.of(4, 1, BLOCK_M=1, BLOCK_K=1024),
     TileConfig.of(4, 1, BLOCK_M=1, BLOCK_K=2048),
     TileConfig.of(8, 1, BLOCK_M=1, BLOCK_K=4096),
@@ -55,12 +54,12 @@ _SINGLE = (
     TileConfig.of(16, 1, BLOCK_M=1, BLOCK_K=16384),
 )
 # Tokens that share what they read of p.
-_SHARED = (
+SHARED = (
     TileConfig.of(8, 1, BLOCK_M=4, BLOCK_K=1024),
     TileConfig.of(8, 1, BLOCK_M=2, BLOCK_K=2048),
     TileConfig.of(16, 1, BLOCK_M=2, BLOCK_K=4096),
 )
-CONFIGS: tuple[TileConfig, ...] = _SINGLE + _SHARED
+CONFIGS: tuple[TileConfig, ...] = SINGLE + SHARED
 
 
 @triton.jit
@@ -254,14 +253,14 @@ def choose(tokens: int, in_features: int, device: torch.device) -> TileConfig:
 
 def _fallback(tokens: int, in_features: int) -> TileConfig:
     # With fewer tokens, programs of several would leave multiprocessors idle.
-    configs = _SHARED if tokens >= 1024 else _SINGLE
-    for config in configs + _SINGLE:
+    configs = SHARED if tokens >= 1024 else SINGLE
+    for config in configs + SINGLE:
         if in_features <= config["BLOCK_K"]:
             return config
-    return _SHARED[1] if tokens >= 1024 else _SINGLE[3]
+    return SHARED[1] if tokens >= 1024 else SINGLE[3]
 
 
-def _fitted(config: TileConfig, one_block: bool, hadamard_size: int = 1) -> TileConfig:
+def fitted(config: TileConfig, one_block: bool, hadamard_size: int = 1) -> TileConfig:
     # The two loops over a long row need registers of their own: half a block at a time.
     if not one_block:
         blocks = {**dict(config.blocks), "BLOCK_K": config["BLOCK_K"] // 2}
@@ -270,7 +269,7 @@ def _fitted(config: TileConfig, one_block: bool, hadamard_size: int = 1) -> Tile
             blocks["BLOCK_M"] = 1
         config = TileConfig.of(config.num_warps, config.num_stages, **blocks)
     name = "masquant::smooth_quantize"
-    return rotated_in_blocks_of(name, config, _SINGLE, hadamard_size)
+    return rotated_in_blocks_of(name, config, SINGLE, hadamard_size)
 
 
 def smooth_quantize(
@@ -308,7 +307,7 @@ def smooth_quantize(
     if config is None:
         config = choose(tokens, in_features, x.device)
     one_block = in_features <= config["BLOCK_K"]
-    config = _fitted(config, one_block, hadamard_size)
+    config = fitted(config, one_block, hadamard_size)
     x = rows_contiguous(x)
     pre_scale = rows_contiguous(act_pre_scale)
     # pre_scale stands for what there is not.
@@ -341,77 +340,3 @@ def smooth_quantize(
         config=config,
     )
     return qdata, scale
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tiling, in one block and in several, with and without ids and shift.
-
-    Of rotations, whose stages past the first few are alike, some.
-    """
-    return (
-        [
-            _aot_case(config, "bf16", has_ids, has_shift, one_block, 8)
-            for config in CONFIGS
-            for has_ids in (False, True)
-            for has_shift in (False, True)
-            for one_block in (True, False)
-        ]
-        + [
-            _aot_case(config, dtype, True, True, True, act_bits)
-            for config in (_SINGLE[2], _SHARED[1])
-            for dtype in ("fp16", "fp32")
-            for act_bits in (8, 4)
-        ]
-        + [
-            _aot_case(config, "bf16", True, True, one_block, 8, hadamard_size)
-            for config, hadamard_size in (
-                (_SINGLE[0], 64),
-                (_SINGLE[2], 128),
-                (_SINGLE[4], 2048),
-                (_SHARED[1], 128),
-            )
-            for one_block in (True, False)
-        ]
-    )
-
-
-def _aot_case(
-    config: TileConfig,
-    dtype: str,
-    has_ids: bool,
-    has_shift: bool,
-    one_block: bool,
-    act_bits: int,
-    hadamard_size: int = 1,
-) -> AotCase:
-    parts = [name for name, has in (("ids", has_ids), ("shift", has_shift)) if has]
-    rotated_by = f" by {hadamard_size}" if hadamard_size > 1 else ""
-    name = f"smooth_quantize{' rotated' if rotated_by else ''} a{act_bits} "
-    name += f"{' '.join(parts) or 'bare'} {dtype} "
-    name += f"{config['BLOCK_M']}x{config['BLOCK_K']}{rotated_by}"
-    constexprs: dict[str, Any] = {
-        "HAS_IDS": has_ids,
-        "HAS_SHIFT": has_shift,
-        "STAGES": stages_of(hadamard_size),
-        "QUANT_MAX": 2 ** (act_bits - 1) - 1,
-        "ONE_BLOCK": one_block,
-    }
-    tensors = {
-        "x": f"*{dtype}",
-        "pre_scale": "*fp32",
-        "shift": "*fp32",
-        "ids": "*i64" if has_ids else "*fp32",
-        "qdata": "*i8",
-        "scale": "*fp32",
-    }
-    sizes: tuple[str, ...] = ("tokens", "in_features", "modalities", "stride_x")
-    sizes += ("stride_pre_scale", "stride_shift", "stride_ids")
-    odd = ("tokens", "modalities", "stride_ids")
-    return AotCase(
-        name if one_block else f"{name} loop",
-        smooth_quantize_kernel,
-        {**tensors, **dict.fromkeys(sizes, "i32"), "one": "fp32"},
-        constexprs,
-        _fitted(config, one_block, hadamard_size),
-        divisible=(*tensors, *(size for size in sizes if size not in odd)),
-    )

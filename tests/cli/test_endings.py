@@ -256,6 +256,12 @@ def _damaged(folder, damage):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _index(folder, text):
+    """Put an index in the place of the file that transformers looks for before it."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 DAMAGES = {
     "not quantized": (
         lambda f: _damaged(f, lambda c: c.pop("quantization_config")),
@@ -284,21 +290,16 @@ DAMAGES = {
         "cut off or damaged",
     ),
     "a missing shard": (
-        lambda f: (f / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+        lambda f: _index(
+            f, '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
         ),
         "model-00001-of-00002.safetensors is not there",
     ),
     "a way out of the folder": (
-        lambda f: (f / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "../../secret.safetensors"}}'
-        ),
-        "secret.safetensors is not there",
+        lambda f: _index(f, '{"weight_map": {"a": "../../secret.safetensors"}}'),
+        "'../../secret.safetensors' is no file of this folder",
     ),
-    "an index of another form": (
-        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
-        "is damaged",
-    ),
+    "an index of another form": (lambda f: _index(f, "[]"), "is damaged"),
 }
 
 

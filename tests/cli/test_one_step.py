@@ -142,7 +142,7 @@ def unloaded(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    for command in ("calibrate", "quantize", "analyze", "evaluate"):
+    for command in ("calibrate", "quantize", "analyze", "eval"):
         monkeypatch.setattr(f"torchao_masquant.cli.{command}.load_model", load)
 
 

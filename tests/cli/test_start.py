@@ -8,6 +8,7 @@
 import importlib
 import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,33 @@ def test_torch_knows_of_ours_whatever_is_imported_first(names):
     """A state_dict of a quantized model is loaded by one who imports nothing more."""
     result = in_new_process(_IMPORTED, *names)
     assert result.stdout == "True True\n", result.stderr
+
+
+_ALONE = """
+import importlib, os, sys, traceback
+import torch, torchao, transformers
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(name)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each import is a fork's")
+def test_each_public_name_may_be_the_first_that_is_imported():
+    """None of their modules needs another one to have been imported before."""
+    modules = sorted(
+        {f"torchao_masquant.{m}" for m in torchao_masquant._MODULES.values()}
+    )
+    result = in_new_process(_ALONE, *modules)
+    assert result.stdout == "", result.stderr
 
 
 _QUIET = """

@@ -75,7 +75,7 @@ def test_what_is_missing(saved, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / "config.json"
     other.write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
-    assert "is a NoSuchModel, which transformers does not have" in said(
+    assert "names NoSuchModel, which transformers does not have" in said(
         str(other.parent), target
     )
     assert not (tmp_path / "package").exists()

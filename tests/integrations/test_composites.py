@@ -27,7 +27,7 @@ from torchao_masquant import (
     masquant_config,
     save_quantized,
 )
-from torchao_masquant.calibration import modality_sensitivity
+from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.evaluation import evaluate
 from torchao_masquant.modality import modality_token_ids
 from torchao_masquant.model_parts import token_reader

@@ -43,13 +43,13 @@ def test_case(backend: Backend, operator: str, case: Case) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 @every_backend
 @settings(
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    width=st.integers(1, 40),
+    width=st.integers(1, 12),
     rotation=st.sampled_from([1, 2, 8]),
     ranks=st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple),
     changes=st.fixed_dictionaries(

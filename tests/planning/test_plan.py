@@ -65,14 +65,19 @@ def make(scheme: Any, n: int, k: int, compensation: Compensation) -> MASQuantTen
     )
 
 
-@pytest.mark.parametrize("low_rank_bits", [8, 16])
-@pytest.mark.parametrize("rank", [0, 3, 0.1])
-@pytest.mark.parametrize("modalities", [1, 2, 3])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_bytes_are_exact(
-    scheme: str, modalities: int, rank: Any, low_rank_bits: int
-) -> None:
-    compensation = Compensation(modalities, rank, low_rank_bits)
+@pytest.mark.parametrize(
+    "compensation",
+    [
+        Compensation(3, 0.1),
+        Compensation(2, 3, low_rank_bits=8),
+        Compensation(3, 0),
+        Compensation(1, 3),
+    ],
+    ids=["a share", "pairs of int8", "no pairs", "one modality"],
+)
+def test_bytes_are_exact(scheme: str, compensation: Compensation) -> None:
+    # An odd width, of which packed integers leave half a byte.
     n, k = 24, 256 if scheme == "w4a16" else 35
     weight = make(SCHEMES[scheme], n, k, compensation)
     assert weight_bytes(n, k, SCHEMES[scheme], compensation) == weight.nbytes_stored
@@ -229,6 +234,11 @@ def test_command(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(printed.out)
     assert [row["scheme"] for row in record["inference"]] == ["dense", *SCHEMES]
     assert record["calibration"]["device_bytes"] > 0
+    # What each weight gets of "auto" is its data's to say; on average it is as much.
+    assert run(folder, "--json", "--rank", "auto") == 0
+    auto = json.loads(capsys.readouterr().out)
+    for row, other in zip(auto["inference"], record["inference"]):
+        assert row["weight_bytes"] == other["weight_bytes"]
     assert run(folder, "--memory", "10K") == 1
     assert "too much" in capsys.readouterr().out
 
@@ -252,7 +262,8 @@ def test_errors_are_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--devices", "0"], ["--memory", "much"], ["--rank", "1.5"]]
+    "arguments",
+    [["--devices", "0"], ["--memory", "much"], ["--rank", "1.5"], ["--rank", "-1"]],
 )
 def test_bad_options(folder: str, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as raised:

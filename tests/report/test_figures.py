@@ -6,6 +6,7 @@
 """Figures: that each carries the data that it says it does, as SVG and as PNG."""
 
 import math
+import re
 import warnings
 from xml.etree import ElementTree
 
@@ -31,6 +32,7 @@ from torchao_masquant.report.recipe_figures import (
 )
 from torchao_masquant.report.result_rows import rows_of_results
 from torchao_masquant.report.row_figures import accuracy_figure, memory_figure
+from torchao_masquant.solver.modality_spread import MUCH
 
 ALL = made.MODALITIES
 METHODS = ("masquant", "rtn", "smoothquant")
@@ -89,8 +91,10 @@ def test_what_own_factors_gain_is_drawn_against_what_is_much(drawings):
     spread = made.analysis().inputs["model.layers.1.mlp.down_proj"].spread
     found = _values(drawings["own_factors"], "mlp: down_proj", "audio")
     assert found[1] == spread.modalities["audio"].gain_rotated
-    guide = _panel(drawings["own_factors"], "mlp: down_proj").legend["3 dB: much"]
-    assert set(guide.get_ydata()) == {3.0}
+    guide = _panel(drawings["own_factors"], "mlp: down_proj").legend[
+        f"{MUCH:g} dB: much"
+    ]
+    assert set(guide.get_ydata()) == {MUCH}
 
 
 def test_theorem_1_is_drawn_with_its_correlation(drawings):
@@ -158,6 +162,18 @@ def test_a_mark_is_one_models_accuracy(drawings):
     # Equal marks do not hide each other.
     ours, other = panel.legend["MASQuant"], panel.legend["round-to-nearest"]
     assert not set(ours.get_xdata()) & set(other.get_xdata())
+
+
+def test_long_names_do_not_lie_on_each_other():
+    names = [(f"decoder.a_rather_long_name_{place}.projection",) for place in range(60)]
+    figure = layer_drawing([("masquant", made.evaluation(names=names))])
+    to_svg(figure)
+    for panel in figure.panels:
+        boxes = [t.get_window_extent() for t in panel.axis.get_xticklabels()]
+        assert 1 < len(boxes) < 10
+        # They slant, a line of letters apart.
+        ends = [box.x1 for box in boxes]
+        assert min(np.diff(ends)) > 10
 
 
 def test_bars_are_as_long_as_the_bytes(drawings):
@@ -281,14 +297,17 @@ def test_what_a_file_says_can_be_drawn(tmp_path):
     assert (tmp_path / "odd.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("y", [[1.0, 1.0], [0.9, 1.1], [1.0, 1e6], [0.0, 0.0], []])
+@pytest.mark.parametrize(
+    "y",
+    [[1.0, 1.0], [0.9, 1.1], [1.0, 1e6], [1e-30, 1e30], [0.0, 0.0], 2 * [math.inf], []],
+)
 def test_a_logarithmic_axis_has_numbers_whatever_it_spans(y):
     figure = _one(True, x=range(len(y)), y=y)
     root = ElementTree.fromstring(to_svg(figure))
     texts = [text for element in root.iter("text") if (text := element.text)]
-    if any(y):
-        numbers = [t for t in texts if t.replace(".", "").replace("e+", "").isdigit()]
-        assert len(numbers) >= 2
+    numbers = [text for text in texts if re.fullmatch(r"[\d.]+(e[+-]\d+)?", text)]
+    # The x axis has some too.
+    assert len(numbers) >= 4
     assert not any("$" in text for text in texts)
 
 

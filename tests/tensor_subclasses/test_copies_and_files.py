@@ -70,10 +70,6 @@ def test_copies_and_views(name: str) -> None:
     assert isinstance(meta, MASQuantTensor) and meta.device.type == "meta"
     assert meta.same_layout(tensor) and meta.dtype == tensor.dtype
     assert all(t.is_meta for t in inner_tensors(meta).values())
-
-
-@every_case
-def test_copy_(name: str) -> None:
     target = CASES[name]()
     for t in inner_tensors(target).values():
         t.zero_()

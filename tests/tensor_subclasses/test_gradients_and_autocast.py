@@ -172,8 +172,9 @@ def test_gradients_beside_a_quantized_linear() -> None:
     assert head.weight.grad is not None and (head.weight.grad != 0).any()
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w4a16"])
+@pytest.mark.parametrize(
+    "scheme, dtype", [("w8a8", BF16), ("w4a4", FP16), ("w4a16", BF16)]
+)
 def test_under_autocast_input_and_result_are_of_its_type(
     scheme: str, dtype: torch.dtype
 ) -> None:

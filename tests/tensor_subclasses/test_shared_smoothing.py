@@ -12,9 +12,13 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 from expecttest import assert_expected_inline
+from functorch.compile import make_boxed_func
 from tiny_models import batch, qwen25_vl
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.virtualized import V
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantConfig, MASQuantLinear, calibrate, masquant_config
@@ -41,6 +45,17 @@ class _Operators(CustomGraphPass):
 
     def uuid(self) -> None:
         return None
+
+
+def _run_as_it_is(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+    """Inductor's passes and no code: what is fused is not what is asked here."""
+    with V.set_fake_mode(torch._guards.detect_fake_mode(inputs)):
+        post_grad_passes(graph, True)
+    return make_boxed_func(graph.forward)
+
+
+def passes(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    return compile_fx(graph, inputs, inner_compile=_run_as_it_is)
 
 
 @pytest.fixture
@@ -112,7 +127,7 @@ def compiled_call(model: Any, mixed: bool, whole: bool) -> Any:
     with torch.no_grad():
         expected = model(**inputs).logits
         for part in [language] if whole else language.layers:
-            part.compile(fullgraph=True)
+            part.compile(fullgraph=True, backend=passes)
         got = model(**inputs).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     return got
@@ -217,7 +232,9 @@ def test_those_of_another_rotation_smooth_for_themselves(
     assert source(model.second) is model.first and source(model.other) is None
     x = torch.randn(5, 16)
     run = torch.compile(
-        lambda x: model.first(x) + model.second(x) + model.other(x), fullgraph=True
+        lambda x: model.first(x) + model.second(x) + model.other(x),
+        fullgraph=True,
+        backend=passes,
     )
     with torch.no_grad():
         expected = model.first(x) + model.second(x) + model.other(x)

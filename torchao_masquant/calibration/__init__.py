@@ -4,7 +4,3 @@
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
 """Observing what a model's linears and experts read while data runs through it."""
-
-from torchao_masquant.calibration.sensitivity import modality_sensitivity
-
-__all__ = ["modality_sensitivity"]

@@ -12,8 +12,11 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, Optional
 
+from torchao_masquant.cli.calibration_options import add_option, whole
+from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.models import model_folder
 from torchao_masquant.options import SCHEMES, SolverOptions
+from torchao_masquant.wording import byte_size
 
 if TYPE_CHECKING:
     from torchao_masquant.planning.estimate import CalibrationPlan, InferencePlan
@@ -32,24 +35,6 @@ def _memory(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
-    return int(text)
-
-
-def _rank(text: str) -> "int | float":
-    try:
-        value = int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rank") from None
-    if value < 0 or (isinstance(value, float) and value > 1):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a whole number nor a share of 0..1"
-        )
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the plan."""
     parser.add_argument(
@@ -58,30 +43,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with a config.json, or a name on the Hugging Face hub; no weights "
         "are read",
     )
-    parser.add_argument("--devices", type=_count, default=1, metavar="N")
+    parser.add_argument("--devices", type=whole(1), default=1, metavar="N")
     parser.add_argument(
         "--memory", type=_memory, metavar="SIZE", help="of one device, such as 80GiB"
     )
     # What it was for, seconds, is predicted no more; scripts that give it go on.
     parser.add_argument("--machine", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--samples", type=_count, default=128, help="of calibration (default: 128)"
+        "--samples", type=whole(1), default=128, help="of calibration (default: 128)"
     )
     parser.add_argument(
-        "--tokens", type=_count, default=2048, help="of a sample (default: 2048)"
+        "--tokens", type=whole(1), default=2048, help="of a sample (default: 2048)"
     )
     parser.add_argument(
-        "--context", type=_count, default=4096, help="tokens of a call (default: 4096)"
+        "--context",
+        type=whole(1),
+        default=4096,
+        help="tokens of a call (default: 4096)",
     )
     parser.add_argument(
-        "--batch", type=_count, default=1, help="calls at a time (default: 1)"
+        "--batch", type=whole(1), default=1, help="calls at a time (default: 1)"
     )
-    parser.add_argument(
-        "--rank", type=_rank, default=0.05, help="of the pairs (default: 0.05)"
-    )
-    parser.add_argument(
-        "--low-rank-bits", type=int, choices=(8, 16), default=16, help="of the pairs"
-    )
+    add_option(parser, "rank")
+    add_option(parser, "low_rank_bits")
     parser.add_argument(
         "--json", action="store_true", help="print the plan as JSON, for scripts"
     )
@@ -95,7 +79,8 @@ def main(arguments: argparse.Namespace) -> int:
         the number of devices.
 
     Raises:
-        ValueError, OSError: the model or the machine can't be read.
+        UsageError: a rank is out of range.
+        ValueError, OSError: the model can't be read.
     """
     from torchao_masquant.planning.estimate import plan_calibration, plan_inference
     from torchao_masquant.planning.skeleton import read_skeleton
@@ -103,10 +88,14 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.machine is not None:
         print("--machine has no effect: a plan tells no seconds.", file=sys.stderr)
+    try:
+        options = SolverOptions(
+            rank=arguments.rank, low_rank_bits=arguments.low_rank_bits
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     skeleton = read_skeleton(model_folder(arguments.model))
-    compensation = Compensation(
-        len(skeleton.modalities), arguments.rank, arguments.low_rank_bits
-    )
+    compensation = Compensation.of(options, len(skeleton.modalities))
     calibration = plan_calibration(
         skeleton,
         SCHEMES["w4a8"],
@@ -114,9 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
         samples=arguments.samples,
         tokens=arguments.tokens,
         devices=arguments.devices,
-        options=SolverOptions(
-            rank=arguments.rank, low_rank_bits=arguments.low_rank_bits
-        ),
+        options=options,
     )
     rows = [
         plan_inference(
@@ -144,7 +131,7 @@ def _why_not(row: "InferencePlan", memory: Optional[int]) -> Optional[str]:
     if row.reason is not None:
         return row.reason
     if memory is not None and row.device_bytes > memory:
-        return f"{_size(row.device_bytes - memory)} too much"
+        return f"{byte_size(row.device_bytes - memory)} too much"
     return None
 
 
@@ -184,13 +171,12 @@ def _print(
     verdict = ""
     if memory is not None:
         over = c.device_bytes - memory
-        verdict = f"; {_size(over)} too much" if over > 0 else "; fits"
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Calibration, block by block: {arguments.samples} samples of "
-        f"{arguments.tokens} tokens{verdict}",
-        title_justify="left",
+        verdict = f"; {byte_size(over)} too much" if over > 0 else "; fits"
+    print(
+        f"Calibration, block by block: {arguments.samples} samples of "
+        f"{arguments.tokens} tokens{verdict}"
     )
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     table.add_column("memory or traffic", justify="right")
     for what, size in (
@@ -204,14 +190,13 @@ def _print(
         ("written (w4a8)", c.written_bytes),
         ("sent by each device", c.reduced_bytes),
     ):
-        table.add_row(what, _size(size))
+        table.add_row(what, byte_size(size))
     print(to_text(table))
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache "
-        f"is {_size(rows[0].cache_bytes)} of a device",
-        title_justify="left",
+    print(
+        f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache is "
+        f"{byte_size(rows[0].cache_bytes)} of a device"
     )
+    table = Table(box=box.SIMPLE_HEAD)
     for column in ("scheme", "weights", "a device", "sent a token", ""):
         table.add_column(
             column, justify="left" if column in ("scheme", "") else "right"
@@ -219,19 +204,9 @@ def _print(
     for row in rows:
         table.add_row(
             row.scheme,
-            _size(row.weight_bytes),
-            _size(row.device_bytes),
-            _size(row.sent_bytes),
+            byte_size(row.weight_bytes),
+            byte_size(row.device_bytes),
+            byte_size(row.sent_bytes),
             _why_not(row, memory) or ("" if memory is None else "fits"),
         )
     print(to_text(table))
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"

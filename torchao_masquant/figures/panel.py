@@ -15,14 +15,17 @@ from torchao_masquant.figures.places import Kind
 from torchao_masquant.figures.style import GUIDE, PAPER
 from torchao_masquant.wording import amount
 
-__all__ = ["Bar", "Panel", "legible", "plain"]
+__all__ = ["BAR_LABEL", "Bar", "Panel", "legible", "plain"]
 
 # Lines of more points than this have small markers, or none where they are hollow.
 _MANY = 24
 
-# Of the names under an axis: more letters than these slant, longer ones are cut, and
-# of more names not each is told.
-_UPRIGHT, _LONGEST, _MOST = 30, 24, 16
+# Of the names under all axes of a row: more letters than these slant, longer names are
+# cut, and of more names not each is told.
+_UPRIGHT, _LONGEST, _MOST = 90, 24, 24
+
+#: in letters, of the names of lying bars
+BAR_LABEL = 36
 
 # Characters that no XML file may hold.
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -76,12 +79,15 @@ class Panel:
 
     def name(self, title: str, y: str, x: str = "") -> None:
         """Title and axes, with their units; panels of one row share the y axis's name."""
-        spec = self.axis.get_subplotspec()
-        columns = spec.get_gridspec().ncols
-        self.axis.set_title(legible(title, 100 // columns))
+        self.axis.set_title(legible(title, 100 // self._columns))
         self.axis.set_xlabel(legible(x) if x else "")
-        if spec.is_first_col():
+        if self.axis.get_subplotspec().is_first_col():
             self.axis.set_ylabel(legible(y, 36))
+
+    @property
+    def _columns(self) -> int:
+        """How many panels there are in a row."""
+        return self.axis.get_subplotspec().get_gridspec().ncols
 
     def _shown(self, values: Sequence[float]) -> list[float]:
         """Values that have a place on the y axis, and nan for the others."""
@@ -216,9 +222,9 @@ class Panel:
                 va="center",
             )
             self.said.append(f"{bar.label} {bar.text}")
-        labels = [legible(bar.label, 36) for bar in bars]
+        labels = [legible(bar.label, BAR_LABEL) for bar in bars]
         self.axis.set_yticks(range(len(bars)), labels)
-        self.axis.invert_yaxis()
+        self.axis.set_ylim(len(bars) - 0.4, -0.6)
         longest = max(sum(value for _, value, _, _ in bar.parts) for bar in bars)
         self.axis.set_xlim(0, 1.25 * longest or 1.0)
         self.axis.xaxis.set_visible(False)
@@ -231,13 +237,13 @@ class Panel:
             name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
             for name in names
         ]
-        step = -(-len(labels) // _MOST)
+        step = -(-len(labels) // max(1, _MOST // self._columns))
         self.axis.set_xticks(
             range(0, len(labels), step), [legible(label) for label in labels[::step]]
         )
         self.axis.set_xlim(-0.5, len(labels) - 0.5)
         self.axis.grid(False, axis="x")
-        if sum(map(len, labels[::step])) > _UPRIGHT:
+        if sum(map(len, labels[::step])) > _UPRIGHT // self._columns:
             self.axis.tick_params(axis="x", labelrotation=30)
             for text in self.axis.get_xticklabels():
                 text.set_ha("right")
@@ -259,6 +265,9 @@ class Panel:
 
         self.axis.set_yscale("log")
         low, high = self.axis.get_ylim()
+        if not 0 < low < high:
+            # There is no value at all.
+            self.axis.set_ylim(low := 1.0, high := 10.0)
         decades = math.log10(high / low)
         subs = (
             (1.0, 2.0, 5.0) if decades < 1.7 else (1.0, 3.0) if decades < 3 else (1.0,)

@@ -73,7 +73,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "smoothquant": {"color": MUTED, "marker": "s", "linestyle": "-."},
     "rtn": {"color": MUTED, "marker": "X", "linestyle": ":"},
 }
-_OTHER_MARKERS = ("D", "v", "P")
+_OTHER_MARKERS = ("D", "v", "P", "*", "<", ">", "h", "p")
 
 _RC = {
     "axes.axisbelow": True,

@@ -8,7 +8,7 @@
 from typing import Optional
 
 from torchao_masquant.figures.drawing import Drawing, drawing
-from torchao_masquant.figures.panel import Bar, Panel
+from torchao_masquant.figures.panel import BAR_LABEL, Bar, Panel, legible
 from torchao_masquant.figures.style import INK, MUTED, method_look
 from torchao_masquant.report.rows import DENSE, Row, Rows
 from torchao_masquant.wording import byte_size, method_name, percent
@@ -103,6 +103,8 @@ def bar_figure(
     """A figure of lying bars; None without bars."""
     if not bars:
         return None
-    with drawing(name, title, caption, height=0.2 + 0.34 * len(bars)) as found:
+    lines = max(len(legible(bar.label, BAR_LABEL).splitlines()) for bar in bars)
+    height = 0.2 + max(0.32, 0.16 * lines) * len(bars)
+    with drawing(name, title, caption, height=height) as found:
         found.panels[0].lying(bars)
     return found

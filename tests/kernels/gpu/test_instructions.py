@@ -24,7 +24,7 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from torchao_masquant.kernels.gpu.smooth_quantize import aot_cases
+from kernel_cases.smooth_quantize import aot_cases
 
 case = next(c for c in aot_cases() if c.constexprs["HAS_SHIFT"] and {condition})
 names = case.kernel.arg_names
@@ -41,6 +41,7 @@ print(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"])
 def products_and_fused(condition: str, changes: str = "{}") -> tuple[int, int]:
     """How many of them are in what a GPU would run; the interpreter contracts nothing."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     code = _COMPILE.format(condition=condition, changes=changes)
     ptx = subprocess.run(
         [sys.executable, "-c", code],

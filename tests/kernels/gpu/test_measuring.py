@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from operator_cases import operands
+
 from torchao_masquant.kernels import gpu_lowering, reference
 from torchao_masquant.kernels.gpu import int_linear_tilings, measuring, tuning
 from torchao_masquant.kernels.gpu.int_linear import int_linear
@@ -176,32 +178,13 @@ def test_a_tiling_that_does_not_fit_is_left_out(
     assert found is not None and [e for e, _ in found.times] == configs[1:]
 
 
-@pytest.mark.parametrize("low_rank", [False, True])
-@pytest.mark.parametrize("weight_bits", [8, 4])
-def test_int_mm_is_int_linear(weight_bits: int, low_rank: bool) -> None:
-    qx, x_scale, qdata, scale, *_ = linear_args(24)
-    if weight_bits == 4:
-        qdata = torch.randint(0, 256, (16, 16), dtype=torch.uint8)
-    ids = torch.arange(24) % 2
-    pair = (torch.randn(24, 3) * ids[:, None], torch.randn(3, 16))
-    terms = (*(pair if low_rank else (None, None)), torch.randn(2, 16), ids, None)
-    args = (qx, x_scale, qdata, scale, *terms, weight_bits, torch.float32)
+@pytest.mark.parametrize("case", ["plain", "w4", "int8-pair", "no-ids"])
+def test_a_library_gives_the_same(case: str) -> None:
+    given = operands(case)
+    args = given.args("int_linear")
     y = LIBRARY_PRODUCTS["int_mm"].run(*args)
     torch.testing.assert_close(y, reference.int_linear(*args), rtol=1e-6, atol=1e-3)
-
-
-@pytest.mark.parametrize("low_rank_bits", [None, 16, 8])
-def test_dense_is_weight_only_linear(low_rank_bits: Any) -> None:
-    args = list(weight_only_args(9))
-    args[8] = torch.arange(9) % 2
-    if low_rank_bits == 16:
-        args[5:7] = torch.randn(32, 3).bfloat16(), torch.randn(3, 16).bfloat16()
-        args[10] = [3]
-    if low_rank_bits == 8:
-        args[5] = torch.randint(-127, 128, (32, 3), dtype=torch.int8)
-        args[6] = torch.randint(-127, 128, (3, 16), dtype=torch.int8)
-        args[10], args[13] = [3], torch.rand(3) / 127**2
-    args[12] = torch.float32
+    args = given.args("weight_only_linear", x=given.x.bfloat16())
     y = LIBRARY_PRODUCTS["dense"].run(*args)
     expected = reference.weight_only_linear(*args)
     # Weights, tokens and hidden states are rounded to 8 bits.

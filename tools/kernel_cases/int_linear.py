@@ -7,6 +7,7 @@
 
 from typing import Any, Optional
 
+from kernel_cases.case import AotCase
 from torchao_masquant.kernels.gpu.int_linear import int_linear_kernel
 from torchao_masquant.kernels.gpu.int_linear_tilings import (
     OWN_EPILOGUE,
@@ -14,7 +15,7 @@ from torchao_masquant.kernels.gpu.int_linear_tilings import (
     fitting,
     transposed,
 )
-from torchao_masquant.kernels.gpu.launching import AotCase, TileConfig
+from torchao_masquant.kernels.gpu.launching import TileConfig
 from torchao_masquant.kernels.gpu.linear_epilogue import REDUCE, reduce_kernel
 from torchao_masquant.kernels.gpu.linear_tiles import with_block_k
 

@@ -9,7 +9,8 @@ from typing import Optional
 
 import torch
 
-from torchao_masquant.kernels.gpu.launching import AotCase, TileConfig
+from kernel_cases.case import AotCase
+from torchao_masquant.kernels.gpu.launching import TileConfig
 from torchao_masquant.kernels.gpu.weight_only_linear import weight_only_linear_kernel
 from torchao_masquant.kernels.gpu.weight_only_tilings import (
     CONFIGS,
