@@ -20,6 +20,7 @@ import expert_models
 import pytest
 import tiny_models
 import torch
+from checkpoints import assert_same_state
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
@@ -28,7 +29,6 @@ from torchao_masquant import (
     MASQuantConfig,
     MASQuantExperts,
     MASQuantLinear,
-    MASQuantTensor,
     Recipe,
     calibrate,
     masquant_config,
@@ -59,20 +59,6 @@ def quantized_names(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, kinds)]
 
 
-def assert_same(model: nn.Module, other: nn.Module) -> None:
-    first, second = model.state_dict(), other.state_dict()
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        found = second[name]
-        assert type(found) is type(tensor), name
-        if isinstance(tensor, MASQuantTensor):
-            assert tensor.same_layout(found), name
-            for part in tensor.__tensor_flatten__()[0]:
-                assert torch.equal(getattr(tensor, part), getattr(found, part)), name
-        else:
-            assert torch.equal(tensor, found), name
-
-
 @pytest.mark.parametrize(
     "step", ["convert", "CONVERT", QuantizationStep.CONVERT], ids=str
 )
@@ -83,7 +69,7 @@ def test_the_step_of_a_config_is_assigned_to(model, recipe, step):
     config.step = step
     quantize_(model, config)
     expected = tiny_models.quantized(tiny_models.qwen25_vl(), recipe)
-    assert_same(model, expected)
+    assert_same_state(model, expected)
     assert quantized_names(model) == list(recipe.layers)
 
 
@@ -122,7 +108,7 @@ def test_one_config_prepares_and_converts_two_models():
     for seed, model in enumerate(models):
         quantize_(model, config)
         expected = tiny_models.quantized(tiny_models.qwen25_vl(seed=seed), **FAST)
-        assert_same(model, expected)
+        assert_same_state(model, expected)
 
 
 def test_the_same_config_twice_is_refused(recipe):
@@ -182,7 +168,7 @@ def test_another_recipe_is_assigned_to(model, recipe, tmp_path):
     config = masquant_config(recipe)
     config.recipe = tmp_path / "other.safetensors"
     quantize_(model, config)
-    assert_same(model, tiny_models.quantized(tiny_models.qwen25_vl(), other))
+    assert_same_state(model, tiny_models.quantized(tiny_models.qwen25_vl(), other))
 
 
 def test_a_recipe_is_read_once(model, recipe, tmp_path):
@@ -248,7 +234,7 @@ def test_the_next_call_finishes_an_interrupted_one(
         for each in (whole, model):
             run(each)
             quantize_(each, dataclasses.replace(config, step="convert"))
-    assert_same(model, whole)
+    assert_same_state(model, whole)
 
 
 @pytest.mark.parametrize("with_recipe", [False, True])
@@ -275,7 +261,7 @@ def test_experts_of_an_interrupted_call(monkeypatch, with_recipe):
             quantize_(model, config)
     assert quantized_names(model) == ["first"]
     quantize_(model, config)
-    assert_same(model, whole)
+    assert_same_state(model, whole)
 
 
 def test_data_after_an_interrupted_convert(model):
@@ -300,7 +286,7 @@ def test_two_configs_for_readers_of_one_input(model):
         quantize_(model, MASQuantConfig(step="convert", **FAST))
     quantize_(model, first)
     whole = tiny_models.quantized(tiny_models.qwen25_vl(), scheme="w8a8", **FAST)
-    assert_same(model, whole)
+    assert_same_state(model, whole)
 
 
 def test_two_configs_for_parts_of_what_one_step_observed(model):
@@ -332,7 +318,7 @@ def test_threads_share_a_config(recipe):
     for thread in threads:
         thread.join()
     for model in models[1:]:
-        assert_same(models[0], model)
+        assert_same_state(models[0], model)
     assert quantized_names(models[0]) == list(recipe.layers)
 
 
@@ -341,7 +327,7 @@ def test_rounding_needs_one_call_and_no_data(scheme):
     model, other = tiny_models.qwen25_vl(), tiny_models.qwen25_vl()
     options = {"method": "rtn", "scheme": scheme, "group_size": 16}
     quantize_(model, MASQuantConfig(step="convert", **options))
-    assert_same(model, tiny_models.quantized(other, **options))
+    assert_same_state(model, tiny_models.quantized(other, **options))
     run(model)
 
 
@@ -351,7 +337,7 @@ def test_rounding_experts_in_one_call():
     recipe = calibrate(other, expert_models.samples(), progress=False, **options)
     quantize_(other, masquant_config(recipe))
     quantize_(model, MASQuantConfig(step="convert", **options))
-    assert_same(model, other)
+    assert_same_state(model, other)
 
 
 def test_rounding_changes_nothing_where_a_group_does_not_fit(model):

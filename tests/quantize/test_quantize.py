@@ -13,12 +13,12 @@ import expert_models
 import pytest
 import tiny_models
 import torch
+from checkpoints import assert_same_state
 from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import (
     MASQuantConfig,
-    MASQuantTensor,
     Recipe,
     masquant_config,
     token_modalities,
@@ -45,19 +45,8 @@ def recipe() -> Recipe:
 
 
 def assert_same(model: nn.Module, other: nn.Module) -> None:
-    first, second = model.state_dict(), other.state_dict()
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        found = second[name]
-        assert type(found) is type(tensor), name
-        if isinstance(tensor, MASQuantTensor):
-            assert tensor.same_layout(found), name
-            for part in tensor.__tensor_flatten__()[0]:
-                assert torch.equal(getattr(tensor, part), getattr(found, part)), name
-        else:
-            assert torch.equal(tensor, found), name
-    ours, theirs = ([type(m) for m in each.modules()] for each in (model, other))
-    assert ours == theirs
+    assert_same_state(model, other)
+    assert [type(m) for m in model.modules()] == [type(m) for m in other.modules()]
 
 
 def test_a_recipe(model: Any, recipe: Recipe, tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from torchao_masquant.placeholders import placeholder_weight
 from torchao_masquant.quantized_modules import replace_weights
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.tensor_subclasses import (
-    MASQuantTensor,
     quantize_smoothed_weight,
 )
 
@@ -195,25 +194,6 @@ def test_placeholder_has_the_layout_of_a_weight_with_the_methods_parts(
         assert (placeholder.dequantize() == 0).all()
         placeholder.copy_(weight)
         assert torch.equal(placeholder.dequantize(), weight.dequantize())
-
-
-@every_scheme
-def test_state_dict_into_a_placeholder(name: str) -> None:
-    """As step='prepare_for_loading' does, with ``assign=True``."""
-    scheme = ALL[name]
-    linear, layer = problem(scheme)
-    module = quantized(scheme, linear, layer, low_rank_bits=8)
-    empty = MASQuantLinear.from_float(
-        nn.Linear(256, 24).requires_grad_(False),
-        placeholder_weight("layer.q", linear.weight, options(scheme), MODALITIES),
-        "layer.q",
-        Router(MODALITIES),
-    )
-    empty.load_state_dict(module.state_dict(), assign=True)
-    assert isinstance(empty.weight.data, MASQuantTensor)
-    x, ids = torch.randn(6, 256), torch.arange(6) % 3
-    with torch.no_grad(), token_modalities(module, ids), token_modalities(empty, ids):
-        assert torch.equal(empty(x), module(x))
 
 
 def test_schemes() -> None:
