@@ -16,6 +16,7 @@
 - ``tuning``, ``measuring``: the tables that tilings are chosen by, and what writes them;
 - ``library_products``: what is called in place of a kernel that a table says loses;
 - ``checks``: what the kernels refuse;
+- ``operators``: each operator with its check and its launch;
 - ``roofline``: the least time that each can take, on paper.
 
 :mod:`torchao_masquant.kernels.gpu_lowering` gives them to the dispatcher.

@@ -27,6 +27,7 @@ import torch
 
 from torchao_masquant.kernels.gpu.launching import TileConfig
 from torchao_masquant.kernels.gpu.library_products import LIBRARY_PRODUCTS
+from torchao_masquant.kernels.gpu.operators import operators
 from torchao_masquant.kernels.gpu.tuning import (
     Entry,
     LibraryProduct,
@@ -237,7 +238,7 @@ def tune(
             for operator, args in _calls(shape, count, dtype, device):
                 found = measure_call(
                     operator,
-                    _launch(operator),
+                    operators()[operator].launch,
                     args,
                     clock=clock,
                     table=name,
@@ -246,12 +247,6 @@ def tune(
                 if found is not None:
                     tell(found)
     return user_table(name)
-
-
-def _launch(operator: str) -> Callable[..., Any]:
-    from torchao_masquant.kernels.gpu_lowering import operators
-
-    return operators()[operator].launch
 
 
 def _calls(

@@ -34,9 +34,10 @@ from operator_oracle import (
     f64,
 )
 
-from torchao_masquant.kernels import cpu_lowering, gpu_lowering, reference
+from torchao_masquant.kernels import cpu_lowering, reference
 from torchao_masquant.kernels.cpu_engine import CpuEngine
 from torchao_masquant.kernels.gpu.launching import TileConfig
+from torchao_masquant.kernels.gpu.operators import operators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -157,7 +158,7 @@ class Triton(Backend):
             self.config = None
 
     def run(self, operator: str, *args: Any) -> Any:
-        found = gpu_lowering.operators()[operator]
+        found = operators()[operator]
         args = tuple(
             a.to(DEVICE) if isinstance(a, torch.Tensor) and DEVICE != "cpu" else a
             for a in args

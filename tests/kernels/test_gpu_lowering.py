@@ -18,6 +18,7 @@ import torch
 from operator_cases import DOWN, OPERATORS, PRODUCT, QUANTIZE, WEIGHT_ONLY, operands
 
 from torchao_masquant.kernels import gpu_lowering, reference
+from torchao_masquant.kernels.gpu.operators import GpuOperator, operators
 
 # Of 21 tokens, 48 channels, 13 outputs, pairs of 2 and 3 columns.
 GIVEN = operands("plain")
@@ -26,7 +27,7 @@ META = torch.device("meta")
 
 
 def check(operator: str, **args: Any) -> None:
-    gpu_lowering.operators()[operator].check(*args.values())
+    operators()[operator].check(*args.values())
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -146,10 +147,8 @@ def test_a_launch_is_made_on_the_device_of_its_input(
         yield
         current.pop()
 
-    check = gpu_lowering.operators()[QUANTIZE].check
-    operator = gpu_lowering.GpuOperator(
-        QUANTIZE, check, lambda *args: launched.append(current[-1])
-    )
+    check = operators()[QUANTIZE].check
+    operator = GpuOperator(QUANTIZE, check, lambda *args: launched.append(current[-1]))
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(gpu_lowering, "operators", lambda: {QUANTIZE: operator})
     gpu_lowering._eager(QUANTIZE)(*GIVEN.args(QUANTIZE))
@@ -175,8 +174,8 @@ def test_calls_are_measured_only_where_that_is_asked_for(
     from torchao_masquant.kernels.gpu import measuring
 
     measured: list[str] = []
-    check = gpu_lowering.operators()[QUANTIZE].check
-    operator = gpu_lowering.GpuOperator(QUANTIZE, check, lambda *args: None)
+    check = operators()[QUANTIZE].check
+    operator = GpuOperator(QUANTIZE, check, lambda *args: None)
     monkeypatch.setattr(gpu_lowering, "operators", lambda: {QUANTIZE: operator})
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)

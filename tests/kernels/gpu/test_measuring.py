@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from operator_cases import operands
 
-from torchao_masquant.kernels import gpu_lowering, reference
+from torchao_masquant.kernels import reference
 from torchao_masquant.kernels.gpu import int_linear_tilings, measuring, tuning
 from torchao_masquant.kernels.gpu.int_linear import int_linear
 from torchao_masquant.kernels.gpu.int_linear_tilings import CONFIGS
@@ -26,6 +26,7 @@ from torchao_masquant.kernels.gpu.library_products import (
     library_product,
 )
 from torchao_masquant.kernels.gpu.measuring import LinearShape, measure_call, tune
+from torchao_masquant.kernels.gpu.operators import operators
 from torchao_masquant.kernels.gpu.tuning import LibraryProduct, questions
 
 CPU = torch.device("cpu")
@@ -134,7 +135,7 @@ def test_a_library_that_is_faster_is_taken(
         "library": "int_mm"
     }
     assert library_product("int_linear", args) is LIBRARY_PRODUCTS["int_mm"]
-    operator = gpu_lowering.operators()["int_linear"]
+    operator = operators()["int_linear"]
     torch.testing.assert_close(operator.run(*args), reference.int_linear(*args))
     # 17 tokens share the entry; 16 have none, and cuBLAS does not take them either.
     assert library_product("int_linear", linear_args(tokens=17)) is not None
@@ -196,7 +197,7 @@ def test_a_library_gives_the_same(case: str) -> None:
 def test_a_library_is_looked_up_where_tilings_are(name: str) -> None:
     args = linear_args() if name == "int_linear" else weight_only_args()
     with questions() as asked:
-        gpu_lowering.operators()[name].launch(*args)
+        operators()[name].launch(*args)
     (product,) = [p for p in LIBRARY_PRODUCTS.values() if p.operator == name]
     assert product.entry(args) == (asked[0].kernel, asked[0].key)
 
@@ -252,5 +253,5 @@ def test_entries_of_another_version_are_not_taken(tables: Path) -> None:
     )
     for tokens in (3, 5):
         args = linear_args(tokens)
-        operator = gpu_lowering.operators()["int_linear"]
+        operator = operators()["int_linear"]
         torch.testing.assert_close(operator.run(*args), reference.int_linear(*args))
