@@ -295,7 +295,8 @@ class LayerRecipe:
         return cls(
             shape=tuple(shape),
             fingerprint="",
-            smoothing_factor=torch.ones(1, shape[-1]),
+            # from_pretrained asks for it where the default device is "meta".
+            smoothing_factor=torch.ones(1, shape[-1], device="cpu"),
         )
 
     def expert(self, index: int) -> "LayerRecipe":
