@@ -295,8 +295,10 @@ class LayerRecipe:
         return cls(
             shape=tuple(shape),
             fingerprint="",
-            # from_pretrained asks for it where the default device is "meta".
-            smoothing_factor=torch.ones(1, shape[-1], device="cpu"),
+            # transformers makes models under a default device and dtype of its own.
+            smoothing_factor=torch.ones(
+                1, shape[-1], device="cpu", dtype=torch.float32
+            ),
         )
 
     def expert(self, index: int) -> "LayerRecipe":
