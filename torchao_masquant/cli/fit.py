@@ -8,7 +8,7 @@
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Optional
 
 from torchao_masquant.cli.models import model_folder
 from torchao_masquant.hub import auto_class, meta_model, weight_files
@@ -126,6 +126,7 @@ def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> Non
     import safetensors
 
     from torchao_masquant.fitting import check_fingerprint
+    from torchao_masquant.integrations.stored_names import unchanged_names
 
     target = _loaded_type(model, dtype)
     if target is None:
@@ -136,7 +137,7 @@ def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> Non
             return
         with safetensors.safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)
-    stored = _stored_as_they_are(model, list(files))
+    stored = unchanged_names(model, list(files))
     linears = sorted(
         (math.prod(layer.shape), name)
         for name, layer in recipe.layers.items()
@@ -147,27 +148,6 @@ def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> Non
         with safetensors.safe_open(files[in_file], framework="pt") as file:
             weight = file.get_tensor(in_file).to(target)
         check_fingerprint(name, weight, recipe.layers[name])
-
-
-def _stored_as_they_are(model: Any, names: Sequence[str]) -> dict[str, str]:
-    """Name in the model to that in a file, where transformers changes nothing."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    from torchao_masquant.integrations.stored_names import model_names
-
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    known = model.state_dict()
-    found = {}
-    for name in names:
-        targets, as_it_is = model_names(
-            name, renamings, converters, model.base_model_prefix, known
-        )
-        if as_it_is:
-            found[targets[0]] = name
-    return found
 
 
 def _loaded_type(model: Any, dtype: str) -> "Optional[torch.dtype]":

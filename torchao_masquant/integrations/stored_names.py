@@ -7,7 +7,7 @@
 
 from typing import Any, Mapping, Sequence
 
-__all__ = ["loaded_names", "model_names", "stored_to_model_names"]
+__all__ = ["loaded_names", "model_names", "stored_to_model_names", "unchanged_names"]
 
 
 def model_names(
@@ -52,32 +52,37 @@ def stored_to_model_names(model: Any, stored: Sequence[str]) -> dict[str, list[s
     Returns:
         Name in a file to names in the model, of those that the model has.
     """
-    found, conversions = _found(model, stored)
+    conversions, targets = _targets(model, stored)
     # What saving undoes, see transformers' revert_weight_conversion.
     model._weight_conversions = [c for c in conversions if c.was_used()]
-    return found
+    known = model.state_dict()
+    found = {name: [t for t in to if t in known] for name, (to, _) in targets.items()}
+    return {name: to for name, to in found.items() if to}
 
 
 def loaded_names(model: Any, stored: Sequence[str]) -> set[str]:
     """Those of the names in a checkpoint's files that become weights of a model."""
-    return set(_found(model, stored)[0])
+    known, (_, targets) = model.state_dict(), _targets(model, stored)
+    return {name for name, (to, _) in targets.items() if any(t in known for t in to)}
 
 
-def _found(
+def unchanged_names(model: Any, stored: Sequence[str]) -> dict[str, str]:
+    """Name in the model to that in a file, of tensors that become one as they are."""
+    _, targets = _targets(model, stored)
+    return {to[0]: name for name, (to, as_it_is) in targets.items() if as_it_is}
+
+
+def _targets(
     model: Any, stored: Sequence[str]
-) -> tuple[dict[str, list[str]], Sequence[Any]]:
+) -> tuple[Sequence[Any], dict[str, tuple[list[str], bool]]]:
+    """transformers' conversions, and what :func:`model_names` says of each name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    known = model.state_dict()
-    found = {}
-    for name in stored:
-        targets, _ = model_names(
-            name, renamings, converters, model.base_model_prefix, known
-        )
-        if any(target in known for target in targets):
-            found[name] = [target for target in targets if target in known]
-    return found, conversions
+    prefix, known = model.base_model_prefix, model.state_dict()
+    return conversions, {
+        name: model_names(name, renamings, converters, prefix, known) for name in stored
+    }
