@@ -106,7 +106,10 @@ def test_links_lead_to_what_is_there(page):
 # Tutorials name files of the reader's.
 @pytest.mark.parametrize("page", PAGES_OF_FILES, ids=lambda page: page.name)
 def test_files_that_a_page_sends_to_are_there(page):
-    named = re.findall(r"`(?:python )?([\w./]+\.(?:py|cpp|sh))[ `]", page.read_text())
+    text = page.read_text()
+    named = re.findall(r"`(?:python )?([\w./]+\.(?:py|cpp|sh))[ `]", text)
+    for picture in re.findall(r"^```text$(.*?)^```$", text, re.M | re.S):
+        named += re.findall(r"[\w/]+\.py\b", picture)
     for name in named:
         # A page about one folder leaves out what is above it.
         places = [ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}")]
