@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from torchao_masquant.integrations.registration import register_integrations
 
 if TYPE_CHECKING:
+    from torchao_masquant.calibrate_in_memory import calibrate
     from torchao_masquant.calibration.sensitivity import modality_sensitivity
-    from torchao_masquant.conductor import calibrate
     from torchao_masquant.config import MASQuantConfig, masquant_config
     from torchao_masquant.evaluation.analysis import Analysis
     from torchao_masquant.evaluation.analyze import analyze
@@ -79,7 +79,7 @@ _MODULES = {
     "SCHEMES": "options",
     "Scheme": "options",
     "analyze": "evaluation",
-    "calibrate": "conductor",
+    "calibrate": "calibrate_in_memory",
     "evaluate": "evaluation",
     "masquant_config": "config",
     "modality_sensitivity": "calibration.sensitivity",

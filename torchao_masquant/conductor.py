@@ -3,285 +3,220 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""``calibrate``: from a model and data to a recipe."""
+"""Observe, solve: the whole of a model that is in memory, or one block after the other."""
 
-import itertools
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from functools import partial
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
-from torch import nn
 
 from torchao_masquant.calibration.left_out import warn_of_left_out
-from torchao_masquant.calibration.passes import (
-    plan_passes,
-)
-from torchao_masquant.calibration.request import (
-    base_first,
-    check_request,
-    check_session,
-)
+from torchao_masquant.calibration.passes import Passes
+from torchao_masquant.calibration.request import check_session
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.in_memory import check_in_memory
-from torchao_masquant.learning import learn
-from torchao_masquant.learning.published import PublishedTask
 from torchao_masquant.notices import CalibrationNotices
-from torchao_masquant.option_fields import takes_options
 from torchao_masquant.option_values import AUTO
-from torchao_masquant.options import CalibrationOptions, SolverOptions
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.progress import progress_bar
-from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
+from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
-from torchao_masquant.sample_checks import NEEDED, check_samples, no_samples
-from torchao_masquant.samples import run_samples
-from torchao_masquant.selection import select
+from torchao_masquant.selection import Selected
+from torchao_masquant.solver.cost import solved_shapes, solver_cost
 from torchao_masquant.solver.experts import solve_experts
-from torchao_masquant.solver.layers import factors_alone, solve_group
+from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.ranks import spend_ranks
 from torchao_masquant.statistics.expert_statistics import ExpertStatistics
-from torchao_masquant.threads import threads_for, widest
-from torchao_masquant.wrappers import unwrapped
+from torchao_masquant.team import Team
 
-__all__ = [
-    "calibrate",
-    "learned_factors",
-    "solve",
-]
+__all__ = ["Conductor", "solve"]
 
 
-@takes_options(CalibrationOptions)
-def calibrate(
-    model: nn.Module,
-    samples: Iterable[Mapping[str, Any]],
-    given: CalibrationOptions,
-) -> Recipe:
-    """Find how to quantize a multimodal model, from its activations on some data.
+class Conductor:
+    """Finds the layers of a recipe for a part of a model after the other.
 
-    The model is left as it was, also where this raises. Linears and experts that are
-    called with a part of a call's tokens, of which nobody says which those are (experts
-    of one modality, pruned tokens), are left out, and named in one warning. The maxima that decide the
-    smoothing factors and the covariances that whiten the compensation come from one
-    run over the data: a covariance of unsmoothed activations gives that of smoothed
-    ones (see :class:`~torchao_masquant.statistics.input_statistics.InputStatistics`). Where
-    the covariances of all linears do not fit ``max_statistics_bytes``, the data runs
-    several times, a part of the linears observed each time.
+    A part is what is selected of a block, or of the whole model. Samples run through it
+    as often as the statistics of its inputs need to fit in memory.
 
     Args:
-        model: a transformers model whose config names its image, video and audio
-            tokens, or any module that is called with keyword inputs.
-        samples: the model's own keyword inputs, one dict a call. Padding (zeros in
-            ``attention_mask`` [batch, sequence]) is left out. Where ``input_ids`` do
-            not tell the modalities, a sample says them itself as ``modality_ids``
-            [batch, sequence], integers that index the modalities, base first.
-        {options}
-
-    Returns:
-        The recipe, on the CPU.
-
-    Raises:
-        ValueError: an option is out of range; ``samples`` is empty; a modality has no
-            tokens; an activation is nan or inf; a linear is never called; a sample is
-            on another device.
-        TypeError: an option or a sample is of the wrong type.
-
-    Reference: MASQuant, arXiv 2603.04800, MAS (closed form) and CMC (theorem 2).
+        router: that tells the modalities of the tokens that parts are called with.
+        options: of the solution.
+        max_statistics_bytes: bound of the statistics of one pass, in bytes.
+        team: that shares samples and solving; None for this process alone.
+        before: number of tokens of each modality in the samples of the processes
+            before this one.
+        progress: show a bar on a terminal.
     """
-    check_samples(samples)
-    options, progress = given.options, given.progress
-    model = unwrapped(model)
-    met = base_first(model, given.base_modality, given.modalities)
-    selected = select(model, given.include, given.exclude, options, len(met))
-    linears, experts = selected.linears, selected.experts
-    for name, weight in selected.weights.items():
-        check_in_memory(name, weight, model)
-        finite = torch.isfinite(weight).flatten(-2).all(-1)
-        if not finite.all():
-            which = "" if finite.dim() == 0 else f"[{int(finite.int().argmin())}]"
-            raise ValueError(f"{name}{which}: its weight holds nan or inf.")
-    router = Router.for_model(model, met)
-    router.skip_padding = True
-    check_request(model, selected, router.modalities, options)
-    with threads_for(widest(selected.weights.values())):
-        iterator = iter(samples)
-        first = next(iterator, None)
-        if first is None:
-            raise no_samples(samples, "samples", NEEDED)
-        second_moments = options.procedure.per_modality
 
-        # One sample, without covariances, shows which linears share their input.
-        probe = CalibrationSession(linears, router, False, experts)
-        with probe.observing(model):
-            run_samples(model, [first], router, progress=False, description="")
-        passes = plan_passes(probe, second_moments, given.max_statistics_bytes)
-
-        data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
-        if isinstance(samples, Sequence):
-            # May be read again, and tells a progress bar how long it is.
-            data = samples
-        elif len(passes) > 1 or options.epochs:
-            data = list(data)
-        factors: Optional[dict[str, torch.Tensor]] = None
-        if options.learns_factors:
-            session = CalibrationSession(linears, router, second_moments=False)
-            with session.observing(model):
-                run_samples(
-                    model, data, router, progress=progress, description="Ranges"
-                )
-            check_session(session, options)
-            factors = learned_factors(model, data, session, options, progress=progress)
-        layers: dict[str, LayerRecipe] = {}
-        left_out = set(probe.not_matched)
-        count, tokens = 0, dict.fromkeys(router.modalities, 0)
-        notices = CalibrationNotices(options)
-        for index, chosen in enumerate(passes, start=1):
-            session = CalibrationSession(
-                {name: linears[name] for name in chosen if name in linears},
-                router,
-                second_moments,
-                {name: experts[name] for name in chosen if name in experts},
-            )
-            session.has_first = index == 1
-            of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
-            with session.observing(model):
-                count = run_samples(
-                    model,
-                    data,
-                    router,
-                    progress=progress,
-                    description=f"Calibrating{of}",
-                )
-            tokens = {m: max(n, _tokens(session, m)) for m, n in tokens.items()}
-            check_session(session, options)
-            notices.see(session)
-            if index == len(passes):
-                notices.tell()
-            layers |= solve(
-                session,
-                options,
-                factors=factors,
-                progress=progress,
-                spend_statistics=True,
-            )
-            left_out.update(session.not_matched)
-        names = [*linears, *experts]
-        warn_of_left_out([name for name in names if name in left_out])
-        if options.epochs and factors is None:
-            layers = learn(model, data, layers, router, options, progress=progress)
-        return Recipe(
-            options=options,
-            modalities=router.modalities,
-            layers={name: layers[name] for name in names if name in layers},
-            versions=library_versions(),
-            description={"samples": count, "tokens": tokens},
+    def __init__(
+        self,
+        router: Router,
+        options: SolverOptions,
+        max_statistics_bytes: int,
+        *,
+        team: Optional[Team] = None,
+        before: Optional[Sequence[int]] = None,
+        progress: bool = False,
+    ):
+        self.options, self.progress = options, progress
+        self.team = Team.alone() if team is None else team
+        self.notices = CalibrationNotices(options)
+        #: of each modality, as many as the linear met that met most
+        self.tokens = dict.fromkeys(router.modalities, 0)
+        self._passes = Passes(
+            router, options.procedure.per_modality, max_statistics_bytes, before
         )
 
+    def plan(self, part: Selected, run: Callable[[], object]) -> list[list[str]]:
+        """Names of what is to be observed at a time.
 
-def _tokens(session: CalibrationSession, modality: str) -> int:
-    """How many of a modality the linear met that met most."""
-    counts = (
-        moments.count
-        for statistics in session.statistics.values()
-        # They count a token once for each of its experts.
-        if not isinstance(statistics, ExpertStatistics)
-        for name, moments in zip(statistics.modalities, statistics.moments)
-        if name == modality
-    )
-    return max(counts, default=0)
+        Args:
+            part: what is selected of it.
+            run: runs the part once, on a sample.
+        """
+        return self.team.broadcast(self._passes.plan(part, run))
+
+    def layers(
+        self,
+        part: Selected,
+        passes: Sequence[Sequence[str]],
+        run: Callable[[int], object],
+        *,
+        factors: Optional[Mapping[str, torch.Tensor]] = None,
+        is_last: bool = False,
+    ) -> dict[str, LayerRecipe]:
+        """Observe a part of the model, and solve for it.
+
+        Args:
+            part: what is selected of it.
+            passes: of :meth:`plan`.
+            run: runs the part on all samples of this process; called with the number of
+                the pass, from 1 on.
+            factors: smoothing factors by name of the linear; None: in closed form.
+            is_last: whether no part follows; notices are told before it is solved for.
+
+        Returns:
+            On process 0 name to layer, of all but those that were called with other
+            tokens than the model's, which are named in a warning; empty elsewhere.
+
+        Raises:
+            ValueError: as :func:`~torchao_masquant.calibrate`.
+        """
+        layers: dict[str, LayerRecipe] = {}
+        for number, names in enumerate(passes, start=1):
+            session = self._passes.observe(
+                part.where(names.__contains__), partial(run, number)
+            )
+            self.team.reduce(session)
+            self._count(session)
+            check_session(session, self.options)
+            self._passes.left_out.update(session.not_matched)
+            if self.team.rank == 0:
+                self.notices.see(session)
+                if is_last and number == len(passes):
+                    self.notices.tell()
+            layers |= solve(
+                session,
+                self.options,
+                team=self.team,
+                factors=factors,
+                progress=self.progress,
+                spend_statistics=True,
+            )
+        if self.team.rank == 0:
+            warn_of_left_out([n for n in part.layers if n in self._passes.left_out])
+        return layers
+
+    def _count(self, session: CalibrationSession) -> None:
+        for statistics in session.statistics.values():
+            # They count a token once for each of its experts.
+            if not isinstance(statistics, ExpertStatistics):
+                for name, moments in zip(statistics.modalities, statistics.moments):
+                    self.tokens[name] = max(self.tokens[name], moments.count)
 
 
 def solve(
     session: CalibrationSession,
     options: SolverOptions,
     *,
+    team: Optional[Team] = None,
     factors: Optional[Mapping[str, torch.Tensor]] = None,
     progress: bool = False,
     spend_statistics: bool = False,
 ) -> dict[str, LayerRecipe]:
-    """Solve for all linears of a session that has seen its data.
+    """Solve for all linears and experts of a session that has seen its data.
 
     Args:
         session: that :func:`check_session` lets pass; its linears still hold their
             high-precision weights.
-        options: scheme, method, alpha and rank.
-        factors: see :func:`learned_factors`; None: in closed form.
+        options: of the solution.
+        team: that shares the work; None for this process alone.
+        factors: smoothing factors by name of the linear; None: in closed form.
         progress: show a bar on a terminal.
         spend_statistics: use and free the memory of the session's second moments.
 
     Returns:
-        Name of each linear, and of each weight of experts, to its part of a recipe, but
-        for those that were called with other tokens than the model's.
+        On process 0 name of each linear, and of each weight of experts, to its part of
+        a recipe, but for those that were called with other tokens than the model's;
+        empty elsewhere.
     """
-    layers: dict[str, LayerRecipe] = {}
+    team = Team.alone() if team is None else team
     groups = [
-        ({name: session.linears[name].weight for name in names}, leader)
+        (
+            {name: session.linears[name].weight for name in names},
+            session.statistics[leader],
+        )
         for leader, names in session.groups().items()
         if leader in session.linears
     ]
-    ranks = None
+    ranks: Optional[dict[str, list[int]]] = None
     if options.procedure.per_modality and options.rank == AUTO:
-        ranks = spend_ranks(
-            [(weights, session.statistics[leader]) for weights, leader in groups],
-            options,
-            progress=progress,
+        ranks = team.on_first(lambda: spend_ranks(groups, options, progress=progress))
+    shapes: list[list[tuple[int, ...]]] = []
+    tasks: list[Callable[[], Mapping[str, Any]]] = []
+    for weights, statistics in groups:
+        shapes.append([tuple(weight.shape) for weight in weights.values()])
+        tasks.append(
+            partial(
+                solve_group,
+                weights,
+                statistics,
+                options,
+                ranks,
+                factors=factors,
+                spend_statistics=spend_statistics,
+            )
         )
-    for weights, leader in progress_bar(groups, desc="Solving", show=progress):
-        layers |= solve_group(
-            weights,
-            session.statistics[leader],
-            options,
-            ranks,
-            factors=factors,
-            spend_statistics=spend_statistics,
-        )
-    chosen = {n: e for n, e in session.experts.items() if n in session.layers}
-    for name, experts in progress_bar(
-        chosen.items(),
-        desc="Solving experts",
-        show=progress and bool(chosen),
-    ):
-        layers[name] = solve_experts(
-            name,
-            experts.weight,
-            session.statistics[name],
-            options,
-            spend_statistics=spend_statistics,
-        )
-    return {name: layers[name] for name in session.layers}
+    for name, experts in session.experts.items():
+        if name in session.layers:
+            shapes.append(solved_shapes(tuple(experts.weight.shape)))
+            tasks.append(
+                partial(
+                    _solve_experts,
+                    name,
+                    experts.weight,
+                    session,
+                    options,
+                    spend_statistics,
+                )
+            )
+    modalities = len(session.router.modalities)
+    mine = team.mine([solver_cost(shape, modalities, options) for shape in shapes])
+    found: dict[str, LayerRecipe] = {}
+    for index in progress_bar(mine, desc="Solving", show=progress):
+        found |= tasks[index]()
+    found = team.collect(found)
+    return {name: found[name] for name in session.layers} if team.rank == 0 else {}
 
 
-def learned_factors(
-    model: nn.Module,
-    samples: Iterable[Mapping[str, Any]],
+def _solve_experts(
+    name: str,
+    weight: torch.Tensor,
     session: CalibrationSession,
     options: SolverOptions,
-    *,
-    progress: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Smoothing factors as the published method learns them.
-
-    Args:
-        model: left as it was.
-        samples: as for :func:`calibrate`; run through once more.
-        session: that has seen them.
-        options: that ``learns_factors``.
-        progress: show a bar on a terminal.
-
-    Returns:
-        Name of each linear to its factors (M, K), or (1, K) of ones.
-
-    Raises:
-        ValueError: the decoder is not a stack of blocks, or learning diverges.
-    """
-    start: dict[str, LayerRecipe] = {}
-    for leader, names in session.groups().items():
-        weights = {name: session.linears[name].weight for name in names}
-        start |= factors_alone(weights, session.statistics[leader], options)
-    learned = learn(
-        model,
-        samples,
-        start,
-        session.router,
-        options,
-        progress=progress,
-        task=PublishedTask,
+    spend_statistics: bool,
+) -> dict[str, LayerRecipe]:
+    statistics = session.statistics[name]
+    layer = solve_experts(
+        name, weight, statistics, options, spend_statistics=spend_statistics
     )
-    return {name: layer.smoothing_factor for name, layer in learned.items()}
+    return {name: layer}

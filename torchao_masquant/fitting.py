@@ -45,8 +45,9 @@ def fitting_layers(
     known = layers_of_model(model)
     for name, layer in layers.items():
         if name not in known:
+            kind = "linear " if len(layer.shape) == 2 else ""
             raise ValueError(
-                f"the recipe was made for another model: this one has no {name}; "
+                f"the recipe was made for another model: this one has no {kind}{name}; "
                 f"{_AGAIN}."
             )
         shape = tuple(known[name].weight.shape)

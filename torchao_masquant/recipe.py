@@ -295,7 +295,10 @@ class LayerRecipe:
         return cls(
             shape=tuple(shape),
             fingerprint="",
-            smoothing_factor=torch.ones(1, shape[-1]),
+            # transformers makes models under a default device and dtype of its own.
+            smoothing_factor=torch.ones(
+                1, shape[-1], device="cpu", dtype=torch.float32
+            ),
         )
 
     def expert(self, index: int) -> "LayerRecipe":

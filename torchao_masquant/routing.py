@@ -199,6 +199,15 @@ class Router:
         """Undo :meth:`attach`."""
         remove_router(model, self)
 
+    @contextlib.contextmanager
+    def attached(self, model: torch.nn.Module) -> Iterator[None]:
+        """Route calls of ``model`` inside; it is as it was afterwards, always."""
+        self.attach(model)
+        try:
+            yield
+        finally:
+            self.detach(model)
+
     def is_inside(self, depth: int) -> bool:
         """Whether a call of a module is a part of a call whose tokens are known.
 

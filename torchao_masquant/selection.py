@@ -9,7 +9,7 @@ import fnmatch
 import logging
 import re
 from dataclasses import dataclass, replace
-from typing import Collection, Iterable, Mapping, Optional, Sequence
+from typing import Callable, Collection, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -142,6 +142,18 @@ class Selected:
     def weights(self) -> dict[str, torch.Tensor]:
         """The weight of each, (N, K) or (E, N, K)."""
         return {name: layer.weight for name, layer in self.layers.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """(N, K) of each linear, (E, N, K) of each weight of experts."""
+        return {name: tuple(weight.shape) for name, weight in self.weights.items()}
+
+    def where(self, chosen: Callable[[str], bool]) -> "Selected":
+        """Those whose name is chosen."""
+        return Selected(
+            {name: m for name, m in self.linears.items() if chosen(name)},
+            {name: w for name, w in self.experts.items() if chosen(name)},
+        )
 
 
 def select_linears(

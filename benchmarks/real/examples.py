@@ -10,12 +10,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from real.llm import load_tokenizer
-from real.prompts import ANSWERS, TASKS, TEXT, prompt
-from real.thinker import DATA
 from safetensors.torch import load_file
 from torch import Tensor
 
+from real.llm import load_tokenizer
+from real.prompts import ANSWERS, TASKS, TEXT, prompt
+from real.thinker import DATA
 from torchao_masquant.testing.digits.examples import TaskExamples
 
 __all__ = [

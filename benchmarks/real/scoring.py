@@ -10,9 +10,9 @@ import math
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
-from real.examples import IGNORED
 from torch import Tensor, nn
 
+from real.examples import IGNORED
 from torchao_masquant.evaluation.token_scores import TokenScores, score_tokens
 
 __all__ = ["Reference"]

@@ -267,7 +267,7 @@ def test_scores_are_shown_before_they_are_written(model, tmp_path, capsys, monke
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     target = tmp_path / "e.json"
     words = ["eval", model, "synthetic", "--max-samples", "1", "-o", target]
     assert run(*words) == 1

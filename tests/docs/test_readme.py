@@ -22,11 +22,8 @@ from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.testing import model_folders
 
 ROOT = Path(__file__).parents[2]
-ALL_PAGES = [
-    *sorted(ROOT.glob("*.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "tutorials").glob("*.md")),
-]
+PAGES_OF_FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+ALL_PAGES = [*PAGES_OF_FILES, *sorted((ROOT / "tutorials").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [
     p for p in ALL_PAGES if re.search(r"^(```python|masquant )", p.read_text(), re.M)
@@ -104,6 +101,16 @@ def test_links_lead_to_what_is_there(page):
         target = page.parent / file if file else page
         assert target.exists(), link
         assert not anchor or anchor in _anchors(target), link
+
+
+# Tutorials name files of the reader's.
+@pytest.mark.parametrize("page", PAGES_OF_FILES, ids=lambda page: page.name)
+def test_files_that_a_page_sends_to_are_there(page):
+    named = re.findall(r"`(?:python )?([\w./]+\.(?:py|cpp|sh))[ `]", page.read_text())
+    for name in named:
+        # A page about one folder leaves out what is above it.
+        places = [ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}")]
+        assert any(place.exists() for place in places), name
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from torchao_masquant import (
+    LayerRecipe,
     MASQuantConfig,
     MASQuantHfConfig,
     MASQuantLinear,
@@ -30,7 +31,7 @@ from torchao_masquant import (
     Recipe,
     masquant_config,
 )
-from torchao_masquant.integrations import hf_loading
+from torchao_masquant.integrations import hf_quantizing
 from torchao_masquant.integrations.attachment import attach_to_transformers
 from torchao_masquant.integrations.hf_loading import CheckpointLoading
 from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
@@ -105,7 +106,7 @@ def test_one_weight_of_full_precision_at_a_time(original, monkeypatch):
     folder, recipe = original
     arrived: list[tuple[str, StorageWeakRef]] = []
     alive: list[int] = []
-    load_one = hf_loading.QuantizingLoading.load
+    load_one = hf_quantizing.QuantizingLoading.load
 
     def recorded(self: Any, model: Any, name: str, weight: torch.Tensor) -> None:
         gc.collect()
@@ -115,14 +116,14 @@ def test_one_weight_of_full_precision_at_a_time(original, monkeypatch):
         load_one(self, model, name, weight)
 
     seen = []
-    quantize = hf_loading.LayerRecipe.quantize
+    quantize = LayerRecipe.quantize
 
     def counted(self: Any, weight: torch.Tensor, *args: Any) -> MASQuantTensor:
         seen.append(weight.dtype)
         return quantize(self, weight, *args)
 
-    monkeypatch.setattr(hf_loading.QuantizingLoading, "load", recorded)
-    monkeypatch.setattr(hf_loading.LayerRecipe, "quantize", counted)
+    monkeypatch.setattr(hf_quantizing.QuantizingLoading, "load", recorded)
+    monkeypatch.setattr(LayerRecipe, "quantize", counted)
     model = load(folder, MASQuantHfConfig(recipe=recipe))
     gc.collect()
     assert len(arrived) == len(seen) == len(weights(model)) == 14

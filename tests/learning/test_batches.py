@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchao_masquant.learning.batches import batches, held_back
-from torchao_masquant.sequential.team import Team
+from torchao_masquant.team import Team
 
 
 def generator():

@@ -234,6 +234,11 @@ def test_command(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(printed.out)
     assert [row["scheme"] for row in record["inference"]] == ["dense", *SCHEMES]
     assert record["calibration"]["device_bytes"] > 0
+    # What each weight gets of "auto" is its data's to say; on average it is as much.
+    assert run(folder, "--json", "--rank", "auto") == 0
+    auto = json.loads(capsys.readouterr().out)
+    for row, other in zip(auto["inference"], record["inference"]):
+        assert row["weight_bytes"] == other["weight_bytes"]
     assert run(folder, "--memory", "10K") == 1
     assert "too much" in capsys.readouterr().out
 
@@ -257,7 +262,8 @@ def test_errors_are_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--devices", "0"], ["--memory", "much"], ["--rank", "1.5"]]
+    "arguments",
+    [["--devices", "0"], ["--memory", "much"], ["--rank", "1.5"], ["--rank", "-1"]],
 )
 def test_bad_options(folder: str, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as raised:

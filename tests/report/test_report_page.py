@@ -141,6 +141,10 @@ def test_colours_follow_light_and_dark_mode(page):
     assert {"m0", "m1", "m2", "ink", "grid", "part4"} <= used <= variables
 
 
+def test_no_style_moves_a_mark(page):
+    assert not re.search(r"(?<!text-)transform|translate|zoom", page.one("style").text)
+
+
 def _channel(value):
     value = value / 255
     return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4

@@ -194,7 +194,7 @@ class Once:
         ({"samples": Once()}, TypeError, "an iterator ends after the first"),
         ({"samples": [[1]]}, TypeError, "sample 0 is a list"),
         ({"output": None}, ValueError, "name what to write"),
-        ({"activations": "tape"}, ValueError, "'memory' or on 'disk', not 'tape'"),
+        ({"activations": "tape"}, ValueError, "unknown activations 'tape': choose one"),
         ({"model": "/no/such"}, FileNotFoundError, "there is no folder '/no/such'"),
         ({"output": "/no/such/q"}, FileNotFoundError, "there is no folder '/no/such'"),
         ({"include": "*.none"}, ValueError, "matches no linear"),

@@ -25,8 +25,8 @@ from torchao_masquant.options import SolverOptions
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.sequential.preflight import estimate
-from torchao_masquant.sequential.team import Team
 from torchao_masquant.statistics.expert_statistics import ExpertStatistics
+from torchao_masquant.team import Team
 
 LAYERS = 3
 

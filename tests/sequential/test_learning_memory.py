@@ -78,7 +78,7 @@ def test_it_is_estimated_from_above(
     """And by no more than twice."""
     tiny_models.qwen25_vl_of_width(hidden, inner, 1).save_pretrained(tmp_path / "model")
     estimates, peaks = [], []
-    module = importlib.import_module("torchao_masquant.sequential.calibrate_sequential")
+    module = importlib.import_module("torchao_masquant.sequential.run")
     learn = BlockTask.learn
 
     def estimate(**sizes):

@@ -24,7 +24,7 @@ from torchao_masquant.learning.learn import BlockTask
 from torchao_masquant.learning.together import Alone
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.sequential import TeamError, calibrate_sequential
-from torchao_masquant.sequential.team import Team
+from torchao_masquant.team import Team
 
 NAMES = ("text", "vision")
 WIDTH = 16

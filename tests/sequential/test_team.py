@@ -19,11 +19,11 @@ from teams import SIZE, stopped, together
 
 from torchao_masquant import Recipe, Router
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.conductor import Conductor
 from torchao_masquant.sequential import calibrate_sequential
-from torchao_masquant.sequential.block_solver import BlockSolver
-from torchao_masquant.sequential.team import Team
 from torchao_masquant.statistics.input_statistics import Moments
 from torchao_masquant.statistics.token_sample import TokenSample
+from torchao_masquant.team import Team
 
 CPU = torch.device("cpu")
 
@@ -167,7 +167,7 @@ def test_two_processes_write_what_one_writes(original, by_two, tmp_path):
 
 def dying(rank, original, folder):
     if rank == 1:
-        BlockSolver.solve = killing(BlockSolver.solve)
+        Conductor.layers = killing(Conductor.layers)
     calibrated(rank, original, folder)
 
 

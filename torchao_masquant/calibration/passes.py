@@ -5,52 +5,100 @@
 # LICENSE file in the root directory of this source tree.
 """How many linears are observed at a time, so that their statistics fit in memory."""
 
-from typing import Sequence
+from typing import Callable, Optional, Sequence
 
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.routing import Router
+from torchao_masquant.selection import Selected
 from torchao_masquant.statistics.input_statistics import statistics_bytes
 
-__all__ = ["in_passes", "plan_passes"]
+__all__ = ["Passes", "in_passes"]
 
 
-def plan_passes(
-    session: CalibrationSession, second_moments: bool, max_bytes: int
-) -> list[list[str]]:
-    """Split a session's linears into passes over the data.
+class Passes:
+    """Observes a part of a model after the other, as much at a time as memory bears.
 
     Args:
-        session: one that has seen a sample, so that it knows which linears share
-            their input.
-        second_moments: whether the passes will keep covariances.
+        router: that tells the modalities of the tokens that parts are called with.
+        second_moments: keep covariances, too.
         max_bytes: of the statistics of one pass, in bytes. An input that alone needs
             more has a pass of its own.
-
-    Returns:
-        Names of the linears of each pass; linears that share an input stay together.
-        Those that the sample did not reach come with the last pass: another sample
-        may reach them.
+        before: see :class:`~torchao_masquant.calibration.session.CalibrationSession`.
     """
-    groups = session.groups()
-    needs = []
-    for leader in groups:
-        layer = session.layers[leader]
-        experts = layer.weight.shape[0] if isinstance(layer, ExpertWeight) else 0
-        needs.append(
-            statistics_bytes(
-                layer.in_features,
-                len(session.router.modalities),
-                second_moments,
-                experts,
+
+    def __init__(
+        self,
+        router: Router,
+        second_moments: bool,
+        max_bytes: int,
+        before: Optional[Sequence[int]] = None,
+    ):
+        self.router, self.second_moments = router, second_moments
+        self.max_bytes, self.before = max_bytes, before
+        #: names of what is called with other tokens than the model's
+        self.left_out: set[str] = set()
+        self._at_first = True
+
+    def plan(self, part: Selected, run: Callable[[], object]) -> list[list[str]]:
+        """Split a part.
+
+        Args:
+            part: what is to be observed.
+            run: runs it on a sample, which shows what shares its input.
+
+        Returns:
+            Names of each pass; linears that share an input stay together. Those that the
+            sample did not reach come with the last pass: another sample may reach them.
+        """
+        probe = CalibrationSession(dict(part.linears), self.router, False, part.experts)
+        probe.has_first = self._at_first
+        with probe.watching():
+            run()
+        self.left_out.update(probe.not_matched)
+        groups = probe.groups()
+        needs = []
+        for leader in groups:
+            layer = probe.layers[leader]
+            experts = layer.weight.shape[0] if isinstance(layer, ExpertWeight) else 0
+            needs.append(
+                statistics_bytes(
+                    layer.in_features,
+                    len(self.router.modalities),
+                    self.second_moments,
+                    experts,
+                )
             )
+        together = list(groups.values())
+        passes = [
+            [name for index in indices for name in together[index]]
+            for indices in in_passes(needs, self.max_bytes)
+        ]
+        passes[-1] += [name for name in probe.layers if name not in probe.leaders]
+        return passes
+
+    def observe(self, part: Selected, run: Callable[[], object]) -> CalibrationSession:
+        """What one pass has seen of the samples.
+
+        Args:
+            part: what is observed in this pass.
+            run: runs it on all samples.
+        """
+        session = self.new_session(part)
+        session.has_first, self._at_first = self._at_first, False
+        with session.watching():
+            run()
+        return session
+
+    def new_session(self, part: Selected) -> CalibrationSession:
+        """The session of a pass."""
+        return CalibrationSession(
+            dict(part.linears),
+            self.router,
+            self.second_moments,
+            part.experts,
+            self.before,
         )
-    together = list(groups.values())
-    passes = [
-        [name for index in indices for name in together[index]]
-        for indices in in_passes(needs, max_bytes)
-    ]
-    passes[-1] += [name for name in session.layers if name not in session.leaders]
-    return passes
 
 
 def in_passes(needs: Sequence[int], max_bytes: int) -> list[list[int]]:

@@ -92,12 +92,8 @@ class CalibrationSession:
     @contextlib.contextmanager
     def observing(self, model: nn.Module) -> Iterator[None]:
         """Observe calls of ``model`` inside; it is as it was afterwards, always."""
-        self.router.attach(model)
-        try:
-            with self.watching():
-                yield
-        finally:
-            self.router.detach(model)
+        with self.router.attached(model), self.watching():
+            yield
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

@@ -162,8 +162,8 @@ def calibrate_model(
         options: of :func:`torchao_masquant.calibrate`; its ``modality_weights`` may be
             "measure".
     """
+    from torchao_masquant.calibrate_in_memory import calibrate
     from torchao_masquant.calibration.sensitivity import modality_sensitivity
-    from torchao_masquant.conductor import calibrate
     from torchao_masquant.data import PlacedSamples
 
     placed = PlacedSamples(samples, model)

@@ -12,7 +12,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, Optional
 
-from torchao_masquant.cli.calibration_options import whole
+from torchao_masquant.cli.calibration_options import add_option, whole
+from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.models import model_folder
 from torchao_masquant.options import SCHEMES, SolverOptions
 from torchao_masquant.wording import byte_size
@@ -32,18 +33,6 @@ def _memory(text: str) -> int:
     if found is None or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _rank(text: str) -> "int | float":
-    try:
-        value = int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rank") from None
-    if value < 0 or (isinstance(value, float) and value > 1):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a whole number nor a share of 0..1"
-        )
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,12 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=whole(1), default=1, help="calls at a time (default: 1)"
     )
-    parser.add_argument(
-        "--rank", type=_rank, default=0.05, help="of the pairs (default: 0.05)"
-    )
-    parser.add_argument(
-        "--low-rank-bits", type=int, choices=(8, 16), default=16, help="of the pairs"
-    )
+    add_option(parser, "rank")
+    add_option(parser, "low_rank_bits")
     parser.add_argument(
         "--json", action="store_true", help="print the plan as JSON, for scripts"
     )
@@ -94,7 +79,8 @@ def main(arguments: argparse.Namespace) -> int:
         the number of devices.
 
     Raises:
-        ValueError, OSError: the model or the machine can't be read.
+        UsageError: a rank is out of range.
+        ValueError, OSError: the model can't be read.
     """
     from torchao_masquant.planning.estimate import plan_calibration, plan_inference
     from torchao_masquant.planning.skeleton import read_skeleton
@@ -102,10 +88,14 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.machine is not None:
         print("--machine has no effect: a plan tells no seconds.", file=sys.stderr)
+    try:
+        options = SolverOptions(
+            rank=arguments.rank, low_rank_bits=arguments.low_rank_bits
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     skeleton = read_skeleton(model_folder(arguments.model))
-    compensation = Compensation(
-        len(skeleton.modalities), arguments.rank, arguments.low_rank_bits
-    )
+    compensation = Compensation.of(options, len(skeleton.modalities))
     calibration = plan_calibration(
         skeleton,
         SCHEMES["w4a8"],
@@ -113,9 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
         samples=arguments.samples,
         tokens=arguments.tokens,
         devices=arguments.devices,
-        options=SolverOptions(
-            rank=arguments.rank, low_rank_bits=arguments.low_rank_bits
-        ),
+        options=options,
     )
     rows = [
         plan_inference(
@@ -184,12 +172,11 @@ def _print(
     if memory is not None:
         over = c.device_bytes - memory
         verdict = f"; {byte_size(over)} too much" if over > 0 else "; fits"
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Calibration, block by block: {arguments.samples} samples of "
-        f"{arguments.tokens} tokens{verdict}",
-        title_justify="left",
+    print(
+        f"Calibration, block by block: {arguments.samples} samples of "
+        f"{arguments.tokens} tokens{verdict}"
     )
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     table.add_column("memory or traffic", justify="right")
     for what, size in (
@@ -205,12 +192,11 @@ def _print(
     ):
         table.add_row(what, byte_size(size))
     print(to_text(table))
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache "
-        f"is {byte_size(rows[0].cache_bytes)} of a device",
-        title_justify="left",
+    print(
+        f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache is "
+        f"{byte_size(rows[0].cache_bytes)} of a device"
     )
+    table = Table(box=box.SIMPLE_HEAD)
     for column in ("scheme", "weights", "a device", "sent a token", ""):
         table.add_column(
             column, justify="left" if column in ("scheme", "") else "right"

@@ -7,17 +7,15 @@
 
 import itertools
 import statistics
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from functools import partial
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 
 from torchao_masquant.calibration.left_out import warn_of_left_out
-from torchao_masquant.calibration.passes import (
-    plan_passes,
-)
+from torchao_masquant.calibration.passes import Passes
 from torchao_masquant.calibration.request import base_first
-from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.evaluation.analysis import Analysis
 from torchao_masquant.evaluation.compensation_curves import GAUGED, PUBLISHED
 from torchao_masquant.evaluation.input_study import InputStudy, study_input
@@ -29,7 +27,7 @@ from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
 from torchao_masquant.sample_checks import check_samples, no_samples
 from torchao_masquant.samples import run_samples
-from torchao_masquant.selection import select_linears
+from torchao_masquant.selection import Selected, select_linears
 from torchao_masquant.threads import threads_for, widest
 from torchao_masquant.wrappers import unwrapped
 
@@ -108,27 +106,32 @@ def analyze(
             "the analysis needs at least one sample of every modality",
         )
     with threads_for(widest(linear.weight for linear in linears.values())):
-        # One sample, without covariances, shows which linears share their input.
-        probe = CalibrationSession(linears, router, second_moments=False)
-        with probe.observing(model):
-            run_samples(model, [first], router, progress=False, description="")
-        passes = plan_passes(probe, True, max_statistics_bytes)
+        passes = _TokenPasses(router, True, max_statistics_bytes)
+        everything = Selected(linears, {})
 
+        def run(data: Iterable[Mapping[str, Any]], what: str = "") -> None:
+            with router.attached(model):
+                run_samples(
+                    model,
+                    data,
+                    router,
+                    progress=progress and bool(what),
+                    description=what,
+                )
+
+        plan = passes.plan(everything, lambda: run([first]))
         data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
-        if len(passes) > 1:
+        if len(plan) > 1:
             data = list(data)
         studies: dict[str, InputStudy] = {}
-        left_out = set(probe.not_matched)
-        for index, names in enumerate(passes, start=1):
-            session = TokenSession({n: linears[n] for n in names}, router, _TOKENS)
-            session.has_first = index == 1
-            of = f" {index}/{len(passes)}" if len(passes) > 1 else ""
-            with session.observing(model):
-                run_samples(
-                    model, data, router, progress=progress, description=f"Observing{of}"
-                )
+        for index, names in enumerate(plan, start=1):
+            of = f" {index}/{len(plan)}" if len(plan) > 1 else ""
+            session = passes.observe(
+                everything.where(names.__contains__),
+                partial(run, data, f"Observing{of}"),
+            )
             session.check_complete()
-            left_out.update(session.not_matched)
+            passes.left_out.update(session.not_matched)
             bar = progress_bar(
                 session.groups().items(),
                 desc=f"Analyzing{of}",
@@ -139,7 +142,7 @@ def analyze(
                     session, leader, members, bits, alpha, shares
                 )
 
-    warn_of_left_out([name for name in linears if name in left_out])
+    warn_of_left_out([name for name in linears if name in passes.left_out])
     others = router.modalities[1:]
     curves = {
         name: {m: study.curves[m][name] for m in others}
@@ -167,6 +170,18 @@ def analyze(
             for method in (PUBLISHED, GAUGED)
         },
     )
+
+
+class _TokenPasses(Passes):
+    """Keeps tokens of each input, too."""
+
+    def new_session(self, part: Selected) -> TokenSession:
+        return TokenSession(dict(part.linears), self.router, _TOKENS)
+
+    def observe(self, part: Selected, run: Callable[[], object]) -> TokenSession:
+        session = super().observe(part, run)
+        assert isinstance(session, TokenSession)
+        return session
 
 
 def _check_alpha(alpha: Any) -> None:

@@ -7,8 +7,7 @@
 
 import datetime
 import os
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
@@ -19,11 +18,9 @@ from torchao_masquant.figures.export import to_svg, write_png
 from torchao_masquant.figures.style import (
     COLORS,
     VARIABLES,
-    method_order,
     modality_color,
     require,
 )
-from torchao_masquant.options import SCHEMES
 from torchao_masquant.outputs import check_file
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.report.headline import headline
@@ -38,7 +35,7 @@ from torchao_masquant.report.recipe_section import recipe_section
 from torchao_masquant.report.result_rows import rows_of_results
 from torchao_masquant.report.rows import Rows, rows_of_evaluations
 from torchao_masquant.report.section import Section
-from torchao_masquant.report.sources import UNNAMED, Sources
+from torchao_masquant.report.sources import UNNAMED, Sources, told_apart
 
 __all__ = ["Report", "write_report"]
 
@@ -123,13 +120,8 @@ def write_page(
     """Write the page about some sources; see :func:`write_report`."""
     environment = _environment()
     _check_targets(path, png)
-    sources = Sources(
-        sources.recipe,
-        sources.analysis,
-        _distinct(sources.evaluations),
-        sources.results,
-    )
-    modalities = _modalities(sources)
+    sources = replace(sources, evaluations=told_apart(sources.evaluations))
+    modalities = sources.modalities
     evaluated = rows_of_evaluations(sources.evaluations)
     benchmarks = _benchmark_rows(sources)
     top = headline(sources, evaluated, benchmarks, title)
@@ -144,7 +136,7 @@ def write_page(
         headline=top,
         sections=sections,
         missing=missing,
-        made_from=_made_from(sources),
+        made_from=sources.parts,
         made_on=datetime.date.today().isoformat(),
         modalities={m: VARIABLES[modality_color(m, modalities)] for m in modalities},
         colors=COLORS,
@@ -195,45 +187,6 @@ def _check_targets(path: Path, png: Optional[Path]) -> None:
         )
 
 
-def _distinct(
-    evaluations: Sequence[tuple[str, Evaluation]],
-) -> tuple[tuple[str, Evaluation], ...]:
-    """Evaluations by scheme and method, those of the same two numbered."""
-    schemes = [None, *SCHEMES]
-    evaluations = sorted(
-        evaluations,
-        key=lambda pair: (
-            schemes.index(pair[1].scheme)
-            if pair[1].scheme in schemes
-            else len(schemes),
-            pair[1].scheme or "",
-            method_order(pair[0]),
-        ),
-    )
-    counts = Counter((m, e.scheme) for m, e in evaluations)
-    seen: Counter = Counter()
-    found = []
-    for method, evaluation in evaluations:
-        key = method, evaluation.scheme
-        seen[key] += 1
-        numbered = counts[key] > 1 and evaluation.scheme is not None
-        found.append((f"{method} ({seen[key]})" if numbered else method, evaluation))
-    return tuple(found)
-
-
-def _modalities(sources: Sources) -> list[str]:
-    """All that occur, base first."""
-    found: list[str] = []
-    for part in (
-        sources.recipe,
-        sources.analysis,
-        *(evaluation for _, evaluation in sources.evaluations),
-    ):
-        if part is not None:
-            found += part.modalities
-    return list(dict.fromkeys(found))
-
-
 def _model_sections(
     sources: Sources, modalities: Sequence[str], scheme: str, method: str
 ) -> list[Section]:
@@ -247,16 +200,6 @@ def _model_sections(
     if sources.recipe is not None and sources.recipe.layers:
         found.append(recipe_section(sources.recipe, modalities))
     return found
-
-
-def _made_from(sources: Sources) -> list[str]:
-    count = len(sources.evaluations)
-    return [
-        *(["a recipe"] if sources.recipe is not None else []),
-        *(["an analysis"] if sources.analysis is not None else []),
-        *([f"{count} evaluation{'s' if count > 1 else ''}"] if count else []),
-        *(["benchmark results"] if sources.results else []),
-    ]
 
 
 def _write_drawings(figures: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:

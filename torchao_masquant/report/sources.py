@@ -7,12 +7,14 @@
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Sequence, TypeVar, Union
 
 from torchao_masquant.evaluation import Analysis, Evaluation
-from torchao_masquant.options import METHODS
+from torchao_masquant.figures.style import method_order
+from torchao_masquant.options import METHODS, SCHEMES
 from torchao_masquant.recipe import Recipe
 from torchao_masquant.report.result_rows import rows_of_results
 
@@ -24,6 +26,7 @@ __all__ = [
     "UNNAMED",
     "Sources",
     "read_sources",
+    "told_apart",
 ]
 
 #: what an evaluation is called whose method nobody knows
@@ -57,6 +60,25 @@ class Sources:
     analysis: Optional[Analysis] = None
     evaluations: tuple[tuple[str, Evaluation], ...] = ()
     results: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def modalities(self) -> list[str]:
+        """All that occur, base first."""
+        evaluated = [evaluation for _, evaluation in self.evaluations]
+        found = [part for part in (self.recipe, self.analysis, *evaluated) if part]
+        return list(dict.fromkeys(name for part in found for name in part.modalities))
+
+    @property
+    def parts(self) -> list[str]:
+        """What there is, in words."""
+        count = len(self.evaluations)
+        told = {
+            "a recipe": self.recipe is not None,
+            "an analysis": self.analysis is not None,
+            f"{count} evaluation{'s' if count > 1 else ''}": count,
+            "benchmark results": self.results,
+        }
+        return [name for name, there in told.items() if there]
 
 
 def read_sources(paths: Sequence[Union[str, os.PathLike]]) -> Sources:
@@ -151,3 +173,29 @@ def _method(path: Path, evaluation: Evaluation) -> str:
 def _ends_with(stem: str, method: str) -> bool:
     before = stem.removesuffix(method)
     return before != stem and not before[-1:].isalnum()
+
+
+def told_apart(
+    evaluations: Sequence[tuple[str, Evaluation]],
+) -> tuple[tuple[str, Evaluation], ...]:
+    """Evaluations by scheme and method, those of the same two numbered."""
+    schemes = [None, *SCHEMES]
+    evaluations = sorted(
+        evaluations,
+        key=lambda pair: (
+            schemes.index(pair[1].scheme)
+            if pair[1].scheme in schemes
+            else len(schemes),
+            pair[1].scheme or "",
+            method_order(pair[0]),
+        ),
+    )
+    counts = Counter((m, e.scheme) for m, e in evaluations)
+    seen: Counter = Counter()
+    found = []
+    for method, evaluation in evaluations:
+        key = method, evaluation.scheme
+        seen[key] += 1
+        numbered = counts[key] > 1 and evaluation.scheme is not None
+        found.append((f"{method} ({seen[key]})" if numbered else method, evaluation))
+    return tuple(found)

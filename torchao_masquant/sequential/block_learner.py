@@ -21,7 +21,7 @@ from torchao_masquant.sequential.decoder_walk import (
     DecoderCall,
     DecoderWalk,
 )
-from torchao_masquant.sequential.team import Team
+from torchao_masquant.team import Team
 
 __all__ = ["BlockLearner"]
 

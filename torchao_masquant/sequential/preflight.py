@@ -17,8 +17,7 @@ import torch
 
 from torchao_masquant.learning.memory import learning_bytes
 from torchao_masquant.options import SolverOptions
-from torchao_masquant.sequential.block_solver import solved_shapes
-from torchao_masquant.solver.cost import solver_bytes, solver_cost
+from torchao_masquant.solver.cost import solved_shapes, solver_bytes, solver_cost
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.statistics.input_statistics import (
     InputStatistics,

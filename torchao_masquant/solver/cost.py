@@ -14,7 +14,7 @@ from torchao_masquant.solver.layers import ROUNDED_TOGETHER
 from torchao_masquant.solver.sampled_outputs import SAMPLED_OUTPUTS
 from torchao_masquant.statistics.input_statistics import SAMPLE_TOKENS
 
-__all__ = ["solver_bytes", "solver_cost"]
+__all__ = ["solved_shapes", "solver_bytes", "solver_cost"]
 
 # That matrix routines take for themselves, as measured.
 _SCRATCH = 6 << 20
@@ -126,3 +126,9 @@ def solver_bytes(
         # Statistics that are needed again.
         peak += modalities * square
     return held + peak + _SCRATCH
+
+
+def solved_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """(N, K) of each linear that a weight (N, K) or (E, N, K) is solved for as."""
+    *experts, n, k = shape
+    return [(n, k)] * (experts[0] if experts else 1)

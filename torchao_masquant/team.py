@@ -51,10 +51,11 @@ class Team:
     Args:
         timeout: seconds to wait for a process that is alive; longer than solving for
             the widest linear takes.
+        alone: this process by itself, whatever was initialized.
     """
 
-    def __init__(self, timeout: float = 7200.0):
-        together = dist.is_available() and dist.is_initialized()
+    def __init__(self, timeout: float = 7200.0, *, alone: bool = False):
+        together = not alone and dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size() if together else 1
         self.rank = dist.get_rank() if together else 0
         #: how many of the processes are on this machine
@@ -64,6 +65,11 @@ class Team:
         if self.size > 1:
             with self._talking():
                 self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+
+    @classmethod
+    def alone(cls) -> "Team":
+        """A team of this process by itself."""
+        return cls(alone=True)
 
     def share_of(self, count: int) -> range:
         """Indices of this process's samples: neighbours, so that order is kept."""
