@@ -13,8 +13,9 @@ import contextlib
 import re
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
+import numpy as np
 import torch
-from hadamard_oracle import hadamard_f64
+from operator_oracle import linear_f64
 from torch import nn
 
 from torchao_masquant import MASQuantLinear
@@ -64,53 +65,13 @@ def expected(
         ids: (T,).
 
     Returns:
-        (T, N) output and (T, N) bound of its error. Values that lie within 1e-3 of a
-        rounding boundary may be rounded either way.
+        (T, N) output and (T, N) bound of its error. Values that float32 can't tell from
+        a rounding boundary may be rounded either way.
     """
-    weight = linear.weight.data
-    x = x.double()
-    smoothed = x * weight.act_pre_scale.double()[ids]
-    if weight.act_shift is not None:
-        smoothed = smoothed - weight.act_shift.double()[ids]
-    rotation = hadamard_f64(weight.in_features, weight.hadamard_size)
-    smoothed = smoothed @ torch.from_numpy(rotation)
-    if weight.act_bits == 16:
-        q, step, near = smoothed, torch.ones(1, 1), torch.zeros_like(smoothed)
-    else:
-        quant_max = 2 ** (weight.act_bits - 1) - 1
-        step = smoothed.abs().amax(-1, keepdim=True) / quant_max
-        levels = smoothed / step
-        q = levels.round()
-        near = ((levels - levels.floor() - 0.5).abs() < 1e-3).double()
-    width = weight.in_features // weight.scale.shape[1]
-    base = weight.int_data().double()
-    if weight.zero_point is not None:
-        base -= weight.zero_point.double().repeat_interleave(width, 1)
-    base *= weight.scale.double().repeat_interleave(width, 1)
-
-    y = torch.empty(x.shape[0], base.shape[0], dtype=torch.float64)
-    bound = torch.empty_like(y)
-    start = 0
-    for index in range(len(weight.modalities)):
-        matrix = base
-        if index and weight.l1 is not None:
-            columns = slice(start, start + weight.ranks[index - 1])
-            start = columns.stop
-            down = weight.l1[:, columns].double()
-            if weight.low_rank_scale is not None:
-                down *= weight.low_rank_scale.double()[columns]
-            pair = down @ weight.l2[columns].double()
-            matrix = base + pair.t()
-        rows = ids == index
-        y[rows] = (q * step)[rows] @ matrix.t()
-        bound[rows] = (near * step)[rows] @ matrix.abs().t()
-        bound[rows] += 1e-5 * ((q * step)[rows].abs() @ matrix.abs().t())
-        if weight.modality_bias is not None:
-            y[rows] += weight.modality_bias[index].double()
-            bound[rows] += 1e-5 * weight.modality_bias[index].double().abs()
-    if linear.bias is not None:
-        y += linear.bias.double()
-    return y, bound + 1e-5 * y.abs() + 1e-6
+    found = linear_f64(linear.weight.data, x, ids, linear.bias)
+    y = torch.from_numpy(found.value)
+    sums = torch.from_numpy(np.minimum(found.relative, 1e-5) * found.size)
+    return y, torch.from_numpy(found.moved) + sums + 1e-5 * y.abs() + 1e-6
 
 
 def misrouted(call: LinearCall, ids: torch.Tensor) -> torch.Tensor:

@@ -339,13 +339,32 @@ def bfloat16_roundings(x: torch.Tensor) -> int:
     return round(2 * 2.0**-8 / UNIT) if rounded else 0
 
 
+class Linear(NamedTuple):
+    """
+    Attributes:
+        value: (T, N).
+        moved: (T, N) how far levels that may be rounded either way move it.
+        size: (T, N) the sum of the magnitudes of all terms.
+        relative: of it, how far float32 may be off beside that.
+    """
+
+    value: np.ndarray
+    moved: np.ndarray
+    size: np.ndarray
+    relative: np.ndarray
+
+    @property
+    def bound(self) -> np.ndarray:
+        return self.moved + self.relative * self.size
+
+
 def linear_f64(
     tensor: Any,
     x: torch.Tensor,
     ids: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
-) -> tuple[np.ndarray, np.ndarray]:
-    """(T, N) ``masquant::linear``, and how far its float32 may be from it.
+) -> Linear:
+    """``masquant::linear`` of tokens.
 
     Args:
         tensor: a MASQuantTensor, of which the parts alone are read.
@@ -364,7 +383,9 @@ def linear_f64(
             *(x, tensor.act_pre_scale, *parts, tensor.zero_point, *pair, *rest),
             *(tensor.ranks, tensor.weight_bits, x.dtype, tensor.low_rank_scale, block),
         )
-        return found.value, found.tolerance + bfloat16_roundings(x) * UNIT * found.size
+        roundings = np.array(found.roundings + bfloat16_roundings(x))
+        nothing = np.zeros_like(found.value)
+        return Linear(found.value, nothing, found.size, roundings * UNIT)
     q = smooth_quantize_f64(
         x, tensor.act_pre_scale, ids, tensor.act_bits, tensor.act_shift, block
     )
@@ -392,9 +413,9 @@ def linear_f64(
     )
     if not paired:
         reach = found.roundings * UNIT + q.reach / q.scale
-        return found.value, moved + reach * found.size
+        return Linear(found.value, moved, found.size, reach)
     size = found.size - found.low_rank + widest @ np.abs(f64(pair[1]))
     # K and R products and sums of the pair and the scale in between; of a group the
     # conversion of its sum, two scales and an addition; three additions of the terms.
     roundings = x.shape[1] + sum(tensor.ranks) + tensor.scale.shape[1] + 7
-    return found.value, moved + roundings * UNIT * size
+    return Linear(found.value, moved, size, np.array(roundings * UNIT))

@@ -149,7 +149,8 @@ def assert_linear(
     assert y.shape == (*x.shape[:-1], tensor.shape[0])
     assert y.dtype == x.dtype
     flat = None if ids is None else ids.reshape(-1)
-    expected, bound = linear_f64(tensor, x.reshape(-1, x.shape[-1]), flat, bias)
+    found = linear_f64(tensor, x.reshape(-1, x.shape[-1]), flat, bias)
+    expected, bound = found.value, found.bound
     unit, smallest = OUT[y.dtype]
     tolerance = bound * (1 + unit) + unit * np.abs(expected) + smallest
     error = np.abs(f64(y).reshape(expected.shape) - expected)
