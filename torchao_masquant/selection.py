@@ -26,7 +26,7 @@ from torchao_masquant.experts import (
 from torchao_masquant.families import family_of
 from torchao_masquant.model_parts import Decoder, find_decoder, heads_of
 from torchao_masquant.options import NamePatterns, SolverOptions, resolve_rank
-from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
+from torchao_masquant.weight_bytes import Compensation, weight_bytes
 
 __all__ = [
     "Selected",
