@@ -17,7 +17,7 @@ from typing import Any, Callable, Protocol
 
 from torch import nn
 
-from torchao_masquant.model_parts import decoder_path, token_reader
+from torchao_masquant.models.parts import decoder_path, token_reader
 from torchao_masquant.reclassing import Reclassed, become, become_original
 
 __all__ = ["RoutedModule", "add_router", "remove_router"]

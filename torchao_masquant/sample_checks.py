@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchao_masquant.in_memory import is_hooked
+from torchao_masquant.models.wrappers import is_hooked
 
 __all__ = ["NEEDED", "check_sample", "check_samples", "no_samples"]
 

@@ -12,7 +12,7 @@ from typing import Any, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router
 from torchao_masquant.sample_checks import check_sample, check_samples

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.expert_modules import RoutedExperts
-from torchao_masquant.experts import (
+from torchao_masquant.models.experts import (
     ExpertWeight,
     Layer,
     experts_of,
@@ -23,8 +23,8 @@ from torchao_masquant.experts import (
     projections,
     warn_of_expert_weights,
 )
-from torchao_masquant.families import family_of
-from torchao_masquant.model_parts import Decoder, find_decoder, heads_of
+from torchao_masquant.models.families import family_of
+from torchao_masquant.models.parts import Decoder, find_decoder, heads_of
 from torchao_masquant.options import NamePatterns, SolverOptions, resolve_rank
 from torchao_masquant.weight_bytes import Compensation, weight_bytes
 
@@ -185,9 +185,9 @@ def select(
 
     Args:
         model: a transformers model, or any module. The decoder, as
-            :mod:`torchao_masquant.model_parts` finds it, is the default choice, without
+            :mod:`torchao_masquant.models.parts` finds it, is the default choice, without
             towers, talkers and heads; a module that holds no language model is taken
-            whole. What :mod:`torchao_masquant.families` says of its kind is left out,
+            whole. What :mod:`torchao_masquant.models.families` says of its kind is left out,
             too.
         include: patterns of full names, in place of the default choice.
         exclude: patterns of full names to leave out.

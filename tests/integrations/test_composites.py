@@ -30,7 +30,7 @@ from torchao_masquant import (
 from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.evaluation import evaluate
 from torchao_masquant.modality import modality_token_ids
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
 from torchao_masquant.selection import decoder_of, select
 from torchao_masquant.sequential import calibrate_sequential
 

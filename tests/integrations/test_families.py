@@ -34,8 +34,8 @@ from torchao_masquant import (
     calibrate,
     masquant_config,
 )
-from torchao_masquant.experts import expert_weights
 from torchao_masquant.modality import modality_token_ids
+from torchao_masquant.models.experts import expert_weights
 from torchao_masquant.selection import select
 
 # Tokens that a random model must not generate: an image or a sound that is not there.
@@ -305,7 +305,7 @@ def test_text_alone_needs_no_routing():
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.has_experts])
 def test_the_user_is_told_once_what_experts_of_another_layout_weigh(family, caplog):
     model = family.build()
-    caplog.set_level(logging.WARNING, logger="torchao_masquant.experts")
+    caplog.set_level(logging.WARNING, logger="torchao_masquant.models.experts")
     select(model)
     assert not caplog.records
     for name in family.experts:

@@ -20,13 +20,13 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 
 from torchao_masquant import Recipe, Router, calibrate, masquant_config
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.experts import experts_of
+from torchao_masquant.conductor.team import Team
+from torchao_masquant.models.experts import experts_of
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.sequential.preflight import estimate
 from torchao_masquant.statistics.expert_statistics import ExpertStatistics
-from torchao_masquant.team import Team
 
 LAYERS = 3
 

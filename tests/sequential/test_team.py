@@ -19,11 +19,11 @@ from teams import SIZE, stopped, together
 
 from torchao_masquant import Recipe, Router
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.conductor import Conductor
+from torchao_masquant.conductor.conductor import Conductor
+from torchao_masquant.conductor.team import Team
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.statistics.input_statistics import Moments
 from torchao_masquant.statistics.token_sample import TokenSample
-from torchao_masquant.team import Team
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
-from torchao_masquant.experts import ExpertWeight, Layer, module_of
+from torchao_masquant.models.experts import ExpertWeight, Layer, module_of
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.reclassing import change_class

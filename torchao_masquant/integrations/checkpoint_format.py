@@ -38,7 +38,10 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.experts import PROJECTIONS
+from torchao_masquant.conversion.quantized_modules import (
+    quantized_modules,
+    quantized_weights,
+)
 from torchao_masquant.integrations.guard import guard
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import (
@@ -46,9 +49,9 @@ from torchao_masquant.integrations.torchao_tensors import (
     is_torchao,
     taken_apart,
 )
+from torchao_masquant.models.experts import PROJECTIONS
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import QUANT_METHOD
-from torchao_masquant.quantized_modules import quantized_modules, quantized_weights
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 

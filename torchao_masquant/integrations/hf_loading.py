@@ -11,11 +11,9 @@ from typing import Any, Callable, Mapping, Optional
 import torch
 from torch import nn
 
-from torchao_masquant.experts import (
-    ExpertWeight,
-    by_module,
-    experts_of,
-    layers_of_model,
+from torchao_masquant.conversion.quantized_modules import (
+    quantized_modules,
+    replace_weights,
 )
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
@@ -26,8 +24,13 @@ from torchao_masquant.integrations.checkpoint_format import (
 from torchao_masquant.integrations.guard import is_guard
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import assembled, parts_of
-from torchao_masquant.names import named_here
-from torchao_masquant.quantized_modules import quantized_modules, replace_weights
+from torchao_masquant.models.experts import (
+    ExpertWeight,
+    by_module,
+    experts_of,
+    layers_of_model,
+)
+from torchao_masquant.models.names import named_here
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import check_whole
 from torchao_masquant.tensor_subclasses import MASQuantTensor

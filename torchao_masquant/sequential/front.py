@@ -8,7 +8,7 @@
 import functools
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 
-from torchao_masquant.model_parts import heads_of, token_reader
+from torchao_masquant.models.parts import heads_of, token_reader
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.sequential.activations import ActivationStore
 from torchao_masquant.sequential.block_store import BlockStore
