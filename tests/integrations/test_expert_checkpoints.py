@@ -24,7 +24,6 @@ from torchao_masquant import (
     MASQuantHfConfig,
     MASQuantTensor,
     Recipe,
-    analyze,
     calibrate,
     evaluate,
     masquant_config,
@@ -291,13 +290,6 @@ def test_scores_of_a_model_with_experts(saved):
     assert found.weight_bytes == held
     # What is 4 bits of integers and a little more, of what was 32 bits.
     assert held < found.reference_weight_bytes / 2
-
-
-def test_an_analysis_is_of_the_linears(saved):
-    dense, recipe, _, _, inputs = saved
-    found = analyze(dense, [inputs], progress=False)
-    linears = {name for name, part in recipe.layers.items() if len(part.shape) == 2}
-    assert {n for study in found.inputs.values() for n in study.linears} == linears
 
 
 def test_a_report_has_the_bytes_of_experts(saved, tmp_path):

@@ -14,8 +14,9 @@ import signal
 import pytest
 import tiny_models
 import torch
+from checkpoints import assert_same_recipe
 from one_block import Model
-from results import FIXED, assert_same_files, assert_same_recipe
+from results import FIXED, assert_same_files
 from teams import stopped, together
 
 from torchao_masquant import Recipe, calibrate
