@@ -156,7 +156,7 @@ def plan_recipe(
             f"{router.modalities} already, the recipe is for {modalities}."
         )
     if needs_router(router, left):
-        # Not twice, where it is attached already.
+        # Anew: it may be attached to a part of the model, which is deeper inside now.
         router.detach(model)
         router.attach(model)
 

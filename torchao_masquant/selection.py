@@ -40,7 +40,8 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
-# Of a decoder's weights that are left out for being small.
+# Small linears are left out of a decoder only where they are less than this share of its
+# weights: more of them is a toy, whose bytes nobody counts.
 _LARGEST_SHARE = 0.25
 
 
@@ -240,7 +241,6 @@ def select(
     if include is None and options is not None:
         candidates = {n: linears[n] for n in default if n in linears}
         small = _growing(candidates, options, modalities)
-        # Where they are much of a model it is a toy, whose bytes nobody counts.
         if _values(small) < _LARGEST_SHARE * _values(candidates):
             default = [n for n in default if n not in small]
             _tell_of_small(small)

@@ -160,7 +160,7 @@ class CalibrationSession:
 
     # Opaque to Dynamo, where a part of the model is compiled.
     @torch.compiler.disable
-    # Of ordinary tensors, so that they can be used and added to outside of it.
+    # Statistics made in inference mode could not be added to outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def observe(self, linear: MASQuantObservedLinear, x: torch.Tensor) -> None:

@@ -65,7 +65,7 @@ __all__ = [
     "stored_part",
 ]
 
-#: That is written; of rotated weights the one after it.
+#: The version that is written; where a weight is rotated, the one after it is.
 FORMAT_VERSION = 3
 _ROTATED_VERSION = 4
 _KNOWN_VERSIONS = (1, 2, FORMAT_VERSION, _ROTATED_VERSION)
@@ -279,7 +279,7 @@ def flatten_state_dict(
             value = getattr(tensor, part)
             if value is None:
                 continue
-            # Of a slice, only its own values are written.
+            # A slice is written without the rest of the tensor that it is a view of.
             value = value.detach().contiguous()
             storage = value.untyped_storage()
             if (

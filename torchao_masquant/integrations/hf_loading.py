@@ -213,7 +213,7 @@ class CheckpointLoading:
                 f"the checkpoint has no {min(missing)}, which its config.json names: "
                 "download or save it again."
             )
-        # Of another class, a head may rightly be new.
+        # A head may rightly be new in another class than the saved one.
         if self._is_saved_class:
             self._check_complete(covered)
 
@@ -293,7 +293,7 @@ def finish_modules(model: nn.Module, routers: Mapping[str, Router]) -> None:
             for name, layer in layers.items()
             if isinstance(layer.weight.data, MASQuantTensor)
         }
-        # Of one that was not there transformers has its own to say.
+        # transformers itself reports weights that the files did not have.
         if weights.keys() == layers.keys():
             replace_weights(layers, weights, routers[next(iter(layers))])
 

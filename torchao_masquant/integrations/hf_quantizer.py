@@ -122,7 +122,7 @@ class MASQuantHfQuantizer(HfQuantizer):
     def param_needs_quantization(
         self, model: Any, param_name: str, **kwargs: Any
     ) -> bool:
-        # Also of a saved weight: transformers then takes it in another shape.
+        # A saved weight counts too: transformers then takes it in another shape.
         return (
             self.loading is not None and self.loading.linear_of(param_name) is not None
         ) or (

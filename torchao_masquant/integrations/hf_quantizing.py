@@ -109,7 +109,7 @@ class QuantizingLoading:
                 return
             except ValueError as error:
                 self.error = error
-        # Of the right shape, and of no size.
+        # A stand-in of the right shape that takes no memory.
         nothing = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
         set_parameter(model, parameter, nothing)
 
