@@ -5,8 +5,6 @@
 # LICENSE file in the root directory of this source tree.
 """``calibrate`` on data as nobody wants it, up to the output of the quantized model."""
 
-import re
-
 import pytest
 import tiny_models
 import torch
@@ -225,16 +223,6 @@ def test_a_group_size_that_divides_the_first_linear_alone():
     with pytest.raises(ValueError, match=r"width \(28\) of 1 of 2 linears \(down\)"):
         _quantized(x, ids, group_size=10, progress=False)
     _quantized(x, ids, group_size=4, progress=False)
-
-
-def test_a_modality_weight_of_another_model():
-    x, ids = _data()
-    message = (
-        "modality_weights name 'taste', which is not one of the modalities "
-        "('text', 'vision', 'audio')."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        _quantized(x, ids, modality_weights={"taste": 1.0}, progress=False)
 
 
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
