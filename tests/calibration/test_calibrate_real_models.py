@@ -20,8 +20,6 @@ from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.conductor import conductor
 
 SMALL = {"progress": False, "rank": 2}
-#: Nothing to choose between.
-FAST = {**SMALL, "alpha": 0.5, "separation": 1.0}
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def _mixed_state(model):
 def test_the_model_stays_as_it_was(model, samples):
     _mixed_state(model)
     before = _snapshot(model)
-    calibrate(model, samples, max_statistics_bytes=1, **FAST)
+    calibrate(model, samples, max_statistics_bytes=1, **SMALL)
     assert _snapshot(model) == before
 
 
@@ -96,7 +94,7 @@ def test_interrupted_data_leaves_the_model(model, samples, error, passes):
     before = _snapshot(model)
     with pytest.raises(type(error)):
         calibrate(
-            model, Interrupting(samples, error), max_statistics_bytes=passes, **FAST
+            model, Interrupting(samples, error), max_statistics_bytes=passes, **SMALL
         )
     assert _snapshot(model) == before
 
@@ -113,20 +111,20 @@ def test_a_failure_of_ours_leaves_the_model(model, samples, where, monkeypatch):
     _mixed_state(model)
     before = _snapshot(model)
     with pytest.raises(MemoryError):
-        calibrate(model, samples, **FAST)
+        calibrate(model, samples, **SMALL)
     assert _snapshot(model) == before
 
 
 def test_two_runs_are_the_same_bits(model, samples):
-    once = calibrate(model, samples, **FAST)
-    assert_same_recipe(once, calibrate(model, samples, **FAST))
-    assert_same_recipe(once, calibrate(model.train(), (s for s in samples), **FAST))
+    once = calibrate(model, samples, **SMALL)
+    assert_same_recipe(once, calibrate(model, samples, **SMALL))
+    assert_same_recipe(once, calibrate(model.train(), (s for s in samples), **SMALL))
     assert_same_recipe(
-        once, calibrate(model, [BatchFeature(s) for s in samples], **FAST)
+        once, calibrate(model, [BatchFeature(s) for s in samples], **SMALL)
     )
     grouped = itertools.chain(samples[:1], samples[1:])
     assert_same_recipe(
-        once, calibrate(model, grouped, max_statistics_bytes=200_000, **FAST)
+        once, calibrate(model, grouped, max_statistics_bytes=200_000, **SMALL)
     )
 
 
@@ -160,7 +158,7 @@ def test_bytes_of_the_statistics(model, samples, bound, expected, monkeypatch):
         "check_complete",
         lambda session: passes.append(list(session.linears)) or solve(session),
     )
-    recipe = calibrate(model, samples, max_statistics_bytes=bound, **FAST)
+    recipe = calibrate(model, samples, max_statistics_bytes=bound, **SMALL)
     assert sorted(itertools.chain(*passes)) == sorted(recipe.layers)
     assert max(held) <= max(bound, max(alone))
     # 2 layers of 3 inputs of 64 channels and one of 96: 8 * (6 * 64^2 + 2 * 96^2)
@@ -181,7 +179,7 @@ def test_a_modality_that_the_data_lacks(model, samples):
     ]
     before = _snapshot(model)
     with pytest.raises(ValueError) as error:
-        calibrate(model, silent, **FAST)
+        calibrate(model, silent, **SMALL)
     assert str(error.value) == (
         "the calibration data brings no audio token to "
         f"{OMNI_DECODER}.layers.0.self_attn.q_proj, so audio tokens would be "
@@ -189,14 +187,14 @@ def test_a_modality_that_the_data_lacks(model, samples):
         "modalities that the model will meet with modalities=(...)."
     )
     assert _snapshot(model) == before
-    recipe = calibrate(model, silent, modalities=("text", "vision"), **FAST)
+    recipe = calibrate(model, silent, modalities=("text", "vision"), **SMALL)
     assert recipe.modalities == ("text", "vision")
     assert all(x.smoothing_factor.shape[0] == 2 for x in recipe.layers.values())
     # What is left out is refused, not taken for text.
     with pytest.raises(
         ValueError, match="the call has audio tokens, but the model was"
     ):
-        calibrate(model, samples, modalities=("text", "vision"), **FAST)
+        calibrate(model, samples, modalities=("text", "vision"), **SMALL)
     assert _snapshot(model) == before
 
 
@@ -257,7 +255,7 @@ def test_another_base(model, samples):
 def test_messages(model, samples, options, error, message):
     before = _snapshot(model)
     with pytest.raises(error) as caught:
-        calibrate(model, **({"samples": samples} | FAST | options))
+        calibrate(model, **({"samples": samples} | SMALL | options))
     assert str(caught.value).startswith(message)
     assert _snapshot(model) == before
 
@@ -276,7 +274,7 @@ def test_an_activation_that_overflows_names_its_linear(model, samples):
     )
     before = _snapshot(model)
     with pytest.raises(ValueError) as caught:
-        calibrate(model, samples, include="*layers.1.self_attn.*", **FAST)
+        calibrate(model, samples, include="*layers.1.self_attn.*", **SMALL)
     handle.remove()
     # The norm makes nan of it.
     assert str(caught.value) == (
