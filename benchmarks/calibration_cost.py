@@ -27,7 +27,7 @@ from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from torchao_masquant.atomic_files import replacing
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.conductor import solve
+from torchao_masquant.conductor.conductor import solve
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import library_versions
 from torchao_masquant.routing import Router

@@ -12,9 +12,9 @@ from typing import Any, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
 from torchao_masquant.progress import progress_bar
-from torchao_masquant.routing import Router
+from torchao_masquant.routing import PADDING, Router
 from torchao_masquant.sample_checks import check_sample, check_samples
 
 __all__ = ["MODALITY_IDS", "run_samples"]
@@ -70,7 +70,7 @@ def run_samples(
 def _leave_padding_out(router: Router, ids: torch.Tensor, mask: Any) -> None:
     """Mark the padding among declared ids, as the router does among its own."""
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
-        router.call.ids = ids.long().masked_fill(mask == 0, -2)
+        router.call.ids = ids.long().masked_fill(mask == 0, PADDING)
 
 
 @contextlib.contextmanager

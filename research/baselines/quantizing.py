@@ -24,7 +24,7 @@ from torchao_masquant import MASQuantLinear, Recipe, masquant_config
 from torchao_masquant.calibrate_in_memory import learned_factors
 from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.conductor import solve
+from torchao_masquant.conductor.conductor import solve
 from torchao_masquant.learning import learn
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, library_versions

@@ -84,7 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     from torchao_masquant.planning.estimate import plan_calibration, plan_inference
     from torchao_masquant.planning.skeleton import read_skeleton
-    from torchao_masquant.planning.weight_bytes import Compensation
+    from torchao_masquant.weight_bytes import Compensation
 
     if arguments.machine is not None:
         print("--machine has no effect: a plan tells no seconds.", file=sys.stderr)

@@ -17,7 +17,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.conductor import solve
+from torchao_masquant.conductor.conductor import solve
 from torchao_masquant.config import masquant_config
 from torchao_masquant.evaluation import linear_sqnr
 from torchao_masquant.linear import MASQuantLinear

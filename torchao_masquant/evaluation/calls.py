@@ -12,10 +12,10 @@ from typing import Any, Iterator, Mapping, Optional
 import torch
 from torch import nn
 
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
+from torchao_masquant.models.wrappers import unwrapped
 from torchao_masquant.routing import Router
 from torchao_masquant.samples import MODALITY_IDS
-from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["evaluation_mode", "logits_of", "modality_ids_of"]
 

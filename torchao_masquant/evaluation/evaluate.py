@@ -28,7 +28,8 @@ from torchao_masquant.evaluation.weights import (
     scheme_of,
     weight_bytes,
 )
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
+from torchao_masquant.models.wrappers import unwrapped
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router, router_of
 from torchao_masquant.sample_checks import (
@@ -36,7 +37,6 @@ from torchao_masquant.sample_checks import (
     check_samples,
     no_samples,
 )
-from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["check_reference", "evaluate"]
 
