@@ -117,8 +117,8 @@ def test_a_tiling_is_chosen_for_every_size() -> None:
                 config = low_rank_down.choose(tokens, rank, 3584, dtype, CPU)
                 assert config in CONFIGS[DOWN]
         for dtype in (BF16, FP16, FP32):
-            config = weight_only_tilings.choose(
-                tokens, 3584, 18944, 4, True, dtype, CPU
+            config = weight_only_tilings.fallback(
+                tokens, weight_only_tilings.fitting(dtype)
             )
             assert config in CONFIGS[WEIGHT_ONLY]
 
@@ -174,7 +174,7 @@ def test_a_rotation_takes_a_tile_that_holds_its_blocks() -> None:
 
 
 def test_what_is_called_in_place_of_a_kernel_rotates_too() -> None:
-    args = operands("rotation-16").args(WEIGHT_ONLY, modality_ids=None)
+    args = operands("rotation-2").args(WEIGHT_ONLY, modality_ids=None)
     expected = reference.weight_only_linear(*args)
     torch.testing.assert_close(dense(*args), expected, rtol=1e-5, atol=1e-5)
 
