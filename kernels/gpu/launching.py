@@ -82,7 +82,8 @@ def shares_of(
     """
     if config["SPLIT_K"] == 1:
         return out
-    return out.new_empty((config["SPLIT_K"], *out.shape), dtype=dtype)
+    shape = (config["SPLIT_K"], *out.shape)
+    return torch.empty(shape, dtype=dtype, device=out.device)
 
 
 def launch(
