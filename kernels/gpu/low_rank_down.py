@@ -20,7 +20,7 @@ scale of nan) stays in its row. What is summed are products of ``q`` and L1 them
   TF32 on Blackwell all the same, and Triton 3.9 not on tensor cores.)
 
 Why this is a launch of its own, and not further rows of the integer product or a part of
-the quantize pass, :mod:`torchao_masquant.kernels.gpu.roofline` says, in numbers.
+the quantize pass, ``benchmarks/gpu_bench/roofline.py`` says, in numbers.
 
 With few tokens, K is split: each of SPLIT_K programs sums its share into a workspace
 (SPLIT_K, T, R), and a second kernel adds the shares in the order of K. No result
