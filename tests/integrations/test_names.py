@@ -96,5 +96,7 @@ def test_a_linear_that_is_nowhere_is_named_as_it_was_saved(recipe):
     name, layer = list(recipe.layers.items())[-1]
     layers = {**moved(recipe).layers, "elsewhere.of_no_model": layer}
     other = Recipe(recipe.options, recipe.modalities, layers)
-    with pytest.raises(ValueError, match="another model: .* no elsewhere.of_no_model;"):
+    with pytest.raises(
+        ValueError, match="another model: .* no linear elsewhere.of_no_model;"
+    ):
         quantized(other)
