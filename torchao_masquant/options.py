@@ -137,6 +137,7 @@ class Method:
     """Parts that make up a way to quantize.
 
     Attributes:
+        title: its name in a sentence.
         smooth: divide activations by a smoothing factor at all.
         per_modality: one smoothing factor per modality (MAS) and a low-rank pair for
             each but the base (CMC), instead of one factor for all tokens.
@@ -157,6 +158,7 @@ class Method:
         lr: of learning, where none is given.
     """
 
+    title: str
     smooth: bool
     per_modality: bool = False
     gauge: bool = False
@@ -172,6 +174,7 @@ class Method:
 
 METHODS = {
     "masquant": Method(
+        "MASQuant",
         smooth=True,
         per_modality=True,
         gauge=True,
@@ -183,10 +186,15 @@ METHODS = {
     ),
     # As in arXiv 2603.04800, sections on MAS and CMC, and its authors' code.
     "masquant-paper": Method(
-        smooth=True, per_modality=True, rank_floor=32, spares_down=True, lr=5e-2
+        "MASQuant, as published",
+        smooth=True,
+        per_modality=True,
+        rank_floor=32,
+        spares_down=True,
+        lr=5e-2,
     ),
-    "smoothquant": Method(smooth=True),
-    "rtn": Method(smooth=False),
+    "smoothquant": Method("SmoothQuant", smooth=True),
+    "rtn": Method("round-to-nearest", smooth=False),
 }
 
 
