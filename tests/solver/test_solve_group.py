@@ -166,32 +166,6 @@ def test_bias_takes_the_mean_of_the_error():
             assert np.abs(error).max() < 1e-6 * np.abs(x @ w.T).max()
 
 
-@pytest.mark.parametrize("constant", [1e-3, 7.3])
-def test_gauge_makes_the_overall_factor_irrelevant(constant):
-    """Scaling s_m by a constant first changes nothing in ours, much in the published."""
-    tokens, weights = _data(2)
-    original = _solve(tokens, weights, rank=4, **PLAIN)["q"]
-    # Scaling all activations of a modality by c^2 scales its factor by c (alpha 0.5).
-    # Scaling them back is then a change of the factor's constant alone.
-    louder = [tokens[0], tokens[1] * constant]
-    scaled = _solve(louder, weights, rank=4, **PLAIN)["q"]
-    ratio = scaled.smoothing_factor[1] / original.smoothing_factor[1]
-    # The weight that a token meets is the same, so its s_m must follow the activations.
-    np.testing.assert_allclose((ratio / ratio[0]).numpy(), np.ones(K), rtol=1e-5)
-    x = tokens[1].double()
-
-    def output(layer, x):
-        s = layer.smoothing_factor.double()
-        q = torch.from_numpy(_shared(weights["q"], s[0].numpy(), 4))
-        pair = layer.l1.double() @ layer.l2.double()
-        return (x / s[1]) @ (q.t() + pair) + layer.modality_bias[1].double()
-
-    # bfloat16 pairs of another scale round otherwise: 2^-8 of their part.
-    first = output(original, x)
-    second = output(scaled, x * constant) / constant
-    assert (first - second).norm() < 2**-6 * first.norm()
-
-
 def test_baselines_share_one_factor():
     tokens, weights = _data(3)
     layers = _solve(tokens, weights, method="smoothquant")
@@ -337,9 +311,7 @@ def test_every_method_scheme_and_type(monkeypatch, method, scheme, dtype):
         assert (layer.modality_bias is not None) == (method == "masquant")
 
 
-@pytest.mark.parametrize(
-    "method, bad", [(m, torch.nan) for m in METHODS] + [("masquant", torch.inf)]
-)
+@pytest.mark.parametrize("method, bad", [("rtn", torch.nan), ("masquant", torch.inf)])
 def test_a_weight_that_is_not_finite_is_named(method, bad):
     _, weights, statistics = _problem()
     weights["k"][3, 4] = bad
