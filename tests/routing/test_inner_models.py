@@ -130,7 +130,7 @@ MAKERS = {
 
 
 @pytest.fixture(scope="module")
-def quantized_models():
+def inner_models():
     found = {}
     for kind, make in MAKERS.items():
         found[kind] = make()
@@ -141,13 +141,13 @@ def quantized_models():
 
 
 @pytest.fixture(params=MAKERS)
-def model(quantized_models, request):
-    return copy.deepcopy(quantized_models[request.param])
+def model(inner_models, request):
+    return copy.deepcopy(inner_models[request.param])
 
 
 @pytest.fixture
-def remote(quantized_models):
-    return copy.deepcopy(quantized_models["remote"])
+def remote(inner_models):
+    return copy.deepcopy(inner_models["remote"])
 
 
 def ids_of(inputs):
@@ -208,8 +208,8 @@ def test_the_way_out_that_the_message_advises(model):
     ],
     ids=["beams", "beams of embeddings", "sampling"],
 )
-def test_rows_that_generate_repeats(quantized_models, kind, options, declared):
-    model = copy.deepcopy(quantized_models[kind])
+def test_rows_that_generate_repeats(inner_models, kind, options, declared):
+    model = copy.deepcopy(inner_models[kind])
     inputs = prompt(5, rows=2)
     ids = ids_of(inputs)
     with recorded(model) as calls:
@@ -260,9 +260,9 @@ def test_padding_on_the_left_is_of_the_base(model):
 
 
 @pytest.mark.parametrize("kind", ["remote", "remote, a loop"])
-def test_embeddings_of_other_tokens_than_the_prompts(quantized_models, kind):
+def test_embeddings_of_other_tokens_than_the_prompts(inner_models, kind):
     """One more than there are input_ids, as where soft prompts are put in front."""
-    model = copy.deepcopy(quantized_models[kind])
+    model = copy.deepcopy(inner_models[kind])
     inputs = prompt(2)
     del inputs["attention_mask"]
     embeds = model.language_model.get_input_embeddings()(inputs["input_ids"])
@@ -302,9 +302,9 @@ def test_input_ids_that_are_fewer_than_the_tokens_give_way_to_a_block(remote):
     assert_routed(calls, ids)
 
 
-def test_a_caption_without_a_prompt(quantized_models):
+def test_a_caption_without_a_prompt(inner_models):
     """BLIP-2 makes input_ids of its own inside generate()."""
-    model = copy.deepcopy(quantized_models["blip2"])
+    model = copy.deepcopy(inner_models["blip2"])
     model.config.text_config.bos_token_id = BOS
     with recorded(model) as calls:
         model.generate(pixel_values=prompt()["pixel_values"], **greedy())
