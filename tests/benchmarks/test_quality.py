@@ -60,6 +60,7 @@ def test_quick(tmp_path, capsys):
     main = runpy.run_path(str(BENCHMARKS / "quality.py"))["main"]
     methods = ["--methods", "smoothquant", "control", "gptq", "awq", "mas-unshared"]
     arguments = ["--quick", "--json", str(report), "--cache", str(tmp_path / "rows")]
+    arguments += ["--examples", "10"]
     assert main([*arguments, *methods]) == 0
     rows = json.loads(report.read_text())["rows"]
     found = {row["method"]: row for row in rows}

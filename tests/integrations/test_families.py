@@ -285,9 +285,9 @@ def test_what_does_not_compile_does_not_before_quantization_either(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Qwen3-VL-MoE", "Phi-4-multimodal"])
-def test_a_layer_compiled_by_inductor(name):
-    both = quantize(named(name), "w4a8", 2, alpha=0.5, separation=1.0)
+def test_a_layer_compiled_by_inductor():
+    """Experts that are compiled are in tests/experts."""
+    both = quantize(named("Phi-4-multimodal"), "w4a8", 2, alpha=0.5, separation=1.0)
     compare_compiled(both, f"{both.family.decoder}.layers.0", "inductor")
 
 

@@ -252,12 +252,13 @@ def test_no_block_around_a_compiled_model_raises(plain):
 @pytest.mark.slow
 def test_a_mixed_call_of_the_whole_model_is_routed(shallow):
     compiled = torch.compile(shallow, backend="eager")
-    for inputs in (mixed(0), mixed(1)):
-        with recorded(shallow) as calls:
+    with recorded(shallow) as calls:
+        for inputs in (mixed(0), mixed(1)):
+            calls.clear()
             found = compiled(**inputs, use_cache=False).logits
-        assert_routed(calls, true_ids(shallow, inputs), linears=7)
-        same(found, shallow(**inputs).logits)
-        assert not router(shallow).call.known and router(shallow).call.ids is None
+            assert_routed(calls, true_ids(shallow, inputs), linears=7)
+            same(found, shallow(**inputs).logits)
+            assert not router(shallow).call.known and router(shallow).call.ids is None
 
 
 def test_an_exception_inside_a_compiled_model(shallow):
