@@ -17,7 +17,6 @@ import pytest
 import torch
 from tiny_models import PlainModel, batch, quantized, qwen25_vl, recipe_of, token_row
 from torch import nn
-from torch._inductor import config as inductor_config
 
 from torchao_masquant import token_modalities
 from torchao_masquant.deploy import export_decoder, write_package
@@ -132,12 +131,6 @@ def run(folder: Path, calls: list[dict[str, Any]], scratch: Path) -> tuple[Any, 
     )
     assert done.returncode == 0, done.stderr
     return torch.load(scratch / "r.pt"), done.stdout
-
-
-@pytest.fixture(autouse=True)
-def _quick_wrappers(monkeypatch):
-    """What calls the kernels is compiled without optimization, in half of the time."""
-    monkeypatch.setattr(inductor_config.aot_inductor, "compile_wrapper_opt_level", "O0")
 
 
 @pytest.mark.slow
