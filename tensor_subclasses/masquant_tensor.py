@@ -158,11 +158,12 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         self.qdata = qdata
         self.scale = scale
         self.act_pre_scale = act_pre_scale
-        self.in_features = in_features
-        self.weight_bits = weight_bits
-        self.act_bits = act_bits
+        # A compiled function whose arguments have changed once gives them as symbols.
+        self.in_features = int(in_features)
+        self.weight_bits = int(weight_bits)
+        self.act_bits = int(act_bits)
         self.modalities = tuple(modalities)
-        self.ranks = tuple(ranks)
+        self.ranks = tuple(map(int, ranks))
         # dtype is set by __new__
         self.l1 = l1
         self.l2 = l2
@@ -170,7 +171,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         self.zero_point = zero_point
         self.low_rank_scale = low_rank_scale
         self.act_shift = act_shift
-        self.hadamard_size = hadamard_size
+        self.hadamard_size = None if hadamard_size is None else int(hadamard_size)
 
     @classmethod
     def from_hp(

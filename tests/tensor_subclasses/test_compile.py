@@ -176,6 +176,22 @@ def test_a_graph_that_makes_the_subclass(scheme: str) -> None:
     assert_near(f(x, tensor, ids), linear(x, tensor[:4, 8:], ids, None))
 
 
+def test_a_graph_that_makes_weights_of_changing_options() -> None:
+    make = torch.compile(
+        lambda hp, **options: MASQuantTensor.from_hp(hp, **options), backend="aot_eager"
+    )
+    hp = torch.randn(4, 128)
+    for options in (
+        {"weight_bits": 8, "act_bits": 8},
+        {"weight_bits": 4, "act_bits": 4, "hadamard_size": 32},
+        {"weight_bits": 4, "act_bits": 16, "hadamard_size": 64, "group_size": 32},
+    ):
+        made = make(hp, **options)
+        expected = MASQuantTensor.from_hp(hp, **options)
+        assert made.same_layout(expected)
+        assert torch.equal(made.dequantize(), expected.dequantize())
+
+
 def test_repr_with_symbolic_sizes() -> None:
     """torch.compile prints the tensor where its traces are logged (TORCH_TRACE)."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
