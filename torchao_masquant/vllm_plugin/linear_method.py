@@ -6,16 +6,16 @@
 """A linear of vLLM whose weights are quantized: how they are loaded, and that it is run."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Union
 
 import torch
-from torch import nn
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.utils import set_weight_attrs
 
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.tensor_subclasses import MASQuantTensor
@@ -54,7 +54,7 @@ class MASQuantLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -85,16 +85,13 @@ class MASQuantLinearMethod(LinearMethodBase):
         layer.masquant_loading = _Loading(layer, self.formats, params_dtype)
         kinds = {p: d for known in self.formats.values() for p, d in known.parts}
         for part, dtype in kinds.items():
-            place = Parameter(
-                torch.empty(0, dtype=getattr(torch, dtype)), requires_grad=False
-            )
-            place.weight_loader = partial(layer.masquant_loading.take, part)
+            take = partial(layer.masquant_loading.take, part)
+            place = _place(getattr(torch, dtype), take)
             layer.register_parameter(f"_weight_{part}", place)
-        guard = Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
-        guard.weight_loader = lambda param, tensor, shard_id=None: None
-        layer.register_parameter("weight", guard)
+        # The byte under the weight's own name, which stops readers who don't know the rest.
+        layer.register_parameter("weight", _place(torch.uint8, lambda *_: None))
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Put the shards together."""
         self.config.check_claimed()
         weights = layer.masquant_loading.weights()
@@ -106,7 +103,7 @@ class MASQuantLinearMethod(LinearMethodBase):
 
     def apply(
         self,
-        layer: nn.Module,
+        layer: Any,
         x: torch.Tensor,
         bias: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
@@ -115,6 +112,13 @@ class MASQuantLinearMethod(LinearMethodBase):
         if layer.masquant.is_routed:
             ids = layer.masquant_token_ids.ids[: x.shape[:-1].numel()]
         return layer.masquant(x, ids, bias)
+
+
+def _place(dtype: torch.dtype, take: Callable[..., None]) -> Parameter:
+    """A parameter that holds nothing, and hands on what vLLM loads into it."""
+    place = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    set_weight_attrs(place, {"weight_loader": take})
+    return place
 
 
 class _Loading:
@@ -127,7 +131,7 @@ class _Loading:
     """
 
     def __init__(
-        self, layer: nn.Module, formats: Mapping[str, LayerFormat], dtype: torch.dtype
+        self, layer: Any, formats: Mapping[str, LayerFormat], dtype: torch.dtype
     ):
         self._layer, self._dtype = layer, dtype
         self._names, self._formats = list(formats), list(formats.values())

@@ -24,6 +24,16 @@ __all__ = ["QuantizedShards"]
 class _Shard(nn.Module):
     """The parts of one weight as buffers, which graphs take as they take any tensor."""
 
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    act_pre_scale: torch.Tensor
+    l1: Optional[torch.Tensor]
+    l2: Optional[torch.Tensor]
+    modality_bias: Optional[torch.Tensor]
+    zero_point: Optional[torch.Tensor]
+    low_rank_scale: Optional[torch.Tensor]
+    act_shift: Optional[torch.Tensor]
+
     def __init__(self, weight: MASQuantTensor):
         super().__init__()
         for name in PARTS:
@@ -39,11 +49,15 @@ class _Shard(nn.Module):
     def smooths_like(self, other: "_Shard") -> bool:
         """Whether both make the same integers of an input."""
         ours, theirs = self.act_shift, other.act_shift
+        if ours is None or theirs is None:
+            same_shift = ours is theirs
+        else:
+            same_shift = torch.equal(ours, theirs)
         return (
-            (self.act_bits, self.hadamard_size) == (other.act_bits, other.hadamard_size)
+            same_shift
+            and self.act_bits == other.act_bits
+            and self.hadamard_size == other.hadamard_size
             and torch.equal(self.act_pre_scale, other.act_pre_scale)
-            and (ours is None) == (theirs is None)
-            and (ours is None or torch.equal(ours, theirs))
         )
 
     def smooth(
@@ -124,11 +138,11 @@ class QuantizedShards(nn.Module):
         super().__init__()
         if len(weights) > 1 and not any(sum(w.ranks) for w in weights):
             weights = _joined(weights)
-        self.shards = nn.ModuleList(_Shard(weight) for weight in weights)
+        shards = [_Shard(weight) for weight in weights]
+        self.shards = nn.ModuleList(shards)
         self.sizes = [weight.shape[0] for weight in weights]
         self.is_routed = any(weight.is_routed for weight in weights)
-        first = self.shards[0]
-        self.smooth_alike = all(first.smooths_like(s) for s in self.shards)  # type: ignore[union-attr, operator]
+        self.smooth_alike = all(shards[0].smooths_like(other) for other in shards)
 
     def forward(
         self,
@@ -150,6 +164,7 @@ class QuantizedShards(nn.Module):
         biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
         outputs, smoothed = [], None
         for shard, own in zip(self.shards, biases):
+            assert isinstance(shard, _Shard)
             known = ids if shard.is_routed else None
             if shard.act_bits == 16:
                 outputs.append(shard.product(tokens, known, own))

@@ -112,7 +112,7 @@ def watch_embedding(model_class: type[nn.Module]) -> None:
         return embed(self, input_ids, multimodal_embeddings, **others)
 
     embed_input_ids._fills_token_ids = True  # type: ignore[attr-defined]
-    model_class.embed_input_ids = embed_input_ids  # type: ignore[assignment]
+    model_class.embed_input_ids = embed_input_ids  # type: ignore[attr-defined]
 
 
 def _token_ids_of(model: nn.Module) -> Optional[TokenIds]:
