@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.conductor import solve
+from torchao_masquant.conductor.conductor import solve
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import library_versions
 from torchao_masquant.routing import Router
@@ -137,8 +137,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "versions": library_versions(),
             "rows": rows,
         }
-        with replacing(arguments.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+        write_whole(arguments.json, json.dumps(result, indent=1))
     return 0
 
 

@@ -39,7 +39,7 @@ from torch._dynamo.utils import (
 from torchao.quantization import quantize_
 
 from torchao_masquant import SCHEMES, calibrate, masquant_config
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.testing import digits
 
 _LENGTHS = 10
@@ -191,8 +191,7 @@ def main(arguments: Optional[list[str]] = None) -> list[Counts]:
     Console().print(table)
     if options.json is not None:
         report = [dataclasses.asdict(row) for row in rows]
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n")
+        write_whole(options.json, json.dumps(report, indent=2) + "\n")
     return rows
 
 

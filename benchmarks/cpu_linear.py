@@ -44,7 +44,7 @@ from torchao.quantization import (
 )
 
 from torchao_masquant import SCHEMES
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -327,8 +327,7 @@ def main(arguments: Optional[list[str]] = None) -> list[Row]:
             "ratios": found,
             "rows": [dataclasses.asdict(row) for row in rows],
         }
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
+        write_whole(options.json, json.dumps(report, indent=1) + "\n")
     return rows
 
 

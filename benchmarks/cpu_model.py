@@ -46,7 +46,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from torchao_masquant import MASQuantConfig, Recipe, masquant_config
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
@@ -418,8 +418,7 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, dict[str, Any]]:
             "ratios": ratios(found),
             "candidates": found,
         }
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
+        write_whole(options.json, json.dumps(report, indent=1) + "\n")
     return found
 
 

@@ -36,7 +36,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 )
 
 from torchao_masquant import calibrate, masquant_config, token_modalities
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.options import METHODS, SolverOptions
 from torchao_masquant.recipe import library_versions
 from torchao_masquant.solver.layers import solve_group
@@ -201,8 +201,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "versions": library_versions(),
             "rows": rows,
         }
-        with replacing(arguments.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+        write_whole(arguments.json, json.dumps(result, indent=1))
     return 0
 
 

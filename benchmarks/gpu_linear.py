@@ -34,6 +34,12 @@ from typing import Callable, Optional, Protocol, Sequence
 import torch
 from gpu_bench.candidates import Bench, Built
 from gpu_bench.plan import GROUPS, SHAPES, TOKENS, Step, card_named, paper, plan
+from gpu_bench.roofline import (
+    DEVICES,
+    Device,
+    linears,
+    microseconds_together,
+)
 from gpu_bench.targets import Row, Target, ratios, targets
 from gpu_bench.timing import Timing, measure
 from rich import box
@@ -41,12 +47,6 @@ from rich.console import Console
 from rich.table import Table
 
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.kernels.gpu.roofline import (
-    DEVICES,
-    Device,
-    linears,
-    microseconds_together,
-)
 
 # Seconds of a step for its timings alone, and for all of a step of a kind not yet seen.
 _MEASURING = 0.5

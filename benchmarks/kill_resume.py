@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.recipe import library_versions
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.testing import digits
@@ -187,8 +187,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "versions": library_versions(),
             "rows": rows,
         }
-        with replacing(arguments.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+        write_whole(arguments.json, json.dumps(result, indent=1))
     return 0 if all(row["identical"] for row in rows) else 1
 
 

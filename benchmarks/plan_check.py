@@ -44,12 +44,12 @@ from torchao_masquant.planning.estimate import (
     statistics_bytes,
 )
 from torchao_masquant.planning.skeleton import InputGroup, read_skeleton
-from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.solver.cost import solver_bytes
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.testing import digits
+from torchao_masquant.weight_bytes import Compensation, weight_bytes
 
 _COMPENSATION = Compensation(modalities=3)
 _CHOSEN = SolverOptions(alpha="auto", separation="auto")

@@ -34,10 +34,8 @@ from rich.table import Table
 from torch import nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from torchao_masquant import (
-    MASQuantLinear,
-)
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant import MASQuantLinear
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.demo.compare import collect_statistics
 from torchao_masquant.options import SCHEMES
 from torchao_masquant.recipe import library_versions
@@ -106,8 +104,9 @@ class Subject(Quantizing):
             model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
                 path, dtype=torch.float32
             ).eval()
-        session = collect_statistics(model, progress=False)
-        super().__init__(model, session, digits.calibration_samples())
+        samples = digits.calibration_samples()
+        session = collect_statistics(model, samples, progress=False)
+        super().__init__(model, session, samples)
         self.tasks = {
             task: next(iter(digits.heldout_batches(task, examples)))
             for task in digits.TASKS
@@ -308,8 +307,7 @@ def _checkpoints(arguments: argparse.Namespace) -> dict[int, Optional[Path]]:
 
 
 def _write(path: Path, content: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+    write_whole(path, json.dumps(content, indent=1))
 
 
 def table(found: Sequence[dict[str, Any]]) -> Table:

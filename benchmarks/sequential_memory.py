@@ -40,7 +40,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.recipe import library_versions
 from torchao_masquant.sequential import calibrate_sequential
 
@@ -283,8 +283,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "versions": library_versions(),
             "rows": rows,
         }
-        with replacing(arguments.json) as temporary_file:
-            temporary_file.write_text(json.dumps(result, indent=1))
+        write_whole(arguments.json, json.dumps(result, indent=1))
     return 0
 
 

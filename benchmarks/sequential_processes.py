@@ -27,7 +27,7 @@ from kill_resume import run_once
 from rich.console import Console
 from rich.table import Table
 
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.recipe import library_versions
 
 
@@ -85,8 +85,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "versions": library_versions(),
             "rows": rows,
         }
-        with replacing(arguments.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+        write_whole(arguments.json, json.dumps(result, indent=1))
     return 0
 
 

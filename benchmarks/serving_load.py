@@ -52,7 +52,7 @@ from torch._dynamo.utils import counters
 from torchao.quantization import quantize_
 
 from torchao_masquant import SCHEMES, calibrate, masquant_config
-from torchao_masquant.atomic_files import replacing
+from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.kernels.cpu_lowering import prepare
 from torchao_masquant.routing import router_of
 from torchao_masquant.testing import digits
@@ -387,8 +387,7 @@ def main(arguments: Optional[list[str]] = None) -> list[Load]:
             "new_tokens": _NEW_TOKENS,
             "loads": [dataclasses.asdict(row) for row in rows],
         }
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n")
+        write_whole(options.json, json.dumps(report, indent=2) + "\n")
     return rows
 
 

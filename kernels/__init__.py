@@ -8,9 +8,10 @@
 Importing this package registers the ``masquant::`` operator library. It knows
 plain tensors only: nothing here knows of models, modules or tensor subclasses.
 
-- ``library``: schemas and fake (shape) implementations;
+- ``library``: the operators' library, and how one is defined;
 - ``autocast``: what ``masquant::linear`` does under ``torch.autocast``;
-- ``reference``: the plain implementation that every lowering is tested against;
+- ``reference``: the operators and their plain implementation, against which every
+  lowering is tested;
 - ``hadamard``: rotations of neighbouring channels;
 - ``expert_operators``: those of mixture-of-experts weights, made of the others;
 - ``int4_packing``: two 4-bit integers per byte;

@@ -21,17 +21,11 @@ __all__ = ["register"]
 
 
 def _under_autocast(device_type: str) -> Callable[..., torch.Tensor]:
-    def linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        modality_ids: Optional[torch.Tensor] = None,
-        bias: Optional[torch.Tensor] = None,
-        smoothed_by: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
+    def linear(x: torch.Tensor, *others: Optional[torch.Tensor]) -> torch.Tensor:
         if x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device_type))
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.masquant.linear(x, weight, modality_ids, bias, smoothed_by)
+            return torch.ops.masquant.linear(x, *others)
 
     return linear
 

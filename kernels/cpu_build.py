@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Iterator, Mapping, Optional
 
 import torch
-from torch.utils import cpp_extension
 
 __all__ = ["BuildError", "build_library", "cache_folder", "library_path"]
 
@@ -133,6 +132,9 @@ def build_library() -> Path:
 
 
 def _compile(compiler: str, path: Path) -> None:
+    # It imports setuptools, which a library that is there does without.
+    from torch.utils import cpp_extension
+
     include = [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
     link = [f"-L{folder}" for folder in cpp_extension.library_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"

@@ -27,29 +27,11 @@ from typing import Callable, Optional, Sequence
 
 import torch
 
-from torchao_masquant.kernels.library import _LIB
-from torchao_masquant.kernels.no_gradient import without_gradient
-
-_LIB.define(
-    "expert_linear(Tensor x, Tensor weight, Tensor ends, Tensor? rows=None,"
-    " Tensor? modality_ids=None, Tensor? bias=None) -> Tensor"
-)
-_LIB.define(
-    "expert_int_linear(Tensor qx, Tensor x_scale, Tensor ends, Tensor qdata,"
-    " Tensor scale, Tensor? l1, Tensor? l2, Tensor? modality_bias,"
-    " Tensor? modality_ids, Tensor? bias, int[] ranks, int weight_bits,"
-    " ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor"
-)
-_LIB.define(
-    "expert_weight_only_linear(Tensor x, Tensor ends, Tensor act_pre_scale,"
-    " Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? l1, Tensor? l2,"
-    " Tensor? modality_bias, Tensor? modality_ids, Tensor? bias, int[] ranks,"
-    " int weight_bits, ScalarType out_dtype, Tensor? low_rank_scale=None,"
-    " int hadamard_size=1) -> Tensor"
-)
+from torchao_masquant.kernels.library import operator
 
 
-def _expert_linear(
+@operator()
+def expert_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     ends: torch.Tensor,
@@ -62,10 +44,6 @@ def _expert_linear(
         f"weight, got a plain {weight.dtype} tensor of shape {tuple(weight.shape)}; use "
         "torch.nn.functional.grouped_mm for unquantized experts."
     )
-
-
-_LIB.impl("expert_linear", _expert_linear, "CompositeExplicitAutograd")
-without_gradient("expert_linear", _LIB)
 
 
 def expert_of_rows(ends: torch.Tensor, rows: int) -> torch.Tensor:
@@ -100,6 +78,11 @@ def _by_expert(
     return y
 
 
+@operator(
+    lambda qx, qdata, out_dtype: qx.new_empty(
+        (qx.shape[0], qdata.shape[1]), dtype=out_dtype
+    )
+)
 def expert_int_linear(
     qx: torch.Tensor,
     x_scale: torch.Tensor,
@@ -165,6 +148,11 @@ def expert_int_linear(
     return _by_expert(ends, qx.shape[0], qdata.shape[1], qx.device, out_dtype, run)
 
 
+@operator(
+    lambda x, qdata, out_dtype: x.new_empty(
+        (x.shape[0], qdata.shape[1]), dtype=out_dtype
+    )
+)
 def expert_weight_only_linear(
     x: torch.Tensor,
     ends: torch.Tensor,
@@ -214,51 +202,3 @@ def expert_weight_only_linear(
         )
 
     return _by_expert(ends, x.shape[0], qdata.shape[1], x.device, out_dtype, run)
-
-
-_LIB.impl("expert_int_linear", expert_int_linear, "CompositeExplicitAutograd")
-_LIB.impl(
-    "expert_weight_only_linear", expert_weight_only_linear, "CompositeExplicitAutograd"
-)
-
-
-@torch.library.register_fake("masquant::expert_int_linear")
-def _(
-    qx: torch.Tensor,
-    x_scale: torch.Tensor,
-    ends: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    l1: Optional[torch.Tensor],
-    l2: Optional[torch.Tensor],
-    modality_bias: Optional[torch.Tensor],
-    modality_ids: Optional[torch.Tensor],
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    weight_bits: int,
-    out_dtype: torch.dtype,
-    low_rank_scale: Optional[torch.Tensor] = None,
-) -> torch.Tensor:
-    return qx.new_empty((qx.shape[0], qdata.shape[1]), dtype=out_dtype)
-
-
-@torch.library.register_fake("masquant::expert_weight_only_linear")
-def _(
-    x: torch.Tensor,
-    ends: torch.Tensor,
-    act_pre_scale: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: Optional[torch.Tensor],
-    l1: Optional[torch.Tensor],
-    l2: Optional[torch.Tensor],
-    modality_bias: Optional[torch.Tensor],
-    modality_ids: Optional[torch.Tensor],
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    weight_bits: int,
-    out_dtype: torch.dtype,
-    low_rank_scale: Optional[torch.Tensor] = None,
-    hadamard_size: int = 1,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], qdata.shape[1]), dtype=out_dtype)

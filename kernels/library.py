@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Schemas and fake implementations of the ``masquant::`` operators.
+"""The library of ``masquant::`` operators, and how each of them is defined.
 
 ``masquant::linear`` is what a module calls: its ``weight`` is a tensor subclass
 that carries the quantized matrix and implements the operator by desugaring it to
@@ -25,9 +25,13 @@ activations, whose own are read in their place: the calls of ``smooth_quantize``
 linears that share an input are then equal, and a compiled graph keeps one of them
 (:mod:`torchao_masquant.kernels.shared_prologue`). So it does on a GPU with the launches
 that smooth for ``weight_only_linear``; on a CPU that is a part of the operator.
+
+An operator is said once, by the annotated function that computes it
+(:mod:`torchao_masquant.kernels.reference`): its schema is inferred from there.
 """
 
-from typing import Optional, Sequence
+import inspect
+from typing import Any, Callable, Optional, TypeVar
 
 import torch
 
@@ -38,35 +42,55 @@ _LIB = torch.library.Library("masquant", "DEF")
 #: the operators on plain tensors that have kernels of their own for a device
 LOWERED = ("smooth_quantize", "low_rank_down", "int_linear", "weight_only_linear")
 
-_LIB.define(
-    "linear(Tensor x, Tensor weight, Tensor? modality_ids=None, Tensor? bias=None,"
-    " Tensor? smoothed_by=None) -> Tensor"
-)
-_LIB.define(
-    "smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? modality_ids,"
-    " int act_bits, Tensor? act_shift=None, int hadamard_size=1)"
-    " -> (Tensor qdata, Tensor scale)"
-)
-_LIB.define(
-    "low_rank_down(Tensor qdata, Tensor scale, Tensor l1, Tensor modality_ids,"
-    " int[] ranks, Tensor? low_rank_scale=None) -> Tensor"
-)
-_LIB.define(
-    "int_linear(Tensor qx, Tensor x_scale, Tensor qdata, Tensor scale,"
-    " Tensor? low_rank_hidden, Tensor? l2, Tensor? modality_bias,"
-    " Tensor? modality_ids, Tensor? bias, int weight_bits, ScalarType out_dtype)"
-    " -> Tensor"
-)
-_LIB.define(
-    "weight_only_linear(Tensor x, Tensor act_pre_scale, Tensor qdata, Tensor scale,"
-    " Tensor? zero_point, Tensor? l1, Tensor? l2, Tensor? modality_bias,"
-    " Tensor? modality_ids, Tensor? bias, int[] ranks, int weight_bits,"
-    " ScalarType out_dtype, Tensor? low_rank_scale=None, int hadamard_size=1)"
-    " -> Tensor"
-)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _linear(
+def operator(
+    fake: Optional[Callable[..., Any]] = None, *, returns: Optional[str] = None
+) -> Callable[[_Function], _Function]:
+    """Define an operator by the annotated function of its name that computes it.
+
+    Args:
+        fake: makes an empty result, of what its parameters name of the operator's
+            arguments. None for an operator that only a tensor subclass implements.
+        returns: the results as a schema writes them, where they have names.
+
+    Returns:
+        A decorator that registers the function and gives it back.
+    """
+
+    def define(function: _Function) -> _Function:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        # The integers describe a weight. None of them is a size that a graph may vary.
+        schema = schema.replace("SymInt", "int")
+        if returns is not None:
+            schema = f"{schema.partition(' -> ')[0]} -> {returns}"
+        name = function.__name__
+        _LIB.define(name + schema)
+        _LIB.impl(name, function, "CompositeExplicitAutograd")
+        if fake is None:
+            without_gradient(name, _LIB)
+        else:
+            _register_fake(name, fake, tuple(inspect.signature(function).parameters))
+        return function
+
+    return define
+
+
+def _register_fake(
+    name: str, fake: Callable[..., Any], arguments: tuple[str, ...]
+) -> None:
+    read = tuple(inspect.signature(fake).parameters)
+
+    def result(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(arguments, args)), **kwargs}
+        return fake(*(given[argument] for argument in read))
+
+    torch.library.register_fake(f"masquant::{name}", result, lib=_LIB)
+
+
+@operator()
+def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     modality_ids: Optional[torch.Tensor] = None,
@@ -78,75 +102,3 @@ def _linear(
         f"{weight.dtype} tensor of shape {tuple(weight.shape)}; use "
         "torch.nn.functional.linear for an unquantized weight."
     )
-
-
-_LIB.impl("linear", _linear, "CompositeExplicitAutograd")
-
-
-without_gradient("linear", _LIB)
-
-
-@torch.library.register_fake("masquant::smooth_quantize")
-def _(
-    x: torch.Tensor,
-    act_pre_scale: torch.Tensor,
-    modality_ids: Optional[torch.Tensor],
-    act_bits: int,
-    act_shift: Optional[torch.Tensor] = None,
-    hadamard_size: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = x.shape[0]
-    return (
-        x.new_empty((tokens, x.shape[1]), dtype=torch.int8),
-        x.new_empty((tokens, 1), dtype=torch.float32),
-    )
-
-
-@torch.library.register_fake("masquant::low_rank_down")
-def _(
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    l1: torch.Tensor,
-    modality_ids: torch.Tensor,
-    ranks: Sequence[int],
-    low_rank_scale: Optional[torch.Tensor] = None,
-) -> torch.Tensor:
-    return qdata.new_empty((qdata.shape[0], l1.shape[1]), dtype=torch.float32)
-
-
-@torch.library.register_fake("masquant::int_linear")
-def _(
-    qx: torch.Tensor,
-    x_scale: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    low_rank_hidden: Optional[torch.Tensor],
-    l2: Optional[torch.Tensor],
-    modality_bias: Optional[torch.Tensor],
-    modality_ids: Optional[torch.Tensor],
-    bias: Optional[torch.Tensor],
-    weight_bits: int,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    return qx.new_empty((qx.shape[0], qdata.shape[0]), dtype=out_dtype)
-
-
-@torch.library.register_fake("masquant::weight_only_linear")
-def _(
-    x: torch.Tensor,
-    act_pre_scale: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: Optional[torch.Tensor],
-    l1: Optional[torch.Tensor],
-    l2: Optional[torch.Tensor],
-    modality_bias: Optional[torch.Tensor],
-    modality_ids: Optional[torch.Tensor],
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    weight_bits: int,
-    out_dtype: torch.dtype,
-    low_rank_scale: Optional[torch.Tensor] = None,
-    hadamard_size: int = 1,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], qdata.shape[0]), dtype=out_dtype)

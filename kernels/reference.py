@@ -7,8 +7,8 @@
 
 Written to be read: each function is its formula. Integers are accumulated in
 int32 (or exactly in float64 where a device has no integer matmul), everything
-else in float32. Faster lowerings register for their own dispatch key and are
-tested against these.
+else in float32. The operators take their schemas from the signatures here. Faster
+lowerings register for their own dispatch key and are tested against these.
 """
 
 from typing import Optional, Sequence
@@ -17,7 +17,7 @@ import torch
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
 from torchao_masquant.kernels.int4_packing import unpack_int4
-from torchao_masquant.kernels.library import _LIB
+from torchao_masquant.kernels.library import operator
 
 
 def _smooth(
@@ -43,6 +43,13 @@ def _rows(
     return per_modality.index_select(0, modality_ids.long())
 
 
+@operator(
+    lambda x: (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((x.shape[0], 1), dtype=torch.float32),
+    ),
+    returns="(Tensor qdata, Tensor scale)",
+)
 def smooth_quantize(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor,
@@ -78,6 +85,11 @@ def smooth_quantize(
     return qdata.to(torch.int8, memory_format=torch.contiguous_format), scale
 
 
+@operator(
+    lambda qdata, l1: qdata.new_empty(
+        (qdata.shape[0], l1.shape[1]), dtype=torch.float32
+    )
+)
 def low_rank_down(
     qdata: torch.Tensor,
     scale: torch.Tensor,
@@ -131,6 +143,11 @@ def _int_matmul(qx: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:
     return (qx.double() @ qdata.double().t()).to(torch.int32)
 
 
+@operator(
+    lambda qx, qdata, out_dtype: qx.new_empty(
+        (qx.shape[0], qdata.shape[0]), dtype=out_dtype
+    )
+)
 def int_linear(
     qx: torch.Tensor,
     x_scale: torch.Tensor,
@@ -197,6 +214,11 @@ def add_biases(
     return y
 
 
+@operator(
+    lambda x, qdata, out_dtype: x.new_empty(
+        (x.shape[0], qdata.shape[0]), dtype=out_dtype
+    )
+)
 def weight_only_linear(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor,
@@ -255,9 +277,3 @@ def weight_only_linear(
         hidden = _low_rank_hidden(smoothed, l1, modality_ids, ranks, low_rank_scale)
         y = y + hidden @ l2.float()
     return add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)
-
-
-_LIB.impl("smooth_quantize", smooth_quantize, "CompositeExplicitAutograd")
-_LIB.impl("low_rank_down", low_rank_down, "CompositeExplicitAutograd")
-_LIB.impl("int_linear", int_linear, "CompositeExplicitAutograd")
-_LIB.impl("weight_only_linear", weight_only_linear, "CompositeExplicitAutograd")

@@ -7,7 +7,7 @@
 
 An Inductor pass: of equal calls of ``masquant::smooth_quantize`` in a graph the first
 one stays. That q/k/v and gate/up make equal calls is the work of
-:mod:`torchao_masquant.sharing`. On a GPU the graph has launches of the operator's
+:mod:`torchao_masquant.linear`. On a GPU the graph has launches of the operator's
 Triton kernel in its place, and of equal launches into new memory the first one stays;
 likewise of those that smooth for ``masquant::weight_only_linear``.
 """

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from torchao_masquant import MASQuantTensor
+from torchao_masquant import MASQuantTensor, Recipe
 
 State = Union[nn.Module, dict[str, Any]]
 
@@ -51,6 +51,25 @@ def assert_same_state(model: State, other: State) -> None:
         for part in names:
             a, b = getattr(tensor, part), getattr(found, part)
             assert a.dtype == b.dtype and torch.equal(a, b), (name, part)
+
+
+def assert_same_recipe(first: Recipe, second: Recipe) -> None:
+    """Bit for bit, in the same order."""
+    assert first.options == second.options
+    assert first.modalities == second.modalities
+    assert list(first.layers) == list(second.layers)
+    for name, layer in first.layers.items():
+        other = second.layers[name]
+        assert (layer.shape, layer.fingerprint, layer.ranks) == (
+            other.shape,
+            other.fingerprint,
+            other.ranks,
+        )
+        tensors = other.tensors()
+        assert layer.tensors().keys() == tensors.keys()
+        for key, tensor in layer.tensors().items():
+            assert tensor.dtype == tensors[key].dtype, (name, key)
+            assert torch.equal(tensor, tensors[key]), (name, key)
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,10 +17,10 @@ from torchao_masquant.calibration.request import (
     check_session,
 )
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.conductor import Conductor
-from torchao_masquant.in_memory import check_in_memory
+from torchao_masquant.conductor.conductor import Conductor
 from torchao_masquant.learning import learn
 from torchao_masquant.learning.published import PublishedTask
+from torchao_masquant.models.wrappers import check_in_memory, unwrapped
 from torchao_masquant.option_fields import takes_options
 from torchao_masquant.options import CalibrationOptions, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
@@ -30,7 +30,6 @@ from torchao_masquant.samples import run_samples
 from torchao_masquant.selection import select
 from torchao_masquant.solver.layers import factors_alone
 from torchao_masquant.threads import threads_for, widest
-from torchao_masquant.wrappers import unwrapped
 
 __all__ = [
     "calibrate",

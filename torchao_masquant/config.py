@@ -14,18 +14,18 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
-from torchao_masquant.base_configs import scheme_of_base_config
+from torchao_masquant.conversion.base_configs import scheme_of_base_config
+from torchao_masquant.conversion.changes import Changes
+from torchao_masquant.conversion.torchao_adapter import handle_whole_models
 from torchao_masquant.option_fields import shows_options
 from torchao_masquant.options import QuantizationOptions
 from torchao_masquant.quantize import (
-    Changes,
     plan_convert,
     plan_loading,
     plan_prepare,
     plan_recipe,
 )
 from torchao_masquant.recipe import Recipe
-from torchao_masquant.torchao_adapter import handle_whole_models
 
 __all__ = ["MASQuantConfig", "masquant_config"]
 
@@ -68,7 +68,7 @@ class MASQuantConfig(QuantizationOptions, _First):
     Args:
         base_config: a config of torchao's, in place of ``scheme`` and ``group_size``, as
             AWQConfig and SmoothQuantConfig take it; see
-            :func:`~torchao_masquant.base_configs.scheme_of_base_config`. A step in this
+            :func:`~torchao_masquant.conversion.base_configs.scheme_of_base_config`. A step in this
             place is taken as ``step``.
         step: "prepare" (observe the linears), "convert" (quantize them), or
             "prepare_for_loading" (give the linears quantized weights of zeros, to load

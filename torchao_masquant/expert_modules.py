@@ -10,8 +10,8 @@ from typing import Any, Callable, Mapping, Optional
 import torch
 from torch import nn
 
-from torchao_masquant.experts import projections
 from torchao_masquant.linear import weight_mismatch
+from torchao_masquant.models.experts import projections
 from torchao_masquant.reclassing import Reclassed, become
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
@@ -118,7 +118,7 @@ class MASQuantExperts(RoutedExperts):
         """Turn experts into quantized ones, in place.
 
         Args:
-            experts: of a layout that :func:`~torchao_masquant.experts.projections`
+            experts: of a layout that :func:`~torchao_masquant.models.experts.projections`
                 knows; their biases stay as they are.
             weights: name of each of its projections to the quantized weight (E, N, K),
                 whichever way round the original is.

@@ -30,5 +30,5 @@ def return_freed_memory() -> None:
 def _malloc_trim() -> Optional[Callable[[int], int]]:
     if sys.platform != "linux":
         return None
-    # Of another C library: None.
+    # Other C libraries than glibc do not have it.
     return getattr(ctypes.CDLL(None), "malloc_trim", None)

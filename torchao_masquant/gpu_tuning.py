@@ -54,7 +54,7 @@ def tune_kernels(
             "tune_kernels: the model has no quantized linear on a GPU; quantize it, and "
             "move it there."
         )
-    # Not at import: it asks for Triton.
+    # Imported on use: it asks for Triton.
     from torchao_masquant.kernels.gpu.measuring import tune
 
     counts = list(tokens)

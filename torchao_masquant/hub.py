@@ -34,7 +34,7 @@ _WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
-# Of transformers, the first that knows a config. A model that takes images or sounds is
+# The first of these classes of transformers that knows a config is taken. A model that takes images or sounds is
 # in one of the first two, its bare language model may be in the third as well.
 _AUTO_CLASSES = (
     "AutoModelForMultimodalLM",
@@ -73,7 +73,7 @@ OTHER_WEIGHTS = (
     "rng_state*.pth",
 )
 
-# Of a repository's files, what is neither weights nor goes along with them.
+# Files of a repository that are not downloaded: neither loaded nor copied along.
 _NOT_NEEDED: Sequence[str] = [
     *(prefix + pattern for pattern in OTHER_WEIGHTS for prefix in ("", "*/")),
     "original/*",

@@ -5,23 +5,36 @@
 # LICENSE file in the root directory of this source tree.
 """The linear layer that a quantized model has in place of ``nn.Linear``."""
 
+from collections import defaultdict
 from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from torchao_masquant.kernels import shared_prologue
 from torchao_masquant.reclassing import change_class
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.copying import adopt_rotation
 from torchao_masquant.tensor_subclasses.sharded_linear import sharded_linear
 
-__all__ = ["MASQuantLinear", "SmoothingSiblings", "weight_mismatch"]
+__all__ = [
+    "MASQuantLinear",
+    "SmoothingSiblings",
+    "share_smoothing",
+    "weight_mismatch",
+]
 
 
 class SmoothingSiblings:
     """Linears that may read one input: those side by side, of one input width.
+
+    q/k/v, and gate and up, read one tensor and have one smoothing factor. Where a graph
+    is made of their calls, each is told so by ``smoothed_by``, and the graph quantizes
+    their input once; or smooths it once, where it stays in 16 bits and a kernel of its
+    own does. Told by mistake it is still right: for a linear beside them that has an
+    equal smoothing factor and another input, nothing is merged.
 
     Args:
         linears: quantized ones, in the order of their calls as far as that is known.
@@ -215,3 +228,24 @@ class MASQuantLinear(nn.Linear):
                 *described,
             ]
         )
+
+
+def share_smoothing(model: nn.Module) -> None:
+    """Tell the quantized linears of a model with whom they share their smoothing.
+
+    ``quantize_`` and loading do so themselves. To be called again after weights were
+    written to in place other than by ``load_state_dict``.
+
+    Args:
+        model: with quantized linears; those that are children of one module, and of
+            one input width, are compared.
+    """
+    for module in model.modules():
+        widths: dict[int, list[MASQuantLinear]] = defaultdict(list)
+        for child in module.children():
+            if isinstance(child, MASQuantLinear):
+                widths[child.in_features].append(child)
+        for linears in widths.values():
+            if len(linears) > 1:
+                SmoothingSiblings(linears)
+                shared_prologue.register()

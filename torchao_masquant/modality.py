@@ -7,7 +7,7 @@
 
 from typing import Any, Iterator, Mapping
 
-from torchao_masquant.families import family_of
+from torchao_masquant.models.families import family_of
 
 #: The modality of every token that no placeholder id marks.
 TEXT = "text"
@@ -62,7 +62,7 @@ def modality_token_ids(config: Any) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: one token id stands for two modalities; a tower has no token; or
             the model brings images in by other means than tokens (see
-            :mod:`torchao_masquant.families`).
+            :mod:`torchao_masquant.models.families`).
     """
     refusal = family_of(config).refusal
     if refusal is not None:

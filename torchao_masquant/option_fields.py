@@ -38,7 +38,7 @@ __all__ = [
 # The place in a docstring that options are put at.
 _PLACEHOLDER = "{options}"
 
-# Of a line of a docstring.
+# Columns of a line of a docstring.
 _WIDTH = 88
 
 _C = TypeVar("_C", bound=type)

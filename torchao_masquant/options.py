@@ -50,28 +50,28 @@ __all__ = [
     "resolve_rank",
 ]
 
-#: What ``alpha="auto"`` chooses from, for each input.
+#: Each input gets one of these where ``alpha="auto"``.
 ALPHAS = (0.3, 0.5, 0.7)
 
-#: Of ``min(N, K)``: the rank everywhere whose bytes ``rank="auto"`` spends.
+#: ``rank="auto"`` spends the bytes of a rank that is this share of ``min(N, K)`` everywhere.
 AUTO_SHARE = 0.05
 
-#: What ``separation="auto"`` chooses from, for each input.
+#: Each input gets one of these where ``separation="auto"``.
 SEPARATIONS = (1.0, 0.5, 0.0)
 
 #: Value of ``effort`` for a first result.
 FAST = "fast"
 
-#: Of the statistics of one pass, where nothing else is asked for.
+#: The statistics of one pass take no more, unless something else is asked for.
 MAX_STATISTICS_BYTES = 4 << 30
 
-#: Of names of linears and expert weights, shell-style or "re:...".
+#: Patterns of names of linears and expert weights, shell-style or "re:...".
 NamePatterns = Optional[Union[str, Sequence[str]]]
 
 # Larger blocks spread outliers no better, and take longer to rotate.
 _LARGEST_BLOCK = 512
 
-# What the linear behind an MLP's activation is called.
+# Names that models give the linear behind an MLP's activation.
 _DOWN = ("down_proj", "fc2", "w2")
 
 
@@ -137,6 +137,7 @@ class Method:
     """Parts that make up a way to quantize.
 
     Attributes:
+        title: its name in a sentence.
         smooth: divide activations by a smoothing factor at all.
         per_modality: one smoothing factor per modality (MAS) and a low-rank pair for
             each but the base (CMC), instead of one factor for all tokens.
@@ -157,6 +158,7 @@ class Method:
         lr: of learning, where none is given.
     """
 
+    title: str
     smooth: bool
     per_modality: bool = False
     gauge: bool = False
@@ -172,6 +174,7 @@ class Method:
 
 METHODS = {
     "masquant": Method(
+        "MASQuant",
         smooth=True,
         per_modality=True,
         gauge=True,
@@ -183,10 +186,15 @@ METHODS = {
     ),
     # As in arXiv 2603.04800, sections on MAS and CMC, and its authors' code.
     "masquant-paper": Method(
-        smooth=True, per_modality=True, rank_floor=32, spares_down=True, lr=5e-2
+        "MASQuant, as published",
+        smooth=True,
+        per_modality=True,
+        rank_floor=32,
+        spares_down=True,
+        lr=5e-2,
     ),
-    "smoothquant": Method(smooth=True),
-    "rtn": Method(smooth=False),
+    "smoothquant": Method("SmoothQuant", smooth=True),
+    "rtn": Method("round-to-nearest", smooth=False),
 }
 
 

@@ -44,7 +44,7 @@ _MEANT = re.compile(
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
-# Of a JSON file or an HTML page, from where it tells what it is.
+# A JSON file or an HTML page says what it is within so many bytes.
 _HEAD = 4096
 _LARGEST_HEADER = 100_000_000
 

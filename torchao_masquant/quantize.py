@@ -13,7 +13,7 @@ changes each module: ``quantize_`` runs that for the modules that it was told to
 import torch
 from torch import nn
 
-from torchao_masquant.changes import (
+from torchao_masquant.conversion.changes import (
     Changes,
     made,
     modalities_of,
@@ -21,26 +21,24 @@ from torchao_masquant.changes import (
     replacing,
     selected_of,
 )
-from torchao_masquant.experts import layers_of_model
-from torchao_masquant.fitting import (
+from torchao_masquant.conversion.fitting import (
     check_fingerprint,
     fitting_layers,
     quantized_weight,
 )
-from torchao_masquant.in_memory import check_in_memory
-from torchao_masquant.listeners import tell
-from torchao_masquant.observing import plan_observed, plan_prepare
+from torchao_masquant.conversion.listeners import tell
+from torchao_masquant.conversion.observing import plan_observed, plan_prepare
+from torchao_masquant.conversion.placeholders import placeholder_weight
+from torchao_masquant.conversion.solution import OBSERVED
+from torchao_masquant.models.experts import layers_of_model
+from torchao_masquant.models.wrappers import check_in_memory, unwrapped
 from torchao_masquant.options import NamePatterns, QuantizationOptions
-from torchao_masquant.placeholders import placeholder_weight
 from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
 from torchao_masquant.routing import Router, router_of
 from torchao_masquant.selection import check_plain
-from torchao_masquant.solution import OBSERVED
 from torchao_masquant.tensor_subclasses import MASQuantTensor
-from torchao_masquant.wrappers import unwrapped
 
 __all__ = [
-    "Changes",
     "apply_recipe",
     "convert",
     "plan_convert",
@@ -158,7 +156,7 @@ def plan_recipe(
             f"{router.modalities} already, the recipe is for {modalities}."
         )
     if needs_router(router, left):
-        # Not twice, where it is attached already.
+        # Anew: it may be attached to a part of the model, which is deeper inside now.
         router.detach(model)
         router.attach(model)
 

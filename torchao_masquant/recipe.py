@@ -32,6 +32,7 @@ from torchao_masquant.tensor_subclasses.weight_layout import (
 )
 
 __all__ = [
+    "LARGEST_DIMENSION",
     "LayerRecipe",
     "Recipe",
     "described",
@@ -56,8 +57,9 @@ _TENSORS = (
 
 _INTEGERS = ("qdata", "zero_point")
 
-# Of a dimension; larger than any model's.
-_LARGEST = 2**24
+#: No dimension of a weight in a file may be larger: it is beyond any model's, and small
+#: enough for sizes to be multiplied before anything is allocated.
+LARGEST_DIMENSION = 2**24
 
 
 def weight_fingerprint(weight: torch.Tensor) -> str:
@@ -349,7 +351,7 @@ class LayerRecipe:
         return {name: t for name, t in found.items() if t is not None}
 
     def __eq__(self, other: object) -> bool:
-        # That of a dataclass asks tensors for one truth value.
+        # A dataclass's own comparison asks tensors for one truth value.
         if not isinstance(other, LayerRecipe):
             return NotImplemented
         ours, theirs = self.tensors(), other.tensors()
@@ -680,10 +682,10 @@ def _load_layer(file: Any, name: str, entry: Mapping[str, Any]) -> LayerRecipe:
 def _sizes(values: Any, name: str, least: int) -> tuple[int, ...]:
     # bool is an int to isinstance.
     if not isinstance(values, list) or any(
-        type(v) is not int or not least <= v <= _LARGEST for v in values
+        type(v) is not int or not least <= v <= LARGEST_DIMENSION for v in values
     ):
         raise ValueError(
-            f"{name} is a list of integers in {least}..{_LARGEST}, got {values!r}"
+            f"{name} is a list of integers in {least}..{LARGEST_DIMENSION}, got {values!r}"
         )
     return tuple(values)
 

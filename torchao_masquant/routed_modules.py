@@ -12,17 +12,32 @@ decoder. Others in between would only add frames to what is compiled.
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Mapping
+from typing import Any, Callable, Protocol
 
 from torch import nn
 
-from torchao_masquant.model_parts import decoder_path, token_reader
+from torchao_masquant.models.parts import decoder_path, token_reader
 from torchao_masquant.reclassing import Reclassed, become, become_original
 
-if TYPE_CHECKING:
-    from torchao_masquant.routing import Router
-
 __all__ = ["RoutedModule", "add_router", "remove_router"]
+
+
+class HearsCalls(Protocol):
+    """What is told of calls: a :class:`~torchao_masquant.routing.Router`."""
+
+    @property
+    def call(self) -> Any:
+        """What it knows of the call that runs on this thread."""
+
+    def is_inside(self, depth: int) -> bool:
+        """Whether a call of a module is a part of a call whose tokens are known."""
+
+    def begin(self, depth: int, arguments: Mapping[str, Any]) -> None:
+        """Take note of the tokens of a call that begins."""
+
+    def expect(self, arguments: Mapping[str, Any]) -> None:
+        """Take note of the prompt of a ``generate()`` that begins."""
 
 
 class RoutedModule(Reclassed):
@@ -101,13 +116,13 @@ def _routed_forward(original: type) -> Any:
 # Dynamo's graph, it resumes in no loop.
 
 
-def _are_inside(routers: "list[tuple[Router, int]]") -> bool:
+def _are_inside(routers: list[tuple[HearsCalls, int]]) -> bool:
     """Whether a call is a part of one that all routers know the tokens of."""
     return all(router.is_inside(depth) for router, depth in routers)
 
 
 def _begin(
-    routers: "list[tuple[Router, int]]", arguments: dict[str, Any]
+    routers: list[tuple[HearsCalls, int]], arguments: dict[str, Any]
 ) -> list[tuple[Any, Any]]:
     """Tell routers of a call; returns what :func:`_end` undoes that with."""
     calls: list[tuple[Any, Any]] = []
@@ -150,7 +165,7 @@ def _routed_generate(original: type) -> Any:
     return _alike(generate, inner)
 
 
-def add_router(model: nn.Module, router: "Router") -> None:
+def add_router(model: nn.Module, router: HearsCalls) -> None:
     """Tell a router of the tokens of the calls of ``model``, its decoder and what
     generates between them. Without effect where it is told already."""
     depth = 0
@@ -169,7 +184,7 @@ def add_router(model: nn.Module, router: "Router") -> None:
         depth += 1
 
 
-def remove_router(model: nn.Module, router: "Router") -> None:
+def remove_router(model: nn.Module, router: HearsCalls) -> None:
     """Undo :func:`add_router`."""
     for module in list(model.modules()):
         if not isinstance(module, RoutedModule):

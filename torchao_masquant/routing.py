@@ -26,11 +26,12 @@ from torch._subclasses.fake_tensor import is_fake
 from torchao_masquant.modality import TEXT, modality_token_ids
 from torchao_masquant.routed_modules import add_router, remove_router
 
-__all__ = ["Router", "UnmatchedTokens", "token_modalities"]
+__all__ = ["PADDING", "Router", "UnmatchedTokens", "token_modalities"]
 
 # Ids of tokens that belong to no modality of a router.
 _UNCALIBRATED = -1
-_PADDING = -2
+#: Id of padding, where it is told from tokens of the base modality.
+PADDING = -2
 
 # Inputs of a forward that are no features of an image or a sound, of a kind that
 # features may be of.
@@ -315,7 +316,7 @@ class Router:
             and attention_mask.shape == input_ids.shape
         ):
             ids = ids.masked_fill(
-                attention_mask == 0, _PADDING if self.skip_padding else 0
+                attention_mask == 0, PADDING if self.skip_padding else 0
             )
         if _is_traced(ids):
             return self._ids_compiled(ids, default, carries_features)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchao_masquant.in_memory import is_hooked
+from torchao_masquant.models.wrappers import is_hooked
 
 __all__ = ["NEEDED", "check_sample", "check_samples", "no_samples"]
 
-#: Of samples.
+#: What calibration says where there are no samples.
 NEEDED = "calibration needs at least one sample of every modality"
 
 # Inputs that are tensors of integers (batch, sequence), whatever the model.

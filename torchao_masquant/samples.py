@@ -7,17 +7,18 @@
 
 import contextlib
 import inspect
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Iterable, Iterator, Mapping, Optional
 
 import torch
 from torch import nn
 
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
+from torchao_masquant.models.wrappers import unwrapped
 from torchao_masquant.progress import progress_bar
-from torchao_masquant.routing import Router
+from torchao_masquant.routing import PADDING, Router
 from torchao_masquant.sample_checks import check_sample, check_samples
 
-__all__ = ["MODALITY_IDS", "run_samples"]
+__all__ = ["MODALITY_IDS", "call_on_sample", "evaluation_mode", "run_samples"]
 
 #: Key of a sample under which it may carry its tokens' modality ids.
 MODALITY_IDS = "modality_ids"
@@ -50,35 +51,51 @@ def run_samples(
     """
     check_samples(samples)
     reader = token_reader(model)
-    takes_ids = MODALITY_IDS in inspect.signature(reader.forward).parameters
     count = 0
     bar = progress_bar(samples, desc=description, show=progress)
-    with torch.no_grad(), _evaluation_mode(model):
+    with evaluation_mode(model):
         for count, sample in enumerate(bar, start=1):
             check_sample(sample, f"sample {count - 1}", model)
-            inputs = dict(sample)
-            if MODALITY_IDS in inputs and not takes_ids:
-                ids = inputs.pop(MODALITY_IDS)
-                with router.explicit(ids):
-                    _leave_padding_out(router, ids, inputs.get("attention_mask"))
-                    reader(**inputs)
-            else:
-                reader(**inputs)
+            call_on_sample(reader, sample, router)
     return count
 
 
-def _leave_padding_out(router: Router, ids: torch.Tensor, mask: Any) -> None:
-    """Mark the padding among declared ids, as the router does among its own."""
-    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
-        router.call.ids = ids.long().masked_fill(mask == 0, -2)
+def call_on_sample(
+    reader: nn.Module, sample: Mapping[str, Any], router: Optional[Router]
+) -> Any:
+    """Call the part of a model that reads tokens with one sample; what it returns.
+
+    Args:
+        reader: from :func:`~torchao_masquant.models.parts.token_reader`.
+        sample: its keyword inputs. ``modality_ids`` among them, where it does not take
+            these itself, are told to the router.
+        router: that the model's linears read; None where they read none.
+    """
+    inputs = dict(sample)
+    taken = inspect.signature(unwrapped(reader).forward).parameters
+    if MODALITY_IDS not in inputs or MODALITY_IDS in taken:
+        return reader(**inputs)
+    ids = inputs.pop(MODALITY_IDS)
+    if router is None:
+        return reader(**inputs)
+    with router.explicit(ids):
+        mask = inputs.get("attention_mask")
+        is_mask = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
+        if router.skip_padding and is_mask:
+            # As the router marks padding among ids of its own.
+            router.call.ids = ids.long().masked_fill(mask == 0, PADDING)
+        return reader(**inputs)
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; the models are as they were after."""
+    training = [m for model in models for m in model.modules() if m.training]
     try:
-        model.eval()
-        yield
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
     finally:
         for module in training:
             module.training = True

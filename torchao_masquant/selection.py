@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.expert_modules import RoutedExperts
-from torchao_masquant.experts import (
+from torchao_masquant.models.experts import (
     ExpertWeight,
     Layer,
     experts_of,
@@ -23,10 +23,10 @@ from torchao_masquant.experts import (
     projections,
     warn_of_expert_weights,
 )
-from torchao_masquant.families import family_of
-from torchao_masquant.model_parts import Decoder, find_decoder, heads_of
+from torchao_masquant.models.families import family_of
+from torchao_masquant.models.parts import Decoder, find_decoder, heads_of
 from torchao_masquant.options import NamePatterns, SolverOptions, resolve_rank
-from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
+from torchao_masquant.weight_bytes import Compensation, weight_bytes
 
 __all__ = [
     "Selected",
@@ -40,7 +40,8 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
-# Of a decoder's weights that are left out for being small.
+# Small linears are left out of a decoder only where they are less than this share of its
+# weights: more of them is a toy, whose bytes nobody counts.
 _LARGEST_SHARE = 0.25
 
 
@@ -185,9 +186,9 @@ def select(
 
     Args:
         model: a transformers model, or any module. The decoder, as
-            :mod:`torchao_masquant.model_parts` finds it, is the default choice, without
+            :mod:`torchao_masquant.models.parts` finds it, is the default choice, without
             towers, talkers and heads; a module that holds no language model is taken
-            whole. What :mod:`torchao_masquant.families` says of its kind is left out,
+            whole. What :mod:`torchao_masquant.models.families` says of its kind is left out,
             too.
         include: patterns of full names, in place of the default choice.
         exclude: patterns of full names to leave out.
@@ -240,7 +241,6 @@ def select(
     if include is None and options is not None:
         candidates = {n: linears[n] for n in default if n in linears}
         small = _growing(candidates, options, modalities)
-        # Where they are much of a model it is a toy, whose bytes nobody counts.
         if _values(small) < _LARGEST_SHARE * _values(candidates):
             default = [n for n in default if n not in small]
             _tell_of_small(small)

@@ -8,6 +8,8 @@
 import math
 from typing import Optional, Sequence
 
+from torchao_masquant.options import METHODS
+
 __all__ = [
     "MISSING",
     "amount",
@@ -21,18 +23,12 @@ __all__ = [
 #: a cell without a value
 MISSING = "–"
 
-_METHODS = {
-    "": "dense",
-    "masquant": "MASQuant",
-    "masquant-paper": "MASQuant, as published",
-    "smoothquant": "SmoothQuant",
-    "rtn": "round-to-nearest",
-}
-
 
 def method_name(method: str) -> str:
-    """A method's name in a sentence."""
-    return _METHODS.get(method, method)
+    """A method's name in a sentence; of the model without any, and of others, too."""
+    if not method:
+        return "dense"
+    return METHODS[method].title if method in METHODS else method
 
 
 def amount(value: Optional[float], pattern: str = ".3g") -> str:

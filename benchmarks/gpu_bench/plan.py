@@ -14,7 +14,8 @@ import math
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
-from torchao_masquant.kernels.gpu.roofline import DEVICES, Device, LinearCall
+from gpu_bench.roofline import DEVICES, Device, LinearCall
+
 from torchao_masquant.options import SCHEMES
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any, Mapping
 from baselines.quantizing import BASELINES, Quantizing
 from torch import nn
 
-__all__ = ["ABLATIONS", "MAIN", "METHODS", "SCHEMES", "TITLES", "quantize"]
+__all__ = ["MAIN", "METHODS", "SCHEMES", "TITLES", "quantize"]
 
 #: What the benchmark is about; "w3a3" is simulated, and no model of this size answers.
 SCHEMES = ("w8a8", "w4a8", "w4a6", "w4a16", "w4a4")
@@ -83,8 +83,6 @@ MAIN = (
     "masquant",
     "pooled",
 )
-#: Our parts, switched off one by one.
-ABLATIONS = tuple(name for name in METHODS if name not in MAIN)
 
 assert all(baseline in (None, *BASELINES) for _, baseline, _ in _METHODS.values())
 

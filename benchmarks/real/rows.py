@@ -13,18 +13,14 @@ from typing import Any, Iterator, Optional, Sequence
 
 from baselines.fingerprint import code_fingerprint
 from baselines.quantizing import Quantizing, weight_bytes
-from torch import nn
 
 from real.examples import calibration_samples, heldout_samples
 from real.methods import quantize
 from real.scoring import Reference
 from real.thinker import load_model
-from torchao_masquant.atomic_files import replacing
-from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.atomic_files import write_whole
+from torchao_masquant.demo.compare import collect_statistics
 from torchao_masquant.recipe import library_versions
-from torchao_masquant.routing import Router
-from torchao_masquant.samples import run_samples
-from torchao_masquant.selection import select_linears
 
 __all__ = ["Results", "Size", "run"]
 
@@ -84,22 +80,7 @@ class Results:
         self.rows.append({**key, **scores, "code": self.code})
         if self.path is not None:
             content = {"versions": library_versions(), "rows": self.rows}
-            with replacing(self.path) as temporary:
-                temporary.write_text(json.dumps(content, indent=1))
-
-
-def _observed(model: Any, samples: Sequence[dict[str, Any]]) -> CalibrationSession:
-    """What every method is solved from."""
-    router = Router.for_model(model)
-    router.skip_padding = True
-    session = CalibrationSession(select_linears(model), router, second_moments=True)
-    with session.observing(model):
-        run_samples(model, samples, router, progress=False, description="")
-    return session
-
-
-def _bytes(model: nn.Module, names: Sequence[str]) -> int:
-    return sum(weight_bytes(model.get_submodule(name)) for name in names)
+            write_whole(self.path, json.dumps(content, indent=1))
 
 
 def run(
@@ -129,12 +110,16 @@ def run(
                     reference = Reference(model, tasks)
                 if subject is None:
                     samples = calibration_samples(seed)
-                    subject = Quantizing(model, _observed(model, samples), samples)
+                    session = collect_statistics(model, samples, progress=False)
+                    subject = Quantizing(model, session, samples)
                 start = time.process_time()
                 quantized = quantize(subject, scheme, method)
                 seconds = time.process_time() - start
                 scores = reference.score(quantized)
-                total = _bytes(quantized, list(subject.session.linears))
+                total = sum(
+                    weight_bytes(quantized.get_submodule(name))
+                    for name in subject.session.linears
+                )
                 results.add(
                     key,
                     {"tasks": scores, "bytes": total, "solving_cpu_seconds": seconds},

@@ -10,14 +10,12 @@
 - ``linear_tiles``, ``int4_unpacking``, ``linear_epilogue``: what the products of both kinds
   of linear are made of; ``smooth``: the pass before the weight-only one; ``rotation``: of
   what is smoothed;
-- ``int_linear_tilings``, ``weight_only_tilings``: the tilings of each, and
-  ``int_linear_cases``, ``weight_only_cases``: what of them is compiled ahead of time;
+- ``int_linear_tilings``, ``weight_only_tilings``: the tilings of each;
 - ``launching``: tilings, and launches that tracers can record;
 - ``tuning``, ``measuring``: the tables that tilings are chosen by, and what writes them;
 - ``library_products``: what is called in place of a kernel that a table says loses;
 - ``checks``: what the kernels refuse;
-- ``operators``: each operator with its check and its launch;
-- ``roofline``: the least time that each can take, on paper.
+- ``operators``: each operator with its check and its launch.
 
 :mod:`torchao_masquant.kernels.gpu_lowering` gives them to the dispatcher.
 """

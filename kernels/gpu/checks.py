@@ -8,225 +8,137 @@
 A kernel that reads past its operands or takes one type for another does not raise, so
 these look at shapes, types and devices. They look at no value: ids out of range are the
 router's to refuse, once in a forward, and a kernel writes nan for them or reads none.
-Sizes in tokens may be symbolic and are not compared.
+The number of tokens may be symbolic and is not compared.
 """
 
-from typing import Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 
 from torchao_masquant.kernels.hadamard import check_hadamard_size
 
-__all__ = [
-    "check_int_linear",
-    "check_low_rank_down",
-    "check_smooth_quantize",
-    "check_weight_only_linear",
-]
+__all__ = ["check_operands"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOAT32 = (torch.float32,)
+_INT8 = (torch.int8,)
+_PAIR = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 _IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_Dtypes = Union[torch.dtype, Sequence[torch.dtype]]
+_Operand = tuple[Sequence[torch.dtype], tuple[Optional[str], ...]]
+
+# The types and the shape that an operand may have. Sizes of one letter are equal within a
+# call, None may be any. "B" are bytes of a row of weights.
+_WEIGHT: dict[str, _Operand] = {
+    "qdata": ((torch.int8, torch.uint8), ("N", "B")),
+    "scale": (_FLOAT32, ("N", "G")),
+}
+_BIASES: dict[str, _Operand] = {
+    "modality_bias": (_FLOATS, (None, "N")),
+    "modality_ids": (_IDS, (None,)),
+    "bias": (_FLOATS, ("N",)),
+}
+_OPERANDS: dict[str, dict[str, _Operand]] = {
+    "smooth_quantize": {
+        "x": (_FLOATS, (None, "K")),
+        "act_pre_scale": (_FLOAT32, ("M", "K")),
+        "act_shift": (_FLOAT32, ("M", "K")),
+        "modality_ids": (_IDS, (None,)),
+    },
+    "low_rank_down": {
+        "qdata": (_INT8, (None, "K")),
+        "scale": (_FLOAT32, (None, "1")),
+        "l1": (_PAIR, ("K", "R")),
+        "modality_ids": (_IDS, (None,)),
+        "low_rank_scale": (_FLOAT32, ("R",)),
+    },
+    "int_linear": {
+        "qx": (_INT8, (None, "K")),
+        "x_scale": (_FLOAT32, (None, "1")),
+        **_WEIGHT,
+        "l2": (_PAIR, ("R", "N")),
+        "low_rank_hidden": (_FLOAT32, (None, "R")),
+        **_BIASES,
+    },
+    "weight_only_linear": {
+        "x": (_FLOATS, (None, "K")),
+        "act_pre_scale": (_FLOAT32, ("M", "K")),
+        **_WEIGHT,
+        "zero_point": (_INT8, ("N", "G")),
+        "l1": (_PAIR, ("K", "R")),
+        "l2": (_PAIR, ("R", "N")),
+        "low_rank_scale": (_FLOAT32, ("R",)),
+        **_BIASES,
+    },
+}
+# What goes up needs a matrix to go up by.
+_UP = {"int_linear": "low_rank_hidden", "weight_only_linear": "l1"}
 
 
-def _check(
-    operator: str,
-    name: str,
-    tensor: Optional[torch.Tensor],
-    dtypes: _Dtypes,
-    shape: tuple[Optional[int], ...],
-    device: torch.device,
-) -> None:
-    """None in place of a size: any. A tensor that is None has nothing wrong with it."""
-    if tensor is None:
-        return
-    dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{operator}: {name} is {tensor.dtype}, must be {wanted}.")
-    if tensor.dim() != len(shape) or any(
-        wanted is not None and size != wanted
-        for size, wanted in zip(tensor.shape, shape)
-    ):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(
-            f"{operator}: {name} has shape {tuple(tensor.shape)}, must be ({wanted})."
-        )
-    if tensor.device != device:
-        raise ValueError(
-            f"{operator}: {name} is on {tensor.device} and what it is computed with on "
-            f"{device}: move them to one device."
-        )
+def check_operands(operator: str, given: Mapping[str, Any]) -> None:
+    """Raise on what the kernels of an operator do not read.
 
+    Args:
+        operator: its name, without the namespace.
+        given: the arguments of a call by name; those may be left out that have defaults.
 
-def _check_weight(
-    operator: str,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    in_features: int,
-    weight_bits: int,
-    device: torch.device,
-) -> None:
-    if not 2 <= weight_bits <= 8:
-        raise ValueError(
-            f"{operator}: weights have 2 to 8 bits, got weight_bits={weight_bits}."
-        )
-    packed = weight_bits <= 4
-    width = (in_features + 1) // 2 if packed else in_features
-    dtype = torch.uint8 if packed else torch.int8
-    _check(operator, "qdata", qdata, dtype, (None, width), device)
-    _check(operator, "scale", scale, torch.float32, (qdata.shape[0], None), device)
-    if scale.shape[1] == 0 or in_features % scale.shape[1]:
-        raise ValueError(
-            f"{operator}: {scale.shape[1]} scales a channel do not divide "
-            f"{in_features} features into groups of one width."
-        )
-
-
-def check_smooth_quantize(
-    x: torch.Tensor,
-    act_pre_scale: torch.Tensor,
-    modality_ids: Optional[torch.Tensor],
-    act_bits: int,
-    act_shift: Optional[torch.Tensor] = None,
-    hadamard_size: int = 1,
-) -> None:
-    """
     Raises:
-        TypeError: an operand is of a type that the kernel does not read.
-        ValueError: of another shape or device, there are too few or too many bits, or a
-            rotation does not fit.
+        TypeError: an operand, or the result, is of a type that the kernel does not know.
+        ValueError: an operand is of another shape or device, or the bits, groups or
+            rotation do not fit.
     """
-    name = "masquant::smooth_quantize"
-    if not 2 <= act_bits <= 8:
+    name = f"masquant::{operator}"
+    operands = _OPERANDS[operator]
+    first = given[next(iter(operands))]
+    sizes: dict[Optional[str], int] = {"1": 1}
+    if "act_bits" in given:
+        _check_bits(name, "activations", "act_bits", given["act_bits"])
+    if given.get("hadamard_size", 1) != 1:
+        check_hadamard_size(given["hadamard_size"], first.shape[-1])
+    weight_bits = given.get("weight_bits")
+    if weight_bits is not None:
+        _check_bits(name, "weights", "weight_bits", weight_bits)
+        width = first.shape[-1]
+        sizes["B"] = (width + 1) // 2 if weight_bits <= 4 else width
+    for operand, (dtypes, shape) in operands.items():
+        tensor = given.get(operand)
+        if tensor is None:
+            continue
+        if weight_bits is not None and operand == "qdata":
+            dtypes = (torch.uint8 if weight_bits <= 4 else torch.int8,)
+        if tensor.dtype not in dtypes:
+            wanted = " or ".join(map(str, dtypes))
+            raise TypeError(f"{name}: {operand} is {tensor.dtype}, must be {wanted}.")
+        found = tensor.shape
+        fits = len(found) == len(shape)
+        if fits:
+            for symbol, size in zip(shape, found):
+                if symbol is not None and sizes.setdefault(symbol, size) != size:
+                    fits = False
+        if not fits:
+            wanted = ", ".join(str(sizes.get(symbol, "*")) for symbol in shape)
+            raise ValueError(
+                f"{name}: {operand} has shape {tuple(found)}, must be ({wanted})."
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name}: {operand} is on {tensor.device} and what it is computed with "
+                f"on {first.device}: move them to one device."
+            )
+    if "G" in sizes and (sizes["G"] == 0 or sizes["K"] % sizes["G"]):
         raise ValueError(
-            f"{name}: activations have 2 to 8 bits, got act_bits={act_bits}."
+            f"{name}: {sizes['G']} scales a channel do not divide {sizes['K']} features "
+            "into groups of one width."
         )
-    device = x.device
-    features = x.shape[-1]
-    if hadamard_size != 1:
-        check_hadamard_size(hadamard_size, features)
-    _check(name, "x", x, _FLOATS, (None, None), device)
-    table = (None, features)
-    _check(name, "act_pre_scale", act_pre_scale, torch.float32, table, device)
-    shape = (act_pre_scale.shape[0], features)
-    _check(name, "act_shift", act_shift, torch.float32, shape, device)
-    _check(name, "modality_ids", modality_ids, _IDS, (None,), device)
-
-
-def check_low_rank_down(
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    l1: torch.Tensor,
-    modality_ids: torch.Tensor,
-    ranks: Sequence[int],
-    low_rank_scale: Optional[torch.Tensor] = None,
-) -> None:
-    """
-    Raises:
-        TypeError: an operand is of a type that the kernel does not read.
-        ValueError: of another shape or device.
-    """
-    name = "masquant::low_rank_down"
-    device = qdata.device
-    _check(name, "qdata", qdata, torch.int8, (None, None), device)
-    _check(name, "scale", scale, torch.float32, (None, 1), device)
-    _check(name, "l1", l1, (*_FLOATS[:3], torch.int8), (qdata.shape[1], None), device)
-    _check(name, "modality_ids", modality_ids, _IDS, (None,), device)
-    factors = (l1.shape[1],)
-    _check(name, "low_rank_scale", low_rank_scale, torch.float32, factors, device)
-
-
-def check_int_linear(
-    qx: torch.Tensor,
-    x_scale: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    low_rank_hidden: Optional[torch.Tensor],
-    l2: Optional[torch.Tensor],
-    modality_bias: Optional[torch.Tensor],
-    modality_ids: Optional[torch.Tensor],
-    bias: Optional[torch.Tensor],
-    weight_bits: int,
-    out_dtype: torch.dtype,
-) -> None:
-    """
-    Raises:
-        TypeError: an operand is of a type that the kernel does not read.
-        ValueError: of another shape or device, or the bits or groups do not fit.
-    """
-    name = "masquant::int_linear"
-    device = qx.device
-    _check(name, "qx", qx, torch.int8, (None, None), device)
-    _check(name, "x_scale", x_scale, torch.float32, (None, 1), device)
-    _check_weight(name, qdata, scale, qx.shape[1], weight_bits, device)
-    out_features = qdata.shape[0]
-    up = (None, out_features)
-    _check(name, "l2", l2, (*_FLOATS[:3], torch.int8), up, device)
-    if low_rank_hidden is not None:
-        if l2 is None:
-            raise ValueError(f"{name}: low_rank_hidden needs an l2 to go up by.")
-        hidden = (None, l2.shape[0])
-        _check(name, "low_rank_hidden", low_rank_hidden, torch.float32, hidden, device)
-    _check(name, "modality_bias", modality_bias, _FLOATS, up, device)
-    _check(name, "modality_ids", modality_ids, _IDS, (None,), device)
-    _check(name, "bias", bias, _FLOATS, (out_features,), device)
-    _check_out(name, out_dtype)
-
-
-def check_weight_only_linear(
-    x: torch.Tensor,
-    act_pre_scale: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: Optional[torch.Tensor],
-    l1: Optional[torch.Tensor],
-    l2: Optional[torch.Tensor],
-    modality_bias: Optional[torch.Tensor],
-    modality_ids: Optional[torch.Tensor],
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    weight_bits: int,
-    out_dtype: torch.dtype,
-    low_rank_scale: Optional[torch.Tensor] = None,
-    hadamard_size: int = 1,
-) -> None:
-    """
-    Raises:
-        TypeError: an operand is of a type that the kernel does not read.
-        ValueError: of another shape or device, or the bits, groups or rotation do not
-            fit.
-    """
-    name = "masquant::weight_only_linear"
-    device = x.device
-    _check(name, "x", x, _FLOATS, (None, None), device)
-    features = x.shape[1]
-    if hadamard_size != 1:
-        check_hadamard_size(hadamard_size, features)
-    table = (None, features)
-    _check(name, "act_pre_scale", act_pre_scale, torch.float32, table, device)
-    _check_weight(name, qdata, scale, features, weight_bits, device)
-    out_features, groups = scale.shape
-    _check(name, "zero_point", zero_point, torch.int8, (out_features, groups), device)
-    pair = (*_FLOATS[:3], torch.int8)
-    _check(name, "l1", l1, pair, (features, None), device)
-    if l1 is not None:
-        if l2 is None:
-            raise ValueError(f"{name}: l1 needs an l2 to go up by.")
-        rank = l1.shape[1]
-        _check(name, "l2", l2, pair, (rank, out_features), device)
-        factors = (rank,)
-        _check(name, "low_rank_scale", low_rank_scale, torch.float32, factors, device)
-    extra = (None, out_features)
-    _check(name, "modality_bias", modality_bias, _FLOATS, extra, device)
-    _check(name, "modality_ids", modality_ids, _IDS, (None,), device)
-    _check(name, "bias", bias, _FLOATS, (out_features,), device)
-    _check_out(name, out_dtype)
-
-
-def _check_out(operator: str, out_dtype: torch.dtype) -> None:
-    if out_dtype not in _FLOATS:
+    up = _UP.get(operator)
+    if up is not None and given[up] is not None and given["l2"] is None:
+        raise ValueError(f"{name}: {up} needs an l2 to go up by.")
+    if given.get("out_dtype", torch.float32) not in _FLOATS:
         raise TypeError(
-            f"{operator}: a result is float16, bfloat16, float32 or float64, got "
-            f"{out_dtype}."
+            f"{name}: a result is float16, bfloat16, float32 or float64, got "
+            f"{given['out_dtype']}."
         )
+
+
+def _check_bits(name: str, what: str, argument: str, bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{name}: {what} have 2 to 8 bits, got {argument}={bits}.")

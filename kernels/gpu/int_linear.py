@@ -20,11 +20,16 @@ import triton
 import triton.language as tl
 
 from torchao_masquant.kernels.gpu.int4_unpacking import load_upper
-from torchao_masquant.kernels.gpu.int_linear_tilings import choose, transposed
+from torchao_masquant.kernels.gpu.int_linear_tilings import (
+    fallback,
+    fitting,
+    transposed,
+)
 from torchao_masquant.kernels.gpu.launching import (
     TileConfig,
     launch,
     rows_contiguous,
+    shares_of,
 )
 from torchao_masquant.kernels.gpu.linear_epilogue import (
     add_shares,
@@ -35,13 +40,16 @@ from torchao_masquant.kernels.gpu.linear_epilogue import (
 )
 from torchao_masquant.kernels.gpu.linear_tiles import (
     block_of_k,
+    choose,
+    grid,
     load_block,
-    programs,
     share_of_k,
     store_share,
     tile,
+    weight_flags,
     with_block_k,
 )
+from torchao_masquant.kernels.gpu.tuning import table_name
 
 __all__ = ["int_linear"]
 
@@ -220,36 +228,17 @@ def int_linear(
     out_dtype: torch.dtype,
     config: Optional[TileConfig] = None,
 ) -> torch.Tensor:
-    """``y = s_x s_w (q_x q_w^T) + h L2 + b_m + b``.
+    """``y = s_x s_w (q_x q_w^T) + h L2 + b_m + b``, with the tiling ``config``.
 
-    As :func:`torchao_masquant.kernels.reference.int_linear`, but that rows of
-    ``low_rank_hidden`` whose token is of the base are taken for zeros, as
-    ``low_rank_down`` makes them.
-
-    Args:
-        qx: (T, K) int8.
-        x_scale: (T, 1) float32.
-        qdata: (N, K) int8, or (N, ceil(K / 2)) uint8 where ``weight_bits`` is at most
-            4.
-        scale: (N, G) float32; each of the G scales serves K / G neighbours.
-        low_rank_hidden: (T, R) float32 or None.
-        l2: (R, N) floating point or int8, or None.
-        modality_bias: (M, N) floating point or None: what each modality adds.
-        modality_ids: (T,) integers or None: every token is base.
-        bias: (N,) floating point or None.
-        weight_bits: 8, 4 or 3.
-        out_dtype: floating point type of the result.
-        config: the tiling; None for that of the tables.
-
-    Returns:
-        (T, N) ``out_dtype``.
+    Arguments and result are those of :func:`torchao_masquant.kernels.reference.int_linear`,
+    but that rows of ``low_rank_hidden`` whose token is of the base are taken for zeros,
+    as ``low_rank_down`` makes them. Without a tiling that of the tables is taken.
 
     Raises:
         ValueError: K is so large that a sum might not fit in int32.
     """
     tokens, in_features = qx.shape
     out_features, groups = scale.shape
-    packed = weight_bits <= 4
     width = 0 if groups == 1 else in_features // groups
     if width == 0 and in_features > _MOST_FEATURES:
         raise ValueError(
@@ -259,26 +248,25 @@ def int_linear(
     if config is None:
         parts = hidden_parts(out_dtype) * l2_parts(l2)
         config = choose(
-            tokens, out_features, in_features, weight_bits, width, parts, qx.device
+            "int_linear",
+            (tokens, out_features, in_features),
+            weight_bits,
+            width > 0,
+            fitting(width, parts, table_name(qx.device)),
+            fallback,
+            qx.device,
         )
     config = with_block_k(config, config["BLOCK_K"], width)
     qx = rows_contiguous(qx)
     qdata = rows_contiguous(qdata)
     out = torch.empty((tokens, out_features), dtype=out_dtype, device=qx.device)
-    split_k = config["SPLIT_K"]
-    workspace = out
-    if split_k > 1:
-        workspace = torch.empty(
-            (split_k, tokens, out_features),
-            dtype=torch.float32 if width else torch.int32,
-            device=qx.device,
-        )
+    workspace = shares_of(out, config, torch.float32 if width else torch.int32)
     added = additions(
         low_rank_hidden, l2, modality_bias, modality_ids, bias, out_dtype, x_scale
     )
     launch(
         int_linear_kernel,
-        (triton.cdiv(programs(qx.device, config.num_warps), split_k), split_k),
+        grid(config, qx.device),
         qx,
         qdata,
         workspace,
@@ -297,14 +285,11 @@ def int_linear(
         scale.stride(0),
         scale.stride(1),
         *added.strides,
-        PACKED=packed,
-        WIDTH=width,
-        EVEN_K=(width or in_features) % config["BLOCK_K"] == 0,
         TRANSPOSED=transposed(config, width),
-        PTX=qx.device.type == "cuda" and torch.version.hip is None,
         config=config,
+        **weight_flags(config, weight_bits, in_features, width, qx.device),
         **added.flags,
     )
-    if split_k > 1:
+    if workspace is not out:
         add_shares(workspace, x_scale, scale, width == 0, added, out)
     return out

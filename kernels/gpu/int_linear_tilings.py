@@ -7,21 +7,10 @@
 
 from typing import Optional
 
-import torch
-
-from torchao_masquant.kernels.gpu.launching import TileConfig, size_hint
+from torchao_masquant.kernels.gpu.launching import TileConfig
 from torchao_masquant.kernels.gpu.linear_tiles import tiling, within_registers
-from torchao_masquant.kernels.gpu.tuning import choose as choose_tiling
-from torchao_masquant.kernels.gpu.tuning import linear_name, table_name, tuning_key
 
-__all__ = [
-    "CONFIGS",
-    "OWN_EPILOGUE",
-    "choose",
-    "fallback",
-    "fitting",
-    "transposed",
-]
+__all__ = ["CONFIGS", "OWN_EPILOGUE", "fallback", "fitting", "transposed"]
 
 # All of them fit the shared memory of every target: 64 KiB on gfx942, 99 on sm_89.
 _DECODE = (
@@ -69,7 +58,7 @@ def fitting(
     Args:
         width: of a group of K, or 0.
         parts: of ``h`` times those of L2.
-        architecture: as :func:`table_name` has it, or None.
+        architecture: as tables are named, or None.
     """
     # These two keep operands of a product in shared memory, or have registers of their
     # own for its sums.
@@ -93,33 +82,3 @@ def fallback(tokens: int, configs: tuple[TileConfig, ...]) -> TileConfig:
     if tokens <= 256:
         return _SHORT[3]
     return next(c for c in _LONG + _SMALL if c in configs)
-
-
-def choose(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    weight_bits: int,
-    width: int,
-    parts: int,
-    device: torch.device,
-) -> TileConfig:
-    """The tiling for (T, K) tokens by (N, K) weights: a measured one, else by T.
-
-    Args:
-        tokens: T, which may be symbolic.
-        out_features: N.
-        in_features: K.
-        weight_bits: up to 4 are packed, two to a byte.
-        width: of a group of K, or 0.
-        parts: of ``h`` times those of L2.
-        device: of the call.
-    """
-    configs = fitting(width, parts, table_name(device))
-    return choose_tiling(
-        linear_name("int_linear", weight_bits, width > 0),
-        tuning_key(tokens, out_features, in_features),
-        configs,
-        fallback(size_hint(tokens), configs),
-        device,
-    )

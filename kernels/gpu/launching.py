@@ -11,7 +11,7 @@ from typing import Any, Mapping, Optional, Union
 import torch
 from torch.library import wrap_triton
 
-__all__ = ["TileConfig", "launch", "rows_contiguous", "size_hint"]
+__all__ = ["TileConfig", "launch", "rows_contiguous", "shares_of", "size_hint"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,22 @@ def size_hint(size: Union[int, torch.SymInt]) -> int:
 def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, copied if neighbours in a row are no neighbours in memory."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def shares_of(
+    out: torch.Tensor, config: TileConfig, dtype: torch.dtype
+) -> torch.Tensor:
+    """(SPLIT_K, T, N) for the sums of each share of K; the result where K is not split.
+
+    Args:
+        out: (T, N), the result.
+        config: the tiling.
+        dtype: of the sums.
+    """
+    if config["SPLIT_K"] == 1:
+        return out
+    shape = (config["SPLIT_K"], *out.shape)
+    return torch.empty(shape, dtype=dtype, device=out.device)
 
 
 def launch(

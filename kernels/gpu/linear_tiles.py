@@ -16,23 +16,26 @@ for one scale a channel. EVEN_K says that blocks cover groups, or all of K, with
 over.
 """
 
-from typing import Iterable
+from typing import Any, Callable, Iterable
 
 import torch
 import triton
 import triton.language as tl
 
-from torchao_masquant.kernels.gpu.launching import TileConfig
+from torchao_masquant.kernels.gpu import tuning
+from torchao_masquant.kernels.gpu.launching import TileConfig, size_hint
 
 __all__ = [
     "block_k",
     "block_of_k",
+    "choose",
+    "grid",
     "load_block",
-    "programs",
     "share_of_k",
     "store_share",
     "tile",
     "tiling",
+    "weight_flags",
     "with_block_k",
     "within_registers",
 ]
@@ -178,10 +181,63 @@ def with_block_k(config: TileConfig, wanted: int, width: int) -> TileConfig:
     return TileConfig.of(config.num_warps, config.num_stages, **blocks)
 
 
-def programs(device: torch.device, num_warps: int) -> int:
-    """As many as a device can hold at once, or more: no size of the call is in it."""
-    # In Triton's interpreter, and where a graph is traced for a GPU that is not there.
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 3
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count * (16 // num_warps)
+def choose(
+    operator: str,
+    sizes: tuple[int, int, int],
+    weight_bits: int,
+    grouped: bool,
+    configs: tuple[TileConfig, ...],
+    fallback: Callable[[int, tuple[TileConfig, ...]], TileConfig],
+    device: torch.device,
+) -> TileConfig:
+    """The tiling for (T, K) tokens by (N, K) weights: a measured one, else by T.
+
+    Args:
+        operator: "int_linear" or "weight_only_linear".
+        sizes: T, which may be symbolic, N and K.
+        weight_bits: up to 4 are packed, two to a byte.
+        grouped: a channel has several scales.
+        configs: those that the call may take.
+        fallback: one of them, by the number of tokens.
+        device: of the call.
+    """
+    return tuning.choose(
+        tuning.linear_name(operator, weight_bits, grouped),
+        tuning.tuning_key(*sizes),
+        configs,
+        fallback(size_hint(sizes[0]), configs),
+        device,
+    )
+
+
+def grid(config: TileConfig, device: torch.device) -> tuple[int, int]:
+    """Programs for the tiles, and shares of K.
+
+    As many as a device can hold at once, or more: no size of the call is in it.
+    """
+    held = 3
+    # Not in Triton's interpreter, nor where a graph is traced for a GPU that is not there.
+    if device.type == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        held = properties.multi_processor_count * (16 // config.num_warps)
+    return triton.cdiv(held, config["SPLIT_K"]), config["SPLIT_K"]
+
+
+def weight_flags(
+    config: TileConfig, weight_bits: int, in_features: int, width: int, on: torch.device
+) -> dict[str, Any]:
+    """Constexprs that say how weights lie, and how they are read.
+
+    Args:
+        config: the tiling, fitted to the width.
+        weight_bits: up to 4 are packed, two to a byte.
+        in_features: K.
+        width: of a group of K, or 0.
+        on: the device.
+    """
+    return {
+        "PACKED": weight_bits <= 4,
+        "WIDTH": width,
+        "EVEN_K": (width or in_features) % config["BLOCK_K"] == 0,
+        "PTX": on.type == "cuda" and torch.version.hip is None,
+    }

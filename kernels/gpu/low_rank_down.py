@@ -20,7 +20,7 @@ scale of nan) stays in its row. What is summed are products of ``q`` and L1 them
   TF32 on Blackwell all the same, and Triton 3.9 not on tensor cores.)
 
 Why this is a launch of its own, and not further rows of the integer product or a part of
-the quantize pass, :mod:`torchao_masquant.kernels.gpu.roofline` says, in numbers.
+the quantize pass, ``benchmarks/gpu_bench/roofline.py`` says, in numbers.
 
 With few tokens, K is split: each of SPLIT_K programs sums its share into a workspace
 (SPLIT_K, T, R), and a second kernel adds the shares in the order of K. No result
@@ -38,6 +38,7 @@ from torchao_masquant.kernels.gpu.launching import (
     TileConfig,
     launch,
     rows_contiguous,
+    shares_of,
     size_hint,
 )
 
@@ -66,40 +67,43 @@ _MODALITIES = 4
 
 
 @triton.jit
-def _own(
+def _tile(
     ids: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
     tokens: tl.tensor,
+    first: tl.tensor,
     last: tl.tensor,
     end_1: tl.tensor,
     end_2: tl.tensor,
     end_3: tl.tensor,
     modality: tl.tensor,
     stride_ids: tl.tensor,
-) -> tl.tensor:
-    """(BLOCK_M, BLOCK_R) whether a column is of the token's modality.
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> tuple:
+    """Rows and columns of a program, which of its elements are stored, and which of them
+    are of a column that belongs to the token's modality.
 
     Columns before end_1 are those of ``modality``, before end_2 of the next, and so on.
     """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    stored = (rows < tokens)[:, None] & (columns < last)[None, :]
     owner = modality + (columns >= end_1).to(tl.int32)
     owner += (columns >= end_2).to(tl.int32) + (columns >= end_3).to(tl.int32)
-    stored = rows < tokens
-    own = tl.load(ids + rows * stride_ids, mask=stored, other=0).to(tl.int64)
-    own = own[:, None] == owner[None, :]
-    return own & stored[:, None] & (columns < last)[None, :]
+    own = tl.load(ids + rows * stride_ids, mask=rows < tokens, other=0).to(tl.int64)
+    return rows, columns, stored, stored & (own[:, None] == owner[None, :])
 
 
 @triton.jit
 def _scaled(
     total: tl.tensor,
-    scale: tl.tensor,
-    low_rank_scale: tl.tensor,
+    own: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
-    own: tl.tensor,
     tokens: tl.tensor,
     last: tl.tensor,
+    scale: tl.tensor,
+    low_rank_scale: tl.tensor,
     stride_scale: tl.tensor,
     HAS_LOW_RANK_SCALE: tl.constexpr,
 ) -> tl.tensor:
@@ -144,22 +148,20 @@ def low_rank_down_kernel(
     SPLIT_K: tl.constexpr,
 ) -> None:
     """Columns [first, last) of the result; of SPLIT_K > 1, of one share's sums."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = first + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
-    own = _own(
+    rows, columns, stored, own = _tile(
         ids,
-        rows,
-        columns,
         tokens,
+        first,
         last,
         end_1,
         end_2,
         end_3,
         modality,
         stride_ids,
+        BLOCK_M,
+        BLOCK_R,
     )
-    stored = (rows < tokens)[:, None] & (columns < last)[None, :]
     at = out + rows[:, None] * rank + columns[None, :]
     if tl.max(tl.max(own.to(tl.int32), axis=1), axis=0) > 0:
         share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLIT_K) * BLOCK_K
@@ -206,13 +208,13 @@ def low_rank_down_kernel(
         else:
             hidden = _scaled(
                 total,
-                scale,
-                low_rank_scale,
+                own,
                 rows,
                 columns,
-                own,
                 tokens,
                 last,
+                scale,
+                low_rank_scale,
                 stride_scale,
                 HAS_LOW_RANK_SCALE,
             )
@@ -244,19 +246,18 @@ def reduce_kernel(
     BLOCK_R: tl.constexpr,
 ) -> None:
     """Adds the shares in the order of K; reads only what was written of them."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = first + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    own = _own(
+    rows, columns, stored, own = _tile(
         ids,
-        rows,
-        columns,
         tokens,
+        first,
         last,
         end_1,
         end_2,
         end_3,
         modality,
         stride_ids,
+        BLOCK_M,
+        BLOCK_R,
     )
     element = rows[:, None] * rank + columns[None, :]
     total = tl.load(workspace + element, mask=own, other=0)
@@ -265,17 +266,16 @@ def reduce_kernel(
         total += tl.load(workspace + split * part + element, mask=own, other=0)
     hidden = _scaled(
         total,
-        scale,
-        low_rank_scale,
+        own,
         rows,
         columns,
-        own,
         tokens,
         last,
+        scale,
+        low_rank_scale,
         stride_scale,
         HAS_LOW_RANK_SCALE,
     )
-    stored = (rows < tokens)[:, None] & (columns < last)[None, :]
     tl.store(out + element, hidden, mask=stored)
 
 
@@ -336,23 +336,11 @@ def low_rank_down(
 ) -> torch.Tensor:
     """``h = (s * q) L1 * s_r``, the columns of other modalities set to zero.
 
-    As :func:`torchao_masquant.kernels.reference.low_rank_down`.
-
-    Args:
-        qdata: (T, K) int8, smoothed and quantized tokens; or of 16 bits, smoothed alone,
-            where ``l1`` is no int8.
-        scale: (T, 1) float32.
-        l1: (K, R) floating point or int8, the down-projections of the modalities
-            1, 2, ... side by side.
-        modality_ids: (T,) integers; the columns of an id that names no modality are
-            zeros.
-        ranks: columns of ``l1`` that belong to modality 1, 2, ...; they sum to R.
-        low_rank_scale: (R,) float32 ``s_r`` where the pair is int8, that of both of
-            its sides; None for ones.
-        config: the tiling; None for that of the tables.
-
-    Returns:
-        (T, R) float32.
+    Arguments and result are those of
+    :func:`torchao_masquant.kernels.reference.low_rank_down`, but that ``qdata`` may also
+    be of 16 bits, smoothed alone, where ``l1`` is no int8, and that the columns of an id
+    that names no modality are zeros. Without a tiling ``config`` that of the tables is
+    taken.
 
     Raises:
         ValueError: ``ranks`` do not sum to R.
@@ -370,13 +358,7 @@ def low_rank_down(
     config = fitted(config, l1.dtype == torch.float32)
     split_k = config["SPLIT_K"]
     is_int8 = l1.dtype == torch.int8
-    out = hidden
-    if split_k > 1:
-        out = torch.empty(
-            (split_k, tokens, rank),
-            dtype=torch.int32 if is_int8 else torch.float32,
-            device=qdata.device,
-        )
+    out = shares_of(hidden, config, torch.int32 if is_int8 else torch.float32)
     qdata = rows_contiguous(qdata)
     # scale stands for what there is not.
     factors = scale if low_rank_scale is None else low_rank_scale.contiguous()

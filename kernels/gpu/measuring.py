@@ -74,7 +74,6 @@ def measure_call(
     args: Sequence[Any],
     *,
     clock: Clock = gpu_clock,
-    table: Optional[str] = None,
     again: bool = False,
 ) -> Optional[Measured]:
     """Find what is fastest for a call, and write it down.
@@ -84,7 +83,6 @@ def measure_call(
         launch: launches its kernels; takes a ``config``.
         args: of the call, its tensors on a GPU.
         clock: milliseconds of a call.
-        table: name of the table; None for the device's.
         again: also where a table knows already.
 
     Returns:
@@ -94,7 +92,7 @@ def measure_call(
         RuntimeError: two candidates give different results, or none runs.
     """
     device = args[0].device
-    table = table or table_name(device)
+    table = table_name(device)
     if table is None:
         raise RuntimeError(f"there are no tables for {device}: tilings are for GPUs.")
     with questions() as asked:
@@ -198,12 +196,11 @@ class LinearShape(NamedTuple):
 
 def tune(
     shapes: Iterable[LinearShape],
-    tokens: Iterable[int] = (1, 16, 256, 2048, 8192),
+    tokens: Iterable[int],
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: Optional[torch.device] = None,
     clock: Clock = gpu_clock,
-    table: Optional[str] = None,
     again: bool = False,
     tell: Callable[[Measured], None] = lambda measured: None,
 ) -> Path:
@@ -218,7 +215,6 @@ def tune(
         dtype: of tokens and results.
         device: a GPU; None for the current one.
         clock: milliseconds of a call.
-        table: name of the table; None for the device's.
         again: also what a table knows already.
         tell: called with the result of each measurement.
 
@@ -229,7 +225,7 @@ def tune(
         RuntimeError: there is no GPU, or a candidate gives a wrong result.
     """
     device = device or torch.device("cuda", torch.cuda.current_device())
-    name = table or table_name(device)
+    name = table_name(device)
     if name is None:
         raise RuntimeError(f"there are no tables for {device}: tilings are for GPUs.")
     counts = sorted(set(tokens))
@@ -241,7 +237,6 @@ def tune(
                     operators()[operator].launch,
                     args,
                     clock=clock,
-                    table=name,
                     again=again,
                 )
                 if found is not None:

@@ -3,10 +3,14 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Which operators there are Triton kernels for, with what they take and who launches."""
+"""Which operators there are Triton kernels for, and how a call of one is run."""
 
 import functools
+import inspect
 from typing import Any, Callable, NamedTuple
+
+from torchao_masquant.kernels import reference
+from torchao_masquant.kernels.gpu.checks import check_operands
 
 __all__ = ["GpuOperator", "operators"]
 
@@ -15,13 +19,15 @@ class GpuOperator(NamedTuple):
     """
     Attributes:
         name: without the namespace.
-        check: raises on operands that the kernels do not take.
-        launch: launches them.
+        launch: launches its kernels.
     """
 
     name: str
-    check: Callable[..., None]
     launch: Callable[..., Any]
+
+    def check(self, *args: Any) -> None:
+        """Raise on operands that the kernels do not take."""
+        check_operands(self.name, dict(zip(_arguments(self.name), args)))
 
     def run(self, *args: Any) -> Any:
         """Launch the kernels, or call what a table says is faster than they are."""
@@ -32,6 +38,11 @@ class GpuOperator(NamedTuple):
 
 
 @functools.lru_cache(maxsize=None)
+def _arguments(name: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(getattr(reference, name)).parameters)
+
+
+@functools.lru_cache(maxsize=None)
 def operators() -> dict[str, GpuOperator]:
     """What runs on a GPU, by the operator's name.
 
@@ -39,18 +50,10 @@ def operators() -> dict[str, GpuOperator]:
         ImportError: Triton is not installed.
     """
     # Not at import: kernels ask for Triton where they are defined.
-    from torchao_masquant.kernels.gpu import checks
     from torchao_masquant.kernels.gpu.int_linear import int_linear
     from torchao_masquant.kernels.gpu.low_rank_down import low_rank_down
     from torchao_masquant.kernels.gpu.smooth_quantize import smooth_quantize
     from torchao_masquant.kernels.gpu.weight_only_linear import weight_only_linear
 
-    found = (
-        GpuOperator("smooth_quantize", checks.check_smooth_quantize, smooth_quantize),
-        GpuOperator("low_rank_down", checks.check_low_rank_down, low_rank_down),
-        GpuOperator("int_linear", checks.check_int_linear, int_linear),
-        GpuOperator(
-            "weight_only_linear", checks.check_weight_only_linear, weight_only_linear
-        ),
-    )
-    return {operator.name: operator for operator in found}
+    launches = (smooth_quantize, low_rank_down, int_linear, weight_only_linear)
+    return {f.__name__: GpuOperator(f.__name__, f) for f in launches}

@@ -23,33 +23,21 @@ __all__ = ["rotated", "rotated_in_blocks_of", "stages_of"]
 
 
 @triton.jit
-def _stage(
-    values: tl.tensor,
-    one: tl.tensor,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> tl.tensor:
-    pairs = tl.reshape(values, (ROWS * COLUMNS // (2 * HALF), 2, HALF))
+def _stage(values: tl.tensor, one: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
+    pairs = tl.reshape(values, (values.numel // (2 * HALF), 2, HALF))
     a, c = tl.split(tl.permute(pairs, (0, 2, 1)))
     if HALF == 1:
         both = tl.join(tl.fma(a, one, c), tl.fma(a, one, -c))
     else:
         both = tl.join(a + c, a - c)
-    return tl.reshape(tl.permute(both, (0, 2, 1)), (ROWS, COLUMNS))
+    return tl.reshape(tl.permute(both, (0, 2, 1)), values.shape)
 
 
 @triton.jit
-def rotated(
-    values: tl.tensor,
-    one: tl.tensor,
-    STAGES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> tl.tensor:
-    """A tile (ROWS, COLUMNS) whose blocks of 2 ** STAGES neighbours are rotated."""
+def rotated(values: tl.tensor, one: tl.tensor, STAGES: tl.constexpr) -> tl.tensor:
+    """A tile whose rows' blocks of 2 ** STAGES neighbours are rotated."""
     for stage in tl.static_range(STAGES):
-        values = _stage(values, one, 2**stage, ROWS, COLUMNS)
+        values = _stage(values, one, 2**stage)
     if STAGES > 0:
         factor: tl.constexpr = (2**STAGES) ** -0.5
         values = values * factor

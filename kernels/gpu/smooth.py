@@ -50,7 +50,7 @@ def smooth_kernel(
     p = tl.load(pre_scale + columns, mask=inside, other=0.0)
     values = tl.load(x + row * stride_x + columns, mask=inside, other=0.0)
     smoothed = values.to(tl.float32) * tl.where(known, p, float("nan"))
-    smoothed = tl.reshape(rotated(smoothed, one, STAGES, 1, BLOCK_K), (BLOCK_K,))
+    smoothed = rotated(smoothed, one, STAGES)
     tl.store(
         out + row * in_features + columns,
         smoothed.to(out.dtype.element_ty),

@@ -64,31 +64,27 @@ CONFIGS: tuple[TileConfig, ...] = SINGLE + SHARED
 
 @triton.jit
 def _smoothed(
-    x: tl.tensor,
+    x_rows: tl.tensor,
     pre_scale: tl.tensor,
     shift: tl.tensor,
-    rows: tl.tensor,
     columns: tl.tensor,
     in_features: tl.tensor,
-    stride_x: tl.tensor,
     one: tl.tensor,
     HAS_SHIFT: tl.constexpr,
     STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
     """A block of ``H (x * p - o)``, zeros past the end of a row.
 
-    pre_scale and shift point to a row for all, or to one for each, (BLOCK_M, 1).
+    x_rows point to a row each, (BLOCK_M, 1); pre_scale and shift too, or to one for all.
     """
     inside = columns < in_features
-    values = tl.load(x + rows * stride_x + columns, mask=inside, other=0.0)
+    values = tl.load(x_rows + columns, mask=inside, other=0.0)
     p = tl.load(pre_scale + columns, mask=inside, other=0.0)
     smoothed = values.to(tl.float32) * p.to(tl.float32)
     if HAS_SHIFT:
         o = tl.load(shift + columns, mask=inside, other=0.0)
         smoothed = tl.fma(smoothed, one, -o.to(tl.float32))
-    return rotated(smoothed, one, STAGES, BLOCK_M, BLOCK_K)
+    return rotated(smoothed, one, STAGES)
 
 
 @triton.jit
@@ -166,6 +162,7 @@ def smooth_quantize_kernel(
     # Rows past the end are the last one again, and are not stored.
     row = tl.minimum(row, tokens - 1)
     rows = row[:, None]
+    x_rows = x + rows * stride_x
     known = stored
     if HAS_IDS:
         modality = tl.load(ids + row * stride_ids).to(tl.int64)
@@ -177,18 +174,7 @@ def smooth_quantize_kernel(
     inner = tl.arange(0, BLOCK_K)[None, :]
     if ONE_BLOCK:
         smoothed = _smoothed(
-            x,
-            pre_scale,
-            shift,
-            rows,
-            inner,
-            in_features,
-            stride_x,
-            one,
-            HAS_SHIFT,
-            STAGES,
-            BLOCK_M,
-            BLOCK_K,
+            x_rows, pre_scale, shift, inner, in_features, one, HAS_SHIFT, STAGES
         )
         row_scale = _row_scale(_largest_bits(smoothed), known, QUANT_MAX)
         _store_levels(qdata, smoothed, row_scale, rows, inner, stored, in_features)
@@ -197,36 +183,14 @@ def smooth_quantize_kernel(
         for start in range(0, in_features, BLOCK_K):
             columns = start + inner
             smoothed = _smoothed(
-                x,
-                pre_scale,
-                shift,
-                rows,
-                columns,
-                in_features,
-                stride_x,
-                one,
-                HAS_SHIFT,
-                STAGES,
-                BLOCK_M,
-                BLOCK_K,
+                x_rows, pre_scale, shift, columns, in_features, one, HAS_SHIFT, STAGES
             )
             largest = tl.maximum(largest, _largest_bits(smoothed))
         row_scale = _row_scale(largest, known, QUANT_MAX)
         for start in range(0, in_features, BLOCK_K):
             columns = start + inner
             smoothed = _smoothed(
-                x,
-                pre_scale,
-                shift,
-                rows,
-                columns,
-                in_features,
-                stride_x,
-                one,
-                HAS_SHIFT,
-                STAGES,
-                BLOCK_M,
-                BLOCK_K,
+                x_rows, pre_scale, shift, columns, in_features, one, HAS_SHIFT, STAGES
             )
             _store_levels(
                 qdata, smoothed, row_scale, rows, columns, stored, in_features
@@ -283,22 +247,11 @@ def smooth_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``q = round(v / s)``, ``v = H (x * p_m - o_m)``, ``s = max |v| / (2 ** (bits - 1) - 1)``.
 
-    As :func:`torchao_masquant.kernels.reference.smooth_quantize`, whose integers these
-    are, but that a token whose id names no modality gets a scale of nan, where the
-    reference raises: a kernel can't.
-
-    Args:
-        x: (T, K) floating point.
-        act_pre_scale: (M, K) float32, reciprocal smoothing factors ``p_m``, base
-            modality first.
-        modality_ids: (T,) integers in [0, M), or None: every token is base.
-        act_bits: 2 to 8; fewer than 8 bits are still held in int8.
-        act_shift: (M, K) float32 ``o_m``, or None for zeros.
-        hadamard_size: b of the rotation ``H``, which divides K; 1 for none.
-        config: the tiling; None for that of the tables.
-
-    Returns:
-        ``qdata`` (T, K) int8, 0 where a level is nan, and ``scale`` (T, 1) float32.
+    Arguments and result are those of
+    :func:`torchao_masquant.kernels.reference.smooth_quantize`, whose integers these are,
+    but that a token whose id names no modality gets a scale of nan and integers of 0,
+    where the reference raises: a kernel can't. Without a tiling ``config`` that of the
+    tables is taken.
 
     Raises:
         ValueError: a block of the rotation does not fit in the registers of a program.

@@ -5,9 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """Which tiling a kernel runs with: measured ones first, else a rule of thumb.
 
-Measured tilings come from two JSON files of one form, first the user's own, which
-tuning writes (:mod:`torchao_masquant.kernels.gpu.measuring`), then the one shipped for
-the architecture, if one is::
+Measured tilings come from a JSON file of the architecture in the user's cache, which
+tuning writes (:mod:`torchao_masquant.kernels.gpu.measuring`)::
 
     {"int_linear w8": {"2048x2048x11008": {"blocks": {...}, "num_warps": 8, ...},
                        "2048x256x2048": {"library": "int_mm"}}}
@@ -43,8 +42,6 @@ __all__ = [
     "tuning_key",
     "user_table",
 ]
-
-_TABLES = Path(__file__).parent / "tables"
 
 
 class LibraryProduct(NamedTuple):
@@ -136,20 +133,18 @@ def user_table(name: str) -> Path:
 
 @functools.lru_cache(maxsize=None)
 def _measured(name: str) -> dict[str, dict[str, Entry]]:
-    found: dict[str, dict[str, Entry]] = {}
-    for path in (_TABLES / f"{name}.json", user_table(name)):
-        if not os.path.exists(path):
-            continue
-        try:
-            for kernel, entries in json.loads(path.read_text()).items():
-                found.setdefault(kernel, {}).update(
-                    {key: _entry(value) for key, value in entries.items()}
-                )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} is no table of tilings ({error}): delete it."
-            ) from error
-    return found
+    path = user_table(name)
+    if not path.exists():
+        return {}
+    try:
+        return {
+            kernel: {key: _entry(value) for key, value in entries.items()}
+            for kernel, entries in json.loads(path.read_text()).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is no table of tilings ({error}): delete it."
+        ) from error
 
 
 def forget_tables() -> None:

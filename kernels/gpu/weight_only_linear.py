@@ -32,6 +32,7 @@ from torchao_masquant.kernels.gpu.launching import (
     TileConfig,
     launch,
     rows_contiguous,
+    shares_of,
 )
 from torchao_masquant.kernels.gpu.linear_epilogue import (
     add_shares,
@@ -40,17 +41,20 @@ from torchao_masquant.kernels.gpu.linear_epilogue import (
 )
 from torchao_masquant.kernels.gpu.linear_tiles import (
     block_of_k,
+    choose,
+    grid,
     load_block,
-    programs,
     share_of_k,
     store_share,
     tile,
+    weight_flags,
 )
 from torchao_masquant.kernels.gpu.low_rank_down import low_rank_down
 from torchao_masquant.kernels.gpu.smooth import smooth
 from torchao_masquant.kernels.gpu.weight_only_tilings import (
-    choose,
+    fallback,
     fitted,
+    fitting,
     smoothed_here,
 )
 
@@ -293,33 +297,11 @@ def weight_only_linear(
 ) -> torch.Tensor:
     """``y = v (s_w (q_w - z))^T + v L1_m * s_r L2_m + b_m + b``, ``v = H (x p_m)``.
 
-    As :func:`torchao_masquant.kernels.reference.weight_only_linear`, but that ``v``
-    is rounded to x's type, and that a token whose id names no modality is nan, where
-    the reference raises: a kernel can't.
-
-    Args:
-        x: (T, K) floating point.
-        act_pre_scale: (M, K) float32, reciprocal smoothing factors ``p_m``, base
-            modality first.
-        qdata: (N, K) int8, or (N, ceil(K / 2)) uint8 where ``weight_bits`` is at most
-            4.
-        scale: (N, G) float32; each of the G scales serves K / G neighbours.
-        zero_point: (N, G) int8, or None for zeros.
-        l1: (K, R) floating point or int8, or None.
-        l2: (R, N) floating point or int8, or None.
-        modality_bias: (M, N) floating point or None: what each modality adds.
-        modality_ids: (T,) integers or None: every token is base, and no low-rank work
-            is done.
-        bias: (N,) floating point or None.
-        ranks: columns of ``l1`` that belong to modality 1, 2, ...; they sum to R.
-        weight_bits: 8, 4 or 3.
-        out_dtype: floating point type of the result.
-        low_rank_scale: (R,) float32 ``s_r`` where the pair is int8; None for ones.
-        hadamard_size: b of the rotation ``H``; 1 for none.
-        config: the tiling; None for that of the tables.
-
-    Returns:
-        (T, N) ``out_dtype``.
+    Arguments and result are those of
+    :func:`torchao_masquant.kernels.reference.weight_only_linear`, but that ``v`` is
+    rounded to x's type, and that a token whose id names no modality is nan, where the
+    reference raises: a kernel can't. Without a tiling ``config`` that of the tables is
+    taken.
 
     Raises:
         ValueError: ``ranks`` do not sum to R, or a block of the rotation does not fit in
@@ -327,18 +309,17 @@ def weight_only_linear(
     """
     tokens, in_features = x.shape
     out_features, groups = scale.shape
-    packed = weight_bits <= 4
     width = 0 if groups == 1 else in_features // groups
     if x.dtype == torch.float64:
         x = x.float()
     if config is None:
         config = choose(
-            tokens,
-            out_features,
-            in_features,
+            "weight_only_linear",
+            (tokens, out_features, in_features),
             weight_bits,
             width > 0,
-            x.dtype,
+            fitting(x.dtype),
+            fallback,
             x.device,
         )
     config = fitted(config, width, x.dtype == torch.float32)
@@ -350,12 +331,7 @@ def weight_only_linear(
     if not smooth_in_product:
         x = smooth(x, pre_scale, modality_ids, hadamard_size)
     out = torch.empty((tokens, out_features), dtype=out_dtype, device=x.device)
-    split_k = config["SPLIT_K"]
-    workspace = out
-    if split_k > 1:
-        workspace = torch.empty(
-            (split_k, tokens, out_features), dtype=torch.float32, device=x.device
-        )
+    workspace = shares_of(out, config, torch.float32)
     hidden = None
     if paired:
         assert l1 is not None and modality_ids is not None
@@ -372,7 +348,7 @@ def weight_only_linear(
     zeros = scale if zero_point is None else zero_point
     launch(
         weight_only_linear_kernel,
-        (triton.cdiv(programs(x.device, config.num_warps), split_k), split_k),
+        grid(config, x.device),
         x,
         pre_scale,
         qdata,
@@ -395,16 +371,13 @@ def weight_only_linear(
         zeros.stride(0),
         zeros.stride(1),
         *added.strides,
-        PACKED=packed,
-        WIDTH=width,
-        EVEN_K=(width or in_features) % config["BLOCK_K"] == 0,
         SMOOTH=smooth_in_product,
         HAS_ZERO_POINT=zero_point is not None,
         X_PARTS=3 if x.dtype == torch.float32 else 1,
-        PTX=x.device.type == "cuda" and torch.version.hip is None,
         config=config,
+        **weight_flags(config, weight_bits, in_features, width, x.device),
         **added.flags,
     )
-    if split_k > 1:
+    if workspace is not out:
         add_shares(workspace, None, scale, width == 0, added, out)
     return out

@@ -7,16 +7,14 @@
 
 import torch
 
-from torchao_masquant.kernels.gpu.launching import TileConfig, size_hint
+from torchao_masquant.kernels.gpu.launching import TileConfig
 from torchao_masquant.kernels.gpu.linear_tiles import (
     tiling,
     with_block_k,
     within_registers,
 )
-from torchao_masquant.kernels.gpu.tuning import choose as choose_tiling
-from torchao_masquant.kernels.gpu.tuning import linear_name, tuning_key
 
-__all__ = ["CONFIGS", "choose", "fallback", "fitted", "fitting", "smoothed_here"]
+__all__ = ["CONFIGS", "fallback", "fitted", "fitting", "smoothed_here"]
 
 _DECODE = (
     tiling(8, 4, 16, 64, 128, 4),
@@ -42,36 +40,6 @@ def fitting(dtype: torch.dtype) -> tuple[TileConfig, ...]:
     """Of CONFIGS those that need no more registers than there are."""
     most = {torch.float32: 16, torch.float16: 32}.get(dtype, 64)
     return within_registers(CONFIGS, most)
-
-
-def choose(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    weight_bits: int,
-    grouped: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> TileConfig:
-    """The tiling for (T, K) tokens by (N, K) weights: a measured one, else by T.
-
-    Args:
-        tokens: T, which may be symbolic.
-        out_features: N.
-        in_features: K.
-        weight_bits: up to 4 are packed, two to a byte.
-        grouped: a channel has several scales.
-        dtype: of the tokens.
-        device: of the call.
-    """
-    configs = fitting(dtype)
-    return choose_tiling(
-        linear_name("weight_only_linear", weight_bits, grouped),
-        tuning_key(tokens, out_features, in_features),
-        configs,
-        fallback(size_hint(tokens), configs),
-        device,
-    )
 
 
 def fallback(tokens: int, configs: tuple[TileConfig, ...]) -> TileConfig:

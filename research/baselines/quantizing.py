@@ -24,7 +24,7 @@ from torchao_masquant import MASQuantLinear, Recipe, masquant_config
 from torchao_masquant.calibrate_in_memory import learned_factors
 from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.conductor import solve
+from torchao_masquant.conductor.conductor import solve
 from torchao_masquant.learning import learn
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, library_versions
@@ -111,57 +111,70 @@ class Quantizing:
         options = SolverOptions(
             scheme=scheme, method="smoothquant", group_size=given.get("group_size")
         )
-        bits = options.number_format
-        layers: dict[str, LayerRecipe] = {}
-        modules: dict[str, nn.Module] = {}
+        if method in ("gptq", "awq", "mbq"):
+            return self._convert(options, self._one_factor(method, options))
         quantized = copy.deepcopy(self.model)
         router = Router.for_model(quantized)
-        found: dict[str, LayerRecipe] = {}
-        if method == "authors":
-            authors = SolverOptions(scheme, "masquant-paper", epochs=2, **given)
-            found = self.published(authors)
-        for weights, leader in self.groups:
-            seen = self.session.statistics[leader]
-            if method == "pooled":
-                ours = SolverOptions(scheme=scheme, **given)
-                for name, layer in pooled(weights, seen, ours).items():
-                    linear = self.session.linears[name]
-                    modules[name] = PooledLinear(linear, layer, bits)
-                continue
-            if method == "mas-unshared":
-                own = SolverOptions(scheme=scheme, alpha=0.5, separation=1.0)
-                for name, layer in factors_alone(weights, seen, own).items():
-                    factors = layer.smoothing_factor
-                    linear = self.session.linears[name]
-                    modules[name] = UnsharedLinear(name, linear, factors, bits, router)
-                continue
-            if method == "authors":
-                for name in weights:
-                    linear = self.session.linears[name]
-                    modules[name] = PublishedLinear(
-                        name, linear, found[name], bits, self.modalities, router
-                    )
-                continue
-            if method in ("awq", "mbq"):
-                balance = self.sensitivity()[leader] if method == "mbq" else None
-                layers |= searched_factor(weights, seen, bits, balance)
-                continue
-            smoothquant = solve_group(weights, seen, options)
-            if method == "gptq":
-                layers |= gptq(weights, seen, smoothquant, bits)
-            else:
-                for name, layer in smoothquant.items():
-                    linear = self.session.linears[name]
-                    modules[name] = ControlLinear(
-                        linear, layer, seen, bits, given["rank"]
-                    )
-        if layers:
-            return self._convert(options, layers)
+        modules = self._modules(method, options, given, router)
         for name, module in modules.items():
             parent, _, child = name.rpartition(".")
             setattr(quantized.get_submodule(parent), child, module)
         router.attach(quantized)
         return quantized
+
+    def _one_factor(
+        self, method: str, options: SolverOptions
+    ) -> dict[str, LayerRecipe]:
+        """What a baseline finds that the package's own linears can run."""
+        layers: dict[str, LayerRecipe] = {}
+        bits = options.number_format
+        for weights, leader in self.groups:
+            seen = self.session.statistics[leader]
+            if method == "gptq":
+                smoothquant = solve_group(weights, seen, options)
+                layers |= gptq(weights, seen, smoothquant, bits)
+            else:
+                balance = self.sensitivity()[leader] if method == "mbq" else None
+                layers |= searched_factor(weights, seen, bits, balance)
+        return layers
+
+    def _modules(
+        self,
+        method: str,
+        options: SolverOptions,
+        given: Mapping[str, Any],
+        router: Router,
+    ) -> dict[str, nn.Module]:
+        """Linears of a baseline that the package's own cannot be."""
+        scheme, bits = options.scheme, options.number_format
+        linears, found = self.session.linears, {}
+        if method == "authors":
+            authors = SolverOptions(scheme, "masquant-paper", epochs=2, **given)
+            found = self.published(authors)
+        modules: dict[str, nn.Module] = {}
+        for weights, leader in self.groups:
+            seen = self.session.statistics[leader]
+            if method == "pooled":
+                layers = pooled(weights, seen, SolverOptions(scheme=scheme, **given))
+                for name, layer in layers.items():
+                    modules[name] = PooledLinear(linears[name], layer, bits)
+            elif method == "mas-unshared":
+                own = SolverOptions(scheme=scheme, alpha=0.5, separation=1.0)
+                for name, layer in factors_alone(weights, seen, own).items():
+                    modules[name] = UnsharedLinear(
+                        name, linears[name], layer.smoothing_factor, bits, router
+                    )
+            elif method == "authors":
+                for name in weights:
+                    modules[name] = PublishedLinear(
+                        name, linears[name], found[name], bits, self.modalities, router
+                    )
+            else:
+                for name, layer in solve_group(weights, seen, options).items():
+                    modules[name] = ControlLinear(
+                        linears[name], layer, seen, bits, given["rank"]
+                    )
+        return modules
 
     def _convert(
         self, options: SolverOptions, layers: dict[str, LayerRecipe]

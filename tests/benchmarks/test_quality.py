@@ -55,7 +55,10 @@ def _smoothquant(linear, statistics, scheme):
 
 
 @torch.no_grad()
-def test_quick(tmp_path, capsys):
+def test_quick(tmp_path, capsys, monkeypatch):
+    # A quarter of the calibration data.
+    few = digits.calibration_samples(32)
+    monkeypatch.setattr(digits, "calibration_samples", lambda: few)
     report = tmp_path / "quality.json"
     main = runpy.run_path(str(BENCHMARKS / "quality.py"))["main"]
     methods = ["--methods", "smoothquant", "control", "gptq", "awq", "mas-unshared"]

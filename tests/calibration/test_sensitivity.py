@@ -8,6 +8,7 @@
 import copy
 
 import pytest
+import tiny_models
 import torch
 from tiny_models import OMNI_DECODER
 
@@ -18,18 +19,10 @@ from torchao_masquant.testing import digits
 LINEAR = f"{OMNI_DECODER}.layers.1.mlp.up_proj"
 
 
-def _sample():
-    """One with an image, and no sound."""
-    return next(
-        s
-        for s in digits.calibration_samples()
-        if "pixel_values" in s and "input_features" not in s
-    )
-
-
 def test_equals_finite_differences():
-    model, sample = digits.load_model("outliers"), _sample()
-    found = modality_sensitivity(model, [sample], include=LINEAR, progress=False)
+    name = "model.language_model.layers.1.mlp.up_proj"
+    model, sample = tiny_models.qwen25_vl(), tiny_models.samples(audio=False)[0]
+    found = modality_sensitivity(model, [sample], include=name, progress=False)
     model = model.double()
     sample = {k: v.double() if v.is_floating_point() else v for k, v in sample.items()}
     ids = Router.for_model(model).ids_of(sample["input_ids"])
@@ -42,7 +35,7 @@ def test_equals_finite_differences():
             logits[0], labels, reduction="sum"
         ).item()
 
-    linear = model.get_submodule(LINEAR)
+    linear = model.get_submodule(name)
     handle = linear.register_forward_hook(
         lambda m, a, y: y + moved.get("by", torch.zeros_like(y))
     )
@@ -98,26 +91,3 @@ def test_the_model_is_left_as_it_was():
 def test_nothing_to_measure_is_said():
     with pytest.raises(ValueError, match="samples is empty: sensitivities need"):
         modality_sensitivity(digits.load_model("plain"), [], progress=False)
-
-
-def test_few_tokens_are_warned_of(caplog):
-    model = digits.load_model("plain")
-    samples = [s for s in digits.calibration_samples() if len(s) == 2][:2]
-    options = dict(modalities=("text",), include=LINEAR, progress=False)
-    calibrate(model, samples, **options)
-    assert "the calibration data has 16 text tokens" in caplog.text
-    caplog.clear()
-    calibrate(model, samples * 8, **options)
-    assert not caplog.text
-
-
-def test_unknown_modality_weight_is_named():
-    model = digits.load_model("plain")
-    with pytest.raises(ValueError, match="modality_weights name 'smell', which is not"):
-        calibrate(
-            model,
-            digits.calibration_samples()[:6],
-            include=LINEAR,
-            modality_weights={"smell": 1.0},
-            progress=False,
-        )

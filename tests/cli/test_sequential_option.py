@@ -6,6 +6,8 @@
 """``masquant calibrate --sequential``: the same data, the same result, from disk."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -16,7 +18,6 @@ from running import run
 from safetensors.torch import load_file
 
 from torchao_masquant import Recipe
-from torchao_masquant.data import SavedSamples
 from torchao_masquant.testing import model_folders
 
 QUICK = ["--alpha", "0.5", "--separation", "1", "--rank", "2"]
@@ -62,17 +63,22 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_it_is_calibrate_and_quantize(vision, tmp_path, capsys, dtype):
+@pytest.fixture
+def expected(tmp_path):
+    return tmp_path / "expected.safetensors"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return tmp_path / "recipe.safetensors"
+
+
+def test_it_is_calibrate_and_quantize(vision, tmp_path, capsys, expected, recipe):
     model, data = vision
-    options = [*QUICK, "--dtype", dtype, "--modality-weights", "vision=0.5"]
-    expected, recipe = (
-        tmp_path / "expected.safetensors",
-        tmp_path / "recipe.safetensors",
-    )
+    options = [*QUICK, "--dtype", "bfloat16", "--modality-weights", "vision=0.5"]
     assert run("calibrate", model, data, "-o", expected, *options) == 0
     quantize = ["quantize", model, "--recipe", expected, "-o", tmp_path / "expected"]
-    assert run(*quantize, "--dtype", dtype) == 0
+    assert run(*quantize, "--dtype", "bfloat16") == 0
     capsys.readouterr()
     both = ["--sequential", "-o", recipe, "--quantized", tmp_path / "q", "--json"]
     assert run("calibrate", model, data, *both, *options) == 0
@@ -89,14 +95,10 @@ def test_it_is_calibrate_and_quantize(vision, tmp_path, capsys, dtype):
     assert names >= {"processor_config.json", "tokenizer.json", "chat_template.jinja"}
 
 
-def test_the_digits_model(tmp_path, capsys):
+def test_the_digits_model(capsys, expected, recipe):
     """Its name, and its data, stand for files that come along."""
     options = ["--method", "smoothquant", "--max-samples", "2"]
     options += ["--include", r"re:model\.(language_model\.)?layers\.1\..*"]
-    expected, recipe = (
-        tmp_path / "expected.safetensors",
-        tmp_path / "recipe.safetensors",
-    )
     assert run("calibrate", "digits", "digits", "-o", expected, *options) == 0
     more = ["--sequential", "--activations", "disk", "-o", recipe]
     assert run("calibrate", "digits", "digits", *more, *options) == 0
@@ -104,18 +106,14 @@ def test_the_digits_model(tmp_path, capsys):
     assert_same_recipe(expected, recipe)
 
 
-@pytest.mark.parametrize("samples", ["samples.pt", "samples"])
-def test_inputs_that_are_made_already(saved, tmp_path, samples):
-    expected, recipe = (
-        tmp_path / "expected.safetensors",
-        tmp_path / "recipe.safetensors",
-    )
-    arguments = ["calibrate", saved / "model", saved / samples, *QUICK]
-    arguments += ["--max-samples", "3"]
-    arguments += ["--epochs", "1", "--lr", "0.001", "--batch-size", "2"]
-    arguments += ["--hadamard-size", "8"]
-    assert run(*arguments, "-o", expected) == 0
-    assert run(*arguments, "-o", recipe, "--sequential") == 0
+def test_inputs_that_are_made_already(saved, expected, recipe):
+    """In one file or in several."""
+    options = [*QUICK, "--max-samples", "3", "--hadamard-size", "8"]
+    options += ["--epochs", "1", "--lr", "0.001", "--batch-size", "2"]
+    model = ["calibrate", saved / "model"]
+    assert run(*model, saved / "samples.pt", *options, "-o", expected) == 0
+    more = ["-o", recipe, "--sequential"]
+    assert run(*model, saved / "samples", *options, *more) == 0
     assert_same_recipe(expected, recipe)
     found = Recipe.load(recipe)
     assert (found.options.batch_size, found.options.hadamard_size) == (2, 8)
@@ -123,25 +121,34 @@ def test_inputs_that_are_made_already(saved, tmp_path, samples):
 
 
 @pytest.mark.slow
-def test_two_processes(saved, tmp_path):
-    """As torchrun starts them; what they find differs by rounding."""
-    recipe, one = tmp_path / "recipe.safetensors", tmp_path / "one.safetensors"
+def test_two_processes(saved, tmp_path, monkeypatch, capsys, expected, recipe):
+    """As torchrun starts them, this being one; what they find differs by rounding."""
     arguments = ["calibrate", saved / "model", saved / "samples.pt", *QUICK]
     arguments += ["--sequential"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launch, "--nproc-per-node", "2", "-m", "torchao_masquant"]
-        + [str(a) for a in (*arguments, "-o", recipe)],
-        capture_output=True,
+    assert run(*arguments, "-o", expected) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    words = [str(word) for word in (*arguments, "-o", recipe)]
+    other = subprocess.Popen(
+        [sys.executable, "-m", "torchao_masquant", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **told, "RANK": "1", "LOCAL_RANK": "1"},
     )
-    assert done.returncode == 0, done.stderr
+    for name, value in {**told, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    assert run(*words) == 0
+    said, errors = other.communicate(timeout=120)
+    assert other.returncode == 0, errors
     # One speaks for both.
-    assert done.stdout.count("Wrote ") == 1
-    assert run(*arguments, "-o", one) == 0
-    found, expected = Recipe.load(recipe), Recipe.load(one)
-    assert list(found.layers) == list(expected.layers)
-    for name, layer in expected.layers.items():
+    assert "Wrote " in capsys.readouterr().out and said == ""
+    found, alone = Recipe.load(recipe), Recipe.load(expected)
+    assert list(found.layers) == list(alone.layers)
+    for name, layer in alone.layers.items():
         factor = found.layers[name].smoothing_factor
         largest = layer.smoothing_factor.abs().max()
         assert (factor - layer.smoothing_factor).abs().max() <= 2.0**-22 * largest
@@ -198,21 +205,3 @@ def test_what_is_wrong_is_one_sentence(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
-def test_saved_samples(saved, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there are no samples"):
-        SavedSamples(tmp_path / "none.pt")
-    with pytest.raises(FileNotFoundError, match="no \\*.pt file"):
-        SavedSamples(tmp_path)
-    (tmp_path / "damaged.pt").write_text("no such thing")
-    with pytest.raises(ValueError, match="'damaged.pt' is not what torch.save writes"):
-        SavedSamples(tmp_path / "damaged.pt")
-    torch.save({"input_ids": torch.zeros(1, 2)}, tmp_path / "one.pt")
-    with pytest.raises(ValueError, match="'one.pt' holds a dict, not a list of dicts"):
-        SavedSamples(tmp_path / "one.pt")
-    # More than once, and the same each time.
-    samples = SavedSamples(saved / "samples")
-    first, second = list(samples), list(samples)
-    assert len(samples) == len(first) == 4
-    assert torch.equal(first[1]["input_ids"], second[1]["input_ids"])

@@ -200,8 +200,7 @@ def _ready(model: Any, config: MASQuantConfig) -> None:
         run(model)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("after", [1, 5])
+@pytest.mark.parametrize("error, after", [(KeyboardInterrupt, 1), (MemoryError, 5)])
 @pytest.mark.parametrize(
     "make",
     [

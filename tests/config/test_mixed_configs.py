@@ -165,23 +165,6 @@ def test_steps_of_a_plain_model_with_two_configs():
     assert type(model.first) is type(model.second) is MASQuantLinear
 
 
-def test_device_is_where_the_model_ends_up(model, samples):
-    recipe = tiny_models.recipe_of(model, rank=2)
-    quantize_(model, masquant_config(recipe), device="cpu")
-    _assert_routes(model, samples[0], 14)
-
-
-def test_a_copy_of_a_config_is_another_config(model):
-    recipe = tiny_models.recipe_of(model, rank=2)
-    config = masquant_config(recipe)
-    other = copy.deepcopy(config)
-    second = copy.deepcopy(model)
-    quantize_(model, config)
-    quantize_(second, other)
-    assert_same_state(model, second)
-    assert other.recipe is not config.recipe
-
-
 def test_a_part_that_holds_the_decoder_is_quantized_as_the_whole_is(model):
     if model.get_decoder() is model.model:
         pytest.skip("this release of transformers has no part around the decoder")
@@ -212,15 +195,6 @@ def test_overrides_message():
     )
 
 
-def test_config_through_json():
-    config = MASQuantConfig(
-        step="prepare_for_loading", scheme="w8a8", modalities=NAMES, exclude=["a", "b"]
-    )
-    other = config_from_dict(config_to_dict(config))
-    assert type(other) is MASQuantConfig
-    assert dataclasses.asdict(other) == dataclasses.asdict(config)
-
-
 OPTIONS = {
     "alpha": "auto",
     "separation": 0.25,
@@ -235,10 +209,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("step", ["prepare", "convert", "prepare_for_loading"])
-def test_every_option_through_json(step):
+def test_every_option_through_json():
     """Text and back, as transformers writes it into a config.json."""
-    config = MASQuantConfig(step=step, scheme="w4a6", **OPTIONS)
+    step = "prepare_for_loading"
+    config = MASQuantConfig(
+        step=step, scheme="w4a6", modalities=NAMES, exclude=["a", "b"], **OPTIONS
+    )
     text = json.dumps(config_to_dict(config))
     other = config_from_dict(json.loads(text))
     assert type(other) is MASQuantConfig
@@ -277,13 +253,6 @@ def test_a_float_that_json_cannot_tell_from_an_int():
         config = MASQuantConfig(step="prepare", rank=rank)
         other = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
         assert type(other.rank) is type(rank)
-
-
-def test_modalities_as_one_string(model):
-    before = _kinds(model)
-    with pytest.raises(TypeError, match="got the string 'text'"):
-        quantize_(model, MASQuantConfig(step="prepare", modalities="text"))
-    assert _kinds(model) == before and "forward" not in vars(model)
 
 
 # torchao's steps.
@@ -347,10 +316,9 @@ def _state(tmp_path, **options):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a6"])
-def test_a_state_loads_from_disk(samples, tmp_path, method, scheme):
+def test_a_state_loads_from_disk(samples, tmp_path, method):
     """Into placeholders of another scheme, too: a checkpoint brings its own."""
-    model, state = _state(tmp_path, method=method, scheme=scheme, rank=3)
+    model, state = _state(tmp_path, method=method, scheme="w4a6", rank=3)
     loaded = tiny_models.omni_thinker(seed=5)
     quantize_(loaded, MASQuantConfig(step="prepare_for_loading", scheme="w8a8"))
     loaded.load_state_dict(state, assign=True)
@@ -382,32 +350,21 @@ def test_a_state_loads_from_the_meta_device(samples, tmp_path):
             assert torch.equal(loaded(**sample).logits, model(**sample).logits)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_other_modalities_are_refused(tmp_path):
+    _, state = _state(tmp_path, rank=3)
+    for options in (
         {"base_modality": "audio"},
         {"modalities": ("text", "vision")},
         {"modalities": ("text", "audio", "vision")},
-    ],
-)
-def test_other_modalities_are_refused(samples, tmp_path, options):
-    _, state = _state(tmp_path, rank=3)
-    loaded = tiny_models.omni_thinker(seed=5)
-    quantize_(loaded, MASQuantConfig(step="prepare_for_loading", **options))
-    with pytest.raises(RuntimeError) as error:
-        loaded.load_state_dict(state, assign=True)
-    assert (
-        "the checkpoint was quantized for the modalities ('text', 'vision', 'audio'), "
-        "this model for " in str(error.value)
-    )
-
-
-def test_without_assign_it_says_so(tmp_path):
-    _, state = _state(tmp_path, rank=3)
-    loaded = tiny_models.omni_thinker(seed=5)
-    quantize_(loaded, MASQuantConfig(step="prepare_for_loading"))
-    with pytest.raises(RuntimeError, match="two MASQuantTensors of one layout"):
-        loaded.load_state_dict(state)
+    ):
+        loaded = tiny_models.omni_thinker(seed=5)
+        quantize_(loaded, MASQuantConfig(step="prepare_for_loading", **options))
+        with pytest.raises(RuntimeError) as error:
+            loaded.load_state_dict(state, assign=True)
+        assert (
+            "the checkpoint was quantized for the modalities ('text', 'vision', "
+            "'audio'), this model for " in str(error.value)
+        )
 
 
 def test_several_configs_for_loading(samples, tmp_path):

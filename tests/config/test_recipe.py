@@ -12,63 +12,18 @@ import re
 import pytest
 import tiny_models
 import torch
+from checkpoints import assert_same_recipe, assert_same_state
 from safetensors.torch import save_file
 from torchao.quantization import quantize_
 
-from torchao_masquant import MASQuantLinear, Recipe, calibrate, masquant_config
-from torchao_masquant.options import METHODS, SolverOptions
+from torchao_masquant import MASQuantLinear, Recipe, masquant_config
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, read_header, weight_fingerprint
-from torchao_masquant.testing import digits
 
 
 @pytest.fixture(scope="module")
-def samples():
-    return digits.calibration_samples(8)
-
-
-@pytest.fixture(scope="module")
-def recipe(samples):
-    model = digits.load_model("outliers")
-    return calibrate(
-        model,
-        samples,
-        include=r"re:model\.(language_model\.)?layers\.0\..*",
-        progress=False,
-    )
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_round_trip_is_exact(method, samples, tmp_path):
-    model = digits.load_model("outliers")
-    recipe = calibrate(
-        model,
-        samples,
-        method=method,
-        include=r"re:model\.(language_model\.)?layers\.3\.mlp\..*",
-        progress=False,
-    )
-    path = tmp_path / "recipe.safetensors"
-    recipe.save(path)
-    loaded = Recipe.load(path)
-    assert repr(loaded) == repr(recipe)
-    assert loaded.options == recipe.options and loaded.versions == recipe.versions
-    assert set(loaded.versions) == {
-        "torch",
-        "torchao",
-        "torchao_masquant",
-        "transformers",
-    }
-    for name, layer in recipe.layers.items():
-        other = loaded.layers[name]
-        assert (layer.shape, layer.fingerprint, layer.ranks) == (
-            other.shape,
-            other.fingerprint,
-            other.ranks,
-        )
-        for key, tensor in layer.tensors().items():
-            assert torch.equal(tensor, other.tensors()[key])
-            assert tensor.dtype == other.tensors()[key].dtype
-    assert [p.name for p in tmp_path.iterdir()] == ["recipe.safetensors"]
+def recipe():
+    return tiny_models.recipe_of(tiny_models.PlainModel(), rank=2)
 
 
 #: Parts of a solution beside its factors, which every one has.
@@ -103,29 +58,34 @@ PAIRS = {"l1", "l2"}
             {"group_size": 8, "rounding": "nearest", "clip": False},
             PAIRS | {"modality_bias"},
         ),
+        (
+            "w4a8",
+            {"low_rank_bits": 8},
+            INTEGERS | PAIRS | {"modality_bias", "act_shift"},
+        ),
         ("w4a8", {"method": "masquant-paper"}, PAIRS),
+        ("w8a8", {"method": "smoothquant"}, set()),
         ("w4a16", {"method": "rtn", "group_size": 8}, set()),
     ],
     # Sets have no order of their own, and ids must be the same in every process.
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
-@pytest.mark.parametrize("low_rank_bits", [16, 8])
-def test_every_part_comes_back(scheme, options, parts, low_rank_bits, tmp_path):
+def test_every_part_comes_back(scheme, options, parts, tmp_path):
     """And the model that is quantized from the file is the same, bit for bit."""
     recipe = tiny_models.recipe_of(
-        tiny_models.PlainModel(),
-        scheme=scheme,
-        low_rank_bits=low_rank_bits,
-        **({"rank": 2} | options),
+        tiny_models.PlainModel(), scheme=scheme, **({"rank": 2} | options)
     )
     recipe.save(tmp_path / "x")
     loaded = Recipe.load(tmp_path / "x")
-    assert loaded.options == recipe.options and loaded.nbytes == recipe.nbytes
-    for name, layer in recipe.layers.items():
-        other = loaded.layers[name].tensors()
-        assert layer.tensors().keys() == other.keys() == parts | {"smoothing_factor"}
-        for key, tensor in layer.tensors().items():
-            assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key])
+    assert_same_recipe(recipe, loaded)
+    assert repr(loaded) == repr(recipe) and loaded.nbytes == recipe.nbytes
+    assert loaded.versions == recipe.versions and set(loaded.versions) == {
+        *("torch", "torchao", "torchao_masquant", "transformers")
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    for layer in loaded.layers.values():
+        other = layer.tensors()
+        assert other.keys() == parts | {"smoothing_factor"}
         n, k = layer.shape
         groups = k // options["group_size"] if "group_size" in options else 1
         for key, (shape, dtype) in {
@@ -140,17 +100,10 @@ def test_every_part_comes_back(scheme, options, parts, low_rank_bits, tmp_path):
     models = tiny_models.PlainModel(), tiny_models.PlainModel()
     quantize_(models[0], masquant_config(recipe))
     quantize_(models[1], masquant_config(tmp_path / "x"))
-    for first, second in zip(models[0].modules(), models[1].modules()):
-        if isinstance(first, MASQuantLinear):
-            names, attributes = first.weight.data.__tensor_flatten__()
-            assert second.weight.data.__tensor_flatten__() == (names, attributes)
-            for inner in names:
-                tensors = [getattr(m.weight.data, inner) for m in (first, second)]
-                assert torch.equal(*tensors), inner
+    assert_same_state(*models)
 
 
-@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("scheme, rounding", [("w4a8", "nearest"), ("w4a16", "gptq")])
 def test_rotations_come_back(scheme, rounding, tmp_path):
     """In a file that a reader which does not know of them refuses by its version."""
     recipe = tiny_models.recipe_of(
@@ -186,7 +139,7 @@ def test_rotations_come_back(scheme, rounding, tmp_path):
     bits = recipe.options.number_format
     assert part.made(found, bits, recipe.modalities)
     assert not plain.made(found, bits, recipe.modalities)
-    if rounding == "nearest" and scheme == "w4a8":
+    if rounding == "nearest":
         # Rounded where it is rotated: the dense weight comes back, but for the rounding.
         lost = (found.dequantize() - weight).norm() / weight.norm()
         assert lost < 0.15
@@ -217,19 +170,16 @@ def test_rotations_that_do_not_fit(recipe, tmp_path):
         LayerRecipe.stack(parts, "")
 
 
-@pytest.mark.parametrize("broken", ["save_file", "os.replace"])
-def test_an_interrupted_save_keeps_the_old_file(recipe, tmp_path, monkeypatch, broken):
+def test_an_interrupted_save_keeps_the_old_file(recipe, tmp_path, monkeypatch):
     path = tmp_path / "recipe.safetensors"
     recipe.save(path)
     before = path.read_bytes()
 
     def interrupt(*arguments, **options):
-        if broken == "save_file":
-            save_file(*arguments, **options)
+        save_file(*arguments, **options)
         raise KeyboardInterrupt
 
-    target = broken if "." in broken else f"torchao_masquant.recipe.{broken}"
-    monkeypatch.setattr(target, interrupt)
+    monkeypatch.setattr("torchao_masquant.recipe.save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         recipe.save(path)
     assert path.read_bytes() == before
@@ -256,23 +206,6 @@ def test_files_that_are_no_recipe(recipe, tmp_path):
     # Whatever it is, it is not written over.
     with pytest.raises(ValueError, match="is no recipe, so it is not written over"):
         recipe.save(path)
-    path.unlink()
-    recipe.save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is no recipe, or a damaged one"):
-        Recipe.load(path)
-
-
-def test_a_newer_format_is_refused(recipe, tmp_path, monkeypatch):
-    path = tmp_path / "recipe.safetensors"
-    monkeypatch.setattr("torchao_masquant.recipe._ROTATED", 5)
-    recipe.save(path)
-    monkeypatch.undo()
-    with pytest.raises(
-        ValueError, match=re.escape("is of recipe format 5, this version")
-    ):
-        Recipe.load(path)
 
 
 def test_fingerprint_is_of_the_values():
@@ -282,6 +215,3 @@ def test_fingerprint_is_of_the_values():
     assert first == weight_fingerprint(weight.float())
     assert first == weight_fingerprint(weight.t().contiguous().t())
     assert first != weight_fingerprint(weight.t())
-    changed = weight.clone()
-    changed[2, 3] += 0.1
-    assert first != weight_fingerprint(changed)

@@ -203,15 +203,9 @@ def test_parts_that_contradict_each_other(path, header, tensors, message):
     )
 
 
-@pytest.mark.parametrize("keep", [0, 1, 7, 100, -1])
-def test_a_truncated_file(path, keep):
-    path.write_bytes(path.read_bytes()[:keep])
-    assert _message(path).startswith("PATH is no recipe, or a damaged one: ")
-
-
 def test_every_cut_of_the_file_is_told(path):
     whole = path.read_bytes()
-    for keep in range(0, len(whole), 97):
+    for keep in (1, 7, -1, *range(0, len(whole), 97)):
         path.write_bytes(whole[:keep])
         assert _message(path).startswith("PATH is no recipe, or a damaged one: ")
 
@@ -301,22 +295,6 @@ def test_fingerprint_of_each_single_value(dtype):
         seen.add(weight_fingerprint(changed))
     seen.add(weight_fingerprint(weight.reshape(5, 3)))
     assert len(seen) == 17
-
-
-def test_one_changed_weight_stops_everything(recipe):
-    """Whichever linear it is in, the others stay as they were."""
-    for name in recipe.layers:
-        model = tiny_models.PlainModel()
-        model.get_submodule(name).weight.data[1, 1] += 1e-6
-        before = {n: p.clone() for n, p in model.state_dict().items()}
-        with pytest.raises(
-            ValueError, match=f"{name}: the recipe was made for a weight"
-        ):
-            quantize_(model, masquant_config(recipe))
-        assert type(model.first) is type(model.second) is nn.Linear
-        after = model.state_dict()
-        assert all(torch.equal(after[n], p) for n, p in before.items())
-        assert "forward" not in vars(model)
 
 
 def test_bfloat16_weights_take_a_recipe_of_their_float32_copy():

@@ -158,6 +158,11 @@ def test_no_rows_are_refused(folder):
         path.write_text(content)
         with pytest.raises(ValueError, match="is empty: give at least one sample"):
             read_conversations(path)
+    (folder / "none").mkdir()
+    with pytest.raises(ValueError, match="is empty: give at least one sample"):
+        read_conversations(folder / "none")
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl.*or 'synthetic'"):
+        read_conversations(folder / "nowhere.jsonl")
 
 
 def test_an_image_in_place_of_data_is_told(folder):
@@ -240,10 +245,11 @@ def test_a_broken_table_is_told(folder):
 def test_a_table_names_the_library_that_reads_it(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (folder / "a.parquet").touch()
-    with pytest.raises(
-        ImportError, match="a.parquet' is a table.*pip install datasets"
-    ):
-        read_conversations(folder / "a.parquet")
+    (folder / "saved").mkdir()
+    (folder / "saved" / "state.json").write_text("{}")
+    for name, kind in (("a.parquet", "a table"), ("saved", "a saved dataset")):
+        with pytest.raises(ImportError, match=f"{name}' is {kind}.*pip install data"):
+            read_conversations(folder / name)
 
 
 @pytest.mark.parametrize(

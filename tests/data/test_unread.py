@@ -67,6 +67,10 @@ def test_which_of_several_answers_is_scored_is_told(folder, caplog):
     )
 
 
+def message(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
 REFUSED = {
     "a question under another name": (
         {"image": "a.png", "img_question": "Which half?", "answer": "left"},
@@ -161,12 +165,32 @@ REFUSED = {
     "a history of texts": ({**ASKED, "history": ["Hi"]}, "history is a list of pairs"),
     "a system that is a list": ({**ASKED, "system": ["Hi"]}, "system is a text"),
     "messages that are a text": ({"messages": "Hi"}, "messages is a list of messages"),
+    "nothing in it": ({}, "has none of 'messages', 'image'"),
+    "unknown keys": ({"imgae": "a.png"}, "its keys are 'imgae'"),
+    "no messages": ({"messages": []}, "at least one message"),
+    "no role": ({"messages": [{"content": "a"}]}, "'role' and 'content'"),
+    "no content": ({"messages": [{"role": "user"}]}, "a text or a list of parts"),
+    "a part that is a text": (message("a"), "a part of a message is a dict"),
+    "an unknown type": (
+        message({"type": "imge", "path": "a.png"}),
+        "unknown content type 'imge'",
+    ),
+    "a part without a source": (message({"type": "image"}), "has no source"),
+    "a video that is not there": (
+        message({"type": "video", "path": "a.mp4"}),
+        "there is no video",
+    ),
+    "an image that is none": ({"image": "data.jsonl"}, "is no image that can be read"),
+    "a sound that is none": ({"audio": "data.jsonl"}, "is no sound that can be read"),
+    "an empty text": ({"text": " "}, "its text is empty"),
+    "a prompt that is a number": ({"prompt": 3}, "prompt is a text, got 3"),
+    "a task that is a number": ({"text": "a", "task": 3}, "task is a name"),
 }
 
 
 @pytest.mark.parametrize("row, sentence", REFUSED.values(), ids=REFUSED)
 def test_what_would_change_what_the_model_sees_is_refused(folder, row, sentence):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
         read_conversations(lines(folder, row))
     assert str(caught.value).startswith("data.jsonl, line 1")
     assert sentence in str(caught.value)

@@ -7,6 +7,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -97,35 +98,39 @@ def test_table_shows_every_number_of_a_row():
     ]
 
 
-def test_saved_model_reloads_bit_identical_here_too(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A quantized model, and the folder that it was saved to; not to be changed."""
+    folder = tmp_path_factory.mktemp("saved")
     model = digits.load_model("outliers")
     samples = digits.calibration_samples(8)
-    recipe = calibrate(model, samples, scheme="w4a8", progress=False)
-    quantize_(model, masquant_config(recipe))
-    size = checkpoint.save(model, "w4a8", tmp_path)
+    quantize_(model, masquant_config(calibrate(model, samples, progress=False)))
+    checkpoint.save(model, "w4a8", folder)
+    return model, folder
+
+
+def test_saved_model_reloads_bit_identical_here_too(saved):
+    model, folder = saved
     linears = list(model.get_decoder().layers.parameters())
-    assert size < sum(p.numel() * 4 for p in linears)
-    loaded = checkpoint.load(tmp_path)
+    assert (folder / "model.pt").stat().st_size < sum(p.numel() * 4 for p in linears)
+    loaded = checkpoint.load(folder)
     with torch.no_grad():
         for inputs in checkpoint.prompts().values():
             assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     # No temporary file is left.
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
-def test_reload_tells_a_changed_model(tmp_path, monkeypatch):
-    model = digits.load_model("plain")
-    recipe = calibrate(model, digits.calibration_samples(8), progress=False)
-    quantize_(model, masquant_config(recipe))
-    checkpoint.save(model, "w4a8", tmp_path)
-    weights = tmp_path / "model.pt"
+def test_reload_tells_a_changed_model(saved, tmp_path, monkeypatch):
+    folder = shutil.copytree(saved[1], tmp_path / "changed")
+    weights = folder / "model.pt"
     state = torch.load(weights, weights_only=True)
     state["lm_head.weight"][3] += 1
     torch.save(state, weights)
     # Whether logits are the same is what is asked here, not what they compile to.
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     with torch.no_grad():
-        assert reload.main(tmp_path)["bit_identical"] is False
+        assert reload.main(folder)["bit_identical"] is False
 
 
 def test_dense_bytes_are_those_of_the_decoder_in_bfloat16():

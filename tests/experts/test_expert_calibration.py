@@ -12,7 +12,7 @@ from torch import nn
 
 from torchao_masquant import Recipe, calibrate
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.experts import experts_of
+from torchao_masquant.models.experts import experts_of
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import weight_fingerprint
 from torchao_masquant.routing import Router

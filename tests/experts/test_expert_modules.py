@@ -24,7 +24,7 @@ from torchao_masquant import (
     token_modalities,
 )
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.experts import experts_of
+from torchao_masquant.models.experts import experts_of
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 

@@ -6,12 +6,18 @@
 """Files and folders are there whole or not at all."""
 
 import os
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from torchao_masquant.atomic_files import replacing, replacing_folder, write_whole
+from torchao_masquant.atomic_files import (
+    move_folder,
+    replacing,
+    replacing_folder,
+    write_whole,
+)
 
 
 def _names(folder: Path) -> list[str]:
@@ -108,3 +114,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     ):
         with replacing_folder(tmp_path / "file" / "folder"):
             pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is a call of Linux")
+def test_folders_trade_places_in_one_step(tmp_path, monkeypatch):
+    for name in ("new", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    monkeypatch.delattr(os, "rename")
+    move_folder(tmp_path / "new", tmp_path / "target", tmp_path / "old")
+    assert _names(tmp_path / "target") == ["new"]
+    assert _names(tmp_path / "new") == ["target"]

@@ -30,10 +30,10 @@ w8a8, and called with a mixed, a text and a padded prompt.
 
 Other families work without an entry here where the config names the placeholder tokens
 and the decoder can be found: `get_decoder()` gives it, or it is the list of blocks beside
-the token embeddings, as in remote code (`torchao_masquant/model_parts.py`); where it cannot
+the token embeddings, as in remote code (`torchao_masquant/models/parts.py`); where it cannot
 be told, `include=` names its linears. A whole Qwen2.5-Omni or Qwen3-Omni-MoE is calibrated
 through its thinker; talker and vocoder stay as they are. What differs otherwise is in
-`torchao_masquant/families.py`.
+`torchao_masquant/models/families.py`.
 
 - **routed from**: the fields of the config whose tokens tell the modality. Everything
   else is text; a model without such a field has one modality and no pairs.

@@ -20,7 +20,6 @@ from torchao.quantization import quantize_
 from whole_omni import SPEAKERS, save_as_on_the_hub, whole_omni
 
 from torchao_masquant import (
-    MASQuantConfig,
     MASQuantHfConfig,
     MASQuantLinear,
     calibrate,
@@ -29,8 +28,7 @@ from torchao_masquant import (
 )
 from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.evaluation import evaluate
-from torchao_masquant.modality import modality_token_ids
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
 from torchao_masquant.selection import decoder_of, select
 from torchao_masquant.sequential import calibrate_sequential
 
@@ -86,12 +84,6 @@ def test_the_thinkers_decoder_and_nothing_that_sees_hears_or_speaks():
     assert token_reader(model) is model.thinker
     with pytest.raises(ValueError, match="talker.* is not part of the decoder"):
         select(model, include="talker.*")
-
-
-def test_rounding_to_nearest_in_one_call():
-    model = whole_omni()
-    quantize_(model, MASQuantConfig(step="prepare_for_loading", method="rtn"))
-    assert len(quantized_names(model)) == 14
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["from a folder", "in memory"])
@@ -244,9 +236,3 @@ def test_a_plain_module_around_a_model():
     names = list(select(Wrapper(tiny_models.qwen25_vl(layers=1))).linears)
     assert len(names) == 7
     assert all(n.startswith("inner.model.language_model.layers.0.") for n in names)
-
-
-def test_an_encoder_decoder_with_its_tower_in_the_encoder():
-    config = transformers.T5Gemma2Config()
-    with pytest.raises(ValueError, match="'t5gemma2' models.*cross-attention"):
-        modality_token_ids(config)

@@ -74,6 +74,11 @@ def test_quantizing_while_loading_is_quantizing_after(original, options):
     model = load(folder, MASQuantHfConfig(recipe=recipe), **options)
     assert_same_state(expected, model)
     assert tiny_models.router(model).modalities == ("text", "vision")
+    quantizer = model.hf_quantizer
+    assert isinstance(quantizer, MASQuantHfQuantizer)
+    assert quantizer.is_serializable() and quantizer.is_compileable
+    assert not quantizer.is_trainable
+    assert model.config.quantization_config.quant_method == "masquant"
     assert torch.equal(logits(model, inputs()), logits(expected, inputs()))
 
 
@@ -89,16 +94,6 @@ def test_a_recipe_by_its_path_and_a_part_of_it(original, tmp_path):
     assert type(down) is torch.nn.Linear and down.weight.dtype == torch.float32
     with pytest.raises(FileNotFoundError, match="there is no recipe file"):
         MASQuantHfConfig(recipe=tmp_path / "other.safetensors")
-
-
-def test_a_model_quantized_while_loading_is_saved_and_loaded(original, tmp_path):
-    folder, recipe = original
-    model = load(folder, MASQuantHfConfig(recipe=recipe))
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert_same_state(model, loaded)
-    entry = entry_of(tmp_path)
-    assert [o["scheme"] for o in entry["options"]] == ["w4a8"]
 
 
 def test_one_weight_of_full_precision_at_a_time(original, monkeypatch):
@@ -138,28 +133,33 @@ def test_a_quantized_folder_is_not_quantized_again(original, tmp_path):
     folder, recipe = original
     model = load(folder, MASQuantHfConfig(recipe=recipe))
     model.save_pretrained(tmp_path)
+    assert [o["scheme"] for o in entry_of(tmp_path)["options"]] == ["w4a8"]
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         again = load(tmp_path, MASQuantHfConfig(config=MASQuantConfig(**RTN)))
     assert_same_state(model, again)
 
 
-def test_round_to_nearest_needs_no_recipe(original):
+@pytest.mark.parametrize(
+    "options, linears",
+    [
+        ({}, 14),
+        (
+            {
+                "scheme": "w4a16",
+                "group_size": 16,
+                "include": "re:.*language_model.layers.1.*_proj",
+            },
+            7,
+        ),
+    ],
+    ids=["all", "a part"],
+)
+def test_round_to_nearest_needs_no_recipe(original, options, linears):
     folder, _ = original
-    expected = tiny_models.quantized(tiny_models.qwen25_vl(), method="rtn")
-    model = load(folder, MASQuantHfConfig(config=MASQuantConfig(**RTN)))
-    assert_same_state(expected, model)
-    assert torch.equal(logits(model, inputs()), logits(expected, inputs()))
-
-
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
-def test_round_to_nearest_in_other_schemes(original, scheme):
-    folder, _ = original
-    include = "re:.*language_model.layers.1.*_proj"
-    options = {"scheme": scheme, "group_size": 16, "include": include}
     expected = tiny_models.quantized(tiny_models.qwen25_vl(), method="rtn", **options)
     config = MASQuantConfig(**RTN, **options)
     model = load(folder, MASQuantHfConfig(config=config))
-    assert len(weights(model)) == 7
+    assert len(weights(model)) == linears
     assert_same_state(expected, model)
 
 
@@ -310,13 +310,3 @@ def test_quantize_leaves_other_models_alone():
     other.hf_quantizer = "of another method"
     tiny_models.quantized(other, **FAST)
     assert other.hf_quantizer == "of another method"
-
-
-def test_what_the_quantizer_says_of_itself(original):
-    folder, recipe = original
-    model = load(folder, MASQuantHfConfig(recipe=recipe))
-    quantizer = model.hf_quantizer
-    assert isinstance(quantizer, MASQuantHfQuantizer)
-    assert quantizer.is_serializable() and quantizer.is_compileable
-    assert not quantizer.is_trainable
-    assert model.config.quantization_config.quant_method == "masquant"

@@ -20,10 +20,9 @@ COMPILED = ROOT / "benchmarks" / "results" / "kernels.json"
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 from ahead_of_time import TARGETS  # noqa: E402
+from gpu_bench import roofline as roofline  # noqa: E402
 from gpu_bench.plan import GROUPS, SHAPES, Place, paper  # noqa: E402
-
-from torchao_masquant.atomic_files import replacing  # noqa: E402
-from torchao_masquant.kernels.gpu.roofline import (  # noqa: E402
+from gpu_bench.roofline import (  # noqa: E402
     DEVICES,
     Device,
     LinearCall,
@@ -31,6 +30,8 @@ from torchao_masquant.kernels.gpu.roofline import (  # noqa: E402
     microseconds,
     microseconds_together,
 )
+
+from torchao_masquant.atomic_files import replacing  # noqa: E402
 
 
 def _cells(place: Place, card: Device) -> list[str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -73,7 +72,3 @@ def test_shares_of_memory_and_speedups(linear: Any) -> None:
     assert model.ratios({model.DENSE: dense, "w4a8": ours}) == {
         "w4a8": {"load s": 3.0, "linears MiB": 0.25, "tokens/s after 8": 2.0}
     }
-
-
-def test_the_processor_is_named(linear: Any) -> None:
-    assert linear.processor().strip() and torch.__version__

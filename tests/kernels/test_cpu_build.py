@@ -121,13 +121,10 @@ def test_a_cache_that_cannot_be_written_says_so(
 @pytest.mark.parametrize(
     "variables, expected",
     [
-        ({"ATEN_CPU_CAPABILITY": "default"}, {"reference"}),
-        ({"ATEN_CPU_CAPABILITY": "avx2"}, {"reference"}),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"reference"}),
         ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, {"vnni", "reference"}),
         ({"MASQUANT_CPU_ENGINE": "reference"}, {"reference"}),
     ],
-    ids=["default", "avx2", "oneDNN AVX2", "oneDNN VNNI", "by name"],
+    ids=["oneDNN VNNI", "by name"],
 )
 def test_lower_levels_are_correct(
     variables: dict[str, str], expected: set[str]

@@ -27,6 +27,7 @@ from operator_cases import (
 )
 
 from torchao_masquant.kernels import cpu_lowering
+from torchao_masquant.kernels.cpu_build import library_path
 from torchao_masquant.kernels.cpu_engine import multiplies_bfloat16
 from torchao_masquant.kernels.library import LOWERED
 
@@ -161,14 +162,15 @@ def test_kernels_of_another_version_are_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A package exported by it may have brought them, with fewer arguments."""
-    cpu_lowering._check_schemas()
+    library = library_path()
+    cpu_lowering._load(library)
     brought = {name: getattr(ops, name) for name in LOWERED}
     brought["smooth_quantize"] = ops.low_rank_down
     monkeypatch.setattr(torch.ops, "masquant_cpu", SimpleNamespace(**brought))
     with pytest.raises(
         OSError, match="another version .* their smooth_quantize is not"
     ):
-        cpu_lowering._check_schemas()
+        cpu_lowering._load(library)
 
 
 def test_kernels_have_names() -> None:

@@ -7,7 +7,7 @@
 
 import pytest
 import torch
-from operator_cases import BY_ID, OPERATORS, operands
+from operator_cases import BY_ID, OPERATORS, WEIGHTS, operands
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ops = torch.ops.masquant
@@ -64,7 +64,8 @@ def test_linear_of_a_plain_weight_says_what_to_use(dtype: torch.dtype) -> None:
 def test_schemas() -> None:
     """Saved programs hold them: a change here breaks what users have exported, but for an
     argument at the end with a default."""
-    assert [str(getattr(ops, o).default._schema) for o in ("linear", *OPERATORS)] == [
+    names = ("linear", *OPERATORS, *(f"expert_{o}" for o in ("linear", *WEIGHTS)))
+    assert [str(getattr(ops, name).default._schema) for name in names] == [
         "masquant::linear(Tensor x, Tensor weight, Tensor? modality_ids=None, "
         "Tensor? bias=None, Tensor? smoothed_by=None) -> Tensor",
         "masquant::smooth_quantize(Tensor x, Tensor act_pre_scale, Tensor? "
@@ -80,4 +81,15 @@ def test_schemas() -> None:
         "modality_bias, Tensor? modality_ids, Tensor? bias, int[] ranks, int "
         "weight_bits, ScalarType out_dtype, Tensor? low_rank_scale=None, int "
         "hadamard_size=1) -> Tensor",
+        "masquant::expert_linear(Tensor x, Tensor weight, Tensor ends, Tensor? "
+        "rows=None, Tensor? modality_ids=None, Tensor? bias=None) -> Tensor",
+        "masquant::expert_int_linear(Tensor qx, Tensor x_scale, Tensor ends, Tensor "
+        "qdata, Tensor scale, Tensor? l1, Tensor? l2, Tensor? modality_bias, Tensor? "
+        "modality_ids, Tensor? bias, int[] ranks, int weight_bits, ScalarType "
+        "out_dtype, Tensor? low_rank_scale=None) -> Tensor",
+        "masquant::expert_weight_only_linear(Tensor x, Tensor ends, Tensor "
+        "act_pre_scale, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? l1, "
+        "Tensor? l2, Tensor? modality_bias, Tensor? modality_ids, Tensor? bias, "
+        "int[] ranks, int weight_bits, ScalarType out_dtype, Tensor? "
+        "low_rank_scale=None, int hadamard_size=1) -> Tensor",
     ]

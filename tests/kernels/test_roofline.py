@@ -9,55 +9,44 @@ import re
 
 import pytest
 from ahead_of_time import TARGETS
-from kernels_page import PAGE, page
+from kernels_page import PAGE, page, roofline
 
-from torchao_masquant.kernels.gpu import roofline
-from torchao_masquant.kernels.gpu.roofline import (
-    DEVICES,
-    LinearCall,
-    Work,
-    down_projection_places,
-    linear,
-    microseconds,
-    microseconds_together,
-)
-
-H100 = next(device for device in DEVICES if device.name == "H100")
+H100 = next(device for device in roofline.DEVICES if device.name == "H100")
 
 
 def test_work_is_bound_by_the_slower_of_memory_and_products() -> None:
     # 3.35 MB are a microsecond of an H100, 1978.9 Mop of int8 are, and 989.4 of bf16.
-    assert Work("w", 3.35e6).seconds(H100) == pytest.approx(1e-6)
-    assert Work("w", 3.35e6).bound(H100) == "memory"
-    both = Work("w", 3.35e6, int8=1978.9e6, bf16=989.4e6)
+    assert roofline.Work("w", 3.35e6).seconds(H100) == pytest.approx(1e-6)
+    assert roofline.Work("w", 3.35e6).bound(H100) == "memory"
+    both = roofline.Work("w", 3.35e6, int8=1978.9e6, bf16=989.4e6)
     # One kind of tensor core does both, one after the other.
     assert both.seconds(H100) == pytest.approx(2e-6)
-    assert Work("w", 1, int8=2e9, bf16=0.5e9).bound(H100) == "int8"
-    assert Work("w", 1, int8=1e9, bf16=2e9).bound(H100) == "bf16"
+    assert roofline.Work("w", 1, int8=2e9, bf16=0.5e9).bound(H100) == "int8"
+    assert roofline.Work("w", 1, int8=1e9, bf16=2e9).bound(H100) == "bf16"
 
 
 def test_a_base_only_call_moves_each_operand_once() -> None:
     m, k, n = 16, 2048, 11008
-    quantize, product = linear(LinearCall(m, k, n, 8, 8))
+    quantize, product = roofline.linear(roofline.LinearCall(m, k, n, 8, 8))
     assert quantize.name == "smooth_quantize" and quantize.int8 == quantize.bf16 == 0
     # x, its integers and scales, one smoothing vector.
     assert quantize.moved == 2 * m * k + m * k + 4 * m + 4 * k
     assert product.name == "int_linear" and product.bf16 == 0
     assert product.moved == m * k + 4 * m + n * k + 4 * n + 2 * m * n
     assert product.int8 == 2 * m * k * n
-    packed = linear(LinearCall(m, k, n, 4, 8))[1]
+    packed = roofline.linear(roofline.LinearCall(m, k, n, 4, 8))[1]
     assert product.moved - packed.moved == n * k / 2
-    grouped = linear(LinearCall(m, k, n, 4, 8, group_size=128))[1]
+    grouped = roofline.linear(roofline.LinearCall(m, k, n, 4, 8, group_size=128))[1]
     assert grouped.moved - packed.moved == 4 * n * (k / 128 - 1)
 
 
 def test_a_mixed_call_adds_low_rank_work_for_its_members_alone() -> None:
     m, k, n, r = 2048, 3584, 18944, 179
-    base = linear(LinearCall(m, k, n, 8, 8))
-    none = linear(LinearCall(m, k, n, 8, 8, share=0.0, rank=r))
+    base = roofline.linear(roofline.LinearCall(m, k, n, 8, 8))
+    none = roofline.linear(roofline.LinearCall(m, k, n, 8, 8, share=0.0, rank=r))
     assert [w.name for w in none] == ["smooth_quantize", "int_linear"]
     assert none[1].bf16 == 0 and none[1].moved == base[1].moved + 8 * m
-    half = linear(LinearCall(m, k, n, 8, 8, share=0.5, rank=r))
+    half = roofline.linear(roofline.LinearCall(m, k, n, 8, 8, share=0.5, rank=r))
     assert [w.name for w in half] == ["smooth_quantize", "low_rank_down", "int_linear"]
     down, product = half[1:]
     assert down.bf16 == 2 * (m / 2) * k * r
@@ -65,21 +54,25 @@ def test_a_mixed_call_adds_low_rank_work_for_its_members_alone() -> None:
     assert product.bf16 == 2 * (m / 2) * r * n
     assert product.int8 == base[1].int8
     assert product.moved == none[1].moved + 4 * (m / 2) * r + 2 * r * n
-    parts = LinearCall(m, k, n, 8, 8, share=0.5, rank=r, hidden_parts=3)
-    assert linear(parts)[2].bf16 == 3 * product.bf16
+    parts = roofline.LinearCall(m, k, n, 8, 8, share=0.5, rank=r, hidden_parts=3)
+    assert roofline.linear(parts)[2].bf16 == 3 * product.bf16
 
 
 def test_few_tokens_of_unquantized_activations_are_one_kernel() -> None:
     m, k, n, r = 16, 3584, 512, 26
-    (dense,) = linear(LinearCall(m, k, n))
+    (dense,) = roofline.linear(roofline.LinearCall(m, k, n))
     assert dense.moved == 2 * (m * k + n * k + m * n) and dense.bf16 == 2 * m * k * n
-    (packed,) = linear(LinearCall(m, k, n, 4, 16, group_size=128))
+    (packed,) = roofline.linear(roofline.LinearCall(m, k, n, 4, 16, group_size=128))
     scales = 5 * n * (k / 128)
     assert packed.moved == 2 * m * (k + n) + n * k / 2 + scales + 4 * k
-    (base,) = linear(LinearCall(m, k, n, 4, 16, 128, share=0.0, rank=r))
+    (base,) = roofline.linear(
+        roofline.LinearCall(m, k, n, 4, 16, 128, share=0.0, rank=r)
+    )
     assert base.moved == packed.moved + 8 * m + 4 * k and base.bf16 == packed.bf16
     # A pair reads the smoothed tokens too.
-    smooth, mixed = linear(LinearCall(m, k, n, 4, 16, 128, share=1.0, rank=r))
+    smooth, mixed = roofline.linear(
+        roofline.LinearCall(m, k, n, 4, 16, 128, share=1.0, rank=r)
+    )
     assert smooth.moved == 4 * m * k + 8 * k + 8 * m
     assert mixed.moved == packed.moved - 4 * k + 8 * m + 2 * r * (k + n)
     assert mixed.bf16 == packed.bf16 + 2 * m * r * (k + n)
@@ -87,28 +80,37 @@ def test_few_tokens_of_unquantized_activations_are_one_kernel() -> None:
 
 def test_more_tokens_of_unquantized_activations_are_smoothed_first() -> None:
     m, k, n = 17, 3584, 512
-    smooth, product = linear(LinearCall(m, k, n, 4, 16, group_size=128))
+    smooth, product = roofline.linear(
+        roofline.LinearCall(m, k, n, 4, 16, group_size=128)
+    )
     assert (smooth.name, product.name) == ("smooth", "weight_only_linear")
     assert smooth.moved == 4 * m * k + 4 * k and smooth.bf16 == smooth.int8 == 0
     assert product.moved == 2 * m * (k + n) + n * k / 2 + 5 * n * (k / 128)
-    assert len(linear(LinearCall(m, k, n))) == 1
+    assert len(roofline.linear(roofline.LinearCall(m, k, n))) == 1
 
 
 def test_linears_together_quantize_once() -> None:
-    q, k = LinearCall(2048, 3584, 3584, 8, 8), LinearCall(2048, 3584, 512, 8, 8)
+    q, k = (
+        roofline.LinearCall(2048, 3584, 3584, 8, 8),
+        roofline.LinearCall(2048, 3584, 512, 8, 8),
+    )
     once = 1e6 * roofline.smooth_quantize(q).seconds(H100)
-    apart = microseconds(q, H100) + 2 * microseconds(k, H100)
-    assert microseconds_together([q, k, k], H100) == pytest.approx(apart - 2 * once)
-    assert microseconds_together([q], H100) == microseconds(q, H100)
-    q, k = (LinearCall(2048, 3584, n, 4, 16, 128) for n in (3584, 512))
+    apart = roofline.microseconds(q, H100) + 2 * roofline.microseconds(k, H100)
+    assert roofline.microseconds_together([q, k, k], H100) == pytest.approx(
+        apart - 2 * once
+    )
+    assert roofline.microseconds_together([q], H100) == roofline.microseconds(q, H100)
+    q, k = (roofline.LinearCall(2048, 3584, n, 4, 16, 128) for n in (3584, 512))
     once = 1e6 * roofline.smooth(q).seconds(H100)
-    apart = microseconds(q, H100) + 2 * microseconds(k, H100)
-    assert microseconds_together([q, k, k], H100) == pytest.approx(apart - 2 * once)
+    apart = roofline.microseconds(q, H100) + 2 * roofline.microseconds(k, H100)
+    assert roofline.microseconds_together([q, k, k], H100) == pytest.approx(
+        apart - 2 * once
+    )
 
 
 def test_the_argument_for_the_down_projection_has_these_numbers() -> None:
-    call = LinearCall(2048, 3584, 18944, 8, 8, share=1.0, rank=179)
-    numbers = down_projection_places(call, H100)
+    call = roofline.LinearCall(2048, 3584, 18944, 8, 8, share=1.0, rank=179)
+    numbers = roofline.down_projection_places(call, H100)
     text = " ".join(roofline.__doc__.split())
     for name, shown in (
         ("integer product us", "140.5 us"),
@@ -131,14 +133,17 @@ def test_the_argument_for_the_down_projection_has_these_numbers() -> None:
     shares = {
         "2.1 %": numbers["own kernel: memory us"] / base,
         "9.5 %": numbers["up-projection, one part us"] / base,
-        "11.6 %": microseconds(call, H100) / base - 1,
-        "21.1 %": microseconds(
-            LinearCall(2048, 3584, 18944, 8, 8, None, 1.0, 179, hidden_parts=2), H100
+        "11.6 %": roofline.microseconds(call, H100) / base - 1,
+        "21.1 %": roofline.microseconds(
+            roofline.LinearCall(
+                2048, 3584, 18944, 8, 8, None, 1.0, 179, hidden_parts=2
+            ),
+            H100,
         )
         / base
         - 1,
-        "6.1 %": microseconds(
-            LinearCall(2048, 3584, 18944, 8, 8, share=0.5, rank=179), H100
+        "6.1 %": roofline.microseconds(
+            roofline.LinearCall(2048, 3584, 18944, 8, 8, share=0.5, rank=179), H100
         )
         / base
         - 1,
@@ -148,8 +153,8 @@ def test_the_argument_for_the_down_projection_has_these_numbers() -> None:
 
 
 def test_devices_are_those_that_kernels_are_compiled_for() -> None:
-    assert {device.architecture for device in DEVICES} == set(TARGETS)
-    for device in DEVICES:
+    assert {device.architecture for device in roofline.DEVICES} == set(TARGETS)
+    for device in roofline.DEVICES:
         assert device.bf16 < device.int8 and device.source
         # Terabytes and hundreds of teraflops: nobody left out a power of ten.
         assert 0.5e12 < device.bandwidth < 1e13 and 1e14 < device.bf16 < 1e16

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchao_masquant.conductor.team import Team
 from torchao_masquant.learning.batches import batches, held_back
-from torchao_masquant.team import Team
 
 
 def generator():

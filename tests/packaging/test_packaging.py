@@ -20,6 +20,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 from checkout import FOLDERS, PACKAGES, PYPROJECT, ROOT, installed_path, source_files
 
+import torchao_masquant
+
 
 def _build(command: list[str], folder: Path) -> None:
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -196,6 +198,13 @@ def test_everything_that_the_package_imports_is_declared():
         extra = {"triton"} if file.startswith("kernels/gpu/") else set()
         for module in _imports(ast.parse((ROOT / file).read_text())) - own - extra:
             assert _names(modules.get(module, [])) & _DEPENDENCIES, (file, module)
+
+
+def test_every_public_name_is_there():
+    for name in torchao_masquant.__all__:
+        assert getattr(torchao_masquant, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'save_quantised'"):
+        torchao_masquant.save_quantised  # noqa: B018
 
 
 def test_every_extra_that_the_readme_names_exists():

@@ -23,8 +23,8 @@ from torchao_masquant.planning.estimate import (
     statistics_bytes,
 )
 from torchao_masquant.planning.skeleton import InputGroup, read_skeleton
-from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
 from torchao_masquant.solver.cost import solver_bytes
+from torchao_masquant.weight_bytes import Compensation, weight_bytes
 
 
 @pytest.fixture(scope="module")

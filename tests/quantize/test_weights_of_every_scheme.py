@@ -17,10 +17,10 @@ from linear_oracle import expected
 from torch import nn
 
 from torchao_masquant import MASQuantLinear, Router, token_modalities
-from torchao_masquant.fitting import quantized_weight
+from torchao_masquant.conversion.fitting import quantized_weight
+from torchao_masquant.conversion.placeholders import placeholder_weight
+from torchao_masquant.conversion.quantized_modules import replace_weights
 from torchao_masquant.options import SCHEMES, Scheme, SolverOptions, get_scheme
-from torchao_masquant.placeholders import placeholder_weight
-from torchao_masquant.quantized_modules import replace_weights
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.tensor_subclasses import (
     quantize_smoothed_weight,

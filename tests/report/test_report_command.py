@@ -8,8 +8,6 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +15,8 @@ import report_sources as made
 from page_reader import read_page
 
 from torchao_masquant.__main__ import main
+from torchao_masquant.report import page as page_module
+from torchao_masquant.report.result_rows import rows_of_results
 
 
 @pytest.fixture
@@ -33,6 +33,12 @@ def folder(tmp_path):
     made.evaluation("w8a8", "masquant").save(path / "evaluation.json")
     (path / "results.json").write_text(json.dumps(made.results()))
     return path
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch):
+    """Figures are made and not drawn: what they look like is another file's subject."""
+    monkeypatch.setattr(page_module, "to_svg", lambda figure: "<svg></svg>")
 
 
 def _report(*arguments):
@@ -137,9 +143,9 @@ def test_seeds_are_averaged_and_variants_kept_apart(tmp_path, capsys):
         assert told == pytest.approx(
             [np.mean([r["sqnr"][m] for r in same]) for m in made.MODALITIES], abs=0.051
         )
-        # Figures show one rank: two schemes, two methods.
-        figure = section.all("figure")[0]
-        assert len(figure.all("title")) == 4 * len(made.TASKS)
+    # Figures show one rank: two schemes, two methods.
+    for rows in rows_of_results(data):
+        assert [row.rank for row in rows.drawn] == ["", "rank 5 %"] * 2
 
 
 def test_rows_may_leave_out_what_is_not_known(tmp_path):
@@ -164,7 +170,8 @@ def test_a_recipe_becomes_a_page_and_the_rest_is_named(folder, tmp_path, capsys)
     ]
 
 
-def test_scripts_are_told_in_json(folder, tmp_path, capsys):
+def test_scripts_are_told_in_json(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(page_module, "write_png", lambda figure, path: path.touch())
     output, png = tmp_path / "report.html", tmp_path / "png"
     assert _report(folder, "-o", output, "--png", png, "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -194,14 +201,6 @@ DAMAGES = {
         "analysis.json",
         functools.partial(_truncate, "analysis.json"),
     ),
-    "analysis of bytes": (
-        "analysis.json",
-        functools.partial(_write, "analysis.json", b"\xff\xfe\x00"),
-    ),
-    "analysis that is a list": (
-        "analysis.json",
-        functools.partial(_write, "analysis.json", "[]"),
-    ),
     "analysis too deep": (
         "analysis.json",
         functools.partial(_write, "analysis.json", "[" * 200_000),
@@ -228,19 +227,9 @@ DAMAGES = {
             f, "results.json", lambda d: d["rows"][1]["accuracy"].update(read="high")
         ),
     ),
-    "a row with a true size": (
-        "results.json",
-        lambda f: _changed(
-            f, "results.json", lambda d: d["rows"][1].update(weight_bytes=True)
-        ),
-    ),
     "a row that is there twice": (
         "results.json",
         lambda f: _changed(f, "results.json", lambda d: d["rows"].append(d["rows"][1])),
-    ),
-    "a row of a seed in words": (
-        "results.json",
-        lambda f: _changed(f, "results.json", lambda d: d["rows"][1].update(seed="a")),
     ),
     "a row that is none": (
         "results.json",
@@ -321,14 +310,3 @@ def test_figures_cannot_go_into_a_file(folder, tmp_path, capsys):
     assert _report(folder, "-o", output, "--png", tmp_path / "png") == 1
     assert "it is no folder" in _sentence(capsys)
     assert not output.exists()
-
-
-def test_the_module_runs_as_a_command(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torchao_masquant", "report"]
-        + [str(tmp_path / "nowhere")],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: there is no ")

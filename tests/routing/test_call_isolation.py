@@ -70,16 +70,6 @@ def test_positional_arguments(vl):
     assert_routed(calls, ids, linears=14)
 
 
-def test_a_chunk_of_one_image_token_is_vision(vl):
-    inputs = batch(["small image"], seed=4)
-    for name in ("input_ids", "attention_mask"):
-        inputs[name] = inputs[name][:, 1:2]
-    assert inputs["input_ids"].tolist() == [[IMAGE]]
-    with recorded(vl) as calls:
-        vl(**inputs)
-    assert_routed(calls, torch.tensor([[1]]), linears=14)
-
-
 def test_one_placeholder_token_is_routed_as_such_also_with_a_cache(omni):
     start = omni(input_ids=torch.tensor([[BOS, 11]]), use_cache=True)
     for token, index in ((IMAGE, 1), (AUDIO, 2), (12, 0)):

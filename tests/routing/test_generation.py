@@ -81,16 +81,6 @@ def test_generate(kind, options, request):
         torch.testing.assert_close(out.logits[0], logits, rtol=0, atol=1e-5)
 
 
-def test_a_row_alone_generates_what_it_does_in_a_batch(vl):
-    inputs = mixed_batch(False)
-    together = vl.generate(**inputs, **OPTIONS)
-    row = batch([BOS, *words(2)], seed=6)
-    alone = vl.generate(**row, **OPTIONS)
-    torch.testing.assert_close(
-        together.logits[0][2], alone.logits[0][0], rtol=0, atol=0.1
-    )
-
-
 def test_prefill_in_chunks_through_the_middle_of_an_image(vl):
     """Chunks of three tokens: a chunk may be all image, one may be one image token."""
     inputs = batch([BOS, 11, 12, "image", 13, 14, 15])

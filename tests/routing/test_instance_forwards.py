@@ -32,7 +32,7 @@ from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantConfig, MASQuantLinear, calibrate, masquant_config
 from torchao_masquant.expert_modules import MASQuantExperts
-from torchao_masquant.experts import projections
+from torchao_masquant.models.experts import projections
 
 OPTIONS = {"scheme": "w4a8", "rounding": "nearest", "alpha": 0.5, "separation": 1.0}
 MAKERS = {"linears": qwen25_vl, "experts": qwen3_vl_moe}

@@ -160,12 +160,6 @@ def test_ids_are_those_of_a_plain_loop(call, order, skip_padding):
         assert found.tolist() == wanted.tolist()
 
 
-def test_an_empty_batch_has_no_ids():
-    router = Router(("vision", "text"), TOKEN_IDS | {"audio": ()})
-    for shape in ((0, 0), (0, 5), (2, 0)):
-        assert router.ids_of(torch.zeros(shape, dtype=torch.int64)) is None
-
-
 @pytest.mark.parametrize(
     "mask",
     [
@@ -182,19 +176,6 @@ def test_a_mask_that_is_not_of_the_tokens_shape_is_not_looked_at(mask):
     router = Router(("text", "vision", "audio"), TOKEN_IDS)
     input_ids = torch.tensor([[IMAGE, 11, AUDIO], [12, 11, VIDEO]])
     assert router.ids_of(input_ids, mask).tolist() == [[1, 0, 2], [0, 0, 1]]
-
-
-def test_a_padded_placeholder_is_base():
-    router = Router(("text", "vision", "audio"), TOKEN_IDS)
-    input_ids = torch.tensor([[IMAGE, AUDIO, 11]])
-    assert router.ids_of(input_ids, torch.tensor([[0, 0, 1]])) is None
-    assert router.ids_of(input_ids, torch.tensor([[0, 1, 1]])).tolist() == [[0, 2, 0]]
-
-
-def test_padding_is_base_where_text_is_not():
-    router = Router(("vision", "text"), {"text": (), "vision": (IMAGE,)})
-    input_ids = torch.tensor([[0, 11, IMAGE]])
-    assert router.ids_of(input_ids, torch.tensor([[0, 1, 1]])).tolist() == [[0, 1, 0]]
 
 
 @pytest.mark.parametrize(

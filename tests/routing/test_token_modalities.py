@@ -78,13 +78,6 @@ def test_tokens_of_a_batch_may_be_flattened(plain):
     assert_routed(calls, IDS, linears=2)
 
 
-def test_an_inputs_embeds_call(vl):
-    ids = IDS.clamp(max=1)
-    with token_modalities(vl, ids), recorded(vl) as calls:
-        vl(inputs_embeds=embeds())
-    assert_routed(calls, ids, linears=14)
-
-
 def test_parts_of_a_model(vl):
     ids = IDS.clamp(max=1)
     language_model = vl.model.language_model
@@ -142,13 +135,6 @@ def test_ids_of_another_shape(plain):
             with token_modalities(plain, ids):
                 plain(x)
         assert not router(plain).call.known
-
-
-def test_ids_of_another_shape_name_the_layer(vl):
-    name = "model.language_model.layers.0.self_attn.q_proj"
-    with pytest.raises(ValueError, match=f"^{literal(name)}: input of shape"):
-        with token_modalities(vl, IDS[:, :4].clamp(max=1)):
-            vl(inputs_embeds=embeds())
 
 
 def test_blocks_nest(plain):

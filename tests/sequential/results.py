@@ -9,39 +9,12 @@ import json
 from pathlib import Path
 
 import torch
+from checkpoints import assert_same_recipe, stored
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from torchao_masquant import Recipe
 
 FIXED = {"alpha": 0.5, "separation": 1.0, "rank": 2, "progress": False}
-
-
-def assert_same_recipe(first: Recipe, second: Recipe) -> None:
-    """Bit for bit, in the same order."""
-    assert first.options == second.options
-    assert first.modalities == second.modalities
-    assert list(first.layers) == list(second.layers)
-    for name, layer in first.layers.items():
-        other = second.layers[name]
-        assert (layer.shape, layer.fingerprint, layer.ranks) == (
-            other.shape,
-            other.fingerprint,
-            other.ranks,
-        )
-        assert layer.tensors().keys() == other.tensors().keys()
-        for key, tensor in layer.tensors().items():
-            assert torch.equal(tensor, other.tensors()[key]), (name, key)
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint."""
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(file)
-        assert not found.keys() & tensors.keys()
-        found |= tensors
-    return found
 
 
 def assert_same_checkpoint(first: Path, second: Path) -> None:

@@ -8,7 +8,8 @@
 import pytest
 import tiny_models
 import torch
-from results import FIXED, assert_same_checkpoint, assert_same_recipe
+from checkpoints import assert_same_recipe
+from results import FIXED, assert_same_checkpoint
 from torchao.quantization import quantize_
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -16,7 +17,6 @@ from torchao_masquant import Recipe, calibrate, masquant_config
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.sequential.decoder_walk import DecoderWalk
 from torchao_masquant.sequential.disk_model import DiskModel
-from torchao_masquant.testing import digits
 
 LAYERS = 3
 
@@ -73,30 +73,6 @@ def test_it_is_what_is_made_in_memory(original, samples, tmp_path, options):
     assert_same_checkpoint(tmp_path / "expected", tmp_path / "quantized")
     assert (done.blocks, done.resumed, len(done.seconds)) == (LAYERS, 0, LAYERS)
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_the_digits_model(tmp_path):
-    """Text, images and sounds, by a model that was trained."""
-    samples = digits.calibration_samples()[:3]
-    options = {**FIXED, "include": r"re:model\.(language_model\.)?layers\.[12]\..*"}
-    folder = digits.checkpoint_path("outliers")
-    calibrate_sequential(
-        folder, samples, recipe=tmp_path / "recipe.safetensors", **options
-    )
-    model = digits.load_model("outliers", dtype=torch.bfloat16)
-    recipe = calibrate(model, samples, **options)
-    assert recipe.modalities == ("text", "vision", "audio")
-    assert_same_recipe(recipe, Recipe.load(tmp_path / "recipe.safetensors"))
-
-
-def test_the_result_loads_and_runs(original, samples, tmp_path):
-    calibrate_sequential(original, samples, output=tmp_path / "q", **FIXED)
-    assert not list(tmp_path.glob("*.safetensors"))
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "q")
-    expected = Qwen2_5_VLForConditionalGeneration.from_pretrained(original)
-    quantize_(expected, masquant_config(calibrate(expected, samples, **FIXED)))
-    with torch.no_grad():
-        assert torch.equal(model(**samples[0]).logits, expected(**samples[0]).logits)
 
 
 def test_padding_and_samples_of_one_modality(original, tmp_path):

@@ -6,27 +6,26 @@
 """Experts of a mixture, calibrated from disk, block by block."""
 
 import functools
-import random
-import signal
 
 import killed_runs
 import pytest
 import tiny_models
 import torch
-from results import FIXED, assert_same_checkpoint, assert_same_files, assert_same_recipe
-from test_team import SIZE, together
+from checkpoints import assert_same_recipe
+from results import FIXED, assert_same_checkpoint, assert_same_files
+from teams import SIZE, together
 from torchao.quantization import quantize_
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from torchao_masquant import Recipe, Router, calibrate, masquant_config
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.experts import experts_of
+from torchao_masquant.conductor.team import Team
+from torchao_masquant.models.experts import experts_of
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.sequential.preflight import estimate
 from torchao_masquant.statistics.expert_statistics import ExpertStatistics
-from torchao_masquant.team import Team
 
 LAYERS = 3
 
@@ -132,26 +131,6 @@ def test_it_goes_on(original, tmp_path, monkeypatch):
             run(original, halves)
     assert run(original, halves).resumed == 2
     assert_same_files(whole, halves)
-
-
-def test_killed_at_any_file_operation(original, whole, tmp_path):
-    context, kills = killed_runs.context(), 0
-    generator = random.Random(7)
-    while True:
-        die_at = generator.randrange(31) if kills < 3 else None
-        process = context.Process(
-            target=killed_runs.calibrate,
-            args=(original, tmp_path, die_at, samples),
-            kwargs=FIXED,
-        )
-        process.start()
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
-    assert kills
-    assert_same_files(whole, tmp_path)
 
 
 def test_learning_is_refused_as_in_memory(original, tmp_path):

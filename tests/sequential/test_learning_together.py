@@ -14,17 +14,18 @@ import signal
 import pytest
 import tiny_models
 import torch
+from checkpoints import assert_same_recipe
 from one_block import Model
-from results import FIXED, assert_same_files, assert_same_recipe
+from results import FIXED, assert_same_files
 from teams import stopped, together
 
 from torchao_masquant import Recipe, calibrate
+from torchao_masquant.conductor.team import Team
 from torchao_masquant.learning.batch_gradient import BatchGradient
 from torchao_masquant.learning.learn import BlockTask
 from torchao_masquant.learning.together import Alone
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.sequential import TeamError, calibrate_sequential
-from torchao_masquant.team import Team
 
 NAMES = ("text", "vision")
 WIDTH = 16

@@ -15,15 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results import FIXED, assert_same_files
-from teams import SIZE, stopped, together
+from teams import stopped, together
 
-from torchao_masquant import Recipe, Router
-from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.conductor import Conductor
+from torchao_masquant import Recipe
+from torchao_masquant.conductor.conductor import Conductor
+from torchao_masquant.conductor.team import Team
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.statistics.input_statistics import Moments
 from torchao_masquant.statistics.token_sample import TokenSample
-from torchao_masquant.team import Team
 
 CPU = torch.device("cpu")
 
@@ -56,67 +55,6 @@ def test_sampled_tokens_do_not_depend_on_the_processes(calls):
     kept = TokenSample.together([part.sampled for part in parts])
     assert torch.equal(kept.rows, whole.sample)
     assert torch.equal(kept.numbers, whole.sampled.numbers)
-
-
-def session_of(rank, size):
-    """A session that has seen the calls of one process of some."""
-    generator = torch.Generator().manual_seed(0)
-    linear = torch.nn.Linear(24, 4)
-    router = Router(("text", "vision"))
-    calls = [
-        (
-            torch.randn(1, n, 24, generator=generator) * 10,
-            torch.randint(0, 2, (1, n), generator=generator),
-        )
-        for n in (300, 7, 501, 90, 333)
-    ]
-    share = range(len(calls) * rank // size, len(calls) * (rank + 1) // size)
-    before = [
-        sum(int((ids == m).sum()) for _, ids in calls[: share.start]) for m in (0, 1)
-    ]
-    session = CalibrationSession({}, router, True, before=before)
-    session.attach_linear("linear", linear)
-    for index in share:
-        x, ids = calls[index]
-        with router.explicit(ids), torch.no_grad():
-            linear(x)
-    session.detach_linear(linear)
-    return session
-
-
-def reduced(rank):
-    session = session_of(rank, SIZE)
-    Team(60).reduce(session)
-    # Plain numbers: tensors in a queue outlive their sender only by shared memory.
-    return [
-        (m.count, m.before, m.sample.tolist())
-        + tuple(t.tolist() for t in (m.amin, m.amax, m.sum, m.outer))
-        for m in session.statistics["linear"].moments
-    ]
-
-
-def test_statistics_of_two_are_those_of_one(tmp_path):
-    alone = session_of(0, 1).statistics["linear"].moments
-    for found in together(tmp_path, reduced):
-        assert not isinstance(found, Exception), found
-        for moments, (count, before, sample, amin, amax, total, outer) in zip(
-            alone, found
-        ):
-            assert (count, before) == (moments.count, 0)
-            assert torch.equal(torch.tensor(sample), moments.sample)
-            for value, expected in ((amin, moments.amin), (amax, moments.amax)):
-                assert torch.equal(torch.tensor(value, dtype=torch.float64), expected)
-            # A float64 sum of n terms is off by at most n eps times the sum of sizes;
-            # products of float32 values are exact.
-            sizes = moments.absmax().max() * count
-            for value, expected, bound in (
-                (total, moments.sum, sizes),
-                (outer, moments.outer, sizes * moments.absmax().max()),
-            ):
-                error = (
-                    (torch.tensor(value, dtype=torch.float64) - expected).abs().max()
-                )
-                assert error <= 2 * count * torch.finfo(torch.float64).eps * bound
 
 
 @pytest.fixture(scope="module")

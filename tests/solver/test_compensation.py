@@ -63,52 +63,57 @@ def test_smoothing_factor_is_positive_finite_and_clamped(act, alpha, seed):
 # Whitening.
 
 
-def _covariance(kind):
+def _covariance(kind, spread):
+    """Of tokens whose channels' sizes lie ``spread`` apart."""
     x = torch.randn(40, 6, generator=_generator(1), dtype=DOUBLE)
     if kind == "rank one":
         x = x[:, :1] * torch.tensor([[3.0, -1, 0.5, 1e-3, 7, 2]], dtype=DOUBLE)
     elif kind == "repeated channel":
         x[:, 4] = x[:, 1]
-    elif kind == "dead channel":
-        x[:, 2] = 0
+    elif kind == "dead channels":
+        x[:, [0, 3]] = 0
+    elif kind == "few tokens":
+        x = x[:4]
     elif kind == "one token":
         x = x[:1]
-    elif kind == "scales":
-        x = x * torch.tensor([1e-2, 1, 1e2, 1, 1, 1e-1], dtype=DOUBLE)
     covariance = x.t() @ x / len(x)
     if kind == "negative eigenvalue":
         eigenvalues, vectors = torch.linalg.eigh(covariance)
         eigenvalues[0] = -1e-13 * eigenvalues[-1]
         covariance = (vectors * eigenvalues) @ vectors.t()
-    return covariance
+    size = torch.logspace(0, 1, 6, base=spread, dtype=DOUBLE)
+    return covariance * torch.outer(size, size)
 
 
 KINDS = {
     "full": 6,
-    "scales": 6,
     "rank one": 1,
+    "few tokens": 4,
     "one token": 1,
     "repeated channel": 5,
-    "dead channel": 5,
+    "dead channels": 4,
     "negative eigenvalue": 5,
 }
+of_every_covariance = pytest.mark.parametrize(
+    ("kind", "spread"), [(kind, spread) for kind in KINDS for spread in (1.0, 1e6)]
+)
 
 
-@pytest.mark.parametrize(("kind", "rank"), KINDS.items())
-def test_whitening_on_the_range(kind, rank):
-    covariance = _covariance(kind)
+@of_every_covariance
+def test_whitening_on_the_range(kind, spread):
+    """What no token uses is left out, whatever the channels' sizes."""
+    covariance, rank = _covariance(kind, spread), KINDS[kind]
     transform, inverse = whitening(covariance)
     assert transform.shape == (rank, 6) and inverse.shape == (6, rank)
+    assert torch.isfinite(inverse).all()
     identity = torch.eye(rank, dtype=DOUBLE)
-    # T C^+ T^T = I, T T^+ = I on the range of C.
-    pseudo = torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True)
-    torch.testing.assert_close(
-        transform @ pseudo @ transform.t(), identity, rtol=0, atol=1e-6
-    )
     torch.testing.assert_close(transform @ inverse, identity, rtol=0, atol=1e-9)
-    # T^T T is C again, but for what was dropped: below 1e-10 of the largest.
-    left = (transform.t() @ transform - covariance).norm()
-    assert left <= 1e-10 * covariance.norm() * 6
+    # T^T T is C again, but for numerical noise and what is cut: of correlations, below
+    # 1e-10 of their number. A channel of zeros counts as one of deviation 1.
+    size = covariance.diagonal().sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    left = (transform.t() @ transform - covariance).abs()
+    assert (left <= 1e-10 * 6 * torch.outer(size, size)).all()
 
 
 def _problem(seed, tokens=60, k=14, n=9):
@@ -121,32 +126,6 @@ def _problem(seed, tokens=60, k=14, n=9):
 
 def _error(x, difference, l1, l2):
     return (x @ (difference.t() - l1 @ l2)).norm().item()
-
-
-@pytest.mark.parametrize("spread", [1.0, 1e6])
-@pytest.mark.parametrize("kind", ["zero channels", "repeated channel", "few tokens"])
-def test_whitening_of_a_singular_covariance(kind, spread):
-    """What no token uses is left out, whatever the channels' scales."""
-    x, _ = _problem(5, tokens=4 if kind == "few tokens" else 60)
-    k = x.shape[1]
-    if kind == "zero channels":
-        x[:, [0, 3]] = 0
-    elif kind == "repeated channel":
-        x[:, 4] = x[:, 1]
-    x = x * torch.logspace(0, 1, k, base=spread, dtype=torch.float64)
-    rank = {"zero channels": k - 2, "repeated channel": k - 1, "few tokens": 4}[kind]
-    transform, inverse = whitening(x.t() @ x)
-    assert transform.shape == (rank, k) and inverse.shape == (k, rank)
-    covariance = x.t() @ x
-    size = covariance.diagonal().sqrt()
-    # A channel of zeros counts as one of deviation 1.
-    size = torch.where(size > 0, size, 1.0)
-    left = (transform.t() @ transform - covariance).abs()
-    # Of correlations, numerical noise and what is cut: below 1e-10 of k.
-    assert (left <= 1e-10 * k * torch.outer(size, size)).all()
-    identity = torch.eye(rank, dtype=torch.float64)
-    torch.testing.assert_close(transform @ inverse, identity, rtol=0, atol=1e-9)
-    assert torch.isfinite(inverse).all()
 
 
 def test_nothing_to_whiten_or_to_make_up_for():
@@ -164,10 +143,10 @@ def test_nothing_to_whiten_or_to_make_up_for():
 # The pair.
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pair_of_any_covariance(kind):
-    """Never inf or nan, and the error is the weighted tail."""
-    covariance = _covariance(kind)
+@of_every_covariance
+def test_pair_of_any_covariance(kind, spread):
+    """Never inf or nan, and the error is the weighted tail: the least that there is."""
+    covariance = _covariance(kind, spread)
     difference = torch.randn(4, 6, generator=_generator(2), dtype=DOUBLE)
     for rank in (1, 3, 50):
         l1, l2 = low_rank_pair(difference, rank, covariance)
@@ -179,30 +158,6 @@ def test_pair_of_any_covariance(kind):
         weighted = torch.linalg.eigvalsh(difference @ covariance @ difference.t())
         tail = weighted[: max(0, 4 - rank)].sum().item()
         assert error == pytest.approx(tail, abs=1e-9 * weighted[-1].item())
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 4), st.sampled_from(list(KINDS)))
-def test_no_random_pair_or_neighbour_is_better(seed, rank, kind):
-    covariance = _covariance(kind)
-    generator = _generator(seed)
-    difference = torch.randn(5, 6, generator=generator, dtype=DOUBLE)
-    l1, l2 = low_rank_pair(difference, rank, covariance)
-
-    def error(down, up):
-        left = difference.t() - down @ up
-        return ((covariance @ left) * left).sum().item()
-
-    ours = error(l1, l2)
-    slack = 1e-9 * error(torch.zeros_like(l1), l2)
-    for size in (1e-3, 1e-1, 1, 10):
-        down = l1 + size * torch.randn(l1.shape, generator=generator, dtype=DOUBLE)
-        up = l2 + size * torch.randn(l2.shape, generator=generator, dtype=DOUBLE)
-        assert ours <= error(down, up) + slack
-        # The best partner of a changed half is no better either.
-        weighted = down.t() @ covariance @ down
-        best = torch.linalg.pinv(weighted) @ down.t() @ covariance @ difference.t()
-        assert ours <= error(down, best) + slack
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])

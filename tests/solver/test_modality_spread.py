@@ -119,7 +119,7 @@ def test_how_loud_all_of_a_modality_is_makes_no_difference():
 
 
 @pytest.mark.parametrize("count", [200, 3000])
-@pytest.mark.parametrize("place", range(0, 200, 37))
+@pytest.mark.parametrize("place", [0, 37, 185])
 def test_one_sink_of_a_row_is_found_whether_it_was_sampled_or_not(count, place):
     given = tokens(count)
     usual = input_spread(statistics(given), weights())

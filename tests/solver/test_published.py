@@ -193,9 +193,3 @@ def test_divergence_is_an_error(monkeypatch):
         ValueError, match="layers.0 diverged .* smaller lr, or epochs=0"
     ):
         learned(epochs=2)
-
-
-@pytest.mark.parametrize("method", ["smoothquant", "rtn"])
-def test_other_methods_learn_nothing(method):
-    with pytest.raises(ValueError, match="learning is for methods 'masquant' and"):
-        SolverOptions(method=method, epochs=1)

@@ -39,15 +39,6 @@ def test_rotated_is_what_the_kernels_do(k, size):
     )
 
 
-@pytest.mark.parametrize(
-    ("k", "size"), [(2, 2), (7, None), (24, 8), (512, 512), (1536, 512), (2048, 512)]
-)
-def test_blocks_are_the_largest_that_divide_the_width(k, size):
-    assert SolverOptions().hadamard_size_of(k) == size
-    assert SolverOptions(hadamard_size=1).hadamard_size_of(k) is None
-    assert SolverOptions(method="smoothquant").hadamard_size_of(k) is None
-
-
 def _outliers(k):
     """Tokens of two modalities, loud in a few channels of theirs, and a wide weight."""
     generator = torch.Generator().manual_seed(k)
@@ -141,11 +132,3 @@ def test_narrow_inputs(k):
     layer = solve_group({"q": weight}, statistics(tokens), options)["q"]
     assert layer.hadamard_size == {2: 2, 7: None, 12: 4}[k]
     assert max(_error(layer, weight, tokens, options)) < 0.02
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_tokens_that_are_not_finite(bad):
-    tokens, _ = data(2)
-    tokens[1][3, 4] = bad
-    with pytest.raises(ValueError, match="q: its input holds nan or inf in vision"):
-        statistics(tokens)

@@ -5,7 +5,6 @@
 # LICENSE file in the root directory of this source tree.
 """What is taken off the activations, and how it comes back in the bias."""
 
-import group_oracle
 import pytest
 import torch
 
@@ -34,24 +33,6 @@ def _output(layer, weight, options, x, index, modalities):
     quantized = layer.quantize(weight, options.number_format, NAMES[:modalities])
     ids = torch.full((len(x),), index)
     return torch.ops.masquant.linear(x, quantized, ids, None)
-
-
-@pytest.mark.parametrize("scheme, modalities", [("w8a8", 1), ("w3a3", 3)])
-def test_the_central_token_is_exact(scheme, modalities):
-    """Its activations are zeros, whatever the integers: the bias alone is its output."""
-    data, weights, statistics = _problem(modalities)
-    options = SolverOptions(scheme, rank=2)
-    layer = solve_group(weights, statistics, options)["q"]
-    for index, x in enumerate(data):
-        sample = statistics.moments[index].sample
-        assert len(sample) < len(x)
-        mean = torch.from_numpy(group_oracle.center(sample))
-        y = _output(layer, weights["q"], options, mean.float()[None], index, modalities)
-        exact = weights["q"].double() @ mean
-        # Float32 holds the mean and the shift, each to 2^-24 of it; what is left over
-        # is one step of 127 of that, times weights of at most 1.
-        bound = 2**-21 * (weights["q"].double().abs() @ mean.abs()) + 1e-5
-        assert ((y[0].double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
@@ -90,16 +71,6 @@ def test_what_is_left_of_a_constant_is_no_signal():
     y = _output(layer, weights["q"], options, x, 0, 1).double()
     error = (y - x.double() @ weights["q"].double().t()).square().mean()
     assert error < 1e-3 * (x.double() @ weights["q"].double().t()).var(0).mean()
-
-
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_a_handful_of_tokens(tokens):
-    data, weights, statistics = _problem(tokens=tokens)
-    for scheme in ("w8a8", "w4a16"):
-        layer = solve_group(weights, statistics, SolverOptions(scheme, group_size=8))[
-            "q"
-        ]
-        assert all(t.isfinite().all() for t in layer.tensors().values())
 
 
 def test_without_rounded_activations_there_is_no_shift():

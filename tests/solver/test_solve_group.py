@@ -166,32 +166,6 @@ def test_bias_takes_the_mean_of_the_error():
             assert np.abs(error).max() < 1e-6 * np.abs(x @ w.T).max()
 
 
-@pytest.mark.parametrize("constant", [1e-3, 7.3])
-def test_gauge_makes_the_overall_factor_irrelevant(constant):
-    """Scaling s_m by a constant first changes nothing in ours, much in the published."""
-    tokens, weights = _data(2)
-    original = _solve(tokens, weights, rank=4, **PLAIN)["q"]
-    # Scaling all activations of a modality by c^2 scales its factor by c (alpha 0.5).
-    # Scaling them back is then a change of the factor's constant alone.
-    louder = [tokens[0], tokens[1] * constant]
-    scaled = _solve(louder, weights, rank=4, **PLAIN)["q"]
-    ratio = scaled.smoothing_factor[1] / original.smoothing_factor[1]
-    # The weight that a token meets is the same, so its s_m must follow the activations.
-    np.testing.assert_allclose((ratio / ratio[0]).numpy(), np.ones(K), rtol=1e-5)
-    x = tokens[1].double()
-
-    def output(layer, x):
-        s = layer.smoothing_factor.double()
-        q = torch.from_numpy(_shared(weights["q"], s[0].numpy(), 4))
-        pair = layer.l1.double() @ layer.l2.double()
-        return (x / s[1]) @ (q.t() + pair) + layer.modality_bias[1].double()
-
-    # bfloat16 pairs of another scale round otherwise: 2^-8 of their part.
-    first = output(original, x)
-    second = output(scaled, x * constant) / constant
-    assert (first - second).norm() < 2**-6 * first.norm()
-
-
 def test_baselines_share_one_factor():
     tokens, weights = _data(3)
     layers = _solve(tokens, weights, method="smoothquant")
@@ -296,22 +270,6 @@ def test_the_constant_of_a_factor_is_free(monkeypatch, scheme, constants):
         assert (other.modality_bias - layer.modality_bias).abs().max() < 2**-7 * size
 
 
-def test_the_published_method_does_depend_on_it(monkeypatch):
-    """So that the test above can fail."""
-    _, weights, statistics = _problem(modalities=2)
-    options = SolverOptions("w4a8", "masquant-paper", rank=3)
-    plain = solve_group(weights, statistics, options)
-    multiples = iter((1.0, 8.0))
-    monkeypatch.setattr(
-        smoothing,
-        "smoothing_factor",
-        lambda *arguments: smoothing_factor(*arguments) * next(multiples),
-    )
-    scaled = solve_group(weights, statistics, options)
-    factors = scaled["q"].smoothing_factor[1] / plain["q"].smoothing_factor[1]
-    torch.testing.assert_close(factors, torch.full((K,), 8.0))
-
-
 @pytest.mark.parametrize(
     "method, scheme, dtype",
     [("masquant", scheme, torch.bfloat16) for scheme in SCHEMES]
@@ -337,28 +295,9 @@ def test_every_method_scheme_and_type(monkeypatch, method, scheme, dtype):
         assert (layer.modality_bias is not None) == (method == "masquant")
 
 
-@pytest.mark.parametrize(
-    "method, bad", [(m, torch.nan) for m in METHODS] + [("masquant", torch.inf)]
-)
+@pytest.mark.parametrize("method, bad", [("rtn", torch.nan), ("masquant", torch.inf)])
 def test_a_weight_that_is_not_finite_is_named(method, bad):
     _, weights, statistics = _problem()
     weights["k"][3, 4] = bad
     with pytest.raises(ValueError, match="k: its weight holds nan or inf"):
         solve_group(weights, statistics, SolverOptions(method=method))
-
-
-def test_huge_means_do_not_drown_the_variation():
-    """A mean of 1e4 beside a variation of 1: the pair fits the variation."""
-    generator = torch.Generator().manual_seed(9)
-    x = torch.randn(FEW, K, generator=generator, dtype=torch.float32)
-    x[:, 2] += 1e4
-    statistics = InputStatistics(K, ("text", "vision"), torch.device("cpu"), True)
-    statistics.update("q", torch.randn(FEW, K, generator=generator), None)
-    for chunk in x.split(17):
-        statistics.update("q", chunk, torch.ones(len(chunk), dtype=torch.long))
-    exact = np.cov(x.double().numpy().T, bias=True)
-    found = statistics.moments[1].covariance().numpy()
-    # E[x^2] = 1e8 in float64, summed over 150 tokens: 1e8 * 2^-53 * 150, at most.
-    assert abs(found[2, 2] - exact[2, 2]) < 1e8 * 2**-53 * FEW
-    assert np.abs(found - exact).max() < 1e8 * 2**-53 * FEW
-    assert np.linalg.matrix_rank(found, 1e-9) == K

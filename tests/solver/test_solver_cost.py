@@ -86,13 +86,15 @@ def test_operations(outputs, k, modalities, options, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [FIXED, {}, {"scheme": "w4a4", "rank": 0}, {"rounding": "nearest"}],
-    ids=["own factors", "one factor", "noise", "nearest"],
-)
-@pytest.mark.parametrize(
-    "outputs, k, modalities",
-    [((256,), 512, 3), ((768,), 256, 2), ((256, 128), 256, 2), ((64,), 1024, 2)],
+    "outputs, k, modalities, options",
+    [
+        ((256,), 512, 3, FIXED),
+        ((768,), 256, 2, {}),
+        ((256, 128), 256, 2, {"scheme": "w4a4", "rank": 0}),
+        ((64,), 512, 2, {"rounding": "nearest"}),
+        ((64,), 1024, 2, {}),
+    ],
+    ids=["own factors", "one factor", "noise", "nearest", "few outputs"],
 )
 def test_bytes(outputs, k, modalities, options):
     options = SolverOptions(**options)

@@ -47,16 +47,20 @@ def test_spent_statistics_give_the_same(scheme, method):
     assert all(torch.equal(m.outer, o) for m, o in zip(kept.moments, outers))
 
 
-@pytest.mark.parametrize("separation, scheme", [(0.0, "w4a8"), (1.0, "w4a4")])
+@pytest.mark.parametrize(
+    "separation, scheme", [(0.0, "w4a8"), (1.0, "w4a4"), (0.0, "w4a16")]
+)
 def test_linears_are_rounded_below_each_other_or_apart(separation, scheme, monkeypatch):
     """As many at a time as are not all overhead: it changes no more than float32 does."""
     tokens, weights = data()
-    options = SolverOptions(scheme, rank=2, separation=separation)
+    size = 8 if scheme == "w4a16" else None
+    options = SolverOptions(scheme, rank=2, separation=separation, group_size=size)
     together = solve_group(weights, statistics(tokens), options)
     monkeypatch.setattr(layers_module, "ROUNDED_TOGETHER", 1)
     apart = solve_group(weights, statistics(tokens), options)
     for name, layer in together.items():
         assert torch.equal(layer.scale, apart[name].scale)
+        assert (layer.zero_point is None) == (scheme != "w4a16")
         assert (layer.qdata != apart[name].qdata).float().mean() < 0.02
 
 
@@ -100,7 +104,7 @@ def test_one_matrix_of_the_size_of_a_covariance(monkeypatch, separation):
     """The Hessian; all else is made in the memory of the statistics, or in parts."""
     monkeypatch.setattr(in_place, "ROWS", 16)
     monkeypatch.setattr(layers_module, "ROWS", 16)
-    k = 512
+    k = 256
     tokens, _ = data(k=k)
     weights = {"down": torch.randn(8, k, generator=torch.Generator().manual_seed(0))}
     found = statistics(tokens)

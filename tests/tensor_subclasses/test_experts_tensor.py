@@ -159,15 +159,6 @@ def test_each_expert_may_have_a_shift_of_its_own(scheme):
         assert_rows(weight, None, x[rows], own, chosen, y)
 
 
-def test_a_modality_that_an_expert_does_not_meet():
-    weight = MASQuantTensor.stack(experts(**SCHEMES["w4a4"]))
-    ids = torch.tensor([0, 0, 1, 2])
-    chosen, ends = torch.tensor([0, 1, 1, 3]), torch.tensor([1, 3, 3, 4])
-    x = torch.randn(4, K)
-    y = torch.ops.masquant.expert_linear(x, weight, ends, None, ids)
-    assert_rows(weight, None, x, ids, chosen, y)
-
-
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
 def test_one_graph_for_all_numbers_of_tokens_and_experts(scheme):
     torch._dynamo.reset()

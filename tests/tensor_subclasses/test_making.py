@@ -235,12 +235,8 @@ def test_rows_of_zeros() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w3a3", "w4a16"])
-def test_dequantized_weight_is_near_the_original(scheme: str) -> None:
-    """Half a step from it at most; of rotated values half a step of each in a block."""
-    made = make(scheme, shape=(16, 64))
-    step = f64(made.tensor.scale) * f64(made.tensor.act_pre_scale)[0]
-    error = np.abs(f64(made.tensor.dequantize()) - f64(made.weight))
-    assert (error <= 0.5 * step * (1 + 1e-4)).all()
+def test_a_rotated_weight_is_near_the_original(scheme: str) -> None:
+    """Half a step of each value in a block at most."""
     made = make(scheme, shape=(16, 64), hadamard_size=16)
     step = f64(made.tensor.scale) * f64(made.tensor.act_pre_scale)[0]
     error = np.abs(f64(made.tensor.dequantize()) - f64(made.weight))

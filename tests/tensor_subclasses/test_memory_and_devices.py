@@ -9,7 +9,6 @@ Whatever would end the process if it went wrong runs in another one.
 """
 
 import copy
-import io
 from typing import Any
 
 import numpy as np
@@ -132,17 +131,3 @@ def test_values_are_asked_of_plain_tensors() -> None:
             assert made.device.type == options.get("device", "cpu")
             if value is not None and not made.is_meta:
                 assert (made == value).all()
-
-
-def test_saved_and_copied_whole() -> None:
-    layer = layer_of(unrouted("w4a8"))
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    for other in (
-        torch.load(buffer, weights_only=False),
-        copy.copy(layer),
-        copy.deepcopy(layer),
-    ):
-        assert_same(other.weight.data, layer.weight.data)
-    assert layer.weight.data.clone().qdata is not layer.weight.qdata

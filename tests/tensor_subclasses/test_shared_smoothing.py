@@ -22,7 +22,7 @@ from torch._inductor.virtualized import V
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantConfig, MASQuantLinear, calibrate, masquant_config
-from torchao_masquant.sharing import share_smoothing
+from torchao_masquant.linear import share_smoothing
 
 PROMPTS = [[21, "image", 22, 23], [24, 25, 26, 27]]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchao_masquant.kernels.gpu import checks
+from torchao_masquant.kernels.gpu.checks import check_operands
 from torchao_masquant.options import SCHEMES
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.report.recipe_bytes import PART_NAMES
@@ -166,29 +166,20 @@ def test_kernels_read_what_weights_consist_of(name: str) -> None:
     integers = {**of("qdata", "scale"), "weight_bits": weight.weight_bits}
     rest = {**of("l2", "modality_bias"), "modality_ids": ids, "bias": None}
     if weight.weight_only:
-        checks.check_weight_only_linear(
-            x=x,
-            ranks=weight.ranks,
-            out_dtype=x.dtype,
-            **integers,
-            **rest,
-            **of("act_pre_scale", "zero_point", "l1", "low_rank_scale"),
-        )
+        table = of("act_pre_scale", "zero_point", "l1", "low_rank_scale")
+        given = {"x": x, **integers, **rest, **table, "out_dtype": x.dtype}
+        check_operands("weight_only_linear", given)
         return
-    checks.check_smooth_quantize(
-        x, modality_ids=ids, act_bits=8, **of("act_pre_scale", "act_shift")
+    table = of("act_pre_scale", "act_shift")
+    check_operands(
+        "smooth_quantize", {"x": x, "modality_ids": ids, "act_bits": 8, **table}
     )
     qx, x_scale = torch.zeros(3, K, dtype=torch.int8), torch.ones(3, 1)
     hidden = None
     if weight.l1 is not None:
-        down = of("l1", "low_rank_scale")
-        checks.check_low_rank_down(qx, x_scale, modality_ids=ids, ranks=RANKS, **down)
+        down = {"qdata": qx, "scale": x_scale, "modality_ids": ids}
+        check_operands("low_rank_down", {**down, **of("l1", "low_rank_scale")})
         hidden = torch.zeros(3, sum(RANKS))
-    checks.check_int_linear(
-        qx=qx,
-        x_scale=x_scale,
-        low_rank_hidden=hidden,
-        out_dtype=x.dtype,
-        **integers,
-        **rest,
-    )
+    tokens = {"qx": qx, "x_scale": x_scale, "low_rank_hidden": hidden}
+    given = {**tokens, **integers, **rest, "out_dtype": x.dtype}
+    check_operands("int_linear", given)

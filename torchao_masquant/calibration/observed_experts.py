@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from torchao_masquant.expert_modules import RoutedExperts
-from torchao_masquant.experts import ExpertWeight
 from torchao_masquant.kernels.expert_operators import expert_of_rows
+from torchao_masquant.models.experts import ExpertWeight
 from torchao_masquant.reclassing import become, become_original
 from torchao_masquant.routing import Router, UnmatchedTokens
 

@@ -8,7 +8,7 @@
 from typing import Callable, Optional, Sequence
 
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.experts import ExpertWeight
+from torchao_masquant.models.experts import ExpertWeight
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected
 from torchao_masquant.statistics.input_statistics import statistics_bytes

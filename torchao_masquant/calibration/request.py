@@ -24,10 +24,10 @@ __all__ = [
     "check_shapes",
 ]
 
-# Of names in a message.
+# A message names no more linears than this.
 _SHOWN = 3
 
-# What kernels like, and what a group size is proposed among where one of them divides.
+# Group sizes that kernels like: one of these is proposed where one divides.
 _GROUPS = (256, 192, 128, 96, 64, 48, 32, 16, 8)
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from torchao_masquant.calibration.left_out import warn_of_left_out
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
+from torchao_masquant.models.wrappers import unwrapped
 from torchao_masquant.options import NamePatterns
 from torchao_masquant.routing import Router, UnmatchedTokens
 from torchao_masquant.sample_checks import no_samples
 from torchao_masquant.samples import run_samples
 from torchao_masquant.selection import select_linears
 from torchao_masquant.threads import threads_for, widest
-from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["modality_sensitivity"]
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
-from torchao_masquant.experts import ExpertWeight, Layer, module_of
+from torchao_masquant.models.experts import ExpertWeight, Layer, module_of
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.reclassing import change_class
@@ -160,7 +160,7 @@ class CalibrationSession:
 
     # Opaque to Dynamo, where a part of the model is compiled.
     @torch.compiler.disable
-    # Of ordinary tensors, so that they can be used and added to outside of it.
+    # Statistics made in inference mode could not be added to outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def observe(self, linear: MASQuantObservedLinear, x: torch.Tensor) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from torchao_masquant.cli.calibration_options import add_option, add_patterns, number
 from torchao_masquant.cli.fit import check_analysis
 from torchao_masquant.cli.models import (
-    MODEL_HELP,
     add_model_options,
     load_config,
     load_model,
@@ -21,11 +20,7 @@ from torchao_masquant.cli.models import (
     resolve_device,
 )
 from torchao_masquant.cli.parser import add_output_options
-from torchao_masquant.cli.samples import (
-    DATA_FORMS,
-    add_data_argument,
-    calibration_samples,
-)
+from torchao_masquant.cli.samples import add_model_and_data, calibration_samples
 from torchao_masquant.outputs import check_file
 
 __all__ = ["add_arguments", "main"]
@@ -51,9 +46,7 @@ def _shares(text: str) -> tuple[float, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the analysis."""
-    parser.epilog = f"{DATA_FORMS}\n{_EXAMPLES}"
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_data_argument(parser)
+    add_model_and_data(parser, _EXAMPLES)
     parser.add_argument(
         "-o",
         "--output",

@@ -20,7 +20,6 @@ from torchao_masquant.cli.calibration_options import (
 from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.fit import check_calibration
 from torchao_masquant.cli.models import (
-    MODEL_HELP,
     add_model_options,
     load_config,
     load_model,
@@ -30,9 +29,9 @@ from torchao_masquant.cli.models import (
 )
 from torchao_masquant.cli.parser import add_output_options
 from torchao_masquant.cli.samples import (
-    DATA_FORMS,
-    add_data_argument,
+    add_model_and_data,
     calibration_samples,
+    described,
 )
 from torchao_masquant.cli.sequential import (
     add_sequential_options,
@@ -46,13 +45,7 @@ from torchao_masquant.outputs import check_file, check_folder
 if TYPE_CHECKING:
     from torchao_masquant.recipe import Recipe
 
-__all__ = [
-    "add_arguments",
-    "calibrate_model",
-    "described",
-    "main",
-    "read_inputs",
-]
+__all__ = ["add_arguments", "calibrate_model", "main", "read_inputs"]
 
 _EXAMPLES = """\
 examples:
@@ -70,9 +63,7 @@ then:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the calibration."""
-    parser.epilog = f"{DATA_FORMS}\n{_EXAMPLES}"
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_data_argument(parser)
+    add_model_and_data(parser, _EXAMPLES)
     parser.add_argument(
         "-o",
         "--output",
@@ -109,7 +100,12 @@ def main(arguments: argparse.Namespace) -> int:
     config, samples = read_inputs(arguments, options)
     if arguments.sequential:
         found = calibrate_from_disk(
-            arguments, config, samples, options, described(arguments)
+            arguments,
+            config,
+            samples,
+            options,
+            recipe=arguments.output,
+            quantized=arguments.quantized,
         )
         if is_first_process():
             seconds = time.perf_counter() - start
@@ -176,15 +172,6 @@ def calibrate_model(
     recipe = calibrate(model, placed, **options)
     recipe.description |= described(arguments)
     return recipe
-
-
-def described(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a recipe tells of model and data: their names, without the folders around."""
-    names = {"model": arguments.model, "data": arguments.data}
-    return {
-        key: Path(name).resolve().name if Path(name).exists() else name
-        for key, name in names.items()
-    }
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

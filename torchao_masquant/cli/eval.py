@@ -9,10 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from torchao_masquant.cli.calibrate import described
 from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.models import (
-    MODEL_HELP,
     add_model_options,
     load_config,
     load_model,
@@ -22,8 +20,8 @@ from torchao_masquant.cli.models import (
 )
 from torchao_masquant.cli.parser import add_output_options
 from torchao_masquant.cli.samples import (
-    DATA_FORMS,
-    add_data_argument,
+    add_model_and_data,
+    described,
     evaluation_tasks,
 )
 from torchao_masquant.outputs import check_file, kind_of
@@ -42,9 +40,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the evaluation."""
-    parser.epilog = f"{DATA_FORMS}\n{_EXAMPLES}"
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_data_argument(parser)
+    add_model_and_data(parser, _EXAMPLES)
     parser.add_argument(
         "--reference",
         metavar="MODEL",
@@ -111,11 +107,6 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         evaluation.save(arguments.output)
     if arguments.card:
-        add_scores(Path(arguments.model), _card(arguments, evaluation))
+        scores = f"On {described(arguments)['data']}:\n\n{evaluation}"
+        add_scores(Path(arguments.model), scores)
     return 0
-
-
-def _card(arguments: argparse.Namespace, evaluation: object) -> str:
-    """The scores, and what they are of."""
-    data = described(arguments)["data"]
-    return f"On {data}:\n\n{evaluation}"

@@ -125,7 +125,7 @@ def _check_fingerprint(model: Any, folder: Path, recipe: Any, dtype: str) -> Non
     """Compare one weight, the smallest that lies in a file as it is in the model."""
     import safetensors
 
-    from torchao_masquant.fitting import check_fingerprint
+    from torchao_masquant.conversion.fitting import check_fingerprint
     from torchao_masquant.integrations.stored_names import unchanged_names
 
     target = _loaded_type(model, dtype)

@@ -84,7 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     from torchao_masquant.planning.estimate import plan_calibration, plan_inference
     from torchao_masquant.planning.skeleton import read_skeleton
-    from torchao_masquant.planning.weight_bytes import Compensation
+    from torchao_masquant.weight_bytes import Compensation
 
     if arguments.machine is not None:
         print("--machine has no effect: a plan tells no seconds.", file=sys.stderr)
@@ -156,10 +156,7 @@ def _print(
     calibration: "CalibrationPlan",
     rows: "list[InferencePlan]",
 ) -> None:
-    from rich import box
-    from rich.table import Table
-
-    from torchao_masquant.evaluation.tables import to_text
+    from torchao_masquant.evaluation.tables import new_table, to_text
 
     devices, memory = arguments.devices, arguments.memory
     print(
@@ -176,9 +173,7 @@ def _print(
         f"Calibration, block by block: {arguments.samples} samples of "
         f"{arguments.tokens} tokens{verdict}"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
-    table.add_column("memory or traffic", justify="right")
+    table = new_table("", [""], ["memory or traffic"])
     for what, size in (
         ("in front of the decoder", c.front_bytes),
         ("one block", c.block_bytes),
@@ -196,11 +191,7 @@ def _print(
         f"Inference: {arguments.batch} x {arguments.context} tokens, whose cache is "
         f"{byte_size(rows[0].cache_bytes)} of a device"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("scheme", "weights", "a device", "sent a token", ""):
-        table.add_column(
-            column, justify="left" if column in ("scheme", "") else "right"
-        )
+    table = new_table("", ["scheme"], ["weights", "a device", "sent a token", ""])
     for row in rows:
         table.add_row(
             row.scheme,

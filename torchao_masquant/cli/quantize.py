@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchao_masquant.cli.calibrate import calibrate_model, described, read_inputs
+from torchao_masquant.cli.calibrate import calibrate_model, read_inputs
 from torchao_masquant.cli.calibration_options import (
     add_calibration_options,
     add_patterns,
@@ -21,7 +21,6 @@ from torchao_masquant.cli.calibration_options import (
 from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.fit import check_dense, check_quantization
 from torchao_masquant.cli.models import (
-    MODEL_HELP,
     add_model_options,
     load_config,
     load_model,
@@ -30,7 +29,7 @@ from torchao_masquant.cli.models import (
     resolve_device,
 )
 from torchao_masquant.cli.parser import add_output_options
-from torchao_masquant.cli.samples import DATA_FORMS, add_data_argument
+from torchao_masquant.cli.samples import add_model_and_data
 from torchao_masquant.cli.sequential import (
     add_sequential_options,
     calibrate_from_disk,
@@ -69,9 +68,7 @@ def _size(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the quantization."""
-    parser.epilog = f"{DATA_FORMS}\n{_EXAMPLES}"
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_data_argument(parser, optional=True)
+    add_model_and_data(parser, _EXAMPLES, optional_data=True)
     parser.add_argument(
         "--recipe",
         type=Path,
@@ -202,9 +199,8 @@ def _calibrate_and_quantize(
 ) -> None:
     config, samples = read_inputs(arguments, options)
     if arguments.sequential:
-        given = {**vars(arguments), "quantized": arguments.output, "output": None}
         calibrate_from_disk(
-            argparse.Namespace(**given), config, samples, options, described(arguments)
+            arguments, config, samples, options, quantized=arguments.output
         )
         return
     from torchao_masquant.quantize import apply_recipe

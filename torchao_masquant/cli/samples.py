@@ -10,17 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from torchao_masquant.cli.models import DIGITS, load_processor
+from torchao_masquant.cli.calibration_options import whole
+from torchao_masquant.cli.models import DIGITS, MODEL_HELP, load_processor
 
 if TYPE_CHECKING:
     from torchao_masquant.data import Conversation
 
-__all__ = ["DATA_FORMS", "add_data_argument", "calibration_samples", "evaluation_tasks"]
+__all__ = [
+    "add_model_and_data",
+    "calibration_samples",
+    "described",
+    "evaluation_tasks",
+]
 
 _DIGITS = "digits"
 
-#: What DATA may be, for the end of a command's help.
-DATA_FORMS = """\
+# For the end of a command's help.
+_DATA_FORMS = """\
 DATA is one of
   a file         of rows: lines of JSON, a JSON array, CSV, parquet; paths start from the
                  file. A row has one of these forms, or that of LLaVA, ShareGPT, OpenAI,
@@ -43,33 +49,40 @@ DATA is one of
 """
 
 
-def add_data_argument(
-    parser: argparse.ArgumentParser, *, optional: bool = False
+def add_model_and_data(
+    parser: argparse.ArgumentParser, examples: str, *, optional_data: bool = False
 ) -> None:
-    """DATA, and how much of it."""
+    """MODEL, DATA and how much of it, and what DATA may be.
+
+    Args:
+        parser: of a command.
+        examples: for the end of its help.
+        optional_data: whether the command does something without, too.
+    """
+    parser.epilog = f"{_DATA_FORMS}\n{examples}"
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "data",
-        nargs="?" if optional else None,
+        nargs="?" if optional_data else None,
         metavar="DATA",
         help="a file of rows (JSON, CSV, parquet), a folder, a saved dataset, a .pt "
         "file, 'synthetic' or 'digits': see below",
     )
     parser.add_argument(
         "--max-samples",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help="of the data, the first N samples",
     )
 
 
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero.")
-    return number
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What results tell of model and data: their names, without the folders around."""
+    names = {"model": arguments.model, "data": arguments.data}
+    return {
+        key: Path(name).resolve().name if Path(name).exists() else name
+        for key, name in names.items()
+    }
 
 
 def calibration_samples(

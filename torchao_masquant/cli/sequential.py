@@ -11,11 +11,13 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from torchao_masquant.cli.calibration_options import number
 from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.models import model_folder, resolve_device
+from torchao_masquant.cli.samples import described
 from torchao_masquant.hub import auto_class
 from torchao_masquant.option_values import MEASURE
 
@@ -27,7 +29,6 @@ __all__ = [
     "calibrate_from_disk",
     "check_sequential_usage",
     "is_first_process",
-    "processes",
 ]
 
 _GIB = 1 << 30
@@ -87,7 +88,7 @@ _OPTIONS = (
 )
 
 
-def processes() -> int:
+def _processes() -> int:
     """How many processes torchrun has started; one without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -102,7 +103,7 @@ def check_sequential_usage(arguments: argparse.Namespace) -> None:
         for name in _OPTIONS:
             if getattr(arguments, name, None) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} goes with --sequential.")
-        if processes() > 1:
+        if _processes() > 1:
             raise UsageError(
                 "several processes share a calibration with --sequential alone."
             )
@@ -129,7 +130,9 @@ def calibrate_from_disk(
     config: Any,
     samples: Sequence[Mapping[str, Any]],
     options: dict[str, Any],
-    description: Mapping[str, Any],
+    *,
+    recipe: Optional[Path] = None,
+    quantized: Optional[Path] = None,
 ) -> "SequentialResult":
     """Calibrate a model that is not loaded as a whole.
 
@@ -138,7 +141,8 @@ def calibrate_from_disk(
         config: of the model.
         samples: keyword inputs of the model, on the CPU.
         options: of :func:`torchao_masquant.sequential.calibrate_sequential`.
-        description: of model and data, for the results.
+        recipe: file to write; None for none.
+        quantized: folder to write; None for none.
     """
     import torch
     import torch.distributed as dist
@@ -151,7 +155,7 @@ def calibrate_from_disk(
     logging.getLogger("torchao_masquant.sequential").setLevel(logging.INFO)
     device = resolve_device(arguments.device)
     minutes = 120.0 if arguments.timeout_minutes is None else arguments.timeout_minutes
-    if processes() > 1:
+    if _processes() > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -168,8 +172,8 @@ def calibrate_from_disk(
     result = calibrate_sequential(
         folder,
         PlacedSamples.of_type(samples, dtype),
-        output=arguments.quantized,
-        recipe=arguments.output,
+        output=quantized,
+        recipe=recipe,
         dtype=dtype,
         device=device,
         activations=arguments.activations or "memory",
@@ -179,10 +183,10 @@ def calibrate_from_disk(
         max_seconds=_times(arguments.max_hours, 3600),
         timeout=60 * minutes,
         overwrite=arguments.overwrite,
-        description=description,
+        description=described(arguments),
         **options,
     )
-    if processes() > 1:
+    if _processes() > 1:
         dist.destroy_process_group()
     return result
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.evaluation.weights import quantized_linears
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import token_modalities
 from torchao_masquant.selection import decoder_of

@@ -16,12 +16,12 @@ from typing import Any, Optional
 
 from torchao_masquant.data.tables import TABLES, rows_of_table
 
-__all__ = ["SUFFIXES", "is_data_file", "rows_of_file"]
+__all__ = ["is_data_file", "rows_of_file"]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
-#: of the files that are read
-SUFFIXES = (".jsonl", ".json", ".ndjson", *_DELIMITERS, *TABLES)
+# Of the files that are read.
+_SUFFIXES = (".jsonl", ".json", ".ndjson", *_DELIMITERS, *TABLES)
 
 # Where a file that is one object keeps its rows.
 _ROWS = ("data", "rows", "examples", "samples", "instances")
@@ -33,7 +33,7 @@ _SPACE = " \t\r\n"
 
 def is_data_file(path: Path) -> bool:
     """Whether a file has rows of data in it, by its name."""
-    return Path(path.name.removesuffix(".gz")).suffix.lower() in SUFFIXES
+    return Path(path.name.removesuffix(".gz")).suffix.lower() in _SUFFIXES
 
 
 def rows_of_file(path: Path) -> Iterator[tuple[Any, str]]:
@@ -66,7 +66,7 @@ def _text(path: Path) -> str:
         return data.decode(json.detect_encoding(data[:4]))
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise ValueError(
-            f"{str(path)!r} is no text ({error}): give a file of {', '.join(SUFFIXES)}."
+            f"{str(path)!r} is no text ({error}): give a file of {', '.join(_SUFFIXES)}."
         ) from error
 
 

@@ -22,7 +22,7 @@ __all__ = [
     "role_of",
 ]
 
-ROLES: Mapping[str, str] = {
+_ROLES: Mapping[str, str] = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot"), ASSISTANT),
     **dict.fromkeys(("chatgpt", "bing", "bard", "function_call"), ASSISTANT),
@@ -31,7 +31,7 @@ ROLES: Mapping[str, str] = {
 }
 
 # A message that is a question with its answer, in one dict.
-PAIRS = (
+_PAIRS = (
     *(("user", "assistant"), ("human", "gpt"), ("human", "assistant")),
     *(("question", "answer"), ("q", "a"), ("prompt", "response")),
     *(("query", "response"), ("instruction", "output")),
@@ -60,14 +60,14 @@ def role_of(entry: Any) -> Optional[str]:
     role = Columns(entry).get(SPEAKERS) if isinstance(entry, Mapping) else None
     if not isinstance(role, str):
         return None
-    return ROLES.get(role.strip("<|>").lower(), role)
+    return _ROLES.get(role.strip("<|>").lower(), role)
 
 
 def pair_of(columns: Columns) -> Optional[tuple[str, str]]:
     """The keys of a question and its answer, of a dict that is both and no message."""
     if columns.find(SPEAKERS) is not None:
         return None
-    for question, answer in PAIRS:
+    for question, answer in _PAIRS:
         found = columns.find((question,)), columns.find((answer,), keep_empty=True)
         if found[0] is not None and found[1] is not None:
             return found[0], found[1]

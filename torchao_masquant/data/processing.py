@@ -47,6 +47,19 @@ def media_of(config: Any) -> list[str]:
     return [kind for kind, modality in _MODALITIES.items() if modality in known]
 
 
+def _not_taken(kind: str, where: str, media: Sequence[str], config: Any) -> ValueError:
+    """The error for a medium of a kind that a model does not take."""
+    article, advice = "an", ""
+    if kind == VIDEO:
+        article = "a"
+        advice = " or give some of its frames as images" if IMAGE in media else ""
+    return ValueError(
+        f"{where} has {article} {kind}, which this model does not take (its "
+        f"{type(config).__name__} and its processor declare "
+        f"{' and '.join(media) or 'text'} only): leave it out{advice}."
+    )
+
+
 class ProcessedConversations(LazySamples):
     """A model's keyword inputs, made when they are asked for: none is kept.
 
@@ -89,27 +102,20 @@ class ProcessedConversations(LazySamples):
             media.append(VIDEO)
         template = getattr(self.processor, "chat_template", None)
         for conversation in self.conversations:
-            where = conversation.where
-            for kind in sorted(conversation.kinds - {TEXT}):
-                if kind not in media:
-                    advice = " or give some of its frames as images"
-                    raise ValueError(
-                        f"{where} has {'an' if kind != VIDEO else 'a'} {kind}, which "
-                        f"this model does not take (its {type(config).__name__} and its "
-                        f"processor declare {' and '.join(media) or 'text'} only): leave "
-                        f"it out{advice if kind == VIDEO and IMAGE in media else ''}."
-                    )
+            others = sorted(conversation.kinds - {TEXT, *media})
+            if others:
+                raise _not_taken(others[0], conversation.where, media, config)
             if conversation.messages and template is None:
                 raise ValueError(
-                    f"{where} is a conversation, but the model's processor "
+                    f"{conversation.where} is a conversation, but the model's processor "
                     "has no chat template: add a chat_template.jinja to the model's "
                     'folder, or give plain text, {"text": "..."}.'
                 )
             self._check_tokens(conversation)
             if self.labelled and conversation.turns and not conversation.scored_turns:
                 raise ValueError(
-                    f"{where} has no turn that is to be scored: each of the assistant's "
-                    "has a weight of 0; leave it out."
+                    f"{conversation.where} has no turn that is to be scored: each of the "
+                    "assistant's has a weight of 0; leave it out."
                 )
 
     def _check_tokens(self, conversation: Conversation) -> None:

@@ -52,8 +52,9 @@ def read_audio(value: Any, sampling_rate: int, where: str) -> np.ndarray:
     """A sound as the model's processor takes it, and as transformers would load it.
 
     Args:
-        value: a path; an address, on the web or ``data:``; the bytes of a file; a dict of ``array`` [time] or [channels,
-            time] and ``sampling_rate``, or an object with these keys.
+        value: a path; an address, on the web or ``data:``; the bytes of a file; a dict
+            of ``array`` [time] or [channels, time] and ``sampling_rate``, or an object
+            with these keys.
         sampling_rate: to come out, in Hz.
         where: for the messages.
 

@@ -173,12 +173,12 @@ class Turns:
         own = {kind: media_in(columns, kind) for kind in MEDIA}
         for kind, values in own.items():
             self._left[kind] = values + self._left[kind]
-        counts = {kind: len(self._left[kind]) - len(own[kind]) for kind in MEDIA}
+        before = {kind: len(left) for kind, left in self._left.items()}
         parts = [part for item in content for part in self._parts(item)]
-        for kind, count in counts.items():
-            # A message's own media stand before its text, unless this points at them.
-            extra = max(len(self._left[kind]) - count, 0) if own[kind] else 0
-            parts[:0] = [self._next(kind) for _ in range(extra)]
+        # A message's own media stand before its text, unless the text points at them.
+        for kind, values in own.items():
+            pointed_at = before[kind] - len(self._left[kind])
+            parts[:0] = [self._next(kind) for _ in values[pointed_at:]]
         weights = [columns.take(n) for n in WEIGHTS if entry.get(n) is not None]
         self._name_unread(columns)
         return Message(role, tuple(parts), all(weights))

@@ -10,14 +10,14 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Iterator, Union
+from typing import Any, Iterable, Iterator, Mapping, Union
 
 import torch
 from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.conductor import solve
+from torchao_masquant.conductor.conductor import solve
 from torchao_masquant.config import masquant_config
 from torchao_masquant.evaluation import linear_sqnr
 from torchao_masquant.linear import MASQuantLinear
@@ -79,15 +79,17 @@ def dense_row(model: nn.Module) -> Row:
     return Row("dense", "", accuracy, cross_entropy, weight_bytes)
 
 
-def collect_statistics(model: nn.Module, progress: bool) -> CalibrationSession:
-    """Run the calibration samples once; every method is solved from what this keeps."""
+def collect_statistics(
+    model: nn.Module, samples: Iterable[Mapping[str, Any]], progress: bool
+) -> CalibrationSession:
+    """Run calibration samples once; every method is solved from what this keeps."""
     router = Router.for_model(model)
     router.skip_padding = True
     session = CalibrationSession(select_linears(model), router, second_moments=True)
     with session.observing(model):
         run_samples(
             model,
-            digits.calibration_samples(),
+            samples,
             router,
             progress=progress,
             description="Calibrating",
@@ -109,7 +111,7 @@ def compare_methods(
     Yields:
         One row for each scheme and method, with its model and its recipe.
     """
-    session = collect_statistics(model, progress)
+    session = collect_statistics(model, digits.calibration_samples(), progress)
     comparison = _comparison_samples()
     for scheme, method in itertools.product(SCHEMES, METHODS):
         start = time.perf_counter()

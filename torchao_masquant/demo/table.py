@@ -7,19 +7,13 @@
 
 from typing import Sequence
 
-from rich import box
 from rich.table import Table
 
 from torchao_masquant.demo.compare import Row
+from torchao_masquant.evaluation.tables import new_table
+from torchao_masquant.wording import method_name
 
 __all__ = ["render"]
-
-_LABELS = {
-    "rtn": "round-to-nearest",
-    "smoothquant": "SmoothQuant",
-    "masquant-paper": "MASQuant, paper",
-    "masquant": "MASQuant, ours",
-}
 
 
 def render(rows: Sequence[Row], title: str) -> Table:
@@ -31,23 +25,21 @@ def render(rows: Sequence[Row], title: str) -> Table:
     """
     tasks = list(rows[0].accuracy)
     modalities = next((list(row.sqnr) for row in rows if row.sqnr), [])
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    table = new_table(
+        title,
+        ["scheme", "method"],
+        [
+            f"accuracy, %\n{_line(tasks)}",
+            f"cross-entropy, nats\n{_line(tasks)}",
+            f"centred SQNR, dB\n{_line(modalities)}",
+            "weights\nKiB",
+            "time\ns",
+        ],
     )
-    table.add_column("scheme", no_wrap=True)
-    table.add_column("method", no_wrap=True)
-    for heading, names in (
-        ("accuracy, %", tasks),
-        ("cross-entropy, nats", tasks),
-        ("centred SQNR, dB", modalities),
-    ):
-        table.add_column(f"{heading}\n{_line(names)}", justify="right", no_wrap=True)
-    table.add_column("weights\nKiB", justify="right", no_wrap=True)
-    table.add_column("time\ns", justify="right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None]):
         table.add_row(
             row.scheme,
-            _LABELS.get(row.method, row.method),
+            method_name(row.method) if row.method else "",
             _line([f"{100 * row.accuracy[task]:.1f}" for task in tasks]),
             _line([f"{row.cross_entropy[task]:.3f}" for task in tasks]),
             _line([f"{row.sqnr[m]:.1f}" for m in modalities]) if row.sqnr else "",

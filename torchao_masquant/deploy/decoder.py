@@ -24,7 +24,7 @@ from torchao_masquant.deploy.decoder_program import (
 from torchao_masquant.deploy.lowering import choose_kernels
 from torchao_masquant.deploy.package import new_folder, write_package
 from torchao_masquant.modality import TEXT
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
 from torchao_masquant.routing import Router, router_of
 
 __all__ = ["export_decoder"]

@@ -6,6 +6,7 @@
 """What :func:`~torchao_masquant.evaluation.analyze` found."""
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
@@ -213,12 +214,9 @@ class Analysis(JSONRecord):
 
 def _pearson(points: list[tuple[float, float]]) -> float:
     """Correlation of the points that are finite."""
-    points = [p for p in points if all(map(math.isfinite, p))]
-    if len(points) < 2:
+    finite = [point for point in points if all(map(math.isfinite, point))]
+    try:
+        return statistics.correlation([x for x, _ in finite], [y for _, y in finite])
+    # There are fewer than two, or they do not vary.
+    except statistics.StatisticsError:
         return math.nan
-    means = [sum(column) / len(points) for column in zip(*points)]
-    centered = [(x - means[0], y - means[1]) for x, y in points]
-    xx, yy = (math.fsum(p[i] ** 2 for p in centered) for i in (0, 1))
-    if xx == 0 or yy == 0:
-        return math.nan
-    return math.fsum(x * y for x, y in centered) / math.sqrt(xx * yy)

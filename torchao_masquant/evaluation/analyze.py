@@ -21,6 +21,7 @@ from torchao_masquant.evaluation.compensation_curves import GAUGED, PUBLISHED
 from torchao_masquant.evaluation.input_study import InputStudy, study_input
 from torchao_masquant.evaluation.token_session import TokenSession
 from torchao_masquant.modality import TEXT
+from torchao_masquant.models.wrappers import unwrapped
 from torchao_masquant.option_values import Amount
 from torchao_masquant.options import MAX_STATISTICS_BYTES, NamePatterns, get_scheme
 from torchao_masquant.progress import progress_bar
@@ -29,7 +30,6 @@ from torchao_masquant.sample_checks import check_samples, no_samples
 from torchao_masquant.samples import run_samples
 from torchao_masquant.selection import Selected, select_linears
 from torchao_masquant.threads import threads_for, widest
-from torchao_masquant.wrappers import unwrapped
 
 __all__ = ["analyze"]
 

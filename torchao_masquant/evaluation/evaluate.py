@@ -13,11 +13,7 @@ from typing import Any, Iterable, Mapping, Optional, Union
 import torch
 from torch import nn
 
-from torchao_masquant.evaluation.calls import (
-    evaluation_mode,
-    logits_of,
-    modality_ids_of,
-)
+from torchao_masquant.evaluation.calls import logits_of, modality_ids_of
 from torchao_masquant.evaluation.evaluation import Evaluation, LinearSQNR
 from torchao_masquant.evaluation.scores import ScoreSums
 from torchao_masquant.evaluation.sqnr import LinearComparison
@@ -28,15 +24,12 @@ from torchao_masquant.evaluation.weights import (
     scheme_of,
     weight_bytes,
 )
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
+from torchao_masquant.models.wrappers import unwrapped
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router, router_of
-from torchao_masquant.sample_checks import (
-    check_sample,
-    check_samples,
-    no_samples,
-)
-from torchao_masquant.wrappers import unwrapped
+from torchao_masquant.sample_checks import check_sample, check_samples, no_samples
+from torchao_masquant.samples import evaluation_mode
 
 __all__ = ["check_reference", "evaluate"]
 

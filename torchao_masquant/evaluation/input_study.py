@@ -5,23 +5,28 @@
 # LICENSE file in the root directory of this source tree.
 """All that an analysis says of one input and of the linears that read it."""
 
+import math
 from dataclasses import dataclass
 from typing import Sequence
 
 import torch
 
-from torchao_masquant.evaluation.analysis import InputAnalysis, SmoothingLoss
+from torchao_masquant.evaluation.analysis import (
+    InputAnalysis,
+    ModalityRange,
+    SmoothingLoss,
+)
 from torchao_masquant.evaluation.compensation_curves import (
     CompensationCurve,
     compensation_curves,
     shared_weight,
 )
-from torchao_masquant.evaluation.ranges import modality_ranges
 from torchao_masquant.evaluation.smoothing_loss import smoothing_loss
 from torchao_masquant.evaluation.token_session import TokenSession
 from torchao_masquant.options import Scheme
 from torchao_masquant.solver.modality_spread import input_spread
 from torchao_masquant.solver.smoothing import smoothing_factor
+from torchao_masquant.statistics.input_statistics import InputStatistics
 
 __all__ = ["InputStudy", "study_input"]
 
@@ -83,7 +88,7 @@ def study_input(
         InputAnalysis(
             linears=tuple(names),
             in_features=statistics.moments[0].sum.numel(),
-            ranges=modality_ranges(statistics),
+            ranges=_ranges(statistics),
             losses=losses,
             spread=input_spread(statistics, weights, alpha),
         ),
@@ -95,3 +100,32 @@ def study_input(
             if index > 0
         },
     )
+
+
+def _ranges(statistics: InputStatistics) -> dict[str, ModalityRange]:
+    """Modality to its range, and in how many channels it decides for all."""
+    absmax = torch.stack([m.absmax() for m in statistics.moments]).cpu()
+    shares = _dominance(absmax)
+    levels = torch.tensor([0.05, 0.5, 0.95], dtype=absmax.dtype)
+    ranges = {}
+    for index, modality in enumerate(statistics.modalities):
+        low, median, high = absmax[index].quantile(levels).tolist()
+        ranges[modality] = ModalityRange(
+            tokens=statistics.moments[index].count,
+            absmax=absmax[index].max().item(),
+            median=median,
+            low=low,
+            high=high,
+            dominance=shares[index],
+        )
+    return ranges
+
+
+def _dominance(absmax: torch.Tensor) -> list[float]:
+    """Share of the channels, of each row of (M, K), in which it is the largest."""
+    largest = absmax.amax(0)
+    used = largest > 0
+    if not used.any():
+        return [math.nan] * absmax.shape[0]
+    winners = (absmax == largest)[:, used].double()
+    return (winners / winners.sum(0)).mean(1).tolist()

@@ -10,9 +10,9 @@ from typing import Optional
 import torch
 from torch import nn
 
-from torchao_masquant.experts import expert_weights
 from torchao_masquant.linear import MASQuantLinear
-from torchao_masquant.model_parts import decoder_path, heads_of
+from torchao_masquant.models.experts import expert_weights
+from torchao_masquant.models.parts import decoder_path, heads_of
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["method_of", "quantized_linears", "scheme_of", "weight_bytes"]

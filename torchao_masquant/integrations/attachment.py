@@ -95,8 +95,8 @@ def saving_whole(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(save_pretrained)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from torchao_masquant.conversion.quantized_modules import quantized_modules
         from torchao_masquant.integrations.hf_quantizer import MASQuantHfQuantizer
-        from torchao_masquant.quantized_modules import quantized_modules
 
         if quantized_modules(self):
             attach_to_transformers(self)

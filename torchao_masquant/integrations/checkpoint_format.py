@@ -38,7 +38,10 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.experts import PROJECTIONS
+from torchao_masquant.conversion.quantized_modules import (
+    quantized_modules,
+    quantized_weights,
+)
 from torchao_masquant.integrations.guard import guard
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import (
@@ -46,9 +49,9 @@ from torchao_masquant.integrations.torchao_tensors import (
     is_torchao,
     taken_apart,
 )
+from torchao_masquant.models.experts import PROJECTIONS
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.outputs import QUANT_METHOD
-from torchao_masquant.quantized_modules import quantized_modules, quantized_weights
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 
@@ -62,7 +65,7 @@ __all__ = [
     "stored_part",
 ]
 
-#: That is written; of rotated weights the one after it.
+#: The version that is written; where a weight is rotated, the one after it is.
 FORMAT_VERSION = 3
 _ROTATED_VERSION = 4
 _KNOWN_VERSIONS = (1, 2, FORMAT_VERSION, _ROTATED_VERSION)
@@ -276,7 +279,7 @@ def flatten_state_dict(
             value = getattr(tensor, part)
             if value is None:
                 continue
-            # Of a slice, only its own values are written.
+            # A slice is written without the rest of the tensor that it is a view of.
             value = value.detach().contiguous()
             storage = value.untyped_storage()
             if (

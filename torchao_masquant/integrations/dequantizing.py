@@ -10,8 +10,11 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from torchao_masquant.conversion.quantized_modules import (
+    quantized_modules,
+    quantized_weights,
+)
 from torchao_masquant.expert_modules import MASQuantExperts
-from torchao_masquant.quantized_modules import quantized_modules, quantized_weights
 from torchao_masquant.reclassing import become_original, change_class
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 

@@ -126,7 +126,7 @@ class MASQuantHfConfig(QuantizationConfigMixin):
         found: dict[str, Any] = {"quant_method": QUANT_METHOD}
         names = [field.name for field in dataclasses.fields(MASQuantConfig)]
         if self.config.recipe is not None:
-            # Which fixes all others.
+            # A recipe fixes all other fields.
             names = ["recipe", "include", "exclude"]
             found["recipe"] = None
         for field in dataclasses.fields(MASQuantConfig):

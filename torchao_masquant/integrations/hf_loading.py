@@ -11,11 +11,9 @@ from typing import Any, Callable, Mapping, Optional
 import torch
 from torch import nn
 
-from torchao_masquant.experts import (
-    ExpertWeight,
-    by_module,
-    experts_of,
-    layers_of_model,
+from torchao_masquant.conversion.quantized_modules import (
+    quantized_modules,
+    replace_weights,
 )
 from torchao_masquant.integrations.checkpoint_format import (
     CheckpointFormat,
@@ -26,8 +24,13 @@ from torchao_masquant.integrations.checkpoint_format import (
 from torchao_masquant.integrations.guard import is_guard
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.integrations.torchao_tensors import assembled, parts_of
-from torchao_masquant.names import named_here
-from torchao_masquant.quantized_modules import quantized_modules, replace_weights
+from torchao_masquant.models.experts import (
+    ExpertWeight,
+    by_module,
+    experts_of,
+    layers_of_model,
+)
+from torchao_masquant.models.names import named_here
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import check_whole
 from torchao_masquant.tensor_subclasses import MASQuantTensor
@@ -210,7 +213,7 @@ class CheckpointLoading:
                 f"the checkpoint has no {min(missing)}, which its config.json names: "
                 "download or save it again."
             )
-        # Of another class, a head may rightly be new.
+        # A head may rightly be new in another class than the saved one.
         if self._is_saved_class:
             self._check_complete(covered)
 
@@ -290,7 +293,7 @@ def finish_modules(model: nn.Module, routers: Mapping[str, Router]) -> None:
             for name, layer in layers.items()
             if isinstance(layer.weight.data, MASQuantTensor)
         }
-        # Of one that was not there transformers has its own to say.
+        # transformers itself reports weights that the files did not have.
         if weights.keys() == layers.keys():
             replace_weights(layers, weights, routers[next(iter(layers))])
 

@@ -22,9 +22,9 @@ from torchao_masquant.integrations.hf_loading import CheckpointLoading, attach_r
 from torchao_masquant.integrations.hf_quantizing import QuantizingLoading
 from torchao_masquant.integrations.stored_names import model_names
 from torchao_masquant.integrations.stored_tensors import stored_tensors
-from torchao_masquant.names import named_here
+from torchao_masquant.linear import share_smoothing
+from torchao_masquant.models.names import named_here
 from torchao_masquant.options import SolverOptions
-from torchao_masquant.sharing import share_smoothing
 
 __all__ = ["MASQuantHfQuantizer"]
 
@@ -122,7 +122,7 @@ class MASQuantHfQuantizer(HfQuantizer):
     def param_needs_quantization(
         self, model: Any, param_name: str, **kwargs: Any
     ) -> bool:
-        # Also of a saved weight: transformers then takes it in another shape.
+        # A saved weight counts too: transformers then takes it in another shape.
         return (
             self.loading is not None and self.loading.linear_of(param_name) is not None
         ) or (

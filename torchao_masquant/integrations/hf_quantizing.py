@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.config import MASQuantConfig
-from torchao_masquant.experts import experts_of
-from torchao_masquant.fitting import (
+from torchao_masquant.conversion.fitting import (
     check_fingerprint,
     fitting_layers,
     quantized_weight,
@@ -20,6 +19,7 @@ from torchao_masquant.fitting import (
 from torchao_masquant.freed_memory import return_freed_memory
 from torchao_masquant.integrations.checkpoint_format import parameter_of
 from torchao_masquant.integrations.hf_loading import finish_modules, set_parameter
+from torchao_masquant.models.experts import experts_of
 from torchao_masquant.quantize import rounding_recipe
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import check_whole
@@ -109,7 +109,7 @@ class QuantizingLoading:
                 return
             except ValueError as error:
                 self.error = error
-        # Of the right shape, and of no size.
+        # A stand-in of the right shape that takes no memory.
         nothing = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
         set_parameter(model, parameter, nothing)
 

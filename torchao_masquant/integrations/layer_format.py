@@ -10,6 +10,7 @@ from typing import Any, Mapping, Optional
 
 import torch
 
+from torchao_masquant.recipe import LARGEST_DIMENSION
 from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
 from torchao_masquant.tensor_subclasses.given_parts import check_rules
 from torchao_masquant.tensor_subclasses.weight_layout import (
@@ -20,9 +21,6 @@ from torchao_masquant.tensor_subclasses.weight_layout import (
 )
 
 __all__ = ["LayerFormat"]
-
-# Of a dimension; larger than any model's, and small enough to be multiplied.
-_LARGEST = 2**24
 
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
 
@@ -218,9 +216,11 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 def _integers(entry: Mapping[str, Any], name: str, least: int = 0) -> tuple[int, ...]:
     values = entry[name]
-    if not _is_list_of(values, int) or any(not least <= v <= _LARGEST for v in values):
+    if not _is_list_of(values, int) or any(
+        not least <= v <= LARGEST_DIMENSION for v in values
+    ):
         raise ValueError(
-            f"{name} holds integers in {least}..{_LARGEST}, got {values!r}"
+            f"{name} holds integers in {least}..{LARGEST_DIMENSION}, got {values!r}"
         )
     return tuple(values)
 

@@ -23,7 +23,7 @@ CARD = "README.md"
 _MARK = "<!-- made by torchao_masquant -->"
 _SCORES, _SCORES_END = "<!-- scores -->", "<!-- end of scores -->"
 
-# Of the original's metadata, what is as true of the quantized model.
+# Metadata of the original that is as true of the quantized model.
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 

@@ -55,11 +55,11 @@ class _OfTorchAoConfig:
 
 def _watch_models(modeling: ModuleType) -> None:
     """Models that are quantized, and ``save_pretrained`` where a part of one is."""
+    from torchao_masquant.conversion.listeners import listen
     from torchao_masquant.integrations.attachment import (
         attach_to_transformers,
         saving_whole,
     )
-    from torchao_masquant.listeners import listen
 
     listen(attach_to_transformers)
     kind = modeling.PreTrainedModel

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.atomic_files import replacing_folder
+from torchao_masquant.conversion.quantized_modules import quantized_modules
 from torchao_masquant.hub import read_config
 from torchao_masquant.integrations.attachment import (
     attach_to_transformers,
@@ -33,7 +34,6 @@ from torchao_masquant.integrations.unloaded import (
     unloaded_tensors,
 )
 from torchao_masquant.outputs import check_folder
-from torchao_masquant.quantized_modules import quantized_modules
 
 __all__ = ["save_quantized"]
 

@@ -28,7 +28,7 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
-#: Of the tensors that are in memory at a time.
+#: Tensors that are in memory at a time take no more than this, or are one.
 PART_BYTES = 1 << 30
 
 

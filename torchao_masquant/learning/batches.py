@@ -50,7 +50,7 @@ def batches(
     size = min(size, count)
     segments = []
     for index in range(size):
-        # As Team.share_of cuts them.
+        # Samples are cut among the processes as Team.share_of does it.
         first, end = count * index // size, count * (index + 1) // size
         own = [i for i in taught if first <= i < end]
         order = torch.randperm(len(own), generator=generator)

@@ -46,7 +46,8 @@ class LearnableWeight:
             "pre_scale": quantized.act_pre_scale,
         }
         if shift is not None:
-            # Of the activations as they come, so that it follows the factor.
+            # The shift is learned for activations as they come, so that it follows the
+            # factor.
             self.start["shift"] = shift / quantized.act_pre_scale
         if l1 is not None and l2 is not None:
             self.start |= {"l1": l1.float(), "l2": l2.float()}

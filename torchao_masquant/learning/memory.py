@@ -39,7 +39,7 @@ def learning_bytes(
         # Integers, twice in int8 (the recipe's and the packed ones), and in float32; a
         # scaled copy is kept for the gradients.
         held += (2 + 4 + 4) * n * k + _PER_FLOAT * floats
-        # Of each token: what comes in, in float32, shifted, smoothed, its sizes, rounded,
+        # Each token keeps what comes in, in float32, shifted, smoothed, its sizes, rounded,
         # and scaled back, with the factors that it is smoothed by; and what goes out.
         held += 4 * longest * (7 * k + n + 2 * pairs)
         # One linear's at a time: scales side by side, gradients of the scaled copy, and

@@ -142,7 +142,7 @@ def _rounded_weight(weight: torch.Tensor, bits: Scheme) -> torch.Tensor:
     least, most = -(2 ** (bits.weight_bits - 1)), 2 ** (bits.weight_bits - 1) - 1
     tiny = torch.finfo(torch.float32).tiny
     if bits.symmetric:
-        # As quantize_smoothed_weight has it: the largest weight is at a tie.
+        # The step is that of quantize_smoothed_weight: the largest weight is at a tie.
         step = blocks.abs().amax(-1, keepdim=True) / (most - least) * 2
         step = step.clamp_min(tiny)
         zero: Any = 0.0

@@ -11,9 +11,9 @@ from typing import Optional, Sequence
 from torchao_masquant.calibration.passes import in_passes
 from torchao_masquant.options import MAX_STATISTICS_BYTES, Scheme, SolverOptions
 from torchao_masquant.planning.skeleton import InputGroup, Skeleton
-from torchao_masquant.planning.weight_bytes import Compensation, weight_bytes
 from torchao_masquant.solver.cost import solver_bytes
 from torchao_masquant.statistics import input_statistics as statistics
+from torchao_masquant.weight_bytes import Compensation, weight_bytes
 
 __all__ = [
     "CalibrationPlan",

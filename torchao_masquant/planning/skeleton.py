@@ -13,7 +13,7 @@ from torch import nn
 
 from torchao_masquant.hub import auto_class, load_config, meta_model
 from torchao_masquant.modality import modality_token_ids
-from torchao_masquant.model_parts import token_reader
+from torchao_masquant.models.parts import token_reader
 from torchao_masquant.selection import select_linears
 
 __all__ = ["InputGroup", "LinearShape", "Skeleton", "read_skeleton"]

@@ -5,8 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """Calibrating a model that does not fit in memory, one block at a time."""
 
+from torchao_masquant.conductor.team import TeamError
 from torchao_masquant.sequential.calibrate_sequential import calibrate_sequential
 from torchao_masquant.sequential.run import SequentialResult
-from torchao_masquant.team import TeamError
 
 __all__ = ["SequentialResult", "TeamError", "calibrate_sequential"]

@@ -14,7 +14,7 @@ import torch
 from torchao_masquant.atomic_files import replacing
 from torchao_masquant.decoder_blocks import is_cache
 
-__all__ = ["ActivationStore", "kept", "tensor_bytes", "tree_map"]
+__all__ = ["ActivationStore", "kept", "tree_map"]
 
 
 def tree_map(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
@@ -26,18 +26,6 @@ def tree_map(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)([tree_map(function, value) for value in tree])
     return tree
-
-
-def tensor_bytes(tree: Any) -> int:
-    """Bytes of all tensors in nested containers."""
-    total = 0
-
-    def add(tensor: torch.Tensor) -> None:
-        nonlocal total
-        total += tensor.numel() * tensor.element_size()
-
-    tree_map(add, tree)
-    return total
 
 
 def kept(tree: Any) -> Any:

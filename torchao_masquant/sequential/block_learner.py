@@ -11,6 +11,7 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
+from torchao_masquant.conductor.team import Team
 from torchao_masquant.decoder_blocks import hidden_states
 from torchao_masquant.learning.learn import BlockTask
 from torchao_masquant.options import SolverOptions
@@ -21,7 +22,6 @@ from torchao_masquant.sequential.decoder_walk import (
     DecoderCall,
     DecoderWalk,
 )
-from torchao_masquant.team import Team
 
 __all__ = ["BlockLearner"]
 

@@ -41,7 +41,7 @@ class BlockStore:
 
     def recipe_of(self, index: int) -> Path:
         """File of a block's part of the recipe."""
-        return self.folder / f"block-{index:05d}.recipe.safetensors"
+        return self.folder / f"{self.part_of(index)}.recipe.safetensors"
 
     def shard_of(self, part: str) -> Path:
         """File of a part of the quantized checkpoint."""

@@ -12,7 +12,7 @@ from typing import Iterator, Optional, Sequence
 import torch
 
 from torchao_masquant.calibration.observed_experts import as_observed
-from torchao_masquant.conductor import Conductor
+from torchao_masquant.conductor.conductor import Conductor
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.sequential.activations import ActivationStore, kept
 from torchao_masquant.sequential.block_learner import BlockLearner

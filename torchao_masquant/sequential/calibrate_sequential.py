@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, Union
 
 from torchao_masquant.calibration.request import base_first, check_request
+from torchao_masquant.conductor.team import Team
 from torchao_masquant.decoder_blocks import decoder_blocks
 from torchao_masquant.option_fields import takes_options
 from torchao_masquant.routing import Router
@@ -22,7 +23,6 @@ from torchao_masquant.sequential.manifest import summarize_samples
 from torchao_masquant.sequential.outputs import Outputs
 from torchao_masquant.sequential.run import Run, SequentialResult
 from torchao_masquant.sequential.sequential_options import SequentialOptions
-from torchao_masquant.team import Team
 from torchao_masquant.threads import threads_for, widest
 
 __all__ = ["calibrate_sequential"]

@@ -8,7 +8,7 @@
 import functools
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 
-from torchao_masquant.model_parts import heads_of, token_reader
+from torchao_masquant.models.parts import heads_of, token_reader
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.sequential.activations import ActivationStore
 from torchao_masquant.sequential.block_store import BlockStore
@@ -39,7 +39,7 @@ class Front:
         model = self.job.disk.model
         reader = token_reader(model)
         blocks = self.job.in_blocks
-        # Of a decoder that is a whole model, the head runs.
+        # The head runs where the decoder is the whole model, which has it inside.
         idle = () if self.job.walk.decoder is reader else heads_of(reader)
         read = {id(m) for m in reader.modules()} - {id(head) for head in idle}
         return [

@@ -8,6 +8,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torchao_masquant.conductor.team import Team
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected
@@ -15,7 +16,6 @@ from torchao_masquant.sequential.decoder_walk import DecoderWalk
 from torchao_masquant.sequential.disk_model import DiskModel
 from torchao_masquant.sequential.manifest import SampleSummary
 from torchao_masquant.sequential.outputs import Outputs
-from torchao_masquant.team import Team
 
 __all__ = ["Job"]
 

@@ -16,7 +16,7 @@ from torchao_masquant.sequential.manifest import read_json
 
 __all__ = ["ORIGIN", "Outputs"]
 
-#: Of the file in a finished checkpoint that says what it was made from.
+#: Name of the file in a finished checkpoint that says what it was made from.
 ORIGIN = "masquant_calibration.json"
 
 
@@ -35,7 +35,7 @@ class Outputs:
                 "name what to write: output=, a folder for the quantized checkpoint, or "
                 "recipe=, a file."
             )
-        # Where links lead: they stay.
+        # Links stay, and what they lead to is written.
         self.checkpoint, self.recipe = (
             None if path is None else Path(os.path.realpath(path))
             for path in (output, recipe)

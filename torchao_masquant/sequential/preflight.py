@@ -30,7 +30,7 @@ _LOGGER = logging.getLogger(__name__)
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
-#: Of Python, torch and transformers, imported.
+#: Python, torch and transformers take so much once they are imported.
 _PROGRAM_BYTES = 400 * _MIB
 
 #: Width of the linear that the time of solving is measured on.
@@ -207,7 +207,7 @@ def estimate(
             for name, (*experts, _, k) in linears.items()
         }
         # Linears that share their input need it once: all of them are more than enough.
-        # What alone is more than the bound has a pass of its own.
+        # An input that alone is more than the bound has a pass of its own.
         shared = sum(need for need in needs.values() if need <= max_statistics_bytes)
         together = min(shared, max_statistics_bytes)
         for name, shape in linears.items():
@@ -218,9 +218,9 @@ def estimate(
                 beside = sum(math.prod(s) for s in linears.values() if s[-1] == k)
             work = solver_bytes(n, k, beside, modalities, options)
             if per_modality:
-                # That is counted to within a tenth.
+                # The count is right to within a tenth.
                 work += work // 10
-                # Of each expert, as measured: integers and pairs of the best try and of
+                # Each expert keeps, as measured: integers and pairs of the best try and of
                 # the last, and what it takes on the way.
                 work += sum(experts) * n * k * 2 * (6 + modalities)
                 if experts and options.procedure.shift:
@@ -240,15 +240,15 @@ def estimate(
     pairs = modalities * sum(n + k for n, k in every) * 4
     longest = max(tokens)
     inner = max((n for n, _ in every), default=hidden)
-    # What the decoder was called with, and what a block gave; where it is learned, what
-    # the quantized block is called with and what it gave.
+    # The store holds what the decoder was called with and what a block gave; where it is
+    # learned, also what the quantized block is called with and what it gave.
     kept = 4 if options.epochs else 2
     states = kept * sum(tokens) * hidden * itemsize
     disk = states if on_disk else 0
     if writes[0]:
         disk += sum(block_bytes) + other_bytes + 4 * pairs
     if writes[1]:
-        # In parts, and joined.
+        # At the end the parts of the recipe are there beside the joined one.
         disk += 2 * (integers + 8 * pairs)
     largest = max(
         (
@@ -260,7 +260,7 @@ def estimate(
     forward = longest * (4 * inner + 12 * hidden) * max(itemsize, 4)
     learning = 0
     if options.epochs:
-        # Of the forward pass beside the linears, what gradients need is kept.
+        # Gradients need what the forward pass makes beside the linears, too.
         learning = forward + max(
             learning_bytes(
                 [(n, k) for w in linears.values() for n, k in solved_shapes(w)],

@@ -16,11 +16,11 @@ from torchao_masquant.statistics.input_statistics import SAMPLE_TOKENS
 
 __all__ = ["solved_shapes", "solver_bytes", "solver_cost"]
 
-# That matrix routines take for themselves, as measured.
+# Bytes that matrix routines take for themselves, as measured.
 _SCRATCH = 6 << 20
 
-# Of multiplications of float64 matrices, as measured on a CPU: what it takes to go
-# through one value, and for each J^3 of the eigenvectors of (J, J).
+# Costs in multiplications of float64 matrices, as measured on a CPU: of going through one
+# value, and of the eigenvectors of (J, J) for each J^3.
 _A_VALUE, _A_CUBE = 200, 5
 
 # Clips that are tried, and the one that is taken.
@@ -95,7 +95,7 @@ def solver_bytes(
     tries = len(options.alphas) + len(options.separations) - 1
     # Sampled tokens; integers as they were and as they are, and those of the best try.
     held = 8 * modalities * SAMPLE_TOKENS * k + beside * (2 + (tries > 1))
-    # What rounding each weight on its own and putting a recipe together take.
+    # Rounding each weight on its own and putting a recipe together take so much.
     peak = 4 * weight
     if differ and parts.gauge:
         peak = max(peak, 5 * weight)

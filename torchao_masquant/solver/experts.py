@@ -99,7 +99,7 @@ def recentered(
         outer = None
         if moments.outer is not None:
             outer = moments.outer - crossed - crossed.t() + (means * count).t() @ means
-            # What is constant in every expert, to within rounding.
+            # A channel that is constant in every expert, to within rounding, does not vary.
             varies = outer.diagonal() > ROUNDING * moments.outer.diagonal()
             outer = outer * torch.outer(varies, varies)
         moved.moments.append(

@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["ROWS", "on_both_sides"]
 
-#: Of a matrix (K, K) that are worked on at a time.
+#: Rows of a matrix (K, K) that are worked on at a time.
 ROWS = 128
 
 

@@ -25,8 +25,8 @@ from torchao_masquant.statistics.input_statistics import InputStatistics, Moment
 
 __all__ = ["ModalityInput", "modality_inputs", "ordinary"]
 
-# Of the squared distance from the median that nine tokens of ten keep: ordinary tokens are
-# no further away than so many times that. What more than one in ten is like is no sink.
+# Nine tokens of ten keep a squared distance from the median; ordinary tokens are no further
+# away than so many times that. A token that more than one in ten is like is no sink.
 _FURTHEST = 10.0
 
 

@@ -58,7 +58,7 @@ __all__ = [
     "verdict",
 ]
 
-#: Of a rotated gain, in dB. The factor that modalities share is made of their ranges
+#: A rotated gain from which on modalities differ by much, in dB. The factor that modalities share is made of their ranges
 #: relative to each other, so that own factors gain 2.1 dB at most by this measure in the
 #: models that were measured: the digits models, with outliers and without, and a language
 #: model of 135 M parameters that sees and hears. In none of them did own factors lower the
@@ -66,7 +66,7 @@ __all__ = [
 #: the weight loses that has to serve several of them takes up what they gain.
 MUCH = 2.5
 
-# Of an input's channels.
+# One channel of an input in so many is a loud one.
 _LOUDEST = 100
 
 # Inputs in a sentence on sinks.
@@ -128,7 +128,7 @@ def input_spread(
         alpha: exponent of the activations in the factors.
     """
     with threads_for(statistics.moments[0].sum.numel()):
-        # Of a channel, hundreds of a weight's rows say as much as all of them.
+        # Hundreds of a weight's rows say as much of a channel as all of them.
         sizes = WeightSizes.of(sampled_outputs(dict(weights)))
         rotation, none = SolverOptions(), SolverOptions(hadamard_size=1)
         inputs = modality_inputs(statistics, rotation)

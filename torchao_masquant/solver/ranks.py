@@ -94,7 +94,7 @@ def allocate(
     def gain(key: tuple[str, int]) -> float:
         values, _, cost = spectra[key]
         value = values[ranks[key]]
-        # What is left is a float sum: never less than the last component of all.
+        # ``left`` is a float sum, which rounding may bring below the component itself.
         return math.log(left[key] / max(left[key] - value, 1e-9 * left[key])) / cost
 
     heap = [
@@ -138,7 +138,7 @@ def _spectrum(
         options.low_rank_bits,
     )
     met = quantized.dequantize(torch.float32, statistics.modalities[index]).double()
-    # Of the unsmoothed input and weight: the factor cancels.
+    # The spectrum is that of the unsmoothed input and weight: the factor cancels.
     values = error_spectrum(weight - met, covariance)
     if not values.any():
         return None

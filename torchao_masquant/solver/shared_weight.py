@@ -25,10 +25,10 @@ from torchao_masquant.tensor_subclasses import (
 
 __all__ = ["JointHessian", "SharedWeight", "round_to_nearest"]
 
-# Of the mean diagonal of a Hessian, added to it: GPTQ's own choice.
+# This share of the mean of a Hessian's diagonal is added to it: GPTQ's own choice.
 _DAMPING = 0.01
 
-# Of the mean diagonal: noise of rounded activations below this changes no integers that
+# Noise of rounded activations below this share of the mean diagonal changes no integers that
 # the damping does not change as well (8 bits add a ten thousandth, 4 bits a fiftieth).
 _LEAST_NOISE = 3e-4
 

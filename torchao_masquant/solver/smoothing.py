@@ -23,7 +23,7 @@ __all__ = [
 
 _MIN = 1e-5
 
-#: Of the range of a channel: a bfloat16 activation is known to no better than this, so
+#: A bfloat16 activation is known to no better than this share of its channel's range, so
 #: that what a shift leaves of a constant is not smoothed as if it were a signal.
 RESOLUTION = 2.0**-8
 

@@ -24,7 +24,7 @@ __all__ = [
 # the half below the diagonal is then computed.
 _COLUMNS = 4096
 
-# Of a sum of float64 squares over a million tokens, with room to spare.
+# Relative error of a sum of float64 squares over a million tokens, with room to spare.
 ROUNDING = 1e-11
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from operator_cases import operands
 
 from torchao_masquant.kernels import reference
-from torchao_masquant.kernels.gpu import int_linear_tilings, measuring, tuning
+from torchao_masquant.kernels.gpu import measuring, tuning
 from torchao_masquant.kernels.gpu.int_linear import int_linear
 from torchao_masquant.kernels.gpu.int_linear_tilings import CONFIGS
 from torchao_masquant.kernels.gpu.launching import TileConfig
@@ -79,7 +79,8 @@ def weight_only_args(tokens: int = 3, dtype: torch.dtype = torch.bfloat16) -> An
 def few(monkeypatch: pytest.MonkeyPatch) -> list[TileConfig]:
     """Three tilings, for the interpreter is slow."""
     chosen = [CONFIGS[0], CONFIGS[2], CONFIGS[3]]
-    monkeypatch.setattr(int_linear_tilings, "fitting", lambda *args: tuple(chosen))
+    fitting = "torchao_masquant.kernels.gpu.int_linear.fitting"
+    monkeypatch.setattr(fitting, lambda *args: tuple(chosen))
     return chosen
 
 

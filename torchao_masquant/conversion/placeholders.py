@@ -65,7 +65,7 @@ def placeholder_weight(
         symmetric=scheme.symmetric,
         bias=told_apart and method.centered,
         shift=told_apart and method.shift,
-        # Which has room for a shift that experts share, too.
+        # It has room for a shift that experts share, too.
         own_shift=True,
     )
     return MASQuantTensor(

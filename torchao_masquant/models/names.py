@@ -9,8 +9,8 @@ from typing import Mapping, Optional, TypeVar
 
 from torch import nn
 
-from torchao_masquant.experts import experts_of
-from torchao_masquant.model_parts import decoder_path
+from torchao_masquant.models.experts import experts_of
+from torchao_masquant.models.parts import decoder_path
 
 __all__ = ["named_here"]
 

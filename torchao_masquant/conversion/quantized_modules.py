@@ -10,8 +10,8 @@ from typing import Mapping, Optional, Union
 from torch import nn
 
 from torchao_masquant.expert_modules import MASQuantExperts
-from torchao_masquant.experts import ExpertWeight, Layer, projections
 from torchao_masquant.linear import MASQuantLinear
+from torchao_masquant.models.experts import ExpertWeight, Layer, projections
 from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 

@@ -10,8 +10,8 @@ from typing import Sequence
 import torch
 from torch import nn
 
-from torchao_masquant.experts import experts_of, layers_of_model
-from torchao_masquant.names import named_here
+from torchao_masquant.models.experts import experts_of, layers_of_model
+from torchao_masquant.models.names import named_here
 from torchao_masquant.options import NamePatterns, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, Recipe, weight_fingerprint
 from torchao_masquant.selection import check_whole, match_names

@@ -36,13 +36,13 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
-# What modules that hold the weights of all of a layer's experts call their number.
+# Attributes by which modules of experts say how many there are.
 _NUMBERS = ("num_experts", "num_local_experts")
 
 #: What the parameters of experts of a known layout are called.
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
-# What transformers' decorator says of a module of experts.
+# Flags that transformers' decorator puts on a module of experts.
 _LAYOUT = ("has_gate", "has_bias", "is_transposed")
 
 _WARNED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -79,7 +79,7 @@ class ExpertWeight:
         return self.weight.shape[2]
 
 
-#: What a recipe has a part for.
+#: A recipe has one part for each of these.
 Layer = Union[nn.Linear, ExpertWeight]
 
 

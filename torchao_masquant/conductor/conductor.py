@@ -14,7 +14,8 @@ from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.passes import Passes
 from torchao_masquant.calibration.request import check_session
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.notices import CalibrationNotices
+from torchao_masquant.conductor.notices import CalibrationNotices
+from torchao_masquant.conductor.team import Team
 from torchao_masquant.option_values import AUTO
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.progress import progress_bar
@@ -26,7 +27,6 @@ from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.ranks import spend_ranks
 from torchao_masquant.statistics.expert_statistics import ExpertStatistics
-from torchao_masquant.team import Team
 
 __all__ = ["Conductor", "solve"]
 

@@ -6,7 +6,7 @@
 """What differs about a family of models where its config does not say it.
 
 Most families need no entry: their config names the placeholder tokens, and
-:mod:`torchao_masquant.model_parts` finds the decoder. docs/families.md lists those that are tested.
+:mod:`torchao_masquant.models.parts` finds the decoder. docs/families.md lists those that are tested.
 """
 
 from dataclasses import dataclass

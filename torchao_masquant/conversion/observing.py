@@ -13,21 +13,21 @@ from torch import nn
 
 from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.session import CalibrationSession
-from torchao_masquant.changes import (
+from torchao_masquant.conversion.changes import (
     Changes,
     modalities_of,
     needs_router,
     replace,
     selected_of,
 )
-from torchao_masquant.experts import ExpertWeight, Layer, by_module
-from torchao_masquant.fitting import quantized_weight
-from torchao_masquant.in_memory import check_in_memory, is_hooked
-from torchao_masquant.listeners import tell
+from torchao_masquant.conversion.fitting import quantized_weight
+from torchao_masquant.conversion.listeners import tell
+from torchao_masquant.conversion.solution import OBSERVED, solution_of
+from torchao_masquant.models.experts import ExpertWeight, Layer, by_module
+from torchao_masquant.models.wrappers import check_in_memory, is_hooked
 from torchao_masquant.options import QuantizationOptions, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, library_versions
 from torchao_masquant.routing import Router
-from torchao_masquant.solution import OBSERVED, solution_of
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["plan_observed", "plan_prepare"]

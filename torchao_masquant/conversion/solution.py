@@ -13,9 +13,9 @@ from torchao_masquant.calibration.session import (
     CalibrationSession,
     MASQuantObservedLinear,
 )
-from torchao_masquant.conductor import solve
-from torchao_masquant.experts import module_of
-from torchao_masquant.notices import CalibrationNotices
+from torchao_masquant.conductor.conductor import solve
+from torchao_masquant.conductor.notices import CalibrationNotices
+from torchao_masquant.models.experts import module_of
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 

@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from torchao_masquant.calibration.request import base_first, check_request
-from torchao_masquant.experts import Layer, by_module
-from torchao_masquant.kernels import cpu_lowering
-from torchao_masquant.options import QuantizationOptions
-from torchao_masquant.quantized_modules import (
+from torchao_masquant.conversion.quantized_modules import (
     quantized_modules,
     quantized_weights,
     replace_weights,
 )
+from torchao_masquant.kernels import cpu_lowering
+from torchao_masquant.linear import share_smoothing
+from torchao_masquant.models.experts import Layer, by_module
+from torchao_masquant.options import QuantizationOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected, select
-from torchao_masquant.sharing import share_smoothing
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = [

@@ -20,8 +20,8 @@ from torchao.quantization import quantize_
 from torchao.quantization.quant_api import _is_linear
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from torchao_masquant.quantize import Changes
-from torchao_masquant.wrappers import unwrapped
+from torchao_masquant.conversion.changes import Changes
+from torchao_masquant.models.wrappers import unwrapped
 
 __all__ = ["handle_whole_models"]
 

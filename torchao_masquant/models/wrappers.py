@@ -3,12 +3,31 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Whether the weights that are to be quantized are in memory."""
+"""What stands around a model and is none of its parts: what compiles it, distributes it,
+or moves its weights."""
+
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["check_in_memory", "is_hooked"]
+__all__ = ["check_in_memory", "is_hooked", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where it was given compiled or distributed over processes.
+
+    Its names are those that it has by itself, and it has a config.
+    """
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, (DataParallel, DistributedDataParallel)):
+            inner = inner.module
+        else:
+            return inner
 
 
 def check_in_memory(name: str, weight: torch.Tensor, model: nn.Module) -> None:
