@@ -67,31 +67,28 @@ _MODALITIES = 4
 
 
 @triton.jit
-def _tile(
+def _masks(
     ids: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
     tokens: tl.tensor,
-    first: tl.tensor,
     last: tl.tensor,
     end_1: tl.tensor,
     end_2: tl.tensor,
     end_3: tl.tensor,
     modality: tl.tensor,
     stride_ids: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ) -> tuple:
-    """Rows and columns of a program, which of its elements are stored, and which of them
-    are of a column that belongs to the token's modality.
+    """(BLOCK_M, BLOCK_R) what is stored, and what of it is of the token's modality.
 
     Columns before end_1 are those of ``modality``, before end_2 of the next, and so on.
+    Addresses must not come from here: torch.compile would take ids for written to.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = first + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     stored = (rows < tokens)[:, None] & (columns < last)[None, :]
     owner = modality + (columns >= end_1).to(tl.int32)
     owner += (columns >= end_2).to(tl.int32) + (columns >= end_3).to(tl.int32)
     own = tl.load(ids + rows * stride_ids, mask=rows < tokens, other=0).to(tl.int64)
-    return rows, columns, stored, stored & (own[:, None] == owner[None, :])
+    return stored, stored & (own[:, None] == owner[None, :])
 
 
 @triton.jit
@@ -149,18 +146,10 @@ def low_rank_down_kernel(
 ) -> None:
     """Columns [first, last) of the result; of SPLIT_K > 1, of one share's sums."""
     split = tl.program_id(2)
-    rows, columns, stored, own = _tile(
-        ids,
-        tokens,
-        first,
-        last,
-        end_1,
-        end_2,
-        end_3,
-        modality,
-        stride_ids,
-        BLOCK_M,
-        BLOCK_R,
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    stored, own = _masks(
+        ids, rows, columns, tokens, last, end_1, end_2, end_3, modality, stride_ids
     )
     at = out + rows[:, None] * rank + columns[None, :]
     if tl.max(tl.max(own.to(tl.int32), axis=1), axis=0) > 0:
@@ -246,18 +235,10 @@ def reduce_kernel(
     BLOCK_R: tl.constexpr,
 ) -> None:
     """Adds the shares in the order of K; reads only what was written of them."""
-    rows, columns, stored, own = _tile(
-        ids,
-        tokens,
-        first,
-        last,
-        end_1,
-        end_2,
-        end_3,
-        modality,
-        stride_ids,
-        BLOCK_M,
-        BLOCK_R,
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    stored, own = _masks(
+        ids, rows, columns, tokens, last, end_1, end_2, end_3, modality, stride_ids
     )
     element = rows[:, None] * rank + columns[None, :]
     total = tl.load(workspace + element, mask=own, other=0)

@@ -337,9 +337,12 @@ def test_padding_of_a_model_that_is_calibrated_for_text_alone(model):
     expected = calibrate(
         model, rows, include=f"{OMNI_DECODER}.layers.0.self_attn.q_proj", **options
     )
+    # No word, and far from all of them behind the norm: it would show.
+    embeddings = model.get_input_embeddings().weight.data
+    embeddings[tiny_models.PAD] = torch.eye(tiny_models.HIDDEN)[0]
     padded = []
     for row in rows:
-        pad = torch.full((1, 3), 47)
+        pad = torch.full((1, 3), tiny_models.PAD)
         zeros = torch.zeros_like(pad)
         padded.append(
             {
