@@ -45,7 +45,7 @@ def _model(arguments: argparse.Namespace) -> Qwen2_5_VLTextModel:
         intermediate_size=arguments.intermediate,
         num_hidden_layers=arguments.layers,
         num_attention_heads=arguments.hidden // 128,
-        num_key_value_heads=max(1, arguments.hidden // 1024),
+        num_key_value_heads=max(1, arguments.hidden // 896),
     )
     torch.manual_seed(0)
     return Qwen2_5_VLTextModel(config).to(torch.bfloat16).eval()
@@ -75,6 +75,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--tokens", type=int, default=4096, help="in samples of 512")
     parser.add_argument("--scheme", default="w4a8")
+    parser.add_argument("--effort", default="full", choices=("full", "fast"))
+    parser.add_argument("--rank", help="of pairs; what the effort has by default")
     parser.add_argument("--auto", action="store_true", help="choose alpha, separation")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
@@ -88,7 +90,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # layer.
     rows: list[dict[str, Any]] = []
     chosen = "auto" if arguments.auto else None
-    options = SolverOptions(arguments.scheme, alpha=chosen, separation=chosen)
+    rank = None if arguments.rank is None else float(arguments.rank)
+    options = SolverOptions(
+        arguments.scheme,
+        alpha=chosen,
+        separation=chosen,
+        effort=arguments.effort,
+        rank=rank,
+    )
     for layer in range(arguments.layers):
         for part in ("self_attn", "mlp.gate_proj|mlp.up_proj", "mlp.down_proj"):
             names = {
@@ -98,7 +107,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 and any(piece in name for piece in part.split("|"))
             }
             session = CalibrationSession(names, router, second_moments=True)
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             with session.observing(model):
                 run_samples(model, samples, router, progress=False, description="")
             middle = time.perf_counter()
@@ -109,6 +118,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                     "linears": part.replace("|", ", "),
                     "observe_s": middle - start,
                     "solve_s": time.perf_counter() - middle,
+                    "cpu_s": time.process_time() - cpu,
                     "statistics_gib": sum(
                         t.nbytes
                         for s in session.statistics.values()
@@ -122,7 +132,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             )
             print(rows[-1], file=sys.stderr, flush=True)
     shown = Table(
-        "layer", "linears", "observe s", "solve s", "statistics GiB", "peak GiB"
+        *("layer", "linears", "observe s", "solve s", "both, CPU s"),
+        *("statistics GiB", "peak GiB"),
     )
     for row in rows:
         values = list(row.values())
