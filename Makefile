@@ -18,7 +18,7 @@ TORCH_INDEX_URL ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || { \
     $(PYTHON) -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/', timeout=5)" \
     2>/dev/null && echo $(CPU_INDEX); })
 
-.PHONY: help demo test lint typecheck pytest ends venv clean
+.PHONY: help demo test lint typecheck pytest ends test-vllm venv clean
 
 help:
 	@echo "make demo       quantize a small model that sees, hears and reads"
@@ -27,6 +27,7 @@ help:
 	@echo "make typecheck  mypy"
 	@echo "make pytest     the tests alone"
 	@echo "make ends       the tests with the oldest and the newest declared releases"
+	@echo "make test-vllm  the tests of the vLLM plugin, with vLLM, in an environment of its own"
 	@echo "make venv       only make .venv ready"
 	@echo "make clean      remove .venv and all that was built"
 	@echo ""
@@ -64,6 +65,9 @@ pytest: venv
 # Environments of their own, in build/ends.
 ends:
 	PYTHON=$(PYTHON) .ci/ends.sh $(ARGS)
+
+test-vllm:
+	PYTHON=$(PYTHON) .ci/vllm.sh $(ARGS)
 
 # READY is written last and holds where the checkout lies, to which the editable install
 # points. UNFINISHED is there while packages are written: pip undoes an install that

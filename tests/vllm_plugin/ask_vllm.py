@@ -1,0 +1,59 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Ask vLLM for greedy tokens, in a process of its own: FOLDER COUNT OPTIONS OUTPUT."""
+
+import json
+import sys
+from pathlib import Path
+
+from requests_of_each_kind import requests
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    folder, count, options, output = sys.argv[1:]
+    settings = json.loads(options)
+    with_images = settings.pop("with_images")
+    if settings.pop("all_is_text", False):
+        from torchao_masquant.vllm_plugin.token_ids import TokenIds
+
+        TokenIds.fill = lambda self, input_ids, is_multimodal: None  # type: ignore[method-assign]
+    model = LLM(
+        folder,
+        dtype="float32",
+        # Of steps this short, many end within an image.
+        max_num_batched_tokens=24,
+        max_model_len=512,
+        limit_mm_per_prompt={"image": 2} if with_images else {},
+        **settings,
+    )
+    asked = [
+        {"prompt": r.prompt, "multi_modal_data": {"image": r.images}}
+        if r.seeds
+        else {"prompt": r.prompt}
+        for r in requests(int(count), with_images=with_images)
+    ]
+    # The log probability of any token, so that one that was not chosen has one, too.
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=20)
+    answers = []
+    for answer in model.generate(asked, sampling, use_tqdm=False):
+        given = answer.outputs[0]
+        answers.append(
+            {
+                "prompt": list(answer.prompt_token_ids),
+                "tokens": list(given.token_ids),
+                "logprobs": [
+                    {str(t): p.logprob for t, p in step.items()}
+                    for step in given.logprobs
+                ],
+            }
+        )
+    Path(output).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What vLLM answers for a quantized folder is what transformers answers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from requests_of_each_kind import Request, requests
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torchao.quantization import quantize_
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from torchao_masquant import calibrate, masquant_config, save_quantized
+from torchao_masquant.data import ProcessedConversations, read_conversations
+from torchao_masquant.testing import model_folders
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+_HERE = Path(__file__).parent
+#: vLLM's attention on CPUs takes heads of 32 and more; columns are cut in multiples of 32.
+_TEXT = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+_COUNT = 24
+
+
+class Subject:
+    """A quantized folder, and what transformers answers from it."""
+
+    def __init__(self, folder: Path, scheme: str, *, with_images: bool, **options):
+        self.with_images = with_images
+        make = model_folders.vision_model if with_images else model_folders.text_model
+        with mock.patch.dict(model_folders._TEXT, _TEXT):
+            dense = make(folder / "dense")
+        self._loader = AutoModelForMultimodalLM if with_images else AutoModelForCausalLM
+        model = self._loader.from_pretrained(dense, dtype=torch.float32)
+        if with_images:
+            self._processor = AutoProcessor.from_pretrained(dense)
+            read = read_conversations(str(model_folders.vision_samples(folder)))
+            samples = ProcessedConversations(read, self._processor, model.config)
+        else:
+            self._processor = AutoTokenizer.from_pretrained(dense)
+            torch.manual_seed(0)
+            samples = [{"input_ids": torch.randint(10, 300, (2, 24))} for _ in range(6)]
+        recipe = calibrate(model, samples, scheme=scheme, progress=False, **options)
+        quantize_(model, masquant_config(recipe))
+        self.folder = folder / "quantized"
+        save_quantized(model, self.folder, beside=dense)
+        self.expected = [self._answer(model, r) for r in self.requests]
+        _name_tower_as_vllm_does(self.folder)
+
+    @property
+    def requests(self) -> list[Request]:
+        return requests(_COUNT, with_images=self.with_images)
+
+    def _answer(self, model, request: Request) -> tuple[list[int], list[int]]:
+        media = {"images": request.images} if request.seeds else {}
+        inputs = self._processor(text=request.prompt, return_tensors="pt", **media)
+        tokens = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=None
+        )[0].tolist()
+        prompt = inputs["input_ids"][0].tolist()
+        return prompt, tokens[len(prompt) :]
+
+    def asked(self, output: Path, environment: dict[str, str] = {}, **options):
+        """vLLM's answers."""
+        settings = json.dumps({"with_images": self.with_images, **options})
+        script = _HERE / "ask_vllm.py"
+        run = subprocess.run(
+            [sys.executable, script, self.folder, str(_COUNT), settings, output],
+            env={
+                **os.environ,
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+        return json.loads(output.read_text())
+
+    def differences(self, answers) -> list[float]:
+        """Of the answers with another token: by how much the log probability of that of
+        transformers is below vLLM's, which is the largest."""
+        found = []
+        for (prompt, tokens), answer in zip(self.expected, answers):
+            assert answer["prompt"] == prompt
+            for ours, theirs, known in zip(
+                tokens, answer["tokens"], answer["logprobs"]
+            ):
+                if ours != theirs:
+                    lowest = min(known.values())
+                    found.append(known[str(theirs)] - known.get(str(ours), lowest))
+                    break
+        return found
+
+
+def _name_tower_as_vllm_does(folder: Path) -> None:
+    """transformers names LLaVA's tower otherwise than vLLM 0.32 reads it."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors = {n: opened.get_tensor(n) for n in opened.keys()}
+            about = opened.metadata()
+        named = {
+            n.replace("vision_tower.", "vision_tower.vision_model.", 1)
+            if "vision_tower." in n and "vision_model." not in n
+            else n: t
+            for n, t in tensors.items()
+        }
+        save_file(named, file, about)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    return Subject(
+        tmp_path_factory.mktemp("seeing"), "w4a8", with_images=True, hadamard_size=32
+    )
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
+def test_text(tmp_path, scheme):
+    groups = {"group_size": 32} if scheme == "w4a16" else {}
+    subject = Subject(tmp_path, scheme, with_images=False, **groups)
+    answers = subject.asked(tmp_path / "answers.json", enforce_eager=True)
+    assert subject.differences(answers) == []
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_images_in_steps_that_end_within_them(seeing, tmp_path, eager):
+    answers = seeing.asked(tmp_path / "answers.json", enforce_eager=eager)
+    # An int8 that is rounded the other way moves a log probability by a hundredth.
+    assert all(d < 0.05 for d in seeing.differences(answers))
+    assert len(seeing.differences(answers)) <= 1
+
+
+def test_it_would_show_if_images_were_taken_for_text(seeing, tmp_path):
+    answers = seeing.asked(
+        tmp_path / "answers.json", enforce_eager=True, all_is_text=True
+    )
+    assert len(seeing.differences(answers)) > _COUNT // 4
+
+
+def test_two_processes(seeing, tmp_path):
+    answers = seeing.asked(
+        tmp_path / "answers.json",
+        {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        },
+        enforce_eager=True,
+        tensor_parallel_size=2,
+    )
+    # Each process rounds its own columns of an input, with a scale of their own.
+    assert all(d < 0.3 for d in seeing.differences(answers))
+    assert len(seeing.differences(answers)) < _COUNT // 3

@@ -1,0 +1,225 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""A linear of vLLM whose weights are quantized: how they are loaded, and that it is run."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Union
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from torchao_masquant.integrations.layer_format import LayerFormat
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.vllm_plugin.shards import QuantizedShards
+from torchao_masquant.vllm_plugin.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from torchao_masquant.vllm_plugin.quantization import MASQuantVllmConfig
+
+__all__ = ["MASQuantLinearMethod"]
+
+ShardId = Union[int, str, None]
+
+_QKV = {"q": 0, "k": 1, "v": 2}
+
+
+class MASQuantLinearMethod(LinearMethodBase):
+    """Loads the parts of quantized weights into a linear, and runs it.
+
+    Args:
+        config: of the checkpoint.
+        formats: name in the checkpoint of each shard, in the order of the outputs, to what
+            it is.
+        token_ids: of the model's; None: no weight is routed.
+    """
+
+    def __init__(
+        self,
+        config: "MASQuantVllmConfig",
+        formats: Mapping[str, LayerFormat],
+        token_ids: Optional[TokenIds],
+    ):
+        self.config = config
+        self.formats = formats
+        self.token_ids = token_ids
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Make a place for each part of the weights.
+
+        Weights of unequal shapes and ranks are no one tensor: a parameter of a part is
+        empty, and hands what is loaded on. A shard becomes a weight as soon as its parts
+        are complete, of which this process keeps its piece.
+        """
+        sizes = getattr(layer, "output_sizes", [output_size])
+        if len(self.formats) == len(sizes) > 1 and isinstance(layer, QKVParallelLinear):
+            # They count heads that tensor parallelism has to repeat.
+            sizes = [f.shape[0] for f in self.formats.values()]
+        elif len(self.formats) == 1:
+            sizes = [output_size]
+        for (name, known), size in zip(self.formats.items(), sizes):
+            if known.shape != (size, input_size):
+                raise ValueError(
+                    f"{name}: the checkpoint has a weight of shape {list(known.shape)}, "
+                    f"vLLM's model one of {[size, input_size]}: its config.json is that "
+                    "of another model."
+                )
+        layer.masquant_token_ids = self.token_ids
+        layer.masquant_loading = _Loading(layer, self.formats, params_dtype)
+        kinds = {p: d for known in self.formats.values() for p, d in known.parts}
+        for part, dtype in kinds.items():
+            take = partial(layer.masquant_loading.take, part)
+            place = _place(getattr(torch, dtype), take)
+            layer.register_parameter(f"_weight_{part}", place)
+        # The byte under the weight's own name, which stops readers who don't know the rest.
+        layer.register_parameter("weight", _place(torch.uint8, lambda *_: None))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Put the shards together."""
+        self.config.check_claimed()
+        weights = layer.masquant_loading.weights()
+        del layer.masquant_loading
+        for name in [n for n, _ in layer.named_parameters(recurse=False)]:
+            if name == "weight" or name.startswith("_weight_"):
+                delattr(layer, name)
+        layer.masquant = QuantizedShards(weights)
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        bias: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """The layer's outputs of this process, (..., N) of x's type."""
+        ids = None
+        if layer.masquant.is_routed:
+            ids = layer.masquant_token_ids.ids[: x.shape[:-1].numel()]
+        return layer.masquant(x, ids, bias)
+
+
+def _place(dtype: torch.dtype, take: Callable[..., None]) -> Parameter:
+    """A parameter that holds nothing, and hands on what vLLM loads into it."""
+    place = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    set_weight_attrs(place, {"weight_loader": take})
+    return place
+
+
+class _Loading:
+    """The weights of one layer while a checkpoint is read.
+
+    Args:
+        layer: of vLLM.
+        formats: name of each shard to what it is.
+        dtype: that the weights stand for.
+    """
+
+    def __init__(
+        self, layer: Any, formats: Mapping[str, LayerFormat], dtype: torch.dtype
+    ):
+        self._layer, self._dtype = layer, dtype
+        self._names, self._formats = list(formats), list(formats.values())
+        self._parts: list[dict[str, torch.Tensor]] = [{} for _ in formats]
+        self._weights: list[Optional[MASQuantTensor]] = [None for _ in formats]
+
+    def take(
+        self,
+        part: str,
+        param: Parameter,
+        tensor: torch.Tensor,
+        shard_id: ShardId = None,
+    ) -> None:
+        """Take a part of a shard's weight, as vLLM's loaders hand it on.
+
+        Args:
+            part: its name.
+            param: that has its place.
+            tensor: all of it, whatever piece of it this process keeps.
+            shard_id: of the shard; None: there is one, or the tensor says it.
+        """
+        if shard_id is None:
+            shard_id = getattr(tensor, "shard_id", None)
+        shard = 0 if shard_id is None else _QKV.get(shard_id, shard_id)  # type: ignore[arg-type]
+        if not isinstance(shard, int) or shard >= len(self._names):
+            raise ValueError(
+                f"{self._layer.prefix}: vLLM loads {part} into a shard {shard_id!r}, of "
+                f"{self._names}."
+            )
+        parts, known = self._parts[shard], self._formats[shard]
+        parts[part] = tensor
+        if len(parts) == len(known.parts):
+            try:
+                weight = known.build(parts, self._dtype)
+            except ValueError as error:
+                raise ValueError(f"{self._names[shard]}: {error}.") from error
+            self._weights[shard] = self._piece(weight, shard, param.device)
+            self._parts[shard] = {}
+
+    def _piece(
+        self, weight: MASQuantTensor, shard: int, device: torch.device
+    ) -> MASQuantTensor:
+        """What this process keeps of a shard's weight, in memory of its own."""
+        layer = self._layer
+        rank, pieces = layer.tp_rank, layer.tp_size
+        if type(layer).__name__ == "ReplicatedLinear":
+            pieces = 1
+        piece: torch.Tensor = weight
+        if pieces > 1 and isinstance(layer, RowParallelLinear):
+            size, left = divmod(weight.shape[1], pieces)
+            if left or size % weight.column_multiple:
+                raise ValueError(
+                    f"{self._names[shard]}: {weight.shape[1]} input channels can't be "
+                    f"shared by {pieces} processes in multiples of "
+                    f"{weight.column_multiple} ({weight.column_units}): choose another "
+                    "tensor_parallel_size, or calibrate with a hadamard_size and a "
+                    "group_size that divide their pieces."
+                )
+            piece = weight[:, rank * size : (rank + 1) * size]
+        elif pieces > 1:
+            if len(self._names) == 1 and len(layer.output_partition_sizes) > 1:
+                raise ValueError(
+                    f"{self._names[0]}: the checkpoint has several projections in one "
+                    "weight, which tensor parallelism can't cut: use "
+                    "tensor_parallel_size=1."
+                )
+            size = layer.output_partition_sizes[shard]
+            if isinstance(layer, QKVParallelLinear) and shard > 0:
+                rank //= layer.num_kv_head_replicas
+            piece = weight[rank * size : (rank + 1) * size]
+        assert isinstance(piece, MASQuantTensor)
+        return piece.with_parts(
+            {n: t.to(device, copy=True).contiguous() for n, t in piece.parts().items()}
+        )
+
+    def weights(self) -> Sequence[MASQuantTensor]:
+        """All of them.
+
+        Raises:
+            ValueError: the checkpoint lacks a part.
+        """
+        for name, weight, parts, known in zip(
+            self._names, self._weights, self._parts, self._formats
+        ):
+            if weight is None:
+                missing = [part for part, _ in known.parts if part not in parts]
+                raise ValueError(
+                    f"{name}: the checkpoint's files lack {missing} of its weight: "
+                    "download or save the checkpoint again."
+                )
+        return [weight for weight in self._weights if weight is not None]

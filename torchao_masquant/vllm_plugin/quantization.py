@@ -1,0 +1,222 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""The quantization method "masquant" for vLLM."""
+
+import warnings
+from typing import TYPE_CHECKING, Any, Mapping, Optional
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.version import __version__ as vllm_version
+
+from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
+from torchao_masquant.integrations.layer_format import LayerFormat
+from torchao_masquant.modality import modality_token_ids
+from torchao_masquant.outputs import QUANT_METHOD
+from torchao_masquant.vllm_plugin.linear_method import MASQuantLinearMethod
+from torchao_masquant.vllm_plugin.token_ids import TokenIds, watch_embedding
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+__all__ = ["MASQuantVllmConfig", "register_config"]
+
+#: Releases whose internals this has been tried with.
+_TRIED = ("0.32",)
+
+#: Modality to vLLM's names of the inputs that become tokens of it.
+_KINDS = {"vision": ("image", "video"), "audio": ("audio",)}
+
+
+def register_config() -> None:
+    """Register the method; a warning where vLLM is of a release that was not tried."""
+    if not vllm_version.startswith(_TRIED):
+        warnings.warn(
+            f"torchao_masquant was tried with vLLM {', '.join(_TRIED)}, this is "
+            f"{vllm_version}: compare a few answers with those of transformers.",
+            stacklevel=2,
+        )
+    register_quantization_config(QUANT_METHOD)(MASQuantVllmConfig)
+
+
+class MASQuantVllmConfig(QuantizationConfig):
+    """What ``config.json`` says of a quantized checkpoint, as vLLM asks for it.
+
+    Args:
+        checkpoint: what it says.
+    """
+
+    def __init__(self, checkpoint: CheckpointFormat):
+        super().__init__()
+        #: of names as vLLM's model has them
+        self.layers: dict[str, LayerFormat] = dict(checkpoint.layers)
+        self._unclaimed = set(self.layers)
+        self._hf_config: Any = None
+        self._token_ids: Optional[TokenIds] = None
+
+    @classmethod
+    def get_name(cls) -> str:
+        """ "masquant"."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Types of activations that the kernels take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Of CUDA devices: that of the int8 instructions that Triton compiles to."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None beside ``config.json``."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MASQuantVllmConfig":
+        """Read a ``quantization_config``.
+
+        Raises:
+            ValueError: it is of a format that this version does not read, or damaged, or
+                has weights that vLLM can't run.
+        """
+        checkpoint = CheckpointFormat.from_json(config)
+        if checkpoint.torchao:
+            raise ValueError(
+                f"{len(checkpoint.torchao)} weights of the checkpoint are quantized by "
+                f"torchao itself ({next(iter(checkpoint.torchao))}, ...), which is not "
+                "served by vLLM: save it without."
+            )
+        return cls(checkpoint)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Take the names that vLLM's model has for the checkpoint's."""
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        self._unclaimed = set(hf_to_vllm_mapper.apply_list(list(self._unclaimed)))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: Optional[str] = None
+    ) -> None:
+        """Keep the whole model's config: inside of it, vLLM knows that of a part."""
+        self._hf_config = hf_config
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether this process has all layers of the model."""
+        parallel = get_current_vllm_config().parallel_config
+        return parallel.pipeline_parallel_size == 1
+
+    def get_quant_method(
+        self, layer: nn.Module, prefix: str
+    ) -> Optional[QuantizeMethodBase]:
+        """How a layer of the model is loaded and run; None: vLLM's own way.
+
+        Raises:
+            ValueError: vLLM has merged what is quantized with what is not, or can't run
+                what the checkpoint has there.
+        """
+        found = self._layers_of(prefix)
+        self._unclaimed -= found.keys()
+        if not found:
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if not isinstance(layer, LinearBase):
+            raise ValueError(
+                f"{prefix} is quantized in the checkpoint, and vLLM has a "
+                f"{type(layer).__name__} there, which this plugin does not run."
+            )
+        return MASQuantLinearMethod(self, found, self._ids_for(found))
+
+    def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
+        """Name of each shard of a layer to what it is; empty: it is not quantized."""
+        if prefix in self.layers:
+            return {prefix: self.layers[prefix]}
+        parent, _, own = prefix.rpartition(".")
+        names = [
+            f"{parent}.{shard}" if parent else shard
+            for shard in self.packed_modules_mapping.get(own, ())
+        ]
+        found = {name: self.layers[name] for name in names if name in self.layers}
+        if found and len(found) < len(names):
+            left = [name for name in names if name not in found]
+            raise ValueError(
+                f"vLLM runs {names} as one layer, of which {left} are not quantized in "
+                "the checkpoint: calibrate with all of them, or exclude all."
+            )
+        return found
+
+    def _ids_for(self, found: Mapping[str, LayerFormat]) -> Optional[TokenIds]:
+        """The ids that a layer's routed weights read; None: it has none."""
+        routed = [f.modalities for f in found.values() if f.routed]
+        if not routed:
+            return None
+        if self._token_ids is None:
+            self._token_ids = self._watched(routed[0])
+        return self._token_ids
+
+    def _watched(self, modalities: tuple[str, ...]) -> TokenIds:
+        """Ids that the model fills whenever it embeds the tokens of a step."""
+        config = get_current_vllm_config()
+        if config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError(
+                "with pipeline parallelism only the first stage of vLLM knows what a "
+                "token is, and this checkpoint treats modalities differently: use "
+                "pipeline_parallel_size=1."
+            )
+        known = modality_token_ids(self._hf_config)
+        foreign = [m for m in modalities if m not in known]
+        if foreign:
+            raise ValueError(
+                f"the checkpoint was quantized for {list(modalities)}, and the model's "
+                f"config names no placeholder token of {foreign}: its config.json is "
+                "that of another model."
+            )
+        limits = config.model_config.multimodal_config
+        unmet = [m for m in known if m not in modalities]
+        served = [
+            kind
+            for m in unmet
+            for kind in _KINDS.get(m, ())
+            if limits is not None and limits.get_limit_per_prompt(kind) > 0
+        ]
+        if served:
+            none = ", ".join(f'"{kind}": 0' for kind in served)
+            raise ValueError(
+                f"the checkpoint was quantized for {list(modalities)}, and not for "
+                f"{unmet}: serve it with --limit-mm-per-prompt '{{{none}}}', or calibrate "
+                "for all modalities."
+            )
+        model_class, _ = ModelRegistry.resolve_model_cls(
+            self._hf_config.architectures, model_config=config.model_config
+        )
+        watch_embedding(model_class)
+        return TokenIds(
+            config.scheduler_config.max_num_batched_tokens,
+            modalities,
+            known,
+            torch.get_default_device(),
+        )
+
+    def check_claimed(self) -> None:
+        """Raise where vLLM's model has no layer for a quantized weight.
+
+        Raises:
+            ValueError: names some of them.
+        """
+        if self._unclaimed and self._is_whole:
+            some = ", ".join(sorted(self._unclaimed)[:3])
+            raise ValueError(
+                f"vLLM's model has no place for {len(self._unclaimed)} quantized weights "
+                f"of the checkpoint ({some}): they are of another architecture."
+            )
