@@ -17,11 +17,13 @@ from torchao.quantization import quantize_
 
 from torchao_masquant import (
     MASQuantConfig,
+    Recipe,
     analyze,
     calibrate,
     masquant_config,
     modality_sensitivity,
 )
+from torchao_masquant.sequential import calibrate_sequential
 
 IMAGE, WIDTH = 5, 32
 OPTIONS = {"scheme": "w4a8", "rounding": "nearest", "alpha": 0.5, "separation": 1.0}
@@ -195,6 +197,27 @@ def test_in_several_passes(kind):
         make(), samples(), progress=False, max_statistics_bytes=1, **OPTIONS
     )
     same_recipes(found, wanted)
+
+
+def test_in_a_block_that_has_no_others(tmp_path, caplog):
+    """From disk, where each block is observed by itself."""
+    model, samples = ernie(), ernie_data()
+    model.save_pretrained(tmp_path / "model")
+    of_the_last = ["*layers.1.self_attn*", "*shared_experts*"]
+    wanted = calibrate(
+        model, samples, exclude=[*of_the_last, "*_moe.*"], progress=False, **OPTIONS
+    )
+    with caplog.at_level(logging.WARNING):
+        calibrate_sequential(
+            tmp_path / "model",
+            samples,
+            recipe=tmp_path / "found.safetensors",
+            exclude=of_the_last,
+            progress=False,
+            **OPTIONS,
+        )
+    assert len(told(caplog)) == 1
+    same_recipes(Recipe.load(tmp_path / "found.safetensors"), wanted)
 
 
 def test_in_torchaos_steps(kind, caplog):

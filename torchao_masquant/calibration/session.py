@@ -313,7 +313,7 @@ class CalibrationSession:
             ValueError: names the linear or the modality that the data left out.
         """
         self._end_call()
-        if not self.leaders:
+        if self.layers and not self.leaders:
             raise ValueError("no calibration data ran through the model.")
         unseen = [name for name in self.layers if name not in self.leaders]
         own = [n for n in unseen if "forward" in module_of(self.layers[n]).__dict__]
