@@ -26,6 +26,7 @@ __all__ = [
     "Weights",
     "Whole",
     "as_number",
+    "compiled",
 ]
 
 #: Value of ``alpha``, ``separation`` and ``rank`` that leaves the choice to the solver.
@@ -33,6 +34,8 @@ AUTO = "auto"
 
 #: Value of ``--modality-weights`` with which a command finds them on the data.
 MEASURE = "measure"
+
+_SMALLEST_WEIGHT = 1e-20
 
 
 class Values:
@@ -203,17 +206,26 @@ class Weights(Values):
                 raise ValueError(
                     f"{name} of {key!r} must be finite and not negative, got {weight}."
                 )
+            # Beyond, what is summed over tokens is nothing or too large for float32.
+            if weight and not _SMALLEST_WEIGHT <= weight <= 1 / _SMALLEST_WEIGHT:
+                raise ValueError(
+                    f"{name} of {key!r} must be 0, or lie in {_SMALLEST_WEIGHT:g}.."
+                    f"{1 / _SMALLEST_WEIGHT:g}, got {weight}."
+                )
 
     def read(self, text: str) -> Union[str, dict[str, float]]:
         if text == MEASURE:
             return MEASURE
         try:
             pairs = [entry.split("=") for entry in text.split(",")]
-            return {name: float(weight) for name, weight in pairs}
+            weights = {name: float(weight) for name, weight in pairs}
         except ValueError:
             raise ValueError(
                 f"{text!r} is neither {MEASURE!r} nor such as 'vision=0.2,audio=0.5'."
             ) from None
+        if len(weights) < len(pairs):
+            raise ValueError(f"{text!r} names a modality twice.")
+        return weights
 
 
 class Names(Values):
@@ -233,12 +245,7 @@ class Patterns(Values):
 
     def read(self, text: str) -> str:
         if text.startswith("re:"):
-            try:
-                re.compile(text.removeprefix("re:"))
-            except re.error as error:
-                raise ValueError(
-                    f"{text!r} is no regular expression: {error}."
-                ) from None
+            compiled(text)
         return text
 
 
@@ -246,6 +253,18 @@ class NoFlag(Values):
     """Any, of an option that a call has and a command has not."""
 
     has_flag = False
+
+
+def compiled(pattern: str) -> "re.Pattern[str]":
+    """The regular expression of a pattern of names that begins with "re:".
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from None
 
 
 def as_number(text: str) -> Union[int, float]:

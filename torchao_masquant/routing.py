@@ -338,9 +338,9 @@ class Router:
         assert self.token_ids is not None
         missing = [m for m in self.token_ids if m not in self.modalities]
         return (
-            f"the call has {' or '.join(missing)} tokens, but the model was quantized "
-            f"for the modalities {self.modalities} only: calibrate with samples of "
-            "every modality that it will meet."
+            f"the call has {' or '.join(missing)} tokens, but the model was quantized, "
+            f"or is calibrated, for the modalities {self.modalities} only: calibrate for "
+            "every modality that it will meet, with samples of each."
         )
 
     def _ids_compiled(

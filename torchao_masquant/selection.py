@@ -7,7 +7,6 @@
 
 import fnmatch
 import logging
-import re
 from dataclasses import dataclass, replace
 from typing import Callable, Collection, Iterable, Mapping, Optional, Sequence
 
@@ -25,6 +24,7 @@ from torchao_masquant.models.experts import (
 )
 from torchao_masquant.models.families import family_of
 from torchao_masquant.models.parts import Decoder, find_decoder, heads_of
+from torchao_masquant.option_values import compiled
 from torchao_masquant.options import NamePatterns, SolverOptions, resolve_rank
 from torchao_masquant.weight_bytes import Compensation, weight_bytes
 
@@ -53,7 +53,7 @@ def _matching(names: Sequence[str], patterns: NamePatterns, option: str) -> set[
         raise TypeError(f"{option} must be patterns of names, got {patterns!r}.")
     for pattern in given:
         if pattern.startswith("re:"):
-            regex = re.compile(pattern[3:])
+            regex = compiled(pattern)
             hits = [n for n in names if regex.fullmatch(n)]
         else:
             hits = [n for n in names if fnmatch.fnmatchcase(n, pattern)]

@@ -72,6 +72,7 @@ def test_a_typo_gets_advice(capsys, arguments, advice):
         ["calibrate", "m", "d", "-o", "r", "--epochs", "-1"],
         ["calibrate", "m", "d", "-o", "r", "--method", "rtn", "--epochs", "1"],
         ["calibrate", "m", "d", "-o", "r", "--modality-weights", "vision=-1"],
+        ["calibrate", "m", "d", "-o", "r", "--modality-weights", "text=1,text=2"],
         ["calibrate", "m", "d", "-o", "r", "--modalities", "vision,"],
         ["calibrate", "m", "d", "-o", "r", "--modalities", "vision,audio"],
         ["calibrate", "m", "d", "-o", "r", "--max-statistics-bytes", "-1"],

@@ -76,6 +76,12 @@ def test_a_pattern_that_matches_nothing_raises(option, pattern):
         )
 
 
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_is_no_regular_expression_is_named(option):
+    with pytest.raises(ValueError, match=r"^'re:\(' is no regular expression: missing"):
+        match_names(NAMES, **{option: "re:("})
+
+
 def test_a_model_without_linears():
     with pytest.raises(ValueError, match="matches nothing: the model has no linear"):
         select_linears(nn.Conv2d(1, 1, 1), include="*")

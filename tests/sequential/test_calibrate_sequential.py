@@ -185,6 +185,18 @@ def test_refusals_leave_nothing(original, samples, tmp_path, change, error, mess
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["q", "q/recipe.safetensors"])
+def test_a_recipe_where_the_checkpoint_goes_is_refused(
+    original, samples, tmp_path, name
+):
+    """One would be written over the other."""
+    with pytest.raises(ValueError, match="takes that place: give another name"):
+        calibrate_sequential(
+            original, samples, output=tmp_path / "q", recipe=tmp_path / name, **FIXED
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_that_is_there_is_not_touched(original, samples, tmp_path):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "precious.txt").write_text("mine")

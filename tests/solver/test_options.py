@@ -34,6 +34,11 @@ from torchao_masquant.options import ALPHAS, METHODS, SEPARATIONS, SolverOptions
             ValueError,
             "modality_weights of 'audio' must be finite and not negative, got inf.",
         ),
+        (
+            {"modality_weights": {"text": 0, "audio": 1e-300}},
+            ValueError,
+            "modality_weights of 'audio' must be 0, or lie in 1e-20..1e\\+20, got 1e-300.",
+        ),
         ({"rank": "all"}, TypeError, "rank must be an int or a float, got 'all'."),
         ({"epochs": True}, TypeError, "epochs must be an int, got True."),
         ({"lr": math.nan}, ValueError, "lr must be positive and finite, got nan."),

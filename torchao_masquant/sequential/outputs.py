@@ -40,6 +40,14 @@ class Outputs:
             None if path is None else Path(os.path.realpath(path))
             for path in (output, recipe)
         )
+        if self.recipe is not None and self.checkpoint in (
+            self.recipe,
+            *self.recipe.parents,
+        ):
+            raise ValueError(
+                f"the recipe would be written to {str(self.recipe)!r}, and the folder "
+                f"{str(self.checkpoint)!r} takes that place: give another name."
+            )
         main = self.checkpoint or self.recipe
         assert main is not None
         self.partial = main.with_name(f"{main.name}.partial")
