@@ -11,8 +11,28 @@ so it is set before any test is.
 """
 
 import os
+from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained model has its first layer alone, for what is true of any number."""
+    from torchao_masquant.testing import digits
+
+    load = digits.load_model
+
+    def load_model(*args: Any) -> Any:
+        model = load(*args)
+        decoder = model.get_decoder()
+        del decoder.layers[1:]
+        decoder.config.num_hidden_layers = 1
+        decoder.config.layer_types = decoder.config.layer_types[:1]
+        return model
+
+    monkeypatch.setattr(digits, "load_model", load_model)

@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.slow
-def test_quantizing_adds_no_break_and_one_graph(tmp_path, monkeypatch):
+def test_quantizing_adds_no_break_and_one_graph(one_layer, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     counts = importlib.import_module("compile_counts")
     # The first lengths and tokens make the graphs; the others meet them.

@@ -55,7 +55,7 @@ def _smoothquant(linear, statistics, scheme):
 
 
 @torch.no_grad()
-def test_quick(tmp_path, capsys, monkeypatch):
+def test_quick(one_layer, tmp_path, capsys, monkeypatch):
     # A quarter of the calibration data.
     few = digits.calibration_samples(32)
     monkeypatch.setattr(digits, "calibration_samples", lambda: few)

@@ -40,15 +40,27 @@ def memory(benchmark):
 
 
 @pytest.mark.slow
-def test_threads_arrivals_and_exceptions(benchmark, monkeypatch):
+def test_threads_arrivals_and_exceptions(benchmark, one_layer, monkeypatch):
     # Dynamo's graphs, run as they are: what is counted is whose results come out.
     compiled = functools.partialmethod(nn.Module.compile, backend="eager")
     monkeypatch.setattr(nn.Module, "compile", compiled)
     model = digits.load_model("outliers")
     recipe = calibrate(
-        model, digits.calibration_samples(4), scheme="w4a8", rank=8, progress=False
+        model,
+        digits.calibration_samples(4),
+        scheme="w4a8",
+        rank=8,
+        # Nothing is chosen or searched: what is counted does not depend on it.
+        alpha=0.5,
+        separation=1.0,
+        rounding="nearest",
+        clip=False,
+        progress=False,
     )
     quantize_(model, masquant_config(recipe))
+    # The first of the prompts are of each kind, and one is broken.
+    prompts = benchmark.prompts
+    monkeypatch.setattr(benchmark, "prompts", lambda count: prompts(count // 2))
     rows = benchmark.measure(model, "w4a8", calls=54, generated=27, threads=4)
     assert len(rows) == 4
     for row in rows:

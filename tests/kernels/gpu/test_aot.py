@@ -5,9 +5,9 @@
 # LICENSE file in the root directory of this source tree.
 """Triton's kernels compile for GPUs that are not here, and to what they should."""
 
+import dataclasses
 import io
 import json
-import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -48,21 +48,35 @@ INSTRUCTIONS = {
 INSTRUCTIONS["sm_89"] = INSTRUCTIONS["sm_80"]
 
 
+PRODUCTS = (
+    "int_linear w8",
+    "int_linear w4 group 128",
+    "low_rank_down i8",
+    "low_rank_down bf16",
+    "weight_only_linear w4 group 128",
+)
+# Forms that are compiled for a target; for sm_90 all are. sm_89 has the tilings and the
+# instructions of sm_80, and less shared memory.
+FORMS = {
+    "sm_80": (*PRODUCTS, "weight_only_linear w8"),
+    "sm_89": PRODUCTS[:1],
+    "sm_90": tuple({n.form: None for n in case_names(["sm_90"])}),
+    "sm_100": PRODUCTS,
+    "gfx942": PRODUCTS,
+}
+
+
 def telling(names: list[CaseName]) -> list[CaseName]:
-    """On every target the products' largest tiles, which are the first to spill, and of
-    int8 the smallest too, which may have no instruction; the rest on one target."""
-    chosen = extremes(names)
-    largest = {(n.target, n.form): n for n in reversed(chosen)}
-    for n in chosen:
-        if n.elements > largest[n.target, n.form].elements:
-            largest[n.target, n.form] = n
-    return [
-        n
-        for n in chosen
-        if n.target == "sm_90"
-        or re.match("int_linear w|low_rank_down i8", n.form)
-        or (n in largest.values() and re.match(r"\w+ (w|bf|fp)", n.form))
-    ]
+    """Of a form the largest tile, which is the first to spill, and of the integer
+    products the smallest too, which may have no instruction."""
+    largest: dict[tuple[str, str], CaseName] = {}
+    chosen = []
+    for n in sorted(extremes(names), key=lambda n: n.elements, reverse=True):
+        if n.form not in FORMS[n.target]:
+            continue
+        if largest.setdefault((n.target, n.form), n) is n or "int_linear w" in n.form:
+            chosen.append(n)
+    return chosen
 
 
 @pytest.mark.slow
@@ -82,15 +96,11 @@ def test_kernels_are_sound_on_every_target(monkeypatch: pytest.MonkeyPatch) -> N
         # A product has a shared tile on every target, and instructions to multiply it.
         if compiled.int8_dot:
             assert compiled.shared_memory > 0 and compiled.matrix, compiled
+    for compiled in found:
+        if compiled.target == "sm_80":
+            assert not dataclasses.replace(compiled, target="sm_89").problems()
     for target in TARGETS:
-        forms = {n.form for n in names if n.target == target}
-        weights = {"w8", "w4", "w8 group 128", "w4 group 128"}
-        assert {f"int_linear {weight}" for weight in weights} <= forms
-        assert {"low_rank_down i8", "low_rank_down bf16"} <= forms
-        assert {f"weight_only_linear {weight}" for weight in weights} <= forms
-    assert {f.form for f in case_names(["sm_90"])} == {
-        n.form for n in names if n.target == "sm_90"
-    }
+        assert {n.form for n in names if n.target == target} == set(FORMS[target])
     assert set(Path(tempfile.gettempdir()).glob("masquant-aot-*")) <= before
 
 
