@@ -35,6 +35,9 @@ __all__ = ["MASQuantVllmConfig", "register_config"]
 #: Releases whose internals this has been tried with.
 _TRIED = ("0.32",)
 
+#: Where a multimodal model's decoder lies, in transformers and in vLLM.
+_DECODER, _VLLM_DECODER = "model.language_model.", "language_model.model."
+
 #: Modality to vLLM's names of the inputs that become tokens of it.
 _KINDS = {"vision": ("image", "video"), "audio": ("audio",)}
 
@@ -133,13 +136,18 @@ class MASQuantVllmConfig(QuantizationConfig):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
             raise ValueError(
-                f"{prefix} is quantized in the checkpoint, and vLLM has a "
-                f"{type(layer).__name__} there, which this plugin does not run."
+                f"{prefix} is quantized in the checkpoint, and vLLM's "
+                f"{type(layer).__name__} there is none that this plugin runs: exclude it "
+                "when you calibrate."
             )
         return MASQuantLinearMethod(self, found, self._ids_for(found))
 
     def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
         """Name of each shard of a layer to what it is; empty: it is not quantized."""
+        if not any(name.startswith(_VLLM_DECODER) for name in self.layers):
+            # Where vLLM has no mapper for the model, as for Qwen2-Audio.
+            if prefix.startswith(_VLLM_DECODER):
+                prefix = _DECODER + prefix.removeprefix(_VLLM_DECODER)
         if prefix in self.layers:
             return {prefix: self.layers[prefix]}
         parent, _, own = prefix.rpartition(".")
