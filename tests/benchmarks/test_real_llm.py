@@ -49,7 +49,7 @@ def test_quick(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(f"real.examples.{name}", count)
     report, page = tmp_path / "real.json", tmp_path / "page.md"
     page.write_text("Before.\n<!-- real_llm.json -->\n<!-- end -->\nAfter.\n")
-    arguments = ["--quick", "--layers", "2", "--examples", "8"]
+    arguments = ["--quick", "--layers", "1", "--examples", "8"]
     arguments += ["--json", str(report), "--page", str(page)]
     assert _main()(arguments) == 0
     rows = {row["method"]: row for row in json.loads(report.read_text())["rows"]}
@@ -64,7 +64,7 @@ def test_quick(tmp_path, capsys, monkeypatch):
     assert again.err.count("KL") == 0
     assert again.out == made.out
     with pytest.raises(SystemExit):
-        _main()([*arguments, "--layers", "1"])
+        _main()([*arguments, "--layers", "2"])
     assert "give another file" in capsys.readouterr().err
     assert page.read_text() == (
         f"Before.\n<!-- real_llm.json -->\n{made.out}<!-- end -->\nAfter.\n"

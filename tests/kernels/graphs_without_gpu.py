@@ -181,9 +181,8 @@ def main() -> None:
         layer = decoder_layer(mode, "w4a8")
         graphs = {
             "base": trace(mode, layer, 1000, mixed=False),
-            "mixed": trace(mode, layer, 1000, mixed=True),
+            "mixed": trace(mode, layer, 1000, mixed=True, dynamic=True),
             "decode": trace(mode, layer, 1, mixed=False),
-            "dynamic": trace(mode, layer, 1000, mixed=True, dynamic=True),
         }
         with torch._functorch.config.patch(decompose_custom_triton_ops=False):
             graphs["exported"] = trace(mode, layer, 1000, mixed=True)

@@ -168,12 +168,12 @@ def test_layers_compile_once_for_all_of_them():
     assert graphs.count == 2
 
 
-def test_generate_takes_three_graphs_of_the_language_model(vl):
+def test_generate_takes_three_graphs_of_the_language_model(shallow):
     """Prefills of both kinds, and decoding, over any length."""
     graphs = Graphs()
-    vl.get_decoder().compile(fullgraph=True, dynamic=True, backend=graphs)
+    shallow.get_decoder().compile(fullgraph=True, dynamic=True, backend=graphs)
     for inputs in (text(6), mixed(0), text(9), mixed(1, extra=3), text(5)):
-        vl.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        shallow.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert graphs.count == 3
 
 
