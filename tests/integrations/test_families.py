@@ -10,6 +10,7 @@ What is expected of each is written in ``families.py``, and shown in docs/famili
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -270,8 +271,15 @@ def test_compiled_without_a_graph_break(w4a8):
     """One graph for all mixed calls; tests/routing has those of text alone."""
     decoder = w4a8.family.decoder
     whole = w4a8.family.compiles == "language model"
+    model = copy.deepcopy(w4a8.model)
+    language_model = model.get_submodule(decoder)
+    types = getattr(language_model.config, "layer_types", None) or ()
+    if len(set(w4a8.family.layers)) == 1 and len(set(types)) <= 1:
+        # One of layers that are alike is traced in half the time.
+        del language_model.layers[1:]
+    one = dataclasses.replace(w4a8, model=model)
     counter = CompileCounter()
-    compare_compiled(w4a8, decoder if whole else f"{decoder}.layers.0", counter)
+    compare_compiled(one, decoder if whole else f"{decoder}.layers.0", counter)
     assert counter.frame_count == 1
 
 
