@@ -31,6 +31,7 @@ _METHODS: dict[str, tuple[str, str | None, Mapping[str, Any]]] = {
     "pooled, no pair": ("ours without modalities, no pair", "pooled", {"rank": 0}),
     "masquant": ("**ours**", None, {}),
     "masquant, no pair": ("**ours, no pair**", None, {"rank": 0}),
+    "masquant, fast": ("**ours, fast**", None, {"effort": "fast"}),
     "masquant, own factors, no rotation": (
         "ours, separation 1, no rotation",
         None,
@@ -82,6 +83,7 @@ MAIN = (
     "authors",
     "masquant",
     "pooled",
+    "masquant, fast",
 )
 
 assert all(baseline in (None, *BASELINES) for _, baseline, _ in _METHODS.values())

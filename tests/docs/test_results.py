@@ -176,28 +176,32 @@ def _readme_lines() -> Iterator[str]:
     yield f"{dense} | 1.0 / 1.0 |  |"
     for scheme in ("w8a8", "w4a8", "w4a4"):
         for method, title in REAL_METHODS.items():
-            for row in rows:
-                if (row["scheme"], row["method"]) != (scheme, method):
-                    continue
-                text = row["tasks"]["text"]
-                kl = [t["kl"] for name, t in row["tasks"].items() if name != "text"]
-                cells = [
-                    f"{scheme}, {title}",
-                    f"{math.exp(text['loss']):.1f}",
-                    f"{text['kl']:.3f}",
-                    " / ".join(f"{value:.3f}" for value in kl),
-                    f"{row['bytes'] / 2**20:.0f}",
+            seeds = [r for r in rows if (r["scheme"], r["method"]) == (scheme, method)]
+            if not seeds:
+                continue
+            tasks = seeds[0]["tasks"]
+            kl = {t: statistics.mean(r["tasks"][t]["kl"] for r in seeds) for t in tasks}
+            text = kl.pop("text")
+            perplexity = statistics.mean(
+                math.exp(r["tasks"]["text"]["loss"]) for r in seeds
+            )
+            cells = [
+                f"{scheme}, {title}",
+                f"{perplexity:.1f}",
+                f"{text:.3f}",
+                " / ".join(f"{value:.3f}" for value in kl.values()),
+                f"{seeds[0]['bytes'] / 2**20:.0f}",
+            ]
+            for peer in ("bf16", "torchao SmoothQuant"):
+                # Text has no pair; w4a4 was not timed.
+                measured = method == "masquant, no pair" and scheme != "w4a4"
+                times = [
+                    _speed(f"{scheme} base", tokens, peer)
+                    for tokens in (1, 1024)
+                    if measured
                 ]
-                for peer in ("bf16", "torchao SmoothQuant"):
-                    # Text has no pair; w4a4 was not timed.
-                    measured = method == "masquant, no pair" and scheme != "w4a4"
-                    times = [
-                        _speed(f"{scheme} base", tokens, peer)
-                        for tokens in (1, 1024)
-                        if measured
-                    ]
-                    cells.append(" / ".join(times))
-                yield f"| {' | '.join(cells)} |"
+                cells.append(" / ".join(times))
+            yield f"| {' | '.join(cells)} |"
 
 
 def test_table_of_the_readme_is_the_committed_result():
