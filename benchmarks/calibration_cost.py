@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
@@ -132,9 +133,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             )
             print(rows[-1], file=sys.stderr, flush=True)
     shown = Table(
-        *("layer", "linears", "observe s", "solve s", "both, CPU s"),
+        *("layer", "linears", "observe s", "solve s", "CPU s"),
         *("statistics GiB", "peak GiB"),
+        box=box.SIMPLE,
     )
+    shown.columns[1].no_wrap = True
     for row in rows:
         values = list(row.values())
         shown.add_row(str(values[0]), values[1], *(f"{v:.2f}" for v in values[2:]))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("triton")
 
@@ -21,8 +22,20 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "graphs_without_gpu.py"
 
 
-@pytest.fixture(scope="module")
-def graphs() -> dict[str, Any]:
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # All workers have the one that is made first.
+        folder = folder.parent
+    file = folder / "graphs_without_gpu.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            file.write_text(_made())
+    return json.loads(file.read_text())
+
+
+def _made() -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, str(SCRIPT)],
@@ -32,10 +45,10 @@ def graphs() -> dict[str, Any]:
         timeout=900,
     )
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return run.stdout.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def launched(graphs: dict[str, Any]) -> list[dict[str, Any]]:
     return [graph for name, graph in graphs.items() if name != "exported"]
 
