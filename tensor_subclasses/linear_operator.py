@@ -12,7 +12,7 @@ from torchao.utils import fill_defaults
 
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
 
-__all__ = ["check_ids"]
+__all__ = ["check_ids", "integer_product", "smooth", "weight_only_product"]
 
 aten = torch.ops.aten
 implements = MASQuantTensor.implements
@@ -66,6 +66,97 @@ def check_ids(modality_ids: Optional[torch.Tensor], x: torch.Tensor) -> None:
         raise TypeError(f"modality ids are integers, got {modality_ids.dtype}.")
 
 
+def smooth(
+    weight: Any, tokens: torch.Tensor, modality_ids: Optional[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The integers that meet a weight, and their scales.
+
+    Args:
+        weight: a :class:`MASQuantTensor`, or whatever has its parts and numbers as
+            attributes, as those below.
+        tokens: (T, K) floating point.
+        modality_ids: (T,) integers, or None: all are base.
+
+    Returns:
+        (T, K) int8 and (T, 1) float32.
+    """
+    return torch.ops.masquant.smooth_quantize(
+        tokens,
+        weight.act_pre_scale,
+        modality_ids,
+        weight.act_bits,
+        weight.act_shift,
+        weight.hadamard_size or 1,
+    )
+
+
+def integer_product(
+    weight: Any,
+    smoothed: tuple[torch.Tensor, torch.Tensor],
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(T, N) ``dtype``, of what :func:`smooth` gives; base-only calls run no pair."""
+    qx, x_scale = smoothed
+    hidden = None
+    if modality_ids is not None and weight.l1 is not None:
+        hidden = torch.ops.masquant.low_rank_down(
+            qx,
+            x_scale,
+            weight.l1,
+            modality_ids,
+            weight.ranks,
+            weight.low_rank_scale,
+        )
+    return torch.ops.masquant.int_linear(
+        qx,
+        x_scale,
+        weight.qdata,
+        weight.scale,
+        hidden,
+        None if hidden is None else weight.l2,
+        weight.modality_bias,
+        modality_ids,
+        bias,
+        weight.weight_bits,
+        dtype,
+    )
+
+
+def weight_only_product(
+    weight: Any,
+    tokens: torch.Tensor,
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    smoothed_by: Any,
+) -> torch.Tensor:
+    """(T, N) of the tokens' type, where activations are not quantized.
+
+    Args:
+        smoothed_by: the weight, or one that smooths like it.
+    """
+    # A base-only call hands no pair on.
+    paired = modality_ids is not None
+    return torch.ops.masquant.weight_only_linear(
+        tokens,
+        smoothed_by.act_pre_scale,
+        weight.qdata,
+        weight.scale,
+        weight.zero_point,
+        weight.l1 if paired else None,
+        weight.l2 if paired else None,
+        weight.modality_bias,
+        modality_ids,
+        bias,
+        weight.ranks,
+        weight.weight_bits,
+        tokens.dtype,
+        weight.low_rank_scale if paired else None,
+        weight.hadamard_size or 1,
+    )
+
+
 @implements(torch.ops.masquant.linear.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     x, weight, modality_ids, bias, smoothed_by = fill_defaults(args, 5, [None] * 3)
@@ -91,58 +182,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     if modality_ids is not None:
         modality_ids = modality_ids.reshape(-1) if weight.is_routed else None
     tokens = x.reshape(-1, x.shape[-1])
-    # A base-only call hands no pair on.
-    paired = modality_ids is not None and weight.l1 is not None
     if weight.weight_only:
-        y = torch.ops.masquant.weight_only_linear(
-            tokens,
-            smoothed_by.act_pre_scale,
-            weight.qdata,
-            weight.scale,
-            weight.zero_point,
-            weight.l1 if paired else None,
-            weight.l2 if paired else None,
-            weight.modality_bias,
-            modality_ids,
-            bias,
-            weight.ranks,
-            weight.weight_bits,
-            x.dtype,
-            weight.low_rank_scale if paired else None,
-            weight.hadamard_size or 1,
-        )
-        return y.reshape(*x.shape[:-1], weight.shape[0])
-    qx, x_scale = torch.ops.masquant.smooth_quantize(
-        tokens,
-        smoothed_by.act_pre_scale,
-        modality_ids,
-        weight.act_bits,
-        smoothed_by.act_shift,
-        weight.hadamard_size or 1,
-    )
-    hidden = None
-    if paired:
-        hidden = torch.ops.masquant.low_rank_down(
-            qx,
-            x_scale,
-            weight.l1,
-            modality_ids,
-            weight.ranks,
-            weight.low_rank_scale,
-        )
-    y = torch.ops.masquant.int_linear(
-        qx,
-        x_scale,
-        weight.qdata,
-        weight.scale,
-        hidden,
-        weight.l2 if paired else None,
-        weight.modality_bias,
-        modality_ids,
-        bias,
-        weight.weight_bits,
-        x.dtype,
-    )
+        y = weight_only_product(weight, tokens, modality_ids, bias, smoothed_by)
+    else:
+        smoothed = smooth(smoothed_by, tokens, modality_ids)
+        y = integer_product(weight, smoothed, modality_ids, bias, x.dtype)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

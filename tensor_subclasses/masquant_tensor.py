@@ -528,6 +528,24 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             for ours, theirs in zip(self.parts().values(), other.parts().values())
         )
 
+    def smooths_like(self, other: "MASQuantTensor") -> bool:
+        """Whether both make the same integers of an input; values are compared.
+
+        Args:
+            other: on the same device.
+        """
+        ours, theirs = self.act_shift, other.act_shift
+        return (
+            self.act_bits == other.act_bits
+            and self.hadamard_size == other.hadamard_size
+            and torch.equal(self.act_pre_scale, other.act_pre_scale)
+            and (
+                ours is theirs
+                if ours is None or theirs is None
+                else torch.equal(ours, theirs)
+            )
+        )
+
     def int_data(self) -> torch.Tensor:
         """The integers, unpacked: int8, of the weight's shape."""
         if INTEGERS[self.weight_bits].per_byte == 2:

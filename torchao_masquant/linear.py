@@ -61,20 +61,10 @@ def _smooth_alike(a: "MASQuantLinear", b: "MASQuantLinear") -> bool:
         return False
     if ours.device.type == "meta" or ours.device != theirs.device:
         return False
-    if (ours.act_bits, ours.hadamard_size) != (theirs.act_bits, theirs.hadamard_size):
-        return False
     # Placeholders smooth alike until copy_ fills them, which tells nobody.
     if not (ours.scale.any() and theirs.scale.any()):
         return False
-    return _equal(ours.act_pre_scale, theirs.act_pre_scale) and _equal(
-        ours.act_shift, theirs.act_shift
-    )
-
-
-def _equal(a: Optional[torch.Tensor], b: Optional[torch.Tensor]) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a, b)
+    return ours.smooths_like(theirs)
 
 
 def weight_mismatch(name: str, weight: Any, router: Optional[Router]) -> Optional[str]:

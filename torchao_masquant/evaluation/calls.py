@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchao_masquant.models.parts import token_reader
-from torchao_masquant.routing import Router
+from torchao_masquant.routing import PADDING, Router
 from torchao_masquant.samples import MODALITY_IDS, call_on_sample
 
 __all__ = ["logits_of", "modality_ids_of"]
@@ -80,7 +80,7 @@ def modality_ids_of(
         # All tokens are of the base modality.
         ids = torch.zeros(shape, dtype=torch.int64)
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
-        ids = ids.to(mask.device).masked_fill(mask == 0, -2)
+        ids = ids.to(mask.device).masked_fill(mask == 0, PADDING)
     if tuple(ids.shape) != shape:
         raise ValueError(
             f"{where} has modality ids of shape {tuple(ids.shape)} for logits of "

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.utils import set_weight_attrs
@@ -177,7 +178,7 @@ class _Loading:
         """What this process keeps of a shard's weight, in memory of its own."""
         layer = self._layer
         rank, pieces = layer.tp_rank, layer.tp_size
-        if type(layer).__name__ == "ReplicatedLinear":
+        if isinstance(layer, ReplicatedLinear):
             pieces = 1
         piece: torch.Tensor = weight
         if pieces > 1 and isinstance(layer, RowParallelLinear):

@@ -16,6 +16,11 @@ import torch
 from torch import nn
 
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.linear_operator import (
+    integer_product,
+    smooth,
+    weight_only_product,
+)
 from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 
 __all__ = ["QuantizedShards"]
@@ -23,16 +28,6 @@ __all__ = ["QuantizedShards"]
 
 class _Shard(nn.Module):
     """The parts of one weight as buffers, which graphs take as they take any tensor."""
-
-    qdata: torch.Tensor
-    scale: torch.Tensor
-    act_pre_scale: torch.Tensor
-    l1: Optional[torch.Tensor]
-    l2: Optional[torch.Tensor]
-    modality_bias: Optional[torch.Tensor]
-    zero_point: Optional[torch.Tensor]
-    low_rank_scale: Optional[torch.Tensor]
-    act_shift: Optional[torch.Tensor]
 
     def __init__(self, weight: MASQuantTensor):
         super().__init__()
@@ -43,88 +38,8 @@ class _Shard(nn.Module):
         self.ranks = list(weight.ranks)
         self.weight_bits = weight.weight_bits
         self.act_bits = weight.act_bits
-        self.hadamard_size = weight.hadamard_size or 1
+        self.hadamard_size = weight.hadamard_size
         self.is_routed = weight.is_routed
-
-    def smooths_like(self, other: "_Shard") -> bool:
-        """Whether both make the same integers of an input."""
-        ours, theirs = self.act_shift, other.act_shift
-        if ours is None or theirs is None:
-            same_shift = ours is theirs
-        else:
-            same_shift = torch.equal(ours, theirs)
-        return (
-            same_shift
-            and self.act_bits == other.act_bits
-            and self.hadamard_size == other.hadamard_size
-            and torch.equal(self.act_pre_scale, other.act_pre_scale)
-        )
-
-    def smooth(
-        self, tokens: torch.Tensor, ids: Optional[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, K) int8 and (T, 1) float32 of tokens (T, K)."""
-        return torch.ops.masquant.smooth_quantize(
-            tokens,
-            self.act_pre_scale,
-            ids,
-            self.act_bits,
-            self.act_shift,
-            self.hadamard_size,
-        )
-
-    def integer_product(
-        self,
-        smoothed: tuple[torch.Tensor, torch.Tensor],
-        ids: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """(T, N) of what :meth:`smooth` gives."""
-        qx, x_scale = smoothed
-        hidden = None
-        if ids is not None and self.l1 is not None:
-            hidden = torch.ops.masquant.low_rank_down(
-                qx, x_scale, self.l1, ids, self.ranks, self.low_rank_scale
-            )
-        return torch.ops.masquant.int_linear(
-            qx,
-            x_scale,
-            self.qdata,
-            self.scale,
-            hidden,
-            None if hidden is None else self.l2,
-            self.modality_bias,
-            ids,
-            bias,
-            self.weight_bits,
-            dtype,
-        )
-
-    def product(
-        self,
-        tokens: torch.Tensor,
-        ids: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
-    ) -> torch.Tensor:
-        """(T, N) where activations are not quantized."""
-        return torch.ops.masquant.weight_only_linear(
-            tokens,
-            self.act_pre_scale,
-            self.qdata,
-            self.scale,
-            self.zero_point,
-            None if ids is None else self.l1,
-            None if ids is None else self.l2,
-            self.modality_bias,
-            ids,
-            bias,
-            self.ranks,
-            self.weight_bits,
-            tokens.dtype,
-            None if ids is None else self.low_rank_scale,
-            self.hadamard_size,
-        )
 
 
 class QuantizedShards(nn.Module):
@@ -138,11 +53,10 @@ class QuantizedShards(nn.Module):
         super().__init__()
         if len(weights) > 1 and not any(sum(w.ranks) for w in weights):
             weights = _joined(weights)
-        shards = [_Shard(weight) for weight in weights]
-        self.shards = nn.ModuleList(shards)
+        self.shards = nn.ModuleList(_Shard(weight) for weight in weights)
         self.sizes = [weight.shape[0] for weight in weights]
         self.is_routed = any(weight.is_routed for weight in weights)
-        self.smooth_alike = all(shards[0].smooths_like(other) for other in shards)
+        self.smooth_alike = all(weights[0].smooths_like(w) for w in weights)
 
     def forward(
         self,
@@ -167,11 +81,11 @@ class QuantizedShards(nn.Module):
             assert isinstance(shard, _Shard)
             known = ids if shard.is_routed else None
             if shard.act_bits == 16:
-                outputs.append(shard.product(tokens, known, own))
+                outputs.append(weight_only_product(shard, tokens, known, own, shard))
                 continue
             if smoothed is None or not self.smooth_alike:
-                smoothed = shard.smooth(tokens, known)
-            outputs.append(shard.integer_product(smoothed, known, own, x.dtype))
+                smoothed = smooth(shard, tokens, known)
+            outputs.append(integer_product(shard, smoothed, known, own, x.dtype))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
