@@ -6,11 +6,13 @@
 """``calibrate``: from a model and data to a recipe."""
 
 import itertools
-from typing import Any, Iterable, Mapping, Optional, Sequence
+import logging
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 
+from torchao_masquant.calibration.left_out import by_pattern
 from torchao_masquant.calibration.request import (
     base_first,
     check_request,
@@ -20,6 +22,7 @@ from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.conductor.conductor import Conductor
 from torchao_masquant.learning import learn
 from torchao_masquant.learning.published import PublishedTask
+from torchao_masquant.models.folding import find_folds
 from torchao_masquant.models.wrappers import check_in_memory, unwrapped
 from torchao_masquant.option_fields import takes_options
 from torchao_masquant.options import CalibrationOptions, SolverOptions
@@ -27,7 +30,7 @@ from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
 from torchao_masquant.routing import Router
 from torchao_masquant.sample_checks import NEEDED, check_samples, no_samples
 from torchao_masquant.samples import run_samples
-from torchao_masquant.selection import select
+from torchao_masquant.selection import Selected, select
 from torchao_masquant.solver.layers import factors_alone
 from torchao_masquant.threads import threads_for, widest
 
@@ -35,6 +38,8 @@ __all__ = [
     "calibrate",
     "learned_factors",
 ]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @takes_options(CalibrationOptions)
@@ -108,6 +113,9 @@ def calibrate(
                 )
 
         passes = conductor.plan(selected, lambda: run([first]))
+        foldable: Optional[dict[str, torch.Tensor]] = None
+        if options.procedure.folded:
+            foldable = _foldable(model, selected, lambda: run([first]))
         data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
         if isinstance(samples, Sequence):
             # May be read again, and tells a progress bar how long it is.
@@ -129,7 +137,12 @@ def calibrate(
             count = run(data, f"Calibrating{of}")
 
         layers = conductor.layers(
-            selected, passes, calibrate_on, factors=factors, is_last=True
+            selected,
+            passes,
+            calibrate_on,
+            factors=factors,
+            foldable=foldable,
+            is_last=True,
         )
         if options.epochs and factors is None:
             layers = learn(model, data, layers, router, options, progress=progress)
@@ -140,6 +153,33 @@ def calibrate(
             versions=library_versions(),
             description={"samples": count, "tokens": conductor.tokens},
         )
+
+
+def _foldable(
+    model: nn.Module, selected: Selected, run: Callable[[], object]
+) -> dict[str, torch.Tensor]:
+    """Linears whose factor something before them can take, to the channels that have it.
+
+    Raises:
+        ValueError: experts are selected, of which nothing was tried.
+    """
+    if selected.experts:
+        raise ValueError(
+            f"{next(iter(selected.experts))} is of experts, which are not exported to "
+            "other engines: exclude '*.experts.*'."
+        )
+    folds = find_folds(model, selected.linears, run)
+    found = {name: fold.channels for fold in folds for name in fold.readers}
+    left = [name for name in selected.linears if name not in found]
+    if left:
+        _LOGGER.warning(
+            "%d of %d linears are rounded without a smoothing factor, since nothing "
+            "before them can take it: %s.",
+            len(left),
+            len(selected.linears),
+            by_pattern(left),
+        )
+    return found
 
 
 def learned_factors(

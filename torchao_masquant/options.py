@@ -45,6 +45,7 @@ __all__ = [
     "NamePatterns",
     "QuantizationOptions",
     "Scheme",
+    "STOCK",
     "SolverOptions",
     "get_scheme",
     "resolve_rank",
@@ -62,6 +63,9 @@ SEPARATIONS = (1.0, 0.5, 0.0)
 #: Value of ``effort`` for a first result.
 FAST = "fast"
 
+#: Value of ``target`` for engines that know neither modalities nor our operators.
+STOCK = "compressed-tensors"
+
 #: The statistics of one pass take no more, unless something else is asked for.
 MAX_STATISTICS_BYTES = 4 << 30
 
@@ -70,6 +74,9 @@ NamePatterns = Optional[Union[str, Sequence[str]]]
 
 # Larger blocks spread outliers no better, and take longer to rotate.
 _LARGEST_BLOCK = 512
+
+# Schemes that such an engine has.
+_STOCK_SCHEMES = ("w8a8", "w4a16")
 
 # Names that models give the linear behind an MLP's activation.
 _DOWN = ("down_proj", "fc2", "w2")
@@ -153,6 +160,8 @@ class Method:
         rank_floor: the least that a share of ``min(N, K)`` stands for as a rank, where
             the weight has so many.
         rotation: rotate channels in blocks by Hadamard matrices before they are rounded.
+        folded: one factor for all modalities, which a module before the linears takes
+            into its weight; nothing else is done to an input.
         spares_down: the linear behind an MLP's activation (``down_proj``, ``fc2``,
             ``w2``) is rounded as it is, without factor and pair.
         lr: of learning, where none is given.
@@ -168,6 +177,7 @@ class Method:
     clip: bool = False
     rank_floor: int = 0
     rotation: bool = False
+    folded: bool = False
     spares_down: bool = False
     lr: float = 3e-4
 
@@ -371,6 +381,18 @@ class SolverOptions:
         kw_only=True,
     )
 
+    target: str = option(
+        "masquant",
+        "what will run the model: masquant; or compressed-tensors, for engines without "
+        "this package",
+        OneOf(("masquant", STOCK)),
+        '"compressed-tensors" is for :func:`torchao_masquant.deploy.export_compressed_tensors`: '
+        "one factor for all modalities, where a module before the linear can take it "
+        "into its weight; no shift, rotation, pairs and biases.",
+        later=True,
+        kw_only=True,
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
         # Files and reports compare it: as SCHEMES has it, however it was written.
@@ -378,8 +400,10 @@ class SolverOptions:
         method = METHODS[self.method]
         if self.lr is None:
             self.lr = method.lr
+        if self.target == STOCK:
+            self._check_stock()
         if self.rank is None:
-            self.rank = 0 if self.effort == FAST else 0.05
+            self.rank = 0 if self.effort == FAST or self.target == STOCK else 0.05
         if not method.centered and (
             self.shift
             or self.clip
@@ -396,6 +420,29 @@ class SolverOptions:
             raise ValueError(
                 f"method {self.method!r} is kept as it was published: learning is for "
                 "methods 'masquant' and 'masquant-paper'."
+            )
+
+    def _check_stock(self) -> None:
+        """Raise where an engine of others has no place for what is asked for."""
+        if self.scheme not in _STOCK_SCHEMES:
+            raise ValueError(
+                f"target {self.target!r} has no {self.scheme}: take scheme "
+                f"{' or '.join(map(repr, _STOCK_SCHEMES))}."
+            )
+        strays = {
+            "method": self.method != "masquant",
+            "separation": self.separation not in (None, 0),
+            "rank": self.rank not in (None, 0),
+            "shift": bool(self.shift),
+            "epochs": bool(self.epochs),
+            "hadamard_size": self.hadamard_size not in (None, 1),
+            "group_size": self.scheme == "w8a8" and self.group_size is not None,
+        }
+        given = [name for name, is_stray in strays.items() if is_stray]
+        if given:
+            raise ValueError(
+                f"target {self.target!r} is one factor for all tokens and no more, so "
+                f"{given[0]}={getattr(self, given[0])!r} has no place in it: leave it out."
             )
 
     def stored(self) -> dict[str, Any]:
@@ -481,7 +528,7 @@ class SolverOptions:
         """
         if self.hadamard_size is not None:
             return self.hadamard_size if self.hadamard_size > 1 else None
-        if not METHODS[self.method].rotation:
+        if not self.procedure.rotation:
             return None
         size = min(in_features & -in_features, _LARGEST_BLOCK)
         return size if size > 1 else None
@@ -505,6 +552,10 @@ class SolverOptions:
         if self.number_format.weight_only:
             # Nothing to round: a shift would change nothing.
             given["shift"] = False
+        if self.target == STOCK:
+            given |= dict(
+                folded=True, gauge=False, centered=False, shift=False, rotation=False
+            )
         return dataclasses.replace(METHODS[self.method], **given)
 
     def weights_of(self, modalities: Sequence[str]) -> list[float]:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from typing import Sequence
 
-__all__ = ["warn_of_left_out"]
+__all__ = ["by_pattern", "warn_of_left_out"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -23,11 +23,16 @@ def warn_of_left_out(names: Sequence[str]) -> None:
     """
     if not names:
         return
-    patterns = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
     _LOGGER.warning(
         "%d linears or expert weights are called with other tokens than the model is (a "
         "part of them, or what they were pooled to), of modalities that are not known, "
         "and stay in high precision: %s.",
         len(names),
-        ", ".join(f"{pattern} ({count})" for pattern, count in patterns.items()),
+        by_pattern(names),
     )
+
+
+def by_pattern(names: Sequence[str]) -> str:
+    """Names as text, those of all layers as one pattern."""
+    patterns = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    return ", ".join(f"{pattern} ({count})" for pattern, count in patterns.items())

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from torchao_masquant import hub
+from torchao_masquant.cli.ending import UsageError
 from torchao_masquant.cli.models import read_paths
+from torchao_masquant.options import STOCK
 from torchao_masquant.outputs import check_folder
 
 if TYPE_CHECKING:
@@ -27,7 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", type=Path, metavar="MODEL", help="folder of a quantized model"
     )
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="to write the package to; not there"
+        "folder", type=Path, metavar="FOLDER", help="to write; not there"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("package", STOCK),
+        default="package",
+        help="package: the decoder, compiled, for a process with torch alone; "
+        f"{STOCK}: a model for vLLM and others without this package, calibrated with "
+        f"--target {STOCK} (default: %(default)s)",
     )
     parser.add_argument(
         "--inputs",
@@ -51,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Export a decoder.
+    """Export a decoder, or a model.
 
     Returns:
         Exit code.
@@ -66,6 +76,8 @@ def main(arguments: argparse.Namespace) -> int:
         "package",
         sources=read_paths(arguments.model, arguments.inputs),
     )
+    if arguments.format == STOCK:
+        return _export_model(arguments)
     if arguments.inputs is not None and not arguments.inputs.is_file():
         raise FileNotFoundError(f"there is no file {str(arguments.inputs)!r}.")
     from torchao_masquant.deploy import export_decoder
@@ -77,12 +89,27 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.folder,
         kernels=arguments.kernels,
     )
+    run = f"see Decoder in {folder / 'masquant_decoder.py'}"
+    return _tell(arguments, folder, run)
+
+
+def _export_model(arguments: argparse.Namespace) -> int:
+    for name in ("inputs", "kernels"):
+        if getattr(arguments, name) != arguments.default_of(name):
+            raise UsageError(f"--{name} goes with --format package.")
+    from torchao_masquant.deploy import export_compressed_tensors
+
+    folder = export_compressed_tensors(arguments.model, arguments.folder)
+    return _tell(arguments, folder, f"vllm serve {folder}")
+
+
+def _tell(arguments: argparse.Namespace, folder: Path, run: str) -> int:
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     if arguments.json:
         print(json.dumps({"folder": str(folder), "bytes": sizes}, indent=2))
         return 0
     print(f"Wrote {folder} ({sum(sizes.values()) / 2**20:.1f} MiB).")
-    print(f"Run it: see Decoder in {folder / 'masquant_decoder.py'}.")
+    print(f"Run it: {run}.")
     return 0
 
 

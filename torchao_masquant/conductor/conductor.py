@@ -82,6 +82,7 @@ class Conductor:
         run: Callable[[int], object],
         *,
         factors: Optional[Mapping[str, torch.Tensor]] = None,
+        foldable: Optional[Mapping[str, torch.Tensor]] = None,
         is_last: bool = False,
     ) -> dict[str, LayerRecipe]:
         """Observe a part of the model, and solve for it.
@@ -92,6 +93,7 @@ class Conductor:
             run: runs the part on all samples of this process; called with the number of
                 the pass, from 1 on.
             factors: smoothing factors by name of the linear; None: in closed form.
+            foldable: see :func:`solve`.
             is_last: whether no part follows; notices are told before it is solved for.
 
         Returns:
@@ -119,6 +121,7 @@ class Conductor:
                 self.options,
                 team=self.team,
                 factors=factors,
+                foldable=foldable,
                 progress=self.progress,
                 spend_statistics=True,
             )
@@ -140,6 +143,7 @@ def solve(
     *,
     team: Optional[Team] = None,
     factors: Optional[Mapping[str, torch.Tensor]] = None,
+    foldable: Optional[Mapping[str, torch.Tensor]] = None,
     progress: bool = False,
     spend_statistics: bool = False,
 ) -> dict[str, LayerRecipe]:
@@ -151,6 +155,8 @@ def solve(
         options: of the solution.
         team: that shares the work; None for this process alone.
         factors: smoothing factors by name of the linear; None: in closed form.
+        foldable: name of a linear whose factor can be folded to the channels that have
+            it, see :func:`~torchao_masquant.solver.smoothing.smoothing_factors`.
         progress: show a bar on a terminal.
         spend_statistics: use and free the memory of the session's second moments.
 
@@ -183,6 +189,7 @@ def solve(
                 options,
                 ranks,
                 factors=factors,
+                channels=_channels(foldable or {}, list(weights)),
                 spend_statistics=spend_statistics,
             )
         )
@@ -206,6 +213,13 @@ def solve(
         found |= tasks[index]()
     found = team.collect(found)
     return {name: found[name] for name in session.layers} if team.rank == 0 else {}
+
+
+def _channels(
+    foldable: Mapping[str, torch.Tensor], names: Sequence[str]
+) -> Optional[torch.Tensor]:
+    """Of linears that share an input, where the factor of all of them can be folded."""
+    return foldable[names[0]] if all(n in foldable for n in names) else None
 
 
 def _solve_experts(

@@ -39,6 +39,11 @@ def plan_prepare(model: nn.Module, asked: QuantizationOptions) -> Changes:
     Raises:
         ValueError: as :func:`selected_of`; a weight is never in memory.
     """
+    if asked.options.procedure.folded:
+        raise ValueError(
+            f"target {asked.target!r} is for calibrate(), which looks where factors can "
+            "be folded: calibrate, and convert with masquant_config(recipe)."
+        )
     met = modalities_of(model, asked)
     second_moments = asked.options.procedure.per_modality
     observed = [m for m in model.modules() if isinstance(m, OBSERVED)]

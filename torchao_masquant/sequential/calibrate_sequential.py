@@ -86,6 +86,11 @@ def calibrate_sequential(
             f"method {options.method!r} learns its smoothing factors in memory alone: "
             "use calibrate, or epochs=0 for factors in closed form."
         )
+    if options.procedure.folded:
+        raise ValueError(
+            f"target {options.target!r} is solved for in memory alone, where the whole "
+            "model tells what its factors can be folded into: use calibrate."
+        )
     outputs = Outputs(given.output, given.recipe, given.overwrite)
     team = Team(given.timeout)
     if options.epochs and options.batch_size < team.size and team.rank == 0:

@@ -58,6 +58,7 @@ def solve_group(
     ranks: Optional[Mapping[str, Sequence[int]]] = None,
     *,
     factors: Optional[Mapping[str, torch.Tensor]] = None,
+    channels: Optional[torch.Tensor] = None,
     spend_statistics: bool = False,
 ) -> dict[str, LayerRecipe]:
     """All that quantizes the linears that share one input.
@@ -72,6 +73,8 @@ def solve_group(
         ranks: name to the rank of modality 1, 2, ..., in place of the options'.
         factors: name to smoothing factors (M, K) to solve the rest for, of which each
             linear has its own.
+        channels: where factors are to be folded, see
+            :func:`~torchao_masquant.solver.smoothing.smoothing_factors`.
         spend_statistics: use their memory, 8 K^2 bytes a modality, for covariances; they
             have no second moments afterwards.
 
@@ -95,7 +98,9 @@ def solve_group(
                 ranks = _uniform_ranks(others, len(statistics.moments) - 1, options)
             inputs = modality_inputs(statistics, options, spend=spend_statistics)
             if factors is None:
-                layers |= _chosen(others, statistics, options, ranks, inputs)
+                layers |= _chosen(
+                    others, statistics, options, ranks, inputs, channels
+                )
             else:
                 sizes = WeightSizes.of(others)
                 for name, weight in others.items():
@@ -119,19 +124,20 @@ def _chosen(
     options: SolverOptions,
     ranks: Mapping[str, Sequence[int]],
     inputs: Sequence[ModalityInput],
+    channels: Optional[torch.Tensor],
 ) -> dict[str, LayerRecipe]:
     """Of exponents and separations the best, tried on some of the outputs of wide ones."""
     sizes = WeightSizes.of(weights)
     alphas, separations = options.alphas, options.separations
     if len(alphas) + len(separations) == 2:
-        problem = _Problem(weights, ranks, sizes, inputs, options)
+        problem = _Problem(weights, ranks, sizes, inputs, options, channels)
         return problem.solve(alphas[0], separations[0])
     some = sampled_outputs(weights)
     some_ranks = {
         name: [sampled_rank(r, weights[name].shape, w.shape) for r in ranks[name]]
         for name, w in some.items()
     }
-    problem = _Problem(some, some_ranks, sizes, inputs, options)
+    problem = _Problem(some, some_ranks, sizes, inputs, options, channels)
     least, best = float("inf"), (alphas[0], separations[0])
     layers: dict[str, LayerRecipe] = {}
 
@@ -151,7 +157,7 @@ def _chosen(
     if all(some[name].shape == weight.shape for name, weight in weights.items()):
         return layers
     del layers
-    problem = _Problem(weights, ranks, sizes, inputs, options)
+    problem = _Problem(weights, ranks, sizes, inputs, options, channels)
     return problem.solve(*best)
 
 
@@ -164,6 +170,7 @@ class _Problem:
         sizes: of all weights' channels, where these are a sample of them.
         inputs: of each modality.
         options: of the solution.
+        channels: see :func:`solve_group`.
     """
 
     def __init__(
@@ -173,7 +180,9 @@ class _Problem:
         sizes: WeightSizes,
         inputs: Sequence[ModalityInput],
         options: SolverOptions,
+        channels: Optional[torch.Tensor] = None,
     ):
+        self.channels = channels
         self.weights, self.ranks, self.sizes = weights, ranks, sizes
         self.inputs, self.options = inputs, options
         self.hadamard_size = options.hadamard_size_of(len(inputs[0].center))
@@ -188,7 +197,7 @@ class _Problem:
 
     def solve(self, alpha: float, separation: float) -> dict[str, LayerRecipe]:
         factors = smoothing_factors(
-            self.inputs, self.sizes, alpha, separation, self.options
+            self.inputs, self.sizes, alpha, separation, self.options, self.channels
         )
         return _PerModality(self, factors, gauge=self.options.procedure.gauge).solve()
 
@@ -387,7 +396,11 @@ class _PerModality:
         return LayerRecipe(
             shape=(weight.shape[0], weight.shape[1]),
             fingerprint=weight_fingerprint(self.weights[name]),
-            smoothing_factor=torch.stack(self.factors).float().cpu(),
+            smoothing_factor=torch.stack(
+                self.factors[:1] if self.method.folded else self.factors
+            )
+            .float()
+            .cpu(),
             ranks=tuple(0 if p is None else p[0].shape[1] for p in pairs[1:])
             if found
             else (),

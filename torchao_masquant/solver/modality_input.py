@@ -114,14 +114,16 @@ def _of(
     parts = options.procedure
     tokens = moments.sample.double()
     mean = moments.mean()
-    center = torch.zeros_like(mean)
-    if parts.centered:
-        center = mean
+    center = mean
+    if parts.centered or parts.folded:
         if len(tokens):
             kept = ordinary(tokens)
             if len(tokens) < moments.count or not kept.all():
                 center = tokens[kept].mean(0)
             tokens = tokens[kept]
+    if not parts.centered:
+        # Nothing makes up for what rounding does to the mean.
+        center = torch.zeros_like(mean)
     shift = center if parts.shift else torch.zeros_like(center)
     own = dataclasses.replace(moments)
     if spend:

@@ -6,7 +6,7 @@
 """Closed-form smoothing factors."""
 
 from dataclasses import dataclass
-from typing import Mapping, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 
@@ -53,6 +53,7 @@ def smoothing_factors(
     alpha: float,
     separation: float,
     options: SolverOptions,
+    channels: Optional[torch.Tensor] = None,
 ) -> list[torch.Tensor]:
     """(K,) float64 of each modality.
 
@@ -69,7 +70,15 @@ def smoothing_factors(
             its own, geometrically; not at all where activations are not rounded, which
             gain nothing from a factor of their own.
         options: of the solution.
+        channels: (K,) number of the channel that each has its factor from, where factors
+            are to be folded; None: nothing can take them, and they are ones.
     """
+    if options.procedure.folded:
+        if channels is None:
+            return [torch.ones_like(sizes.absmax)] * len(inputs)
+        ranges = [_of_channels(i.absmax, channels) for i in inputs]
+        of_weights = _of_channels(sizes.absmax, channels)
+        return factors_of_ranges(ranges, of_weights, alpha, 0.0)
     if options.number_format.weight_only:
         separation = 0.0
     if options.hadamard_size_of(len(sizes.rms)) is None:
@@ -77,6 +86,13 @@ def smoothing_factors(
         return factors_of_ranges(ranges, sizes.absmax, alpha, separation)
     own = [_rms(i) for i in inputs]
     return _between(own, _unified(own, sizes.rms), sizes.rms, alpha, separation)
+
+
+def _of_channels(sizes: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """(K,) the largest of all that have one number."""
+    channels = channels.to(sizes.device)
+    largest = torch.zeros(int(channels.max()) + 1, dtype=sizes.dtype).to(sizes.device)
+    return largest.scatter_reduce(0, channels, sizes, "amax")[channels]
 
 
 def _unified(own: Sequence[torch.Tensor], weight_rms: torch.Tensor) -> torch.Tensor:
