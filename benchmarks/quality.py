@@ -63,6 +63,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "masquant, own factors": dict(separation=1.0),
     "masquant, own factors, no rotation": dict(separation=1.0, hadamard_size=1),
     "masquant, groups of 64": dict(group_size=64),
+    # As it is exported for engines without this package.
+    "masquant, exported": dict(rank=0, target="compressed-tensors"),
 }
 
 #: In the order in which they run: the first tell most.

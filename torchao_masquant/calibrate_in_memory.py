@@ -158,16 +158,7 @@ def calibrate(
 def _foldable(
     model: nn.Module, selected: Selected, run: Callable[[], object]
 ) -> dict[str, torch.Tensor]:
-    """Linears whose factor something before them can take, to the channels that have it.
-
-    Raises:
-        ValueError: experts are selected, of which nothing was tried.
-    """
-    if selected.experts:
-        raise ValueError(
-            f"{next(iter(selected.experts))} is of experts, which are not exported to "
-            "other engines: exclude '*.experts.*'."
-        )
+    """Linears whose factor something before them can take, to the channels that have it."""
     folds = find_folds(model, selected.linears, run)
     found = {name: fold.channels for fold in folds for name in fold.readers}
     left = [name for name in selected.linears if name not in found]

@@ -50,8 +50,13 @@ def check_request(
     """
     shapes = {n: (w.shape[-2], w.shape[-1]) for n, w in selected.weights.items()}
     check_shapes(shapes, modalities, options)
+    first = next(iter(selected.experts), None)
+    if options.procedure.folded and first is not None:
+        raise ValueError(
+            f"{first} is of experts, which are not exported to other engines: exclude "
+            "'*.experts.*'."
+        )
     if options.epochs:
-        first = next(iter(selected.experts), None)
         if first is not None:
             raise ValueError(
                 f"learning is for linears alone, and {first} is of experts: calibrate "

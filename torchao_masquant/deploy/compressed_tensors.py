@@ -183,7 +183,9 @@ def _linears(model: nn.Module) -> dict[str, MASQuantLinear]:
         weight = module.weight.data
         has = {
             "a rotation": weight.hadamard_size is not None,
-            "factors of modalities' own": weight.is_routed,
+            "factors of modalities' own": (
+                weight.act_pre_scale != weight.act_pre_scale[:1]
+            ).any(),
             "low-rank pairs": weight.l1 is not None,
             "a shift": weight.act_shift is not None,
             "biases of modalities": weight.modality_bias is not None,
