@@ -11,14 +11,13 @@ import pytest
 import torch
 from refusals import refused
 from safetensors.torch import load_file, save_file
-from tiny_models import batch, quantized, qwen25_vl, qwen3_vl_moe, samples
+from tiny_models import batch, quantized, qwen3_vl_moe, qwen25_vl, samples
 from torchao.quantization import quantize_
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from torchao_masquant import (
     MASQuantConfig,
     calibrate,
-    masquant_config,
     save_quantized,
 )
 from torchao_masquant.__main__ import main
@@ -122,13 +121,19 @@ def test_what_lies_in_the_folder(exported):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"scheme": "w8a8"}, "has a rotation and low-rank pairs and a shift and biases"),
+        (
+            {"scheme": "w8a8"},
+            "has a rotation and low-rank pairs and a shift and biases",
+        ),
         (
             {"scheme": "w8a8", "rank": 0, "hadamard_size": 1, "shift": False}
             | {"separation": 1.0},
             "has factors of modalities' own and biases of modalities, which other",
         ),
-        ({"scheme": "w4a8", "method": "rtn"}, "has weights of 4 bits in groups of None"),
+        (
+            {"scheme": "w4a8", "method": "rtn"},
+            "has weights of 4 bits in groups of None",
+        ),
     ],
     ids=["default", "separated", "w4a8"],
 )

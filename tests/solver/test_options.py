@@ -56,6 +56,29 @@ from torchao_masquant.options import ALPHAS, METHODS, SEPARATIONS, SolverOptions
         ({"hadamard_size": "auto"}, TypeError, "must be an int or None, got 'auto'"),
         ({"effort": "least"}, ValueError, "unknown effort 'least': choose one of"),
         *(
+            (
+                {"scheme": "w8a8", "target": "compressed-tensors", **extra},
+                ValueError,
+                f"one factor for all tokens and no more, so {next(iter(extra))}=",
+            )
+            for extra in (
+                {"method": "smoothquant"},
+                {"rank": 2},
+                {"rank": "auto"},
+                {"separation": 1.0},
+                {"shift": True},
+                {"hadamard_size": 64},
+                {"epochs": 1},
+                {"group_size": 64},
+            )
+        ),
+        (
+            {"target": "compressed-tensors"},
+            ValueError,
+            "has no w4a8: take scheme 'w8a8' or 'w4a16'.",
+        ),
+        ({"target": "vllm"}, ValueError, "unknown target 'vllm': choose one of"),
+        *(
             ({"method": method, **extra}, ValueError, "is kept as it was published")
             for method in ("masquant-paper", "smoothquant", "rtn")
             for extra in (
@@ -127,12 +150,14 @@ def test_files_from_before_there_were_batches_and_rotations():
         SolverOptions(batch_size=4, rank=2),
         SolverOptions(hadamard_size=1),
         SolverOptions(hadamard_size=64),
+        SolverOptions("w8a8", target="compressed-tensors"),
     ):
         assert SolverOptions(**options.stored()) == options
     assert "batch_size" not in SolverOptions(epochs=2).stored()
     assert SolverOptions(epochs=2, batch_size=4).stored()["batch_size"] == 4
     assert "hadamard_size" not in SolverOptions().stored()
     assert SolverOptions(hadamard_size=1).stored()["hadamard_size"] == 1
+    assert "target" not in SolverOptions().stored()
 
 
 def test_learning_needs_samples():

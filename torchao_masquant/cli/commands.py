@@ -60,10 +60,11 @@ _COMMANDS = {
         "in a new process and compile it.",
     ),
     "export": (
-        "a quantized decoder for a process that has torch alone",
+        "a quantized model for processes without this package",
         "Compile the decoder of a quantized model with AOTInductor: a\n"
         "folder with the compiled programs, one copy of the weights, our kernels, and\n"
-        "a file that runs them and imports torch alone.",
+        "a file that runs them and imports torch alone. Or write a model that was\n"
+        "calibrated with --target compressed-tensors for vLLM and others, in that format.",
     ),
     "report": (
         "one HTML page about how a model was quantized",

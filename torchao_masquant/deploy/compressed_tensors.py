@@ -296,8 +296,7 @@ def _divide(
         assert folded is not None
         parameters, besides = folded
         for name, value in parameters.items():
-            own = source.get_parameter(name)
-            own.copy_(value)
+            source.get_parameter(name).copy_(value)
         for name in fold.readers:
             linears[name].weight.data.scale.mul_(besides)
         return
@@ -305,8 +304,8 @@ def _divide(
         scale = source.weight.data.scale
         scale.copy_(scale.double() / factor[:, None].to(scale.device))
     else:
-        own = source.weight
-        own.copy_(own.double() / factor[:, None].to(own.device))
+        weight = source.weight
+        weight.copy_(weight.double() / factor[:, None].to(weight.device))
     if source.bias is not None:
         source.bias.copy_(source.bias.double() / factor.to(source.bias.device))
 
@@ -374,6 +373,4 @@ def _ignored(model: nn.Module, linears: dict[str, MASQuantLinear]) -> Iterator[s
 
 def _holds_matrices(module: nn.Module) -> bool:
     parameters = module.parameters(recurse=False)
-    return not isinstance(module, nn.Embedding) and any(
-        p.dim() > 1 for p in parameters
-    )
+    return not isinstance(module, nn.Embedding) and any(p.dim() > 1 for p in parameters)

@@ -98,9 +98,7 @@ def solve_group(
                 ranks = _uniform_ranks(others, len(statistics.moments) - 1, options)
             inputs = modality_inputs(statistics, options, spend=spend_statistics)
             if factors is None:
-                layers |= _chosen(
-                    others, statistics, options, ranks, inputs, channels
-                )
+                layers |= _chosen(others, statistics, options, ranks, inputs, channels)
             else:
                 sizes = WeightSizes.of(others)
                 for name, weight in others.items():
