@@ -67,6 +67,11 @@ _METHODS: dict[str, tuple[str, str | None, Mapping[str, Any]]] = {
         None,
         {"rank": 0, "group_size": 64},
     ),
+    "masquant, exported": (
+        "**ours, exported**",
+        None,
+        {"rank": 0, "target": "compressed-tensors"},
+    ),
 }
 
 METHODS = tuple(_METHODS)

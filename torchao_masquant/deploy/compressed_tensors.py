@@ -22,7 +22,7 @@ from torchao_masquant.atomic_files import replacing_folder
 from torchao_masquant.conversion.quantized_modules import quantized_modules
 from torchao_masquant.deploy.package import new_folder
 from torchao_masquant.expert_modules import MASQuantExperts
-from torchao_masquant.hub import class_of, load_config, source_of
+from torchao_masquant.hub import class_of, folder_of, load_config
 from torchao_masquant.integrations.checkpoint_format import stored_part
 from torchao_masquant.integrations.other_files import copy_other_files
 from torchao_masquant.integrations.torchao_tensors import is_torchao
@@ -71,7 +71,7 @@ def export_compressed_tensors(
             no place for.
     """
     target = new_folder(folder)
-    source = source_of(os.fspath(quantized))
+    source = folder_of(quantized)
     model = class_of(
         load_config(source), "load it with the transformers that saved it"
     ).from_pretrained(source)
@@ -81,7 +81,7 @@ def export_compressed_tensors(
     _fold_factors(model, linears)
     left = {
         name: file
-        for name, file in unloaded_tensors(model, Path(source)).items()
+        for name, file in unloaded_tensors(model, source).items()
         if stored_part(name) is None
     }
     ignored = list(_ignored(model, linears))
@@ -92,7 +92,7 @@ def export_compressed_tensors(
     model.hf_quantizer, model.is_quantized = None, False
     with replacing_folder(target) as new:
         model.save_pretrained(new)
-        copy_other_files(Path(source), new)
+        copy_other_files(source, new)
         tell_of_unloaded(list(left), model, kept=True)
         add_unloaded(new, left)
         # Writing takes a while, in which somebody may have put something there.
