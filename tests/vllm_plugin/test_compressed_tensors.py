@@ -144,7 +144,6 @@ def test_vllm_without_the_plugin(tmp_path, scheme, dtype, most, with_images):
             theirs = answer["logprobs"][place][str(token)]
             found.append(abs(theirs - ours[place, token].item()))
             off.append(abs(theirs - exact[place, token].item()))
-    print(scheme, max(found), statistics.mean(found), statistics.mean(off))
     assert max(found) < most
     # It would show if it were another model.
     assert statistics.mean(found) < statistics.mean(off) / 2
