@@ -24,7 +24,7 @@ def main() -> None:
         TokenIds.fill = lambda self, input_ids, is_multimodal: None  # type: ignore[method-assign]
     model = LLM(
         folder,
-        dtype="float32",
+        dtype=settings.pop("dtype", "float32"),
         # Of steps this short, many end within an image.
         max_num_batched_tokens=24,
         max_model_len=512,

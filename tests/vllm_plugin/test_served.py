@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Callable, Optional
 from unittest import mock
 
 import pytest
@@ -41,13 +42,24 @@ _COUNT = 24
 class Subject:
     """A quantized folder, and what transformers answers from it."""
 
-    def __init__(self, folder: Path, scheme: str, *, with_images: bool, **options):
+    def __init__(
+        self,
+        folder: Path,
+        scheme: str,
+        *,
+        with_images: bool,
+        make: Optional[Callable[[Path], Path]] = None,
+        dtype: torch.dtype = torch.float32,
+        **options,
+    ):
         self.with_images = with_images
-        make = model_folders.vision_model if with_images else model_folders.text_model
+        if make is None:
+            own = model_folders
+            make = own.vision_model if with_images else own.text_model
         with mock.patch.dict(model_folders._TEXT, _TEXT):
             dense = make(folder / "dense")
         self._loader = AutoModelForMultimodalLM if with_images else AutoModelForCausalLM
-        model = self._loader.from_pretrained(dense, dtype=torch.float32)
+        model = self._loader.from_pretrained(dense, dtype=dtype)
         if with_images:
             self._processor = AutoProcessor.from_pretrained(dense)
             read = read_conversations(str(model_folders.vision_samples(folder)))

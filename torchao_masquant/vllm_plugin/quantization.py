@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Optional
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
@@ -24,6 +25,7 @@ from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.modality import modality_token_ids
 from torchao_masquant.outputs import QUANT_METHOD
+from torchao_masquant.vllm_plugin.expert_method import MASQuantExpertMethod
 from torchao_masquant.vllm_plugin.linear_method import MASQuantLinearMethod
 from torchao_masquant.vllm_plugin.token_ids import TokenIds, watch_embedding
 
@@ -37,6 +39,9 @@ _TRIED = ("0.32",)
 
 #: Where a multimodal model's decoder lies, in transformers and in vLLM.
 _DECODER, _VLLM_DECODER = "model.language_model.", "language_model.model."
+
+#: What Mixtral calls the mixture of a layer in vLLM and in files, and in transformers.
+_VLLM_MIXTURE = (".block_sparse_moe.", ".mlp.")
 
 #: Modality to vLLM's names of the inputs that become tokens of it.
 _KINDS = {"vision": ("image", "video"), "audio": ("audio",)}
@@ -130,6 +135,8 @@ class MASQuantVllmConfig(QuantizationConfig):
             ValueError: vLLM has merged what is quantized with what is not, or can't run
                 what the checkpoint has there.
         """
+        if isinstance(layer, RoutedExperts):
+            return self._expert_method(layer, prefix)
         found = self._layers_of(prefix)
         self._unclaimed -= found.keys()
         if not found:
@@ -142,12 +149,36 @@ class MASQuantVllmConfig(QuantizationConfig):
             )
         return MASQuantLinearMethod(self, found, self._ids_for(found))
 
-    def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
-        """Name of each shard of a layer to what it is; empty: it is not quantized."""
+    def _expert_method(
+        self, layer: RoutedExperts, prefix: str
+    ) -> Optional[MASQuantExpertMethod]:
+        """How a layer's experts are loaded and run; None: they are not quantized."""
+        prefix = self._saved_prefix(prefix)
+        known = {n: f for n, f in self.layers.items() if n.rpartition(".")[0] == prefix}
+        if not known:
+            return None
+        names = [f"{prefix}.gate_up_proj", f"{prefix}.down_proj"]
+        if sorted(known) != sorted(names):
+            raise ValueError(
+                f"vLLM runs experts with {names}, and the checkpoint has "
+                f"{sorted(known)} quantized: they are of another architecture, or not "
+                "quantized as a whole."
+            )
+        self._unclaimed -= known.keys()
+        found = {name: known[name] for name in names}
+        return MASQuantExpertMethod(self, layer, found, self._ids_for(found))
+
+    def _saved_prefix(self, prefix: str) -> str:
+        """The name in the checkpoint of a module of vLLM's model."""
         if not any(name.startswith(_VLLM_DECODER) for name in self.layers):
             # Where vLLM has no mapper for the model, as for Qwen2-Audio.
             if prefix.startswith(_VLLM_DECODER):
                 prefix = _DECODER + prefix.removeprefix(_VLLM_DECODER)
+        return prefix.replace(*_VLLM_MIXTURE)
+
+    def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
+        """Name of each shard of a layer to what it is; empty: it is not quantized."""
+        prefix = self._saved_prefix(prefix)
         if prefix in self.layers:
             return {prefix: self.layers[prefix]}
         parent, _, own = prefix.rpartition(".")
