@@ -13,19 +13,22 @@ import transformers
 
 from torchao_masquant.testing import model_folders
 
-__all__ = ["mixtral", "qwen3_moe", "qwen3_vl_moe"]
+__all__ = ["SIGHT", "mixtral", "qwen3_moe", "qwen3_vl_moe"]
 
-_SIGHT = {
+_TOKENS = {
     "vision_bos_token": "<|vision_start|>",
     "vision_eos_token": "<|vision_end|>",
-    "image_token": "<image>",
-    "video_token": "<video>",
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
 }
+
+#: How a prompt says where an image is.
+SIGHT = "<|vision_start|><|image_pad|><|vision_end|>"
 
 _EXPERTS: dict[str, Any] = {
     "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 96,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
     "head_dim": 32,
     "num_experts": 6,
     "num_local_experts": 6,
@@ -70,9 +73,9 @@ def qwen3_vl_moe(folder: Path) -> Path:
         tokenizer_object=model_folders._tokenizer().backend_tokenizer,
         eos_token="<end>",
         pad_token="<pad>",
-        extra_special_tokens=_SIGHT,
+        extra_special_tokens=_TOKENS,
     )
-    start, end, image, video = tokenizer.convert_tokens_to_ids(list(_SIGHT.values()))
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(_TOKENS.values()))
     config = transformers.Qwen3VLMoeConfig(
         text_config={
             **_text(),
@@ -111,7 +114,7 @@ def qwen3_vl_moe(folder: Path) -> Path:
         Qwen2VLImageProcessorPil(**pixels),
         tokenizer,
         transformers.Qwen3VLVideoProcessor(**pixels),
-        chat_template=model_folders.TEMPLATE,
+        chat_template=model_folders.TEMPLATE.replace("<image>", SIGHT),
     )
     model_class = transformers.Qwen3VLMoeForConditionalGeneration
     return _saved(model_class, config, processor, folder)

@@ -48,11 +48,12 @@ class Subject:
         scheme: str,
         *,
         with_images: bool,
+        image: str = "<image>",
         make: Optional[Callable[[Path], Path]] = None,
         dtype: torch.dtype = torch.float32,
         **options,
     ):
-        self.with_images = with_images
+        self.with_images, self.image = with_images, image
         if make is None:
             own = model_folders
             make = own.vision_model if with_images else own.text_model
@@ -77,7 +78,7 @@ class Subject:
 
     @property
     def requests(self) -> list[Request]:
-        return requests(_COUNT, with_images=self.with_images)
+        return requests(_COUNT, with_images=self.with_images, image=self.image)
 
     def _answer(self, model, request: Request) -> tuple[list[int], list[int]]:
         media = {"images": request.images} if request.seeds else {}
@@ -90,7 +91,9 @@ class Subject:
 
     def asked(self, output: Path, environment: dict[str, str] = {}, **options):
         """vLLM's answers."""
-        settings = json.dumps({"with_images": self.with_images, **options})
+        settings = json.dumps(
+            {"with_images": self.with_images, "image": self.image, **options}
+        )
         script = _HERE / "ask_vllm.py"
         run = subprocess.run(
             [sys.executable, script, self.folder, str(_COUNT), settings, output],

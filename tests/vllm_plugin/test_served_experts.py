@@ -19,6 +19,7 @@ def seeing(tmp_path_factory):
         tmp_path_factory.mktemp("seeing"),
         "w4a8",
         with_images=True,
+        image=expert_folders.SIGHT,
         make=expert_folders.qwen3_vl_moe,
         hadamard_size=32,
     )

@@ -22,7 +22,6 @@ from torchao_masquant.integrations.checkpoint_format import stored_part
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.expert_linear import expert_product
-from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 from torchao_masquant.vllm_plugin.token_ids import TokenIds
 from torchao_masquant.vllm_plugin.weight_parts import WeightParts
 
@@ -252,16 +251,13 @@ class _Loading:
             # Of the gate as of the other half.
             inner = rows // 2
             size = inner // pieces
-            halves: list[Any] = [
+            halves = [
                 weight[:, start + rank * size : start + (rank + 1) * size]
                 for start in (0, inner)
             ]
-            parts = halves[0].parts()
-            for part, other in halves[1].parts().items():
-                along = PARTS[part].dim("N")
-                if along is not None:
-                    parts[part] = torch.cat([parts[part], other], along)
-            return weight.with_parts(parts)
+            piece = torch.cat(halves, 1)
+            assert isinstance(piece, MASQuantTensor)
+            return piece
         size, left = divmod(columns, pieces)
         if left or size % weight.column_multiple:
             raise ValueError(
@@ -270,9 +266,9 @@ class _Loading:
                 "another tensor_parallel_size, or calibrate with a hadamard_size and a "
                 "group_size that divide their pieces."
             )
-        piece = weight[:, :, rank * size : (rank + 1) * size]
-        assert isinstance(piece, MASQuantTensor)
-        return piece
+        part = weight[:, :, rank * size : (rank + 1) * size]
+        assert isinstance(part, MASQuantTensor)
+        return part
 
     def weights(self) -> tuple[MASQuantTensor, MASQuantTensor]:
         """Both, in the order of their use.
