@@ -87,7 +87,6 @@ def test_each_is_a_sentence(folder, tmp_path):
     attempts = {
         "(masquant) does not match": (folder, {"quantization": "fp8"}),
         "reads 1 to 4: upgrade it": (newer, {}),
-        "float64 is not supported": (folder, {"dtype": "float64"}),
         "vLLM's model has no place for 14 quantized weights": (other, {}),
         "its config.json is that of another model": (wider, {}),
     }
