@@ -7,15 +7,41 @@
 
 import expert_folders
 import pytest
+import torch
 from test_served import _COUNT, Subject
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
 
+class Mixture(Subject):
+    """Keeps, too, how likely transformers takes the first token of an answer to be."""
+
+    def _answer(self, model, request):
+        prompt, tokens = super()._answer(model, request)
+        media = {"images": request.images} if request.seeds else {}
+        inputs = self._processor(text=request.prompt, return_tensors="pt", **media)
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+        known = self.__dict__.setdefault("first", [])
+        known.append(logits.log_softmax(-1)[tokens[0]].item())
+        return prompt, tokens
+
+    def distances(self, answers, *, with_images: bool) -> list[float]:
+        """Of the first tokens' log probabilities, where vLLM names that of the token."""
+        return [
+            abs(first - answer["logprobs"][0][str(tokens[0])])
+            for request, (_, tokens), first, answer in zip(
+                self.requests, self.expected, self.first, answers
+            )
+            if bool(request.seeds) == with_images
+            and str(tokens[0]) in answer["logprobs"][0]
+        ]
+
+
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    return Subject(
+    return Mixture(
         tmp_path_factory.mktemp("seeing"),
         "w4a8",
         with_images=True,
@@ -40,13 +66,16 @@ def test_images_in_steps_that_end_within_them(seeing, tmp_path, eager):
     # An int8 that is rounded the other way moves a log probability by a hundredth.
     assert all(d < 0.05 for d in seeing.differences(answers))
     assert len(seeing.differences(answers)) <= 1
+    assert max(seeing.distances(answers, with_images=False)) < 1e-3
+    assert max(seeing.distances(answers, with_images=True)) < 5e-3
 
 
 def test_it_would_show_if_images_were_taken_for_text(seeing, tmp_path):
     answers = seeing.asked(
         tmp_path / "answers.json", enforce_eager=True, all_is_text=True
     )
-    assert len(seeing.differences(answers)) > _COUNT // 4
+    assert max(seeing.distances(answers, with_images=False)) < 1e-3
+    assert min(seeing.distances(answers, with_images=True)) > 1e-2
 
 
 def test_two_processes(seeing, tmp_path):
