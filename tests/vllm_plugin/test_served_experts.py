@@ -51,8 +51,14 @@ def seeing(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
-@pytest.mark.parametrize("make", [expert_folders.qwen3_moe, expert_folders.mixtral])
+@pytest.mark.parametrize(
+    "make, scheme",
+    [
+        (expert_folders.qwen3_moe, "w8a8"),
+        (expert_folders.qwen3_moe, "w4a16"),
+        (expert_folders.mixtral, "w4a8"),
+    ],
+)
 def test_text(tmp_path, make, scheme):
     groups = {"group_size": 32} if scheme == "w4a16" else {}
     subject = Subject(tmp_path, scheme, with_images=False, make=make, **groups)

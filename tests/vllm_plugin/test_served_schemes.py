@@ -25,7 +25,8 @@ def test_few_bits(tmp_path, scheme):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
 def test_half_precision(tmp_path, scheme, dtype):
-    subject = Subject(tmp_path, scheme, with_images=False, dtype=dtype)
+    groups = {"group_size": 32} if scheme == "w4a16" else {}
+    subject = Subject(tmp_path, scheme, with_images=False, dtype=dtype, **groups)
     answers = subject.asked(
         tmp_path / "answers.json",
         enforce_eager=True,

@@ -134,7 +134,7 @@ class MASQuantVllmConfig(QuantizationConfig):
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
         self._unclaimed = set(hf_to_vllm_mapper.apply_list(list(self._unclaimed)))
 
-    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
         """vLLM's own, which it asks for when the model is made and files are to be read.
 
         Raises:
