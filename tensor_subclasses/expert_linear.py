@@ -5,16 +5,16 @@
 # LICENSE file in the root directory of this source tree.
 """``masquant::expert_linear`` of a :class:`MASQuantTensor` with a matrix per expert."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torchao.utils import fill_defaults
 
 from torchao_masquant.kernels.expert_operators import expert_of_rows
-from torchao_masquant.tensor_subclasses.linear_operator import check_ids
+from torchao_masquant.tensor_subclasses.linear_operator import check_ids, smooth
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
 
-__all__: list[str] = []
+__all__ = ["expert_product"]
 
 
 def _check(
@@ -47,15 +47,14 @@ def _check(
 
 def _quantize_by_expert(
     x: torch.Tensor,
-    weight: MASQuantTensor,
+    weight: Any,
     ends: torch.Tensor,
-    row_ids: "torch.Tensor | None",
-) -> "tuple[torch.Tensor, torch.Tensor]":
+    row_ids: Optional[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``smooth_quantize`` of rows in the order of experts, with each expert's shift.
 
     An expert's modality is to the operator a modality of its own.
     """
-    assert weight.act_shift is not None
     experts, modalities, k = weight.act_shift.shape
     ids = expert_of_rows(ends, x.shape[0]) * modalities
     if row_ids is not None:
@@ -70,35 +69,40 @@ def _quantize_by_expert(
     )
 
 
-@MASQuantTensor.implements(torch.ops.masquant.expert_linear.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def expert_product(
+    weight: Any,
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    rows: Optional[torch.Tensor],
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+) -> torch.Tensor:
     """``y[i] = linear(x[rows[i]], weight[e])`` for ``ends[e - 1] <= i < ends[e]``.
 
     Args:
+        weight: a :class:`MASQuantTensor` (E, N, K), or whatever has its parts and numbers
+            as attributes.
         x: (T, K) floating point.
-        weight: (E, N, K).
         ends: (E,) integers that do not fall.
         rows: (S,) integers, which token each row of the output is of; None: x is in
             the order of the experts itself, and S is T.
-        modality_ids: (T,) integers, of x; None: every token is base.
+        modality_ids: (T,) integers, of x, where the weight is routed; None: every token
+            is base.
         bias: (E, N) or None.
 
     Returns:
         (S, N) of x's type; zeros behind the last expert's rows.
     """
-    x, weight, ends, rows, modality_ids, bias = fill_defaults(args, 6, [None] * 3)
-    _check(x, weight, ends, modality_ids)
-    ids = modality_ids if weight.is_routed else None
 
     def of_rows(tokens: torch.Tensor) -> torch.Tensor:
         return tokens if rows is None else tokens.index_select(0, rows)
 
-    row_ids = None if ids is None else of_rows(ids)
+    row_ids = None if modality_ids is None else of_rows(modality_ids)
     # A base-only call hands no pair on.
-    paired = ids is not None and weight.l1 is not None
+    paired = modality_ids is not None and weight.l1 is not None
     pair = (weight.l1, weight.l2) if paired else (None, None)
     low_rank_scale = weight.low_rank_scale if paired else None
-    if weight.weight_only:
+    if weight.act_bits == 16:
         return torch.ops.masquant.expert_weight_only_linear(
             of_rows(x),
             ends,
@@ -120,17 +124,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         qx, x_scale = _quantize_by_expert(of_rows(x), weight, ends, row_ids)
     else:
         # Once for each token, however many experts read it.
-        qx, x_scale = map(
-            of_rows,
-            torch.ops.masquant.smooth_quantize(
-                x,
-                weight.act_pre_scale,
-                ids,
-                weight.act_bits,
-                weight.act_shift,
-                weight.hadamard_size or 1,
-            ),
-        )
+        qx, x_scale = map(of_rows, smooth(weight, x, modality_ids))
     return torch.ops.masquant.expert_int_linear(
         qx,
         x_scale,
@@ -146,3 +140,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
         x.dtype,
         low_rank_scale,
     )
+
+
+@MASQuantTensor.implements(torch.ops.masquant.expert_linear.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    x, weight, ends, rows, modality_ids, bias = fill_defaults(args, 6, [None] * 3)
+    _check(x, weight, ends, modality_ids)
+    ids = modality_ids if weight.is_routed else None
+    return expert_product(weight, x, ends, rows, ids, bias)

@@ -6,7 +6,8 @@
 """Pieces of a MASQuantTensor.
 
 Experts and rows, ``weight[0]`` and ``weight[torch.tensor([0, 2])]``, and slices of rows
-and of columns, ``weight[:8]`` and ``weight[:, :64]``.
+and of columns, ``weight[:8]`` and ``weight[:, :64]``, of all experts ``weight[:, :8]`` and
+``weight[:, :, :64]``.
 """
 
 from typing import Any, Callable
@@ -91,18 +92,18 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     bias rides with the slice that holds column 0.
     """
     self, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
-    if self.dim() != 2:
+    dim = dim - self.dim() if dim >= 0 else dim
+    if dim not in (-2, -1):
         raise ValueError(
             f"the experts of a MASQuantTensor are not sliced, but taken one by one, as "
             f"weight[e]: got {self!r}."
         )
-    dim = dim + 2 if dim < 0 else dim
     if step != 1:
         raise ValueError(f"MASQuantTensor slices with step 1 only, got step={step}.")
     size = self.shape[dim]
     start, end, _ = slice(start, end).indices(size)
     end = max(start, end)
-    if dim == 0:
+    if dim == -2:
         spans, columns = {"N": (start, end)}, self.in_features
     else:
         multiple = self.column_multiple
@@ -119,7 +120,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
             along = PARTS[name].dim(symbol)
             if along is not None:
                 parts[name] = aten.slice.Tensor(part, along, *span)
-        if dim == 1 and start > 0 and PARTS[name].added:
+        if dim == -1 and start > 0 and PARTS[name].added:
             parts[name] = torch.zeros_like(part)
     return return_and_correct_aliasing(
         func, args, kwargs, self.with_parts(parts, in_features=columns)

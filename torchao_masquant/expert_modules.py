@@ -17,7 +17,58 @@ from torchao_masquant.routing import Router
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.copying import adopt_rotation
 
-__all__ = ["MASQuantExperts", "RoutedExperts"]
+__all__ = ["MASQuantExperts", "Projection", "RoutedExperts", "through_experts"]
+
+
+#: A projection by all experts: of (T, K), where each expert's rows end, of which token each
+#: row is (None: of itself) and modality ids; see ``masquant::expert_linear``.
+Projection = Callable[
+    [torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]],
+    torch.Tensor,
+]
+
+
+def through_experts(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    modality_ids: Optional[torch.Tensor],
+    count: int,
+    up: Projection,
+    gate: Callable[[torch.Tensor], torch.Tensor],
+    down: Projection,
+    norm: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+) -> torch.Tensor:
+    """Weighted sum over the experts of each token; tokens are sorted by expert.
+
+    Args:
+        hidden_states: (T, H).
+        top_k_index: (T, k) integers, the experts of each token; ``count`` or more for one
+            that is held elsewhere.
+        top_k_weights: (T, k) floating point.
+        modality_ids: (T,) integers, or None: all base.
+        count: of experts.
+        up: the first projection.
+        gate: what lies between the two.
+        down: the second.
+        norm: of each expert's output; None: there is none.
+
+    Returns:
+        (T, H).
+    """
+    tokens, top_k = top_k_index.shape
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    rows = order // top_k
+    numbers = torch.arange(count, device=experts.device, dtype=experts.dtype)
+    ends = torch.searchsorted(experts, numbers, right=True)
+    y = gate(up(hidden_states, ends, rows, modality_ids))
+    row_ids = None if modality_ids is None else modality_ids.index_select(0, rows)
+    y = down(y, ends, None, row_ids)
+    if norm is not None:
+        y = norm(y)
+    y = y * top_k_weights.reshape(-1).index_select(0, order)[:, None]
+    y = torch.zeros_like(y).index_copy(0, order, y)
+    return y.unflatten(0, (tokens, top_k)).sum(1).to(hidden_states.dtype)
 
 
 class RoutedExperts(Reclassed):
@@ -73,28 +124,26 @@ class RoutedExperts(Reclassed):
         """
         names = projections(self)
         assert names is not None
-        tokens, top_k = top_k_index.shape
-        ids = self.modality_ids(hidden_states)
-        experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        rows = order // top_k
-        numbers = torch.arange(
-            getattr(self, names[1]).shape[0], device=experts.device, dtype=experts.dtype
-        )
-        ends = torch.searchsorted(experts, numbers, right=True)
-
-        def bias_of(name: str) -> Optional[torch.Tensor]:
-            return getattr(self, f"{name}_bias") if self.has_bias else None
-
         up, down = names
-        y = self.project(up, hidden_states, ends, rows, ids, bias_of(up))
-        y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-        row_ids = None if ids is None else ids.index_select(0, rows)
-        y = self.project(down, y, ends, None, row_ids, bias_of(down))
-        if getattr(self, "has_post_expert_norm", False):
-            y = self.post_expert_norm(y)
-        y = y * top_k_weights.reshape(-1).index_select(0, order)[:, None]
-        y = torch.zeros_like(y).index_copy(0, order, y)
-        return y.unflatten(0, (tokens, top_k)).sum(1).to(hidden_states.dtype)
+
+        def project(name: str) -> Projection:
+            bias = getattr(self, f"{name}_bias") if self.has_bias else None
+            return lambda x, ends, rows, ids: self.project(
+                name, x, ends, rows, ids, bias
+            )
+
+        has_norm = getattr(self, "has_post_expert_norm", False)
+        return through_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.modality_ids(hidden_states),
+            getattr(self, down).shape[0],
+            project(up),
+            self._apply_gate if self.has_gate else self.act_fn,
+            project(down),
+            self.post_expert_norm if has_norm else None,
+        )
 
 
 class MASQuantExperts(RoutedExperts):

@@ -260,6 +260,20 @@ def test_experts_are_put_together_again() -> None:
     assert_same(torch.cat([tensor[torch.tensor([i])] for i in range(4)]), tensor)
 
 
+def test_pieces_of_experts_are_those_of_each() -> None:
+    each = [make(seed=0).tensor, make(seed=0).tensor]
+    tensor = MASQuantTensor.stack(each)
+    rows = MASQuantTensor.stack([t[2:5] for t in each])
+    assert_same(tensor[:, 2:5], rows)
+    columns = [tensor[:, :, :8], tensor[:, :, 8:]]
+    for found, expected in zip(columns, (slice(None, 8), slice(8, None))):
+        assert_same(found, MASQuantTensor.stack([t[:, expected] for t in each]))
+    assert_same(torch.cat([tensor[:, :2], tensor[:, 2:]], 1), tensor)
+    assert_same(torch.cat(columns, 2), tensor)
+    with pytest.raises(ValueError, match="experts of a MASQuantTensor are not sliced"):
+        tensor[:1]
+
+
 def test_what_was_not_one_weight_is_not_put_together() -> None:
     for others, match in (
         ([make(seed=0).tensor, make(seed=1).tensor], "the act_pre_scale .* differ"),

@@ -18,6 +18,7 @@ def main() -> None:
     folder, count, options, output = sys.argv[1:]
     settings = json.loads(options)
     with_images = settings.pop("with_images")
+    image = settings.pop("image")
     if settings.pop("all_is_text", False):
         from torchao_masquant.vllm_plugin.token_ids import TokenIds
 
@@ -35,7 +36,7 @@ def main() -> None:
         {"prompt": r.prompt, "multi_modal_data": {"image": r.images}}
         if r.seeds
         else {"prompt": r.prompt}
-        for r in requests(int(count), with_images=with_images)
+        for r in requests(int(count), with_images=with_images, image=image)
     ]
     # The log probability of any token, so that one that was not chosen has one, too.
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=20)

@@ -34,8 +34,14 @@ class Request:
         ]
 
 
-def requests(count: int, *, with_images: bool) -> list[Request]:
-    """Text; an image anywhere; two images; a long prefix that several have in common."""
+def requests(count: int, *, with_images: bool, image: str = "<image>") -> list[Request]:
+    """Text; an image anywhere; two images; a long prefix that several have in common.
+
+    Args:
+        count: of them.
+        with_images: or text alone.
+        image: how a prompt says where an image is.
+    """
     draw = random.Random(1)
 
     def words(least: int, most: int) -> str:
@@ -46,13 +52,13 @@ def requests(count: int, *, with_images: bool) -> list[Request]:
         kinds = ("text", "one", "one", "two", "shared") if with_images else ("text",)
         prompt, seeds = {
             "text": lambda: (words(3, 20), ()),
-            "one": lambda: (f"{words(0, 8)}<image>{words(1, 12)}", (seed,)),
+            "one": lambda: (f"{words(0, 8)}{image}{words(1, 12)}", (seed,)),
             "two": lambda: (
-                f"<image>{words(3, 3)}<image>{words(1, 5)}",
+                f"{image}{words(3, 3)}{image}{words(1, 5)}",
                 (seed, -~seed),
             ),
             "shared": lambda: (
-                f"a long start, over and over <image> and {words(1, 6)}",
+                f"a long start, over and over {image} and {words(1, 6)}",
                 (count,),
             ),
         }[draw.choice(kinds)]()

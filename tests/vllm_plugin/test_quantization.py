@@ -5,6 +5,9 @@
 # LICENSE file in the root directory of this source tree.
 """Which of vLLM's layers are quantized, by what a folder's config.json says."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 
@@ -19,6 +22,7 @@ from vllm.model_executor.layers.linear import (  # noqa: E402
     UnquantizedLinearMethod,
 )
 
+from torchao_masquant.vllm_plugin import quantization  # noqa: E402
 from torchao_masquant.vllm_plugin.linear_method import (  # noqa: E402
     MASQuantLinearMethod,
 )
@@ -91,3 +95,76 @@ def test_a_newer_format_is_refused():
     ).to_json()
     with pytest.raises(ValueError, match="reads 1 to 4: upgrade it"):
         MASQuantVllmConfig.from_config({**entry, "format_version": 99})
+
+
+def routed(asked: dict[str, int], *, sees: bool = True) -> None:
+    """Let vLLM ask for a layer of a checkpoint that treats modalities differently."""
+    weight = MASQuantTensor.from_hp(
+        torch.randn(8, 16),
+        modalities=("text", "vision"),
+        smoothing_factor=torch.rand(2, 16) + 0.5,
+    )
+    entry = CheckpointFormat("float32", {"a.o_proj": LayerFormat.of(weight)}).to_json()
+    usual = {
+        "pipeline_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "use_ubatching": False,
+    }
+    vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**usual | asked),
+        model_config=SimpleNamespace(multimodal_config=None),
+    )
+    model_class = type("Reader", (), {"supports_multimodal": sees})
+    of = MASQuantVllmConfig.from_config(entry)
+    of.maybe_update_config("", SimpleNamespace(architectures=["Reader"]))
+    with (
+        mock.patch.object(quantization, "get_current_vllm_config", lambda: vllm_config),
+        mock.patch.object(
+            quantization, "modality_token_ids", lambda _: {"text": (), "vision": (3,)}
+        ),
+        mock.patch.object(
+            quantization.ModelRegistry,
+            "resolve_model_cls",
+            lambda *_, **__: (model_class, ""),
+        ),
+    ):
+        method(of, "a.o_proj")
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"pipeline_parallel_size": 2}, "use pipeline_parallel_size=1"),
+        ({"prefill_context_parallel_size": 2}, "use prefill_context_parallel_size=1"),
+        ({"use_ubatching": True}, "leave out --enable-dbo and --ubatch-size"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_where_layers_cannot_tell_their_tokens(asked, said):
+    with pytest.raises(ValueError, match=said):
+        routed(asked)
+
+
+def test_a_model_that_takes_text_alone_is_refused():
+    with pytest.raises(ValueError, match="vLLM's Reader takes text alone"):
+        routed({}, sees=False)
+
+
+@pytest.mark.parametrize("stages, missing", [(1, 2), (2, 1)])
+def test_each_stage_looks_for_its_own_layers(stages, missing):
+    of = config("model.layers.0.mlp.o_proj", "model.layers.1.mlp.o_proj")
+    vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        model_config=SimpleNamespace(get_layers_start_end_indices=lambda _: (1, 2)),
+    )
+    with mock.patch.object(
+        quantization, "get_current_vllm_config", lambda: vllm_config
+    ):
+        with pytest.raises(ValueError, match=f"no place for {missing} quantized"):
+            of.check_claimed()
+
+
+def test_a_release_that_was_not_tried_is_warned_of():
+    with mock.patch.object(quantization, "vllm_version", "0.40.1"):
+        with pytest.warns(UserWarning, match="tried with vLLM 0.32, this is 0.40.1"):
+            quantization.register_config()

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Callable, Optional
 from unittest import mock
 
 import pytest
@@ -41,13 +42,25 @@ _COUNT = 24
 class Subject:
     """A quantized folder, and what transformers answers from it."""
 
-    def __init__(self, folder: Path, scheme: str, *, with_images: bool, **options):
-        self.with_images = with_images
-        make = model_folders.vision_model if with_images else model_folders.text_model
+    def __init__(
+        self,
+        folder: Path,
+        scheme: str,
+        *,
+        with_images: bool,
+        image: str = "<image>",
+        make: Optional[Callable[[Path], Path]] = None,
+        dtype: torch.dtype = torch.float32,
+        **options,
+    ):
+        self.with_images, self.image = with_images, image
+        if make is None:
+            own = model_folders
+            make = own.vision_model if with_images else own.text_model
         with mock.patch.dict(model_folders._TEXT, _TEXT):
             dense = make(folder / "dense")
         self._loader = AutoModelForMultimodalLM if with_images else AutoModelForCausalLM
-        model = self._loader.from_pretrained(dense, dtype=torch.float32)
+        model = self._loader.from_pretrained(dense, dtype=dtype)
         if with_images:
             self._processor = AutoProcessor.from_pretrained(dense)
             read = read_conversations(str(model_folders.vision_samples(folder)))
@@ -65,7 +78,7 @@ class Subject:
 
     @property
     def requests(self) -> list[Request]:
-        return requests(_COUNT, with_images=self.with_images)
+        return requests(_COUNT, with_images=self.with_images, image=self.image)
 
     def _answer(self, model, request: Request) -> tuple[list[int], list[int]]:
         media = {"images": request.images} if request.seeds else {}
@@ -78,7 +91,9 @@ class Subject:
 
     def asked(self, output: Path, environment: dict[str, str] = {}, **options):
         """vLLM's answers."""
-        settings = json.dumps({"with_images": self.with_images, **options})
+        settings = json.dumps(
+            {"with_images": self.with_images, "image": self.image, **options}
+        )
         script = _HERE / "ask_vllm.py"
         run = subprocess.run(
             [sys.executable, script, self.folder, str(_COUNT), settings, output],

@@ -5,18 +5,21 @@
 # LICENSE file in the root directory of this source tree.
 """The quantization method "masquant" for vLLM."""
 
+import re
 import warnings
 from typing import TYPE_CHECKING, Any, Mapping, Optional
 
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.version import __version__ as vllm_version
 
@@ -24,6 +27,7 @@ from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.modality import modality_token_ids
 from torchao_masquant.outputs import QUANT_METHOD
+from torchao_masquant.vllm_plugin.expert_method import MASQuantExpertMethod
 from torchao_masquant.vllm_plugin.linear_method import MASQuantLinearMethod
 from torchao_masquant.vllm_plugin.token_ids import TokenIds, watch_embedding
 
@@ -38,6 +42,11 @@ _TRIED = ("0.32",)
 #: Where a multimodal model's decoder lies, in transformers and in vLLM.
 _DECODER, _VLLM_DECODER = "model.language_model.", "language_model.model."
 
+_LAYER_NUMBER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
+
+#: What Mixtral calls the mixture of a layer in vLLM and in files, and in transformers.
+_VLLM_MIXTURE = (".block_sparse_moe.", ".mlp.")
+
 #: Modality to vLLM's names of the inputs that become tokens of it.
 _KINDS = {"vision": ("image", "video"), "audio": ("audio",)}
 
@@ -51,6 +60,22 @@ def register_config() -> None:
             stacklevel=2,
         )
     register_quantization_config(QUANT_METHOD)(MASQuantVllmConfig)
+
+
+class _PlainLinearMethod(UnquantizedLinearMethod):
+    """vLLM's own, for a linear that the checkpoint has in high precision.
+
+    Each model has one. So it is noticed, too, where no layer at all has been found to be
+    quantized, and vLLM has left out of a file what it found no place for.
+    """
+
+    def __init__(self, config: "MASQuantVllmConfig"):
+        super().__init__()
+        self._config = config
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self._config.check_claimed()
+        super().process_weights_after_loading(layer)
 
 
 class MASQuantVllmConfig(QuantizationConfig):
@@ -109,17 +134,31 @@ class MASQuantVllmConfig(QuantizationConfig):
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
         self._unclaimed = set(hf_to_vllm_mapper.apply_list(list(self._unclaimed)))
 
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
+        """vLLM's own, which it asks for when the model is made and files are to be read.
+
+        Raises:
+            ValueError: vLLM's model has no layer for a quantized weight.
+        """
+        self.check_claimed()
+        return QuantizationConfig.get_checkpoint_weight_mapper()
+
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: Optional[str] = None
     ) -> None:
         """Keep the whole model's config: inside of it, vLLM knows that of a part."""
         self._hf_config = hf_config
 
-    @property
-    def _is_whole(self) -> bool:
-        """Whether this process has all layers of the model."""
-        parallel = get_current_vllm_config().parallel_config
-        return parallel.pipeline_parallel_size == 1
+    def _is_of_this_process(self, name: str) -> bool:
+        """Whether a layer of this name belongs to the stage that this process has."""
+        config = get_current_vllm_config()
+        if config.parallel_config.pipeline_parallel_size == 1:
+            return True
+        start, end = config.model_config.get_layers_start_end_indices(
+            config.parallel_config
+        )
+        number = _LAYER_NUMBER.search(name)
+        return number is not None and start <= int(number[1]) < end
 
     def get_quant_method(
         self, layer: nn.Module, prefix: str
@@ -130,10 +169,12 @@ class MASQuantVllmConfig(QuantizationConfig):
             ValueError: vLLM has merged what is quantized with what is not, or can't run
                 what the checkpoint has there.
         """
+        if isinstance(layer, RoutedExperts):
+            return self._expert_method(layer, prefix)
         found = self._layers_of(prefix)
         self._unclaimed -= found.keys()
         if not found:
-            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+            return _PlainLinearMethod(self) if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
             raise ValueError(
                 f"{prefix} is quantized in the checkpoint, and vLLM's "
@@ -142,12 +183,36 @@ class MASQuantVllmConfig(QuantizationConfig):
             )
         return MASQuantLinearMethod(self, found, self._ids_for(found))
 
-    def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
-        """Name of each shard of a layer to what it is; empty: it is not quantized."""
+    def _expert_method(
+        self, layer: RoutedExperts, prefix: str
+    ) -> Optional[MASQuantExpertMethod]:
+        """How a layer's experts are loaded and run; None: they are not quantized."""
+        prefix = self._saved_prefix(prefix)
+        known = {n: f for n, f in self.layers.items() if n.rpartition(".")[0] == prefix}
+        if not known:
+            return None
+        names = [f"{prefix}.gate_up_proj", f"{prefix}.down_proj"]
+        if sorted(known) != sorted(names):
+            raise ValueError(
+                f"vLLM runs experts with {names}, and the checkpoint has "
+                f"{sorted(known)} quantized: they are of another architecture, or not "
+                "quantized as a whole."
+            )
+        self._unclaimed -= known.keys()
+        found = {name: known[name] for name in names}
+        return MASQuantExpertMethod(self, layer, found, self._ids_for(found))
+
+    def _saved_prefix(self, prefix: str) -> str:
+        """The name in the checkpoint of a module of vLLM's model."""
         if not any(name.startswith(_VLLM_DECODER) for name in self.layers):
             # Where vLLM has no mapper for the model, as for Qwen2-Audio.
             if prefix.startswith(_VLLM_DECODER):
                 prefix = _DECODER + prefix.removeprefix(_VLLM_DECODER)
+        return prefix.replace(*_VLLM_MIXTURE)
+
+    def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
+        """Name of each shard of a layer to what it is; empty: it is not quantized."""
+        prefix = self._saved_prefix(prefix)
         if prefix in self.layers:
             return {prefix: self.layers[prefix]}
         parent, _, own = prefix.rpartition(".")
@@ -182,6 +247,18 @@ class MASQuantVllmConfig(QuantizationConfig):
                 "token is, and this checkpoint treats modalities differently: use "
                 "pipeline_parallel_size=1."
             )
+        if config.parallel_config.use_ubatching:
+            raise ValueError(
+                "where vLLM runs a step in several parts at a time, its layers can't tell "
+                "which tokens they have, and this checkpoint treats modalities "
+                "differently: leave out --enable-dbo and --ubatch-size."
+            )
+        if config.parallel_config.prefill_context_parallel_size > 1:
+            raise ValueError(
+                "with prefill context parallelism a process has other tokens of a step "
+                "than its first ones, and this checkpoint treats modalities differently: "
+                "use prefill_context_parallel_size=1."
+            )
         known = modality_token_ids(self._hf_config)
         foreign = [m for m in modalities if m not in known]
         if foreign:
@@ -208,6 +285,12 @@ class MASQuantVllmConfig(QuantizationConfig):
         model_class, _ = ModelRegistry.resolve_model_cls(
             self._hf_config.architectures, model_config=config.model_config
         )
+        if not supports_multimodal(model_class):
+            raise ValueError(
+                f"the checkpoint was quantized for {list(modalities)}, and vLLM's "
+                f"{model_class.__name__} takes text alone: serve it as the architecture "
+                "that it was saved as."
+            )
         watch_embedding(model_class)
         return TokenIds(
             config.scheduler_config.max_num_batched_tokens,
@@ -222,9 +305,11 @@ class MASQuantVllmConfig(QuantizationConfig):
         Raises:
             ValueError: names some of them.
         """
-        if self._unclaimed and self._is_whole:
-            some = ", ".join(sorted(self._unclaimed)[:3])
+        unclaimed = [n for n in self._unclaimed if self._is_of_this_process(n)]
+        if unclaimed:
+            some = ", ".join(sorted(unclaimed)[:3])
             raise ValueError(
-                f"vLLM's model has no place for {len(self._unclaimed)} quantized weights "
-                f"of the checkpoint ({some}): they are of another architecture."
+                f"vLLM's model has no place for {len(unclaimed)} quantized weights of the "
+                f"checkpoint ({some}): they are of another architecture, or of one whose "
+                "layers vLLM names in a way that is not known here."
             )

@@ -21,25 +21,9 @@ from torchao_masquant.tensor_subclasses.linear_operator import (
     smooth,
     weight_only_product,
 )
-from torchao_masquant.tensor_subclasses.weight_layout import PARTS
+from torchao_masquant.vllm_plugin.weight_parts import WeightParts
 
 __all__ = ["QuantizedShards"]
-
-
-class _Shard(nn.Module):
-    """The parts of one weight as buffers, which graphs take as they take any tensor."""
-
-    def __init__(self, weight: MASQuantTensor):
-        super().__init__()
-        for name in PARTS:
-            part = getattr(weight, name)
-            part = None if part is None else part.contiguous()
-            self.register_buffer(name, part, persistent=False)
-        self.ranks = list(weight.ranks)
-        self.weight_bits = weight.weight_bits
-        self.act_bits = weight.act_bits
-        self.hadamard_size = weight.hadamard_size
-        self.is_routed = weight.is_routed
 
 
 class QuantizedShards(nn.Module):
@@ -53,7 +37,7 @@ class QuantizedShards(nn.Module):
         super().__init__()
         if len(weights) > 1 and not any(sum(w.ranks) for w in weights):
             weights = _joined(weights)
-        self.shards = nn.ModuleList(_Shard(weight) for weight in weights)
+        self.shards = nn.ModuleList(WeightParts(weight) for weight in weights)
         self.sizes = [weight.shape[0] for weight in weights]
         self.is_routed = any(weight.is_routed for weight in weights)
         self.smooth_alike = all(weights[0].smooths_like(w) for w in weights)
@@ -78,7 +62,7 @@ class QuantizedShards(nn.Module):
         biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
         outputs, smoothed = [], None
         for shard, own in zip(self.shards, biases):
-            assert isinstance(shard, _Shard)
+            assert isinstance(shard, WeightParts)
             known = ids if shard.is_routed else None
             if shard.act_bits == 16:
                 outputs.append(weight_only_product(shard, tokens, known, own, shard))

@@ -1,0 +1,103 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What vLLM does not serve is said in one sentence, before anything is answered."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torchao.quantization import quantize_
+from transformers import AutoModelForCausalLM
+
+from torchao_masquant import calibrate, masquant_config, save_quantized
+from torchao_masquant.testing import model_folders
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+_HERE = Path(__file__).parent
+_TEXT = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+
+
+def _said(output: Path, attempts, **environment: str) -> list[str]:
+    given = [str(part) for f, o in attempts for part in (f, json.dumps(o))]
+    run = subprocess.run(
+        [sys.executable, _HERE / "try_vllm.py", output, *given],
+        env={
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("text")
+    with mock.patch.dict(model_folders._TEXT, _TEXT):
+        dense = model_folders.text_model(where / "dense")
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    samples = [{"input_ids": torch.randint(10, 300, (2, 24))} for _ in range(4)]
+    quantize_(
+        model, masquant_config(calibrate(model, samples, scheme="w8a8", progress=False))
+    )
+    save_quantized(model, where / "quantized", beside=dense)
+    return where / "quantized"
+
+
+def _changed(folder: Path, name: str, change) -> Path:
+    """A copy of a folder whose ``quantization_config`` is another."""
+    copy = shutil.copytree(folder, folder.parent / name)
+    config = json.loads((copy / "config.json").read_text())
+    change(config["quantization_config"])
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def _of_another_architecture(entry) -> None:
+    entry["layers"] = {
+        n.replace("model.layers", "transformer.h"): f
+        for n, f in entry["layers"].items()
+    }
+
+
+def _wider(entry) -> None:
+    for form in entry["formats"]:
+        form["shape"][0] *= 2
+
+
+def test_each_is_a_sentence(folder, tmp_path):
+    other = _changed(folder, "other", _of_another_architecture)
+    newer = _changed(folder, "newer", lambda entry: entry.update(format_version=99))
+    wider = _changed(folder, "wider", _wider)
+    attempts = {
+        "(masquant) does not match": (folder, {"quantization": "fp8"}),
+        "reads 1 to 4: upgrade it": (newer, {}),
+        "vLLM's model has no place for 14 quantized weights": (other, {}),
+        "its config.json is that of another model": (wider, {}),
+    }
+    said = _said(tmp_path / "said.json", attempts.values())
+    found = {
+        expected: any(expected in line for line in text.splitlines())
+        for expected, text in zip(attempts, said)
+    }
+    assert all(found.values()), list(zip(attempts, said))
+
+
+def test_a_process_without_the_plugin(folder, tmp_path):
+    (said,) = _said(tmp_path / "said.json", [(folder, {})], VLLM_PLUGINS="another")
+    assert "Unknown quantization method: masquant" in said

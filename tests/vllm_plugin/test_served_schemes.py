@@ -1,0 +1,51 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What vLLM answers for each scheme, in each type, and with its layers in two processes."""
+
+import pytest
+import torch
+from test_served import _COUNT, Subject
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("scheme", ["w4a6", "w4a4"])
+def test_few_bits(tmp_path, scheme):
+    subject = Subject(tmp_path, scheme, with_images=False, group_size=32)
+    answers = subject.asked(tmp_path / "answers.json", enforce_eager=True)
+    # A step of 6 or 4 bits is larger than one of 8.
+    assert all(d < 0.05 for d in subject.differences(answers))
+    assert len(subject.differences(answers)) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
+def test_half_precision(tmp_path, scheme, dtype):
+    groups = {"group_size": 32} if scheme == "w4a16" else {}
+    subject = Subject(tmp_path, scheme, with_images=False, dtype=dtype, **groups)
+    answers = subject.asked(
+        tmp_path / "answers.json",
+        enforce_eager=True,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    # All of either is rounded to 8 or 11 bits, and not in the same places.
+    assert all(d < 0.2 for d in subject.differences(answers))
+    assert len(subject.differences(answers)) < _COUNT // 2
+
+
+def test_a_pipeline(tmp_path):
+    subject = Subject(tmp_path, "w4a8", with_images=False)
+    answers = subject.asked(
+        tmp_path / "answers.json",
+        {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        },
+        enforce_eager=True,
+        pipeline_parallel_size=2,
+    )
+    assert subject.differences(answers) == []

@@ -1,0 +1,288 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Experts of vLLM whose weights are quantized: how they are loaded, and that they are run."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
+    FusedMoEMethodBase,
+)
+
+from torchao_masquant.expert_modules import through_experts
+from torchao_masquant.integrations.checkpoint_format import stored_part
+from torchao_masquant.integrations.layer_format import LayerFormat
+from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.tensor_subclasses.expert_linear import expert_product
+from torchao_masquant.vllm_plugin.token_ids import TokenIds
+from torchao_masquant.vllm_plugin.weight_parts import WeightParts
+
+if TYPE_CHECKING:
+    from torchao_masquant.vllm_plugin.quantization import MASQuantVllmConfig
+
+__all__ = ["MASQuantExpertMethod"]
+
+
+def _gated(
+    act: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+_ACTIVATIONS: Mapping[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
+    MoEActivation.SILU: F.silu,
+    MoEActivation.GELU: F.gelu,
+    MoEActivation.GELU_TANH: partial(F.gelu, approximate="tanh"),
+}
+
+
+class MASQuantExpertMethod(FusedMoEMethodBase):
+    """Loads the quantized weights of a layer's experts, and runs them.
+
+    Args:
+        config: of the checkpoint.
+        layer: of vLLM.
+        formats: name in the checkpoint of each of the two projections, in the order of
+            their use, to what it is.
+        token_ids: of the model's; None: no weight is routed.
+
+    Raises:
+        ValueError: vLLM is asked to run these experts in a way that this can't.
+    """
+
+    def __init__(
+        self,
+        config: "MASQuantVllmConfig",
+        layer: Any,
+        formats: Mapping[str, LayerFormat],
+        token_ids: Optional[TokenIds],
+    ):
+        super().__init__(layer.moe_config)
+        self.config = config
+        self.formats = formats
+        self.token_ids = token_ids
+        _check_asked(layer)
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Take the loading of the experts over from the layer.
+
+        vLLM's own loader looks for tensors of one expert each, or of all in high precision.
+        """
+        inner = intermediate_size_per_partition * self.moe.moe_parallel_config.tp_size
+        expected = (
+            (num_experts, 2 * inner, hidden_size),
+            (num_experts, hidden_size, inner),
+        )
+        for (name, known), shape in zip(self.formats.items(), expected):
+            if known.shape != shape:
+                raise ValueError(
+                    f"{name}: the checkpoint has a weight of shape {list(known.shape)}, "
+                    f"vLLM's model one of {list(shape)}: its config.json is that of "
+                    "another model."
+                )
+        layer.masquant_token_ids = self.token_ids
+        layer.masquant_loading = _Loading(layer, self.formats, params_dtype)
+        layer.load_weights = layer.masquant_loading.load_weights
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Put what was loaded together."""
+        self.config.check_claimed()
+        up, down = layer.masquant_loading.weights()
+        del layer.masquant_loading, layer.load_weights
+        layer.masquant_up, layer.masquant_down = WeightParts(up), WeightParts(down)
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: no kernel of vLLM's is asked."""
+        return None
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Optional[nn.Module],
+        shared_experts_input: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        """The weighted sum over the experts of each token, (T, H) of x's type.
+
+        The rows of x are the tokens of the step; shared experts are run by vLLM.
+        """
+        ids = None if self.token_ids is None else self.token_ids.ids[: x.shape[0]]
+
+        def project(weight: Any) -> Callable[..., torch.Tensor]:
+            def run(x: torch.Tensor, ends: Any, rows: Any, ids: Any) -> torch.Tensor:
+                known = ids if weight.is_routed else None
+                return expert_product(weight, x, ends, rows, known, None)
+
+            return run
+
+        return through_experts(
+            x,
+            topk_ids,
+            topk_weights,
+            ids,
+            layer.local_num_experts,
+            project(layer.masquant_up),
+            partial(_gated, _ACTIVATIONS[layer.activation]),
+            project(layer.masquant_down),
+        )
+
+
+def _check_asked(layer: Any) -> None:
+    """Raise where vLLM runs experts in a way that is not built."""
+    moe, vllm_config = layer.moe_config, get_current_vllm_config()
+    parallel = moe.moe_parallel_config
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    reasons = {
+        "expert parallelism": parallel.use_ep,
+        "expert load balancing": parallel.enable_eplb,
+        "data parallelism": parallel.dp_size > 1,
+        "prefill context parallelism": parallel.pcp_size > 1,
+        "sequence parallelism": parallel.is_sequence_parallel,
+        "dual-batch overlap": vllm_config.parallel_config.enable_dbo,
+        "LoRA": moe.is_lora_enabled,
+        "biases": moe.has_bias,
+        "router weights on their input": layer.apply_router_weight_on_input,
+        "a limit of their activation": layer.swiglu_limit is not None,
+        f"the activation {layer.activation.value}": layer.activation
+        not in _ACTIVATIONS,
+        # How many tokens an expert has is read by the host.
+        "CUDA graphs (--enforce-eager does without)": (
+            torch.get_default_device().type == "cuda" and graphs != CUDAGraphMode.NONE
+        ),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(
+            f"{layer.layer_name}: quantized experts are not served with "
+            f"{' and '.join(found)}."
+        )
+
+
+class _Loading:
+    """The weights of one layer's experts while a checkpoint is read.
+
+    Args:
+        layer: of vLLM.
+        formats: name in the checkpoint of each projection to what it is.
+        dtype: that the weights stand for.
+    """
+
+    def __init__(
+        self, layer: Any, formats: Mapping[str, LayerFormat], dtype: torch.dtype
+    ):
+        self._layer, self._dtype, self._formats = layer, dtype, formats
+        self._device = torch.get_default_device()
+        self._names = {name.rpartition(".")[2]: name for name in formats}
+        self._parts: dict[str, dict[str, torch.Tensor]] = {n: {} for n in formats}
+        self._weights: dict[str, MASQuantTensor] = {}
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[str]:
+        """Take what a checkpoint has for these experts, as vLLM hands it on.
+
+        Args:
+            weights: name in the module of experts, such as "_down_proj_qdata", and tensor.
+
+        Returns:
+            The names.
+
+        Raises:
+            ValueError: for a tensor that the quantized experts have no place for.
+        """
+        for stored, tensor in weights:
+            known = stored_part(f"experts.{stored}")
+            name = (
+                None if known is None else self._names.get(known[0].rpartition(".")[2])
+            )
+            if known is None or name is None:
+                raise ValueError(
+                    f"{self._layer.layer_name}: the experts are quantized, and "
+                    f"{stored} is no part of them: save the checkpoint again."
+                )
+            self._take(name, known[1], tensor)
+            yield stored
+
+    def _take(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        parts, known = self._parts[name], self._formats[name]
+        parts[part] = tensor
+        if len(parts) < len(known.parts):
+            return
+        try:
+            weight = known.build(parts, self._dtype)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}.") from error
+        piece = self._piece(name, weight)
+        self._weights[name] = piece.with_parts(
+            {
+                n: t.to(self._device, copy=True).contiguous()
+                for n, t in piece.parts().items()
+            }
+        )
+        self._parts[name] = {}
+
+    def _piece(self, name: str, weight: MASQuantTensor) -> MASQuantTensor:
+        """What this process keeps of a projection: as ``distributed`` cuts linears."""
+        parallel = self._layer.moe_config.moe_parallel_config
+        rank, pieces = parallel.tp_rank, parallel.tp_size
+        if pieces == 1:
+            return weight
+        _, rows, columns = weight.shape
+        if name == list(self._formats)[0]:
+            # Of the gate as of the other half.
+            inner = rows // 2
+            size = inner // pieces
+            halves = [
+                weight[:, start + rank * size : start + (rank + 1) * size]
+                for start in (0, inner)
+            ]
+            piece = torch.cat(halves, 1)
+            assert isinstance(piece, MASQuantTensor)
+            return piece
+        size, left = divmod(columns, pieces)
+        if left or size % weight.column_multiple:
+            raise ValueError(
+                f"{name}: {columns} input channels can't be shared by {pieces} processes "
+                f"in multiples of {weight.column_multiple} ({weight.column_units}): choose "
+                "another tensor_parallel_size, or calibrate with a hadamard_size and a "
+                "group_size that divide their pieces."
+            )
+        part = weight[:, :, rank * size : (rank + 1) * size]
+        assert isinstance(part, MASQuantTensor)
+        return part
+
+    def weights(self) -> tuple[MASQuantTensor, MASQuantTensor]:
+        """Both, in the order of their use.
+
+        Raises:
+            ValueError: the checkpoint, or what vLLM handed on of it, lacks a part.
+        """
+        for name, known in self._formats.items():
+            if name not in self._weights:
+                missing = [p for p, _ in known.parts if p not in self._parts[name]]
+                raise ValueError(
+                    f"{name}: vLLM's loader of this model handed on no {missing} of its "
+                    "weight: the checkpoint's files lack them, or vLLM loads the experts "
+                    "of this architecture in a way that is not known here."
+                )
+        up, down = (self._weights[name] for name in self._formats)
+        return up, down
