@@ -6,7 +6,9 @@
 """Folders of tiny random models with processors, and data for them.
 
 They are the real classes of transformers with a tokenizer made on the spot, so that all
-that starts from a folder can be tried where there is no network. They know nothing.
+that starts from a folder can be tried where there is no network. They know nothing. Their
+tensors have the names of models of their kind on the hub, which transformers loads, and
+gives back to what it has loaded, but not to a model that it has made.
 """
 
 import json
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 __all__ = [
     "audio_model",
@@ -47,6 +50,13 @@ TEMPLATE = (
 
 SIZE, PATCH = 16, 4
 RATE = 16_000
+
+#: What transformers calls parts that it has made to what the hub's files call them.
+_PUBLISHED = {
+    "vision_tower.": "vision_tower.vision_model.",
+    # transformers 5.19
+    "language_model.model.model.": "language_model.model.",
+}
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 320,
@@ -94,7 +104,18 @@ def _saved(model: Any, processor: Any, folder: Path) -> Path:
             parameter.data.normal_(generator=generator).mul_(width**-0.5)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    _name_as_on_the_hub(folder / "model.safetensors")
     return folder
+
+
+def _name_as_on_the_hub(file: Path) -> None:
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        for made, published in _PUBLISHED.items():
+            if name.startswith(made) and not name.startswith(published):
+                name = published + name.removeprefix(made)
+        tensors[name] = tensor
+    save_file(tensors, file, {"format": "pt"})
 
 
 def vision_model(folder: Path) -> Path:

@@ -35,8 +35,8 @@ __all__ = ["MASQuantVllmConfig", "register_config"]
 #: Releases whose internals this has been tried with.
 _TRIED = ("0.32",)
 
-#: Where a multimodal model's decoder lies, in transformers and in vLLM.
-_DECODER, _VLLM_DECODER = "model.language_model.", "language_model.model."
+#: Parts that hold the parts of a model, in an order that is each library's own.
+_HOLDERS = ("thinker", "model", "language_model")
 
 #: Modality to vLLM's names of the inputs that become tokens of it.
 _KINDS = {"vision": ("image", "video"), "audio": ("audio",)}
@@ -51,6 +51,20 @@ def register_config() -> None:
             stacklevel=2,
         )
     register_quantization_config(QUANT_METHOD)(MASQuantVllmConfig)
+
+
+def without_holders(name: str) -> str:
+    """A part's name from the first part on that is no holder of others.
+
+    A checkpoint says what its layers are by the names that transformers' model had in
+    memory. Those are neither the published names of its files nor vLLM's, and change with
+    transformers: a thinker's decoder was ``model``, and is ``model.language_model``. vLLM's
+    own mapping, which is for files, leaves them halfway.
+    """
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in _HOLDERS:
+        del parts[0]
+    return ".".join(parts)
 
 
 class MASQuantVllmConfig(QuantizationConfig):
@@ -144,20 +158,19 @@ class MASQuantVllmConfig(QuantizationConfig):
 
     def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
         """Name of each shard of a layer to what it is; empty: it is not quantized."""
-        if not any(name.startswith(_VLLM_DECODER) for name in self.layers):
-            # Where vLLM has no mapper for the model, as for Qwen2-Audio.
-            if prefix.startswith(_VLLM_DECODER):
-                prefix = _DECODER + prefix.removeprefix(_VLLM_DECODER)
-        if prefix in self.layers:
-            return {prefix: self.layers[prefix]}
+        known = {without_holders(name): name for name in self.layers}
+        whole = known.get(without_holders(prefix))
+        if whole is not None:
+            return {whole: self.layers[whole]}
         parent, _, own = prefix.rpartition(".")
         names = [
             f"{parent}.{shard}" if parent else shard
             for shard in self.packed_modules_mapping.get(own, ())
         ]
-        found = {name: self.layers[name] for name in names if name in self.layers}
+        saved = [known.get(without_holders(name)) for name in names]
+        found = {name: self.layers[name] for name in saved if name is not None}
         if found and len(found) < len(names):
-            left = [name for name in names if name not in found]
+            left = [name for name, there in zip(names, saved) if there is None]
             raise ValueError(
                 f"vLLM runs {names} as one layer, of which {left} are not quantized in "
                 "the checkpoint: calibrate with all of them, or exclude all."
