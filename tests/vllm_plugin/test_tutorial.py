@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from running_server import Server
+from serving_bench.vllm_server import Server
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow

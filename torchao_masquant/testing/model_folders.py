@@ -73,6 +73,18 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": END,
 }
 
+#: That a sound has, or fewer.
+_SECONDS = 1
+
+_AUDIO: dict[str, Any] = {
+    "num_mel_bins": 16,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "max_source_positions": 50,
+}
+
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Of bytes and a few pairs of them, trained here."""
@@ -158,19 +170,12 @@ def audio_model(folder: Path) -> Path:
     """A Qwen2-Audio that hears a second as 25 tokens."""
     config = transformers.Qwen2AudioConfig(
         text_config={"model_type": "qwen2", **_TEXT},
-        audio_config={
-            "num_mel_bins": 16,
-            "d_model": 32,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 48,
-            "max_source_positions": 50,
-        },
+        audio_config=_AUDIO,
         audio_token_index=AUDIO,
         tie_word_embeddings=False,
     )
     processor = transformers.Qwen2AudioProcessor(
-        transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1),
+        transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=_SECONDS),
         _tokenizer(),
         chat_template=TEMPLATE,
     )

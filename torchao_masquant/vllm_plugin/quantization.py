@@ -54,7 +54,7 @@ def register_config() -> None:
 
 
 def without_holders(name: str) -> str:
-    """A part's name from the first part on that is no holder of others.
+    """A module's name from the first part on that is more than a holder of others.
 
     A checkpoint says what its layers are by the names that transformers' model had in
     memory. Those are neither the published names of its files nor vLLM's, and change with
@@ -156,21 +156,29 @@ class MASQuantVllmConfig(QuantizationConfig):
             )
         return MASQuantLinearMethod(self, found, self._ids_for(found))
 
+    def _saved_prefix(self, prefix: str) -> str:
+        """The name in the checkpoint of a module of vLLM's model."""
+        own = without_holders(prefix)
+        first = own.split(".")[0]
+        for name in self.layers:
+            saved = without_holders(name)
+            if saved.split(".")[0] == first:
+                return name.removesuffix(saved) + own
+        return prefix
+
     def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
         """Name of each shard of a layer to what it is; empty: it is not quantized."""
-        known = {without_holders(name): name for name in self.layers}
-        whole = known.get(without_holders(prefix))
-        if whole is not None:
-            return {whole: self.layers[whole]}
+        prefix = self._saved_prefix(prefix)
+        if prefix in self.layers:
+            return {prefix: self.layers[prefix]}
         parent, _, own = prefix.rpartition(".")
         names = [
             f"{parent}.{shard}" if parent else shard
             for shard in self.packed_modules_mapping.get(own, ())
         ]
-        saved = [known.get(without_holders(name)) for name in names]
-        found = {name: self.layers[name] for name in saved if name is not None}
+        found = {name: self.layers[name] for name in names if name in self.layers}
         if found and len(found) < len(names):
-            left = [name for name, there in zip(names, saved) if there is None]
+            left = [name for name in names if name not in found]
             raise ValueError(
                 f"vLLM runs {names} as one layer, of which {left} are not quantized in "
                 "the checkpoint: calibrate with all of them, or exclude all."

@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """``vllm serve`` in processes of its own, for as long as it is asked."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -39,6 +40,16 @@ class Server:
         self._command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
         self._command += [str(folder), "--host", "127.0.0.1", "--port", str(port)]
         self._command += options
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the resident sets of all its processes (Linux)."""
+        pages = 0
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.getsid(int(process.name)) == self.process.pid:
+                    pages += int((process / "statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def __enter__(self) -> "Server":
         with open(self._log, "w") as log:
