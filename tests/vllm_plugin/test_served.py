@@ -26,6 +26,7 @@ from transformers import (
 
 from torchao_masquant import calibrate, masquant_config, save_quantized
 from torchao_masquant.data import ProcessedConversations, read_conversations
+from torchao_masquant.modality import modality_token_ids
 from torchao_masquant.models.parts import token_reader
 from torchao_masquant.testing import model_folders
 
@@ -80,6 +81,9 @@ class Subject:
         save_quantized(model, self.folder, beside=dense)
         # Of a whole Omni, the part that reads.
         reader = token_reader(model)
+        self._placeholders = {
+            t for known in modality_token_ids(model.config).values() for t in known
+        }
         self.expected = [self._answer(reader, r) for r in self.requests]
 
     @property
@@ -97,7 +101,12 @@ class Subject:
             **inputs, max_new_tokens=8, do_sample=False, eos_token_id=None
         )[0].tolist()
         prompt = inputs["input_ids"][0].tolist()
-        return prompt, tokens[len(prompt) :]
+        written = tokens[len(prompt) :]
+        # One that a model writes has no image: transformers' model takes it for one.
+        end = next(
+            (n for n, t in enumerate(written, 1) if t in self._placeholders), None
+        )
+        return prompt, written[:end]
 
     def asked(self, output: Path, environment: dict[str, str] = {}, **options):
         """vLLM's answers."""

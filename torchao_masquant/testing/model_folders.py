@@ -13,6 +13,7 @@ gives back to what it has loaded, but not to a model that it has made.
 
 import json
 import math
+import re
 import struct
 import wave
 from pathlib import Path
@@ -53,9 +54,9 @@ RATE = 16_000
 
 #: What transformers calls parts that it has made to what the hub's files call them.
 _PUBLISHED = {
-    "vision_tower.": "vision_tower.vision_model.",
+    r"^vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
     # transformers 5.19
-    "language_model.model.model.": "language_model.model.",
+    r"^language_model\.model\.model\.": "language_model.model.",
 }
 
 _TEXT: dict[str, Any] = {
@@ -124,8 +125,7 @@ def _name_as_on_the_hub(file: Path) -> None:
     tensors = {}
     for name, tensor in load_file(file).items():
         for made, published in _PUBLISHED.items():
-            if name.startswith(made) and not name.startswith(published):
-                name = published + name.removeprefix(made)
+            name = re.sub(made, published, name)
         tensors[name] = tensor
     save_file(tensors, file, {"format": "pt"})
 
