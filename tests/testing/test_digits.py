@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from digits_training import log_mel, speech
+from digits_training import speech
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from torchao_masquant.testing import digits
-from torchao_masquant.testing.digits import features
+from torchao_masquant.testing.digits import features, log_mel
 from torchao_masquant.testing.digits.checkpoints import DATA
 from torchao_masquant.testing.digits.evaluation import load_examples
 

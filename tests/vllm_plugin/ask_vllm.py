@@ -18,7 +18,7 @@ def main() -> None:
     folder, count, options, output = sys.argv[1:]
     settings = json.loads(options)
     with_images = settings.pop("with_images")
-    image = settings.pop("image")
+    image, sound = settings.pop("image"), settings.pop("sound")
     if settings.pop("all_is_text", False):
         from torchao_masquant.vllm_plugin.token_ids import TokenIds
 
@@ -29,14 +29,18 @@ def main() -> None:
         # Of steps this short, many end within an image.
         max_num_batched_tokens=24,
         max_model_len=512,
-        limit_mm_per_prompt={"image": 2} if with_images else {},
+        limit_mm_per_prompt={
+            **({"image": 2} if with_images else {}),
+            **({"audio": 2} if sound is not None else {}),
+            **settings.pop("limits", {}),
+        },
         **settings,
     )
     asked = [
-        {"prompt": r.prompt, "multi_modal_data": {"image": r.images}}
-        if r.seeds
+        {"prompt": r.prompt, "multi_modal_data": r.media}
+        if r.media
         else {"prompt": r.prompt}
-        for r in requests(int(count), with_images=with_images, image=image)
+        for r in requests(int(count), with_images=with_images, image=image, sound=sound)
     ]
     # The log probability of any token, so that one that was not chosen has one, too.
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=20)

@@ -55,8 +55,19 @@ def method(of: MASQuantVllmConfig, prefix: str):
             "model.language_model.layers.0.o_proj",
             "language_model.model.layers.0.o_proj",
         ),
+        (
+            # As vLLM's mapping for files leaves what transformers 5.21 and newer save.
+            "language_model.model.language_model.layers.0.o_proj",
+            "language_model.model.layers.0.o_proj",
+        ),
+        ("lm_head", "language_model.lm_head"),
     ],
-    ids=["as it is", "a decoder that vLLM has elsewhere"],
+    ids=[
+        "as it is",
+        "a decoder that vLLM has elsewhere",
+        "a decoder that was renamed halfway",
+        "a head",
+    ],
 )
 def test_a_layer_is_found_by_its_name(saved, prefix):
     found = method(config(saved), prefix)

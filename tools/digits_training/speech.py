@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from digits_training.log_mel import SAMPLE_RATE, log_mel
+from torchao_masquant.testing.digits.log_mel import SAMPLE_RATE, log_mel
 
 RECORDINGS = Path("/usr/share/asterisk/sounds")
 SPEAKERS = (

@@ -6,11 +6,14 @@
 """Folders of tiny random models with processors, and data for them.
 
 They are the real classes of transformers with a tokenizer made on the spot, so that all
-that starts from a folder can be tried where there is no network. They know nothing.
+that starts from a folder can be tried where there is no network. They know nothing. Their
+tensors have the names of models of their kind on the hub, which transformers loads, and
+gives back to what it has loaded, but not to a model that it has made.
 """
 
 import json
 import math
+import re
 import struct
 import wave
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 __all__ = [
     "audio_model",
@@ -48,6 +52,13 @@ TEMPLATE = (
 SIZE, PATCH = 16, 4
 RATE = 16_000
 
+#: What transformers calls parts that it has made to what the hub's files call them.
+_PUBLISHED = {
+    r"^vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
+    # transformers 5.19
+    r"^language_model\.model\.model\.": "language_model.model.",
+}
+
 _TEXT: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 32,
@@ -61,6 +72,18 @@ _TEXT: dict[str, Any] = {
     "pad_token_id": PAD,
     "bos_token_id": START,
     "eos_token_id": END,
+}
+
+#: That a sound has, or fewer.
+_SECONDS = 1
+
+_AUDIO: dict[str, Any] = {
+    "num_mel_bins": 16,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "max_source_positions": 50,
 }
 
 
@@ -94,7 +117,17 @@ def _saved(model: Any, processor: Any, folder: Path) -> Path:
             parameter.data.normal_(generator=generator).mul_(width**-0.5)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    _name_as_on_the_hub(folder / "model.safetensors")
     return folder
+
+
+def _name_as_on_the_hub(file: Path) -> None:
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        for made, published in _PUBLISHED.items():
+            name = re.sub(made, published, name)
+        tensors[name] = tensor
+    save_file(tensors, file, {"format": "pt"})
 
 
 def vision_model(folder: Path) -> Path:
@@ -137,19 +170,12 @@ def audio_model(folder: Path) -> Path:
     """A Qwen2-Audio that hears a second as 25 tokens."""
     config = transformers.Qwen2AudioConfig(
         text_config={"model_type": "qwen2", **_TEXT},
-        audio_config={
-            "num_mel_bins": 16,
-            "d_model": 32,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 48,
-            "max_source_positions": 50,
-        },
+        audio_config=_AUDIO,
         audio_token_index=AUDIO,
         tie_word_embeddings=False,
     )
     processor = transformers.Qwen2AudioProcessor(
-        transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1),
+        transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=_SECONDS),
         _tokenizer(),
         chat_template=TEMPLATE,
     )

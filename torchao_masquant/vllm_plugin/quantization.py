@@ -39,8 +39,8 @@ __all__ = ["MASQuantVllmConfig", "register_config"]
 #: Releases whose internals this has been tried with.
 _TRIED = ("0.32",)
 
-#: Where a multimodal model's decoder lies, in transformers and in vLLM.
-_DECODER, _VLLM_DECODER = "model.language_model.", "language_model.model."
+#: Parts that hold the parts of a model, in an order that is each library's own.
+_HOLDERS = ("thinker", "model", "language_model")
 
 _LAYER_NUMBER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
 
@@ -60,6 +60,20 @@ def register_config() -> None:
             stacklevel=2,
         )
     register_quantization_config(QUANT_METHOD)(MASQuantVllmConfig)
+
+
+def without_holders(name: str) -> str:
+    """A module's name from the first part on that is more than a holder of others.
+
+    A checkpoint says what its layers are by the names that transformers' model had in
+    memory. Those are neither the published names of its files nor vLLM's, and change with
+    transformers: a thinker's decoder was ``model``, and is ``model.language_model``. vLLM's
+    own mapping, which is for files, leaves them halfway.
+    """
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in _HOLDERS:
+        del parts[0]
+    return ".".join(parts)
 
 
 class _PlainLinearMethod(UnquantizedLinearMethod):
@@ -204,11 +218,13 @@ class MASQuantVllmConfig(QuantizationConfig):
 
     def _saved_prefix(self, prefix: str) -> str:
         """The name in the checkpoint of a module of vLLM's model."""
-        if not any(name.startswith(_VLLM_DECODER) for name in self.layers):
-            # Where vLLM has no mapper for the model, as for Qwen2-Audio.
-            if prefix.startswith(_VLLM_DECODER):
-                prefix = _DECODER + prefix.removeprefix(_VLLM_DECODER)
-        return prefix.replace(*_VLLM_MIXTURE)
+        own = without_holders(prefix.replace(*_VLLM_MIXTURE))
+        first = own.split(".")[0]
+        for name in self.layers:
+            saved = without_holders(name)
+            if saved.split(".")[0] == first:
+                return name.removesuffix(saved) + own
+        return prefix
 
     def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
         """Name of each shard of a layer to what it is; empty: it is not quantized."""

@@ -39,6 +39,11 @@ from torchao_masquant.testing.digits.evaluation import (
     prompt,
 )
 from torchao_masquant.testing.digits.examples import Batch, TaskExamples
+from torchao_masquant.testing.digits.hub_folder import (
+    write_folder,
+    write_image,
+    write_sound,
+)
 from torchao_masquant.testing.digits.vocabulary import TASKS, TOKEN_ID, VOCABULARY
 
 __all__ = [
@@ -56,4 +61,7 @@ __all__ = [
     "heldout_batches",
     "load_model",
     "prompt",
+    "write_folder",
+    "write_image",
+    "write_sound",
 ]

@@ -28,6 +28,13 @@ MEL_BINS = 40
 FRAMES = 64
 
 
+def enlarged(images: Tensor) -> Tensor:
+    """uint8 [n, 8, 8] to float32 [n, 16, 16] in -1 (paper) to 1."""
+    scaled = images.float() / IMAGE_MAX * 2 - 1
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    return F.interpolate(scaled[:, None], size=size, mode="bilinear")[:, 0]
+
+
 def pixel_values(images: Tensor) -> Tensor:
     """Images as the flattened patches the vision tower expects.
 
@@ -38,12 +45,8 @@ def pixel_values(images: Tensor) -> Tensor:
         float32 [n * 64, 24]. The rows of one image are ordered (t, gh, gw, mh, mw),
         patches that are merged being neighbours, and the columns (c, tp, ph, pw).
     """
-    scaled = images.float() / IMAGE_MAX * 2 - 1
-    enlarged = F.interpolate(
-        scaled[:, None], size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear"
-    )
     blocks = GRID_SIZE // MERGE_SIZE
-    patches = enlarged.reshape(
+    patches = enlarged(images).reshape(
         -1, 1, blocks, MERGE_SIZE, PATCH_SIZE, blocks, MERGE_SIZE, PATCH_SIZE
     )
     # (n, c, gh, mh, ph, gw, mw, pw) -> (n, gh, gw, mh, mw, c, ph, pw)
