@@ -28,6 +28,8 @@ def main() -> None:
         dtype=settings.pop("dtype", "float32"),
         # Of steps this short, many end within an image.
         max_num_batched_tokens=24,
+        # Small enough for prompts to have blocks in common.
+        block_size=32,
         max_model_len=512,
         limit_mm_per_prompt={
             **({"image": 2} if with_images else {}),
