@@ -23,6 +23,20 @@ if not torch.cuda.is_available():
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that no worker is left with one at the end.
+
+    Those of two ranks stay together: a worker that has one starts two processes.
+    """
+
+    def is_short(item: pytest.Item) -> bool:
+        ranks = "ranks" in getattr(item, "fixturenames", ())
+        return not ranks and item.get_closest_marker("slow") is None
+
+    items.sort(key=is_short)
+
+
 def pytest_collection_finish() -> None:
     """A tenth of the time of tracing graphs went into the search for garbage.
 

@@ -56,6 +56,7 @@ def _what_a_reader_has(folder):
     model_folders.write_image(folder / "cat.png", seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page, tmp_path, monkeypatch, request):
     text = page.read_text()
