@@ -161,7 +161,7 @@ def test_an_interruption_ends_with_130(capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
+def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
     said = refused(
         capsys, "calibrate", tmp_path / "nowhere", "synthetic", "-o", tmp_path / "r"
     )
@@ -171,8 +171,6 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
         capsys, "calibrate", tmp_path / "empty", "synthetic", "-o", tmp_path / "r"
     )
     assert "has no config.json" in said
-    # As where there is no network.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = refused(capsys, "calibrate", "owner/name", "synthetic", "-o", tmp_path / "r")
     assert "'owner/name' is no folder here" in said and "no network" in said
 

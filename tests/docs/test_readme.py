@@ -19,7 +19,7 @@ from packaging.version import Version
 from torchao_masquant import calibrate
 from torchao_masquant.__main__ import main
 from torchao_masquant.sequential import calibrate_sequential
-from torchao_masquant.testing import model_folders
+from torchao_masquant.testing import digits, model_folders
 
 ROOT = Path(__file__).parents[2]
 PAGES_OF_FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +41,13 @@ def _run_commands(block, page):
             assert main(words[1:]) == 0, f"{page.name}: {line}"
 
 
+@pytest.fixture
+def smaller_digits(one_layer, monkeypatch):
+    """One layer of the small model, and a fifth of its calibration data."""
+    samples = digits.calibration_samples
+    monkeypatch.setattr(digits, "calibration_samples", lambda count=24: samples(count))
+
+
 def _what_a_reader_has(folder):
     """A model, and data with images, where a page takes them for granted."""
     model_folders.vision_model(folder / "model")
@@ -49,9 +56,12 @@ def _what_a_reader_has(folder):
     model_folders.write_image(folder / "cat.png", seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_run(page, tmp_path, monkeypatch):
+def test_blocks_run(page, tmp_path, monkeypatch, request):
     text = page.read_text()
+    if page.name == "digits.md":
+        request.getfixturevalue("smaller_digits")
     if HUB_MODEL in text:
         _what_a_reader_has(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -94,8 +94,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
             asked(name)
 
 
-def test_a_model_that_the_hub_does_not_give(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_model_that_the_hub_does_not_give():
     assert hub.source_of("owner/name") == "owner/name"
     for asked in (hub.folder_of, hub.load_config):
         with pytest.raises(OSError, match="'owner/name' is no folder here, and cannot"):

@@ -110,9 +110,8 @@ def evaluate(model: str, folder: Path, made: Any, **options: Any) -> dict[str, A
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
+def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def test_log_likelihoods_of_a_text_model(tmp_path):

@@ -38,7 +38,7 @@ from tiny_models import batch, qwen25_vl
 from transformers import AttentionInterface
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-from torchao_masquant import calibrate, masquant_config
+from torchao_masquant import Recipe, calibrate, masquant_config
 from torchao_masquant.routing import router_of
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
@@ -125,15 +125,18 @@ def no_indexing() -> Iterator[None]:
         modeling_qwen2_5_vl.apply_rotary_pos_emb = rotary
 
 
+def recipe_for(scheme: str, **options: Any) -> Recipe:
+    prompts = [[21, "image", 22, 23], [24, 25, 26, 27]]
+    # Nothing is searched: numbers change no graph.
+    options |= {"alpha": 0.5, "separation": 1.0, "rounding": "nearest", "clip": False}
+    model = qwen25_vl(layers=1).eval()
+    return calibrate(model, [batch(*prompts)], scheme=scheme, rank=2, **options)
+
+
 def decoder_layer(
-    mode: FakeTensorMode,
-    scheme: str,
-    hadamard_size: Optional[int] = None,
-    **options: Any,
+    mode: FakeTensorMode, recipe: Recipe, hadamard_size: Optional[int] = None
 ) -> nn.Module:
     model = qwen25_vl(layers=1).eval()
-    prompts = [[21, "image", 22, 23], [24, 25, 26, 27]]
-    recipe = calibrate(model, [batch(*prompts)], scheme=scheme, rank=2, **options)
     for name, part in recipe.layers.items():
         recipe.layers[name] = dataclasses.replace(part, hadamard_size=hadamard_size)
     quantize_(model, masquant_config(recipe))
@@ -178,7 +181,8 @@ def main() -> None:
     torch.manual_seed(0)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with no_indexing():
-        layer = decoder_layer(mode, "w4a8")
+        integers = recipe_for("w4a8")
+        layer = decoder_layer(mode, integers)
         graphs = {
             "base": trace(mode, layer, 1000, mixed=False),
             "mixed": trace(mode, layer, 1000, mixed=True, dynamic=True),
@@ -186,12 +190,13 @@ def main() -> None:
         }
         with torch._functorch.config.patch(decompose_custom_triton_ops=False):
             graphs["exported"] = trace(mode, layer, 1000, mixed=True)
-        layer = decoder_layer(mode, "w4a16", group_size=32)
+        weight_only = recipe_for("w4a16", group_size=32)
+        layer = decoder_layer(mode, weight_only)
         graphs["weight only"] = trace(mode, layer, 1000, mixed=False)
         graphs["weight only, one token"] = trace(mode, layer, 1, mixed=False)
-        layer = decoder_layer(mode, "w4a8", hadamard_size=16)
+        layer = decoder_layer(mode, integers, hadamard_size=16)
         graphs["rotated"] = trace(mode, layer, 1000, mixed=True, dynamic=True)
-        layer = decoder_layer(mode, "w4a16", hadamard_size=16, group_size=32)
+        layer = decoder_layer(mode, weight_only, hadamard_size=16)
         graphs["rotated weight only, one token"] = trace(mode, layer, 1, mixed=False)
     print(json.dumps(graphs))
 
