@@ -19,6 +19,7 @@ def main() -> None:
     settings = json.loads(options)
     with_images = settings.pop("with_images")
     image, sound = settings.pop("image"), settings.pop("sound")
+    sampled = settings.pop("sampling", {})
     if settings.pop("all_is_text", False):
         from torchao_masquant.vllm_plugin.token_ids import TokenIds
 
@@ -30,7 +31,8 @@ def main() -> None:
         max_num_batched_tokens=24,
         # Small enough for prompts to have blocks in common.
         block_size=32,
-        max_model_len=512,
+        disable_log_stats=False,
+        max_model_len=settings.pop("max_model_len", 512),
         limit_mm_per_prompt={
             **({"image": 2} if with_images else {}),
             **({"audio": 2} if sound is not None else {}),
@@ -45,21 +47,22 @@ def main() -> None:
         for r in requests(int(count), with_images=with_images, image=image, sound=sound)
     ]
     # The log probability of any token, so that one that was not chosen has one, too.
-    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=20)
-    answers = []
-    for answer in model.generate(asked, sampling, use_tqdm=False):
-        given = answer.outputs[0]
-        answers.append(
-            {
-                "prompt": list(answer.prompt_token_ids),
-                "tokens": list(given.token_ids),
-                "logprobs": [
-                    {str(t): p.logprob for t, p in step.items()}
-                    for step in given.logprobs
-                ],
-            }
-        )
-    Path(output).write_text(json.dumps(answers))
+    options = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 20}
+    sampling = SamplingParams(**{**options, **sampled})
+    answers = [
+        {
+            "request": index,
+            "prompt": list(answer.prompt_token_ids),
+            "tokens": list(given.token_ids),
+            "logprobs": [
+                {str(t): p.logprob for t, p in step.items()} for step in given.logprobs
+            ],
+        }
+        for index, answer in enumerate(model.generate(asked, sampling, use_tqdm=False))
+        for given in answer.outputs
+    ]
+    counters = {m.name: m.value for m in model.get_metrics() if hasattr(m, "value")}
+    Path(output).write_text(json.dumps({"answers": answers, "counters": counters}))
 
 
 if __name__ == "__main__":

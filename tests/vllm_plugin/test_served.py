@@ -80,11 +80,11 @@ class Subject:
         self.folder = folder / "quantized"
         save_quantized(model, self.folder, beside=dense)
         # Of a whole Omni, the part that reads.
-        reader = token_reader(model)
+        self._reader = token_reader(model)
         self._placeholders = {
             t for known in modality_token_ids(model.config).values() for t in known
         }
-        self.expected = [self._answer(reader, r) for r in self.requests]
+        self.expected = [self._answer(r) for r in self.requests]
 
     @property
     def requests(self) -> list[Request]:
@@ -92,21 +92,27 @@ class Subject:
             _COUNT, with_images=self.with_images, image=self.image, sound=self.sound
         )
 
-    def _answer(self, model, request: Request) -> tuple[list[int], list[int]]:
+    def _inputs(self, request: Request):
         media = {"images": request.images} if request.seeds else {}
         if request.sound_seeds:
             media["audio"] = request.sounds
-        inputs = self._processor(text=request.prompt, return_tensors="pt", **media)
-        tokens = model.generate(
+        return self._processor(text=request.prompt, return_tensors="pt", **media)
+
+    def _answer(self, request: Request) -> tuple[list[int], list[int]]:
+        inputs = self._inputs(request)
+        tokens = self._reader.generate(
             **inputs, max_new_tokens=8, do_sample=False, eos_token_id=None
         )[0].tolist()
         prompt = inputs["input_ids"][0].tolist()
-        written = tokens[len(prompt) :]
-        # One that a model writes has no image: transformers' model takes it for one.
+        return prompt, self._comparable(tokens[len(prompt) :])
+
+    def _comparable(self, written: list[int]) -> list[int]:
+        """Until a placeholder that the model has written: it has no image, and
+        transformers' model takes it for one."""
         end = next(
             (n for n, t in enumerate(written, 1) if t in self._placeholders), None
         )
-        return prompt, written[:end]
+        return written[:end]
 
     def asked(self, output: Path, environment: dict[str, str] = {}, **options):
         """vLLM's answers."""
@@ -131,13 +137,16 @@ class Subject:
             text=True,
         )
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-        return json.loads(output.read_text())
+        found = json.loads(output.read_text())
+        self.counters = found["counters"]
+        return found["answers"]
 
     def differences(self, answers) -> list[float]:
         """Of the answers with another token: by how much the log probability of that of
         transformers is below vLLM's, which is the largest."""
         found = []
-        for (prompt, tokens), answer in zip(self.expected, answers):
+        for answer in answers:
+            prompt, tokens = self.expected[answer["request"]]
             assert answer["prompt"] == prompt
             for ours, theirs, known in zip(
                 tokens, answer["tokens"], answer["logprobs"]
@@ -146,6 +155,22 @@ class Subject:
                     lowest = min(known.values())
                     found.append(known[str(theirs)] - known.get(str(ours), lowest))
                     break
+        return found
+
+    @torch.no_grad()
+    def log_probability_differences(self, answers) -> list[float]:
+        """Of each token of the answers: how far vLLM's log probability of it is from
+        that of transformers, to which the same tokens are shown."""
+        found = []
+        for answer in answers:
+            inputs = self._inputs(self.requests[answer["request"]])
+            tokens = self._comparable(answer["tokens"])
+            shown = torch.tensor([answer["prompt"] + tokens[:-1]])
+            inputs["input_ids"], inputs["attention_mask"] = shown, shown.ne(-1).long()
+            logits = self._reader(**inputs).logits[0, len(answer["prompt"]) - 1 :]
+            known = logits.log_softmax(-1)
+            for at, (token, theirs) in enumerate(zip(tokens, answer["logprobs"])):
+                found.append(abs(known[at, token].item() - theirs[str(token)]))
         return found
 
 
