@@ -27,6 +27,7 @@ from torchao_masquant import (
 )
 from torchao_masquant.__main__ import main
 from torchao_masquant.deploy import export_compressed_tensors
+from torchao_masquant.sequential import calibrate_sequential
 
 STOCK = {"target": "compressed-tensors"}
 SCHEMES = {"w8a8": {}, "w4a16": {"group_size": 32}}
@@ -198,6 +199,8 @@ def test_refused_before_it_is_calibrated():
     model = qwen3_vl_moe(layers=1)
     with refused("is of experts, which are not exported to other engines"):
         calibrate(model, samples(audio=False), scheme="w8a8", **STOCK)
+    with refused("is solved for in memory alone"):
+        calibrate_sequential("model", [], scheme="w8a8", recipe="recipe", **STOCK)
     with refused("is for calibrate"):
         quantize_(model, MASQuantConfig(step="prepare", scheme="w8a8", **STOCK))
 
