@@ -13,15 +13,21 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_models import batch, quantized, qwen3_vl_moe, qwen25_vl, samples
 from torchao.quantization import quantize_
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from torchao_masquant import (
     MASQuantConfig,
     calibrate,
+    masquant_config,
     save_quantized,
 )
 from torchao_masquant.__main__ import main
 from torchao_masquant.deploy import export_compressed_tensors
+from torchao_masquant.sequential import calibrate_sequential
 
 STOCK = {"target": "compressed-tensors"}
 SCHEMES = {"w8a8": {}, "w4a16": {"group_size": 32}}
@@ -97,6 +103,29 @@ def _rounded(module, args):
     return ((x / scale).round() * scale,)
 
 
+@torch.no_grad()
+def test_a_norm_of_one_plus_its_weight(tmp_path):
+    """What q_proj makes of a token that the norm has not scaled yet is the same."""
+    sizes = dict(hidden_size=64, intermediate_size=96, head_dim=16)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, **sizes, **heads)).eval()
+    block = model.model.layers[0]
+    block.input_layernorm.weight.normal_(std=0.5)
+    data = [{"input_ids": torch.randint(3, 64, (2, 40))} for _ in range(2)]
+    recipe = calibrate(model, data, scheme="w8a8", progress=False, **STOCK)
+    quantize_(model, masquant_config(recipe))
+    save_quantized(model, tmp_path / "quantized")
+    export_compressed_tensors(tmp_path / "quantized", tmp_path / "stock")
+    stored = load_file(tmp_path / "stock" / "model.safetensors")
+    before = block.self_attn.q_proj.weight.dequantize(torch.float64)
+    before = before * (1 + block.input_layernorm.weight.double())
+    scales = 1 + stored["model.layers.0.input_layernorm.weight"].double()
+    assert scales.abs().min() > 0.49
+    after = weight_of(stored, "model.layers.0.self_attn.q_proj") * scales
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+
+
 def test_what_lies_in_the_folder(exported):
     model, folder = exported
     assert (folder / "tokenizer.json").read_text() == "{}"
@@ -170,6 +199,8 @@ def test_refused_before_it_is_calibrated():
     model = qwen3_vl_moe(layers=1)
     with refused("is of experts, which are not exported to other engines"):
         calibrate(model, samples(audio=False), scheme="w8a8", **STOCK)
+    with refused("is solved for in memory alone"):
+        calibrate_sequential("model", [], scheme="w8a8", recipe="recipe", **STOCK)
     with refused("is for calibrate"):
         quantize_(model, MASQuantConfig(step="prepare", scheme="w8a8", **STOCK))
 
