@@ -43,12 +43,10 @@ from PIL import Image
 from serving_bench.vllm_server import Server
 from torchao.quantization import quantize_
 from transformers import AutoProcessor, Qwen2_5OmniForConditionalGeneration
-from vllm.multimodal.audio import resample_audio_pyav
 
 from torchao_masquant import calibrate, masquant_config, save_quantized
 from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.testing import digits
-from torchao_masquant.testing.digits.log_mel import SAMPLE_RATE
 
 _LENGTH = 256
 _EXAMPLES = 40
@@ -163,8 +161,7 @@ def _answer(
 def _heard(file: Path) -> np.ndarray:
     with wave.open(str(file)) as reader:
         data = reader.readframes(reader.getnframes())
-    samples = np.frombuffer(data, np.int16).astype(np.float32) / 32768
-    return resample_audio_pyav(samples, orig_sr=SAMPLE_RATE, target_sr=2 * SAMPLE_RATE)
+    return np.frombuffer(data, np.int16).astype(np.float32) / 32768
 
 
 def _image(data: bytes) -> dict[str, Any]:
