@@ -5,16 +5,17 @@
 # LICENSE file in the root directory of this source tree.
 """vLLM's server under requests of all kinds, some of which are broken.
 
-    python benchmarks/vllm_soak.py [--requests N] [--rate N] [--dense] [--json PATH]
+    python benchmarks/vllm_soak.py [--requests N] [--rate N] [--models dense w4a8] [--json PATH]
 
-The small model, quantized at w4a8, is served by ``vllm serve`` and asked over HTTP, by
+The small model, dense and quantized, is served by ``vllm serve`` and asked over HTTP, by
 requests that arrive at random times (exponential intervals). Four of five ask about text,
 an image, a sound, or an image and a sound, and are answered right where the answer's tokens
 are those that transformers gives for the same prompt and files from the same folder. The
 rest must be refused or do no harm: a file that is no image, one that is no sound, a prompt
 longer than the model's length, a client that goes away while it is answered.
 
-What all processes of the server hold is looked at after every twentieth of the requests.
+What all processes of the server hold is looked at after every twentieth of the requests;
+the dense model tells what of its growth is vLLM's.
 """
 
 import argparse
@@ -43,12 +44,10 @@ from PIL import Image
 from serving_bench.vllm_server import Server
 from torchao.quantization import quantize_
 from transformers import AutoProcessor, Qwen2_5OmniForConditionalGeneration
-from vllm.multimodal.audio import resample_audio_pyav
 
 from torchao_masquant import calibrate, masquant_config, save_quantized
 from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.testing import digits
-from torchao_masquant.testing.digits.log_mel import SAMPLE_RATE
 
 _LENGTH = 256
 _EXAMPLES = 40
@@ -163,8 +162,7 @@ def _answer(
 def _heard(file: Path) -> np.ndarray:
     with wave.open(str(file)) as reader:
         data = reader.readframes(reader.getnframes())
-    samples = np.frombuffer(data, np.int16).astype(np.float32) / 32768
-    return resample_audio_pyav(samples, orig_sr=SAMPLE_RATE, target_sr=2 * SAMPLE_RATE)
+    return np.frombuffer(data, np.int16).astype(np.float32) / 32768
 
 
 def _image(data: bytes) -> dict[str, Any]:
@@ -313,19 +311,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--rate", type=float, default=4.0, help="a second")
-    parser.add_argument("--dense", action="store_true", help="without quantization")
+    parser.add_argument(
+        "--models", nargs="+", choices=("dense", "w4a8"), default=("dense", "w4a8")
+    )
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--log", type=Path, help="what the server prints")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = written(Path(temporary), dense=given.dense)
-        log = given.log or Path(temporary, "log")
-        outcome = soak(folder, log, given.requests, given.rate)
+    runs = []
+    for model in given.models:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = written(Path(temporary), dense=model == "dense")
+            log = given.log or Path(temporary, "log")
+            outcome = soak(folder, log, given.requests, given.rate)
+        runs.append({"model": model, "requests": given.requests, **vars(outcome)})
     told = {
-        "model": "dense" if given.dense else "w4a8",
-        "requests": given.requests,
         "rate": given.rate,
-        **vars(outcome),
+        "runs": runs,
         "vllm": vllm.__version__,
         "transformers": transformers.__version__,
         "load": os.getloadavg()[2],

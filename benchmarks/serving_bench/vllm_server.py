@@ -7,6 +7,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -32,9 +33,7 @@ class Server:
     """
 
     def __init__(self, folder: str | Path, log: Path, *options: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         self.address = f"http://127.0.0.1:{port}"
         self._log = log
         self._command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
@@ -84,3 +83,12 @@ class Server:
             return urllib.request.urlopen(f"{self.address}/health").status == 200
         except (urllib.error.URLError, ConnectionError):
             return False
+
+
+def _free_port() -> int:
+    """One that no client is given for its end of a connection until the server has it."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port

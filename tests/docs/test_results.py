@@ -116,6 +116,20 @@ def test_serving_table_is_the_committed_result(part):
     assert _rows(lines) == list(_serving_lines(part))
 
 
+def test_table_of_the_vllm_soak_is_the_committed_result():
+    lines = []
+    for run in json.loads((RESULTS / "vllm_soak.json").read_text())["runs"]:
+        answered = sum(run["answered"].values())
+        refused = sum(sum(known.values()) for known in run["refused"].values())
+        counts = (run["requests"], answered, len(run["wrong"]), refused, run["gone"])
+        held = [f"{mark[1]:.1f}" for mark in (run["resident"][0], run["resident"][-1])]
+        growth, error = run["growth"]
+        cells = [run["model"], *map(str, counts), *held, f"{growth:.1f} ± {error:.1f}"]
+        cells += [f"{ms:.0f}" for ms in run["latencies"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    assert _rows(_shown("docs/serving.md", "vllm_soak.json")) == lines
+
+
 def test_plan_table_is_the_committed_result():
     checks = json.loads((RESULTS / "plan_check.json").read_text())
     lines = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -107,17 +108,22 @@ def write_image(file: Path | str, image: Tensor) -> Path:
 
 
 def write_sound(file: Path | str, log_mel: Tensor) -> Path:
-    """Write a WAV file of 1.024 s at 8 kHz that sounds as a spectrogram says.
+    """Write a WAV file of 1.024 s that sounds as a spectrogram says.
 
     Args:
-        file: to be written.
+        file: to be written, at 16 kHz, which the processor hears: what it does not depends
+            on how a server resamples.
         log_mel: uint8 [40, 64].
     """
-    samples = (waveform_of(log_mel) * 32767).round().to(torch.int16)
+    waveform = waveform_of(log_mel)
+    # Nothing is above 4 kHz.
+    spectrum = F.pad(torch.fft.rfft(waveform), (0, waveform.numel() // 2))
+    samples = 2 * torch.fft.irfft(spectrum)
+    samples = (samples * 32767).round().clamp(-32768, 32767).to(torch.int16)
     with wave.open(str(file), "wb") as writer:
         writer.setnchannels(1)
         writer.setsampwidth(2)
-        writer.setframerate(SAMPLE_RATE)
+        writer.setframerate(2 * SAMPLE_RATE)
         writer.writeframes(samples.numpy().tobytes())
     return Path(file)
 
