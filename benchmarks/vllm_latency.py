@@ -10,8 +10,8 @@
 
 What ``vllm bench latency`` measures, of engines that take turns, call by call: each has a
 process of its own, and medians count. A first token is that of a prompt of 512; what a
-token takes later is of 32 more. Rows with pairs see, and have two more prompts: half of it an
-image.
+token takes later is of 32 more. Rows that see have one more prompt, of which half is an
+image: the tower, which is tiny, and the image's preprocessing are part of its time.
 
 ``--other zentorch=PATH`` runs vLLM's own formats a second time by another Python, whose
 environment has kernels that vLLM prefers where it finds them.

@@ -25,18 +25,20 @@ from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.testing import model_folders
 
-__all__ = ["CANDIDATES", "IMAGE_TOKENS", "RANK", "make"]
+__all__ = ["CANDIDATES", "IMAGE_TOKENS", "OURS", "PEERS", "make"]
 
 RANK = 0.05
 #: An image of 224 x 224 in patches of 14.
 IMAGE_TOKENS = 256
-#: Name of a row to the scheme, and to whether it has pairs and sees images.
+#: Name of a row to the scheme, whether it sees images, and the rank of its pairs.
 OURS = {
-    "w8a8": ("w8a8", False),
-    "w4a8": ("w4a8", False),
-    "w4a16": ("w4a16", False),
-    "w8a8, pairs": ("w8a8", True),
-    "w4a8, pairs": ("w4a8", True),
+    "w8a8": ("w8a8", False, 0.0),
+    "w4a8": ("w4a8", False, 0.0),
+    "w4a16": ("w4a16", False, 0.0),
+    "w4a8 that sees": ("w4a8", True, 0.0),
+    "w4a8 that sees, pairs": ("w4a8", True, RANK),
+    "w8a8 that sees": ("w8a8", True, 0.0),
+    "w8a8 that sees, pairs": ("w8a8", True, RANK),
 }
 PEERS = {"int8": 8, "int4": 4}
 CANDIDATES = ("bf16", *OURS, *PEERS)
@@ -60,7 +62,7 @@ def make(candidate: str, folder: Path) -> Path:
         candidate: one of ``CANDIDATES``.
         folder: of all of them.
     """
-    made = folder / candidate.replace(", ", "_")
+    made = folder / candidate.replace(", ", "_").replace(" ", "_")
     if (made / "config.json").exists():
         return made
     sees = candidate in OURS and OURS[candidate][1]
@@ -88,7 +90,7 @@ def _halve(folder: Path) -> None:
     path.write_text(path.read_text().replace('"float32"', '"bfloat16"'))
 
 
-def _ours(dense: Path, folder: Path, scheme: str, sees: bool) -> None:
+def _ours(dense: Path, folder: Path, scheme: str, sees: bool, rank: float) -> None:
     loader = (
         transformers.AutoModelForMultimodalLM
         if sees
@@ -98,21 +100,21 @@ def _ours(dense: Path, folder: Path, scheme: str, sees: bool) -> None:
     modalities = ("text", "vision") if sees else ("text",)
     torch.manual_seed(0)
     layers = {
-        name: _layer(linear.weight, len(modalities))
+        name: _layer(linear.weight, len(modalities), rank)
         for name, linear in model.named_modules()
         if type(linear) is nn.Linear
         and "lm_head" not in name
         and "vision" not in name
         and "projector" not in name
     }
-    options = SolverOptions(scheme=scheme, rank=RANK if sees else 0)
+    options = SolverOptions(scheme=scheme, rank=rank)
     quantize_(model, masquant_config(Recipe(options, modalities, layers)))
     save_quantized(model, folder, beside=dense)
 
 
-def _layer(weight: torch.Tensor, modalities: int) -> LayerRecipe:
+def _layer(weight: torch.Tensor, modalities: int, share: float) -> LayerRecipe:
     n, k = weight.shape
-    rank = max(1, round(RANK * min(n, k))) if modalities > 1 else 0
+    rank = round(share * min(n, k))
     pairs: dict[str, Any] = {}
     if rank:
         pairs = {
