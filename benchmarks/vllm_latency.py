@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
@@ -102,17 +103,10 @@ def main() -> None:
         if args.other:
             other, python = args.other.split("=", 1)
             rows |= {f"{n}, {other}": (python, n) for n in args.only if n in PEERS}
-        engines = {}
-        for row, (python, name) in rows.items():
-            made = make(name, folder)
-            log = folder / f"{row}.log"
-            engines[row] = Engine(python, made, args.threads, log)
-            print(row, "is ready", flush=True)
-        try:
-            results = measure(engines, args.rounds)
-        finally:
-            for engine in engines.values():
-                engine.close()
+        # All of them at once would need more than 20 GB.
+        for seeing in (False, True):
+            group = {row: of for row, of in rows.items() if sees(of[1]) == seeing}
+            results |= take_turns(group, folder, args.threads, args.rounds)
     facts = {
         "threads": args.threads,
         "rounds": args.rounds,
@@ -124,14 +118,34 @@ def main() -> None:
         write_whole(args.json, json.dumps(facts, indent=1))
 
 
+def sees(candidate: str) -> bool:
+    """Whether a row's model takes images."""
+    return candidate in OURS and OURS[candidate][1]
+
+
+def take_turns(
+    rows: dict[str, tuple[str, str]], folder: Path, threads: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Start an engine for each row, and measure them."""
+    engines = {}
+    try:
+        for row, (python, name) in rows.items():
+            log = folder / f"{row}.log"
+            engines[row] = Engine(python, make(name, folder), threads, log)
+            print(row, "is ready", flush=True)
+        return measure(engines, rounds)
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
 def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, Any]]:
     """Milliseconds of each row, medians of rounds; the first round is not counted."""
     times: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for index in range(rounds + 1):
         for row, engine in engines.items():
-            sees = row in OURS and OURS[row][1]
             calls = {"first": (PROMPT, False, 1), "all": (PROMPT, False, 1 + GENERATED)}
-            if sees:
+            if sees(row):
                 calls["first, image"] = (PROMPT - IMAGE_TOKENS, True, 1)
             for what, call in calls.items():
                 took = engine.call(*call)

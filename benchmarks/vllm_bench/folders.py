@@ -21,7 +21,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import Recipe, masquant_config, save_quantized
-from torchao_masquant.options import SolverOptions
+from torchao_masquant.options import Scheme, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.testing import model_folders
 
@@ -98,26 +98,31 @@ def _ours(dense: Path, folder: Path, scheme: str, sees: bool, rank: float) -> No
     )
     model = loader.from_pretrained(dense, dtype=torch.bfloat16)
     modalities = ("text", "vision") if sees else ("text",)
+    options = SolverOptions(scheme=scheme, rank=rank)
     torch.manual_seed(0)
     layers = {
-        name: _layer(linear.weight, len(modalities), rank)
+        name: _layer(linear.weight, len(modalities), rank, options.number_format)
         for name, linear in model.named_modules()
         if type(linear) is nn.Linear
         and "lm_head" not in name
         and "vision" not in name
         and "projector" not in name
     }
-    options = SolverOptions(scheme=scheme, rank=rank)
     quantize_(model, masquant_config(Recipe(options, modalities, layers)))
     save_quantized(model, folder, beside=dense)
 
 
-def _layer(weight: torch.Tensor, modalities: int, share: float) -> LayerRecipe:
+def _layer(
+    weight: torch.Tensor, modalities: int, share: float, scheme: Scheme
+) -> LayerRecipe:
     n, k = weight.shape
     rank = round(share * min(n, k))
-    pairs: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
+    if scheme.act_bits < 16:
+        parts["act_shift"] = torch.randn(modalities, k) * 1e-2
+        parts["modality_bias"] = torch.randn(modalities, n) * 1e-2
     if rank:
-        pairs = {
+        parts |= {
             "ranks": (rank,),
             "l1": torch.randn(k, rank) * 1e-2,
             "l2": torch.randn(rank, n) * 1e-2,
@@ -126,10 +131,8 @@ def _layer(weight: torch.Tensor, modalities: int, share: float) -> LayerRecipe:
         shape=(n, k),
         fingerprint=weight_fingerprint(weight),
         smoothing_factor=(torch.rand(k) + 0.5).repeat(modalities, 1),
-        act_shift=torch.randn(modalities, k) * 1e-2,
-        modality_bias=torch.randn(modalities, n) * 1e-2,
         hadamard_size=SolverOptions().hadamard_size_of(k),
-        **pairs,
+        **parts,
     )
 
 

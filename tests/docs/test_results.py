@@ -130,6 +130,20 @@ def test_table_of_the_vllm_soak_is_the_committed_result():
     assert _rows(_shown("docs/serving.md", "vllm_soak.json")) == lines
 
 
+def test_table_of_latencies_in_vllm_is_the_committed_result():
+    lines = []
+    for run in json.loads((RESULTS / "vllm_latency.json").read_text())["runs"]:
+        for name, row in run["rows"].items():
+            half = row.get("first token, half an image, ms")
+            cells = [name, f"{run['threads']}", f"{row['first token, ms']:.0f}"]
+            cells += [
+                "" if half is None else f"{half:.0f}",
+                f"{row['a token, ms']:.1f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    assert _rows(_shown("docs/serving.md", "vllm_latency.json")) == lines
+
+
 def test_plan_table_is_the_committed_result():
     checks = json.loads((RESULTS / "plan_check.json").read_text())
     lines = []
