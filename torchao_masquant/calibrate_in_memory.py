@@ -29,7 +29,7 @@ from torchao_masquant.options import CalibrationOptions, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
 from torchao_masquant.routing import Router
 from torchao_masquant.sample_checks import NEEDED, check_samples, no_samples
-from torchao_masquant.samples import run_samples
+from torchao_masquant.samples import MODALITY_IDS, run_samples
 from torchao_masquant.selection import Selected, select
 from torchao_masquant.solver.layers import factors_alone
 from torchao_masquant.threads import threads_for, widest
@@ -114,9 +114,11 @@ def calibrate(
 
         passes = conductor.plan(selected, lambda: run([first]))
         foldable: Optional[dict[str, torch.Tensor]] = None
+        read = [first]
         if options.procedure.folded:
-            foldable = _foldable(model, selected, lambda: run([first]))
-        data: Iterable[Mapping[str, Any]] = itertools.chain([first], iterator)
+            shown, read = _showing_all(itertools.chain([first], iterator), router)
+            foldable = _foldable(model, selected, lambda: run(shown))
+        data: Iterable[Mapping[str, Any]] = itertools.chain(read, iterator)
         if isinstance(samples, Sequence):
             # May be read again, and tells a progress bar how long it is.
             data = samples
@@ -171,6 +173,33 @@ def _foldable(
             by_pattern(left),
         )
     return found
+
+
+def _showing_all(
+    samples: Iterable[Mapping[str, Any]], router: Router
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """A few samples that have tokens of every modality between them, and all that were read
+    until they were found."""
+    missing = set(range(len(router.modalities)))
+    shown: list[Mapping[str, Any]] = []
+    read: list[Mapping[str, Any]] = []
+    for sample in samples:
+        read.append(sample)
+        found = missing & _modalities_in(sample, router)
+        if found or not shown:
+            shown.append(sample)
+        missing -= found
+        if not missing:
+            break
+    return shown, read
+
+
+def _modalities_in(sample: Mapping[str, Any], router: Router) -> set[int]:
+    ids = sample.get(MODALITY_IDS)
+    tokens = sample.get("input_ids")
+    if ids is None and router.token_ids is not None and tokens is not None:
+        ids = router.ids_of(tokens)
+    return {0} if ids is None else set(ids.unique().tolist())
 
 
 def learned_factors(

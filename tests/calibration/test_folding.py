@@ -11,6 +11,7 @@ import transformers
 from tiny_models import qwen25_vl, recipe_of
 from torch import nn
 
+from torchao_masquant import calibrate
 from torchao_masquant.models.folding import find_folds, folded_norm
 from torchao_masquant.selection import select
 
@@ -124,6 +125,39 @@ def test_a_norm_that_others_read_takes_none(routed):
     model, x = Mixture(routed), torch.randn(5, 8)
     found = find_folds(model, {"up": model.up}, lambda: model(x))
     assert [fold.source for fold in found] == ([] if routed else ["norm"])
+
+
+class Looking(nn.Module):
+    """A norm that linears read, and that something else reads for images alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up, self.look = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, sees: int) -> torch.Tensor:
+        x = self.norm(x)
+        return self.up(x) + self.look(x) if sees else self.up(x)
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_samples_of_every_modality_are_looked_at(sees):
+    torch.manual_seed(0)
+    samples = (
+        {"x": torch.randn(1, 80, 8), "sees": s, "modality_ids": torch.full((1, 80), s)}
+        for s in (0, int(sees))
+    )
+    recipe = calibrate(
+        Looking(),
+        samples,
+        include="up",
+        modalities=("text", "vision") if sees else ("text",),
+        scheme="w8a8",
+        target="compressed-tensors",
+    )
+    is_smoothed = bool((recipe.layers["up"].smoothing_factor != 1).any())
+    assert is_smoothed != sees
+    assert recipe.description["samples"] == 2
 
 
 def test_heads_that_share_their_values_share_factors():

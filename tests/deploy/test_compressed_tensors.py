@@ -16,6 +16,8 @@ from torchao.quantization import quantize_
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2_5_VLForConditionalGeneration,
 )
 
@@ -145,6 +147,26 @@ def test_what_lies_in_the_folder(exported):
         weights["strategy"],
         weights["group_size"],
     ) == expected[weights["num_bits"]]
+
+
+def test_what_files_call_otherwise_is_left_alone_by_that_name(tmp_path):
+    """transformers calls Mixtral's mixture ``mlp``, and its files do not."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=64, num_hidden_layers=1, **sizes, **heads)
+    model = quantized(
+        MixtralForCausalLM(config), scheme="w8a8", exclude="*.experts.*", **STOCK
+    )
+    save_quantized(model, tmp_path / "quantized")
+    # Transformers loads no such thing.
+    file = tmp_path / "quantized" / "model.safetensors"
+    tensors = {**load_file(file), "mtp.fc.weight": torch.ones(32, 64)}
+    save_file(tensors, file, {"format": "pt"})
+    folder = export_compressed_tensors(tmp_path / "quantized", tmp_path / "stock")
+    said = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert [p.replace("(.*\\.)?", "") for p in said["ignore"]] == [
+        f"re:{name}(\\..*)?$" for name in ("mlp", "lm_head", "block_sparse_moe", "mtp")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ class Exported:
         _name_tower_as_vllm_does(self.folder)
         settings = {
             "with_images": self.with_images,
+            "image": "<image>",
+            "sound": None,
             "enforce_eager": True,
             "dtype": dtype,
         }
@@ -98,7 +100,7 @@ class Exported:
             text=True,
         )
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-        return json.loads(output.read_text())
+        return json.loads(output.read_text())["answers"]
 
 
 def _name_tower_as_vllm_does(folder: Path) -> None:

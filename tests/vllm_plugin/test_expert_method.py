@@ -140,6 +140,11 @@ def loaded(weights, **changes) -> RoutedExperts:
     return layer
 
 
+def test_nothing_is_loaded_again(weights):
+    with pytest.raises(ValueError, match="not loaded again .* start vLLM anew"):
+        next(iter(loaded(weights).load_weights([])))
+
+
 def run(layer: RoutedExperts, x: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     weights, chosen = torch.rand(len(x), E, generator=generator).topk(TOP_K)

@@ -61,12 +61,14 @@ def method(of: MASQuantVllmConfig, prefix: str):
             "language_model.model.layers.0.o_proj",
         ),
         ("lm_head", "language_model.lm_head"),
+        ("model.layers.0.o_proj", "draft_model.model.layers.0.o_proj"),
     ],
     ids=[
         "as it is",
         "a decoder that vLLM has elsewhere",
         "a decoder that was renamed halfway",
         "a head",
+        "a model that drafts",
     ],
 )
 def test_a_layer_is_found_by_its_name(saved, prefix):

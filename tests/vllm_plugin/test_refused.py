@@ -89,6 +89,8 @@ def test_each_is_a_sentence(folder, tmp_path):
         "reads 1 to 4: upgrade it": (newer, {}),
         "vLLM's model has no place for 14 quantized weights": (other, {}),
         "its config.json is that of another model": (wider, {}),
+        "leave out --enable-lora": (folder, {"enable_lora": True}),
+        "quantized weights are not loaded again": (folder, {"loads_again": True}),
     }
     said = _said(tmp_path / "said.json", attempts.values())
     found = {

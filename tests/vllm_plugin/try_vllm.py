@@ -17,8 +17,11 @@ def main() -> None:
     said = []
     for folder, options in zip(attempts[::2], attempts[1::2]):
         settings = {"enforce_eager": True, "max_model_len": 64, **json.loads(options)}
+        loads_again = settings.pop("loads_again", False)
         try:
-            LLM(folder, **settings)
+            model = LLM(folder, **settings)
+            if loads_again:
+                model.collective_rpc("reload_weights")
         except Exception as error:
             said.append(str(error))
         else:

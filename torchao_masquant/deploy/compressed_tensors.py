@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Iterator, Optional, Union
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from torchao_masquant.atomic_files import replacing_folder
 from torchao_masquant.conversion.quantized_modules import quantized_modules
 from torchao_masquant.deploy.package import new_folder
 from torchao_masquant.expert_modules import MASQuantExperts
-from torchao_masquant.hub import class_of, folder_of, load_config
+from torchao_masquant.hub import class_of, folder_of, load_config, weight_files
 from torchao_masquant.integrations.checkpoint_format import stored_part
 from torchao_masquant.integrations.other_files import copy_other_files
 from torchao_masquant.integrations.torchao_tensors import is_torchao
@@ -84,10 +85,10 @@ def export_compressed_tensors(
         for name, file in unloaded_tensors(model, source).items()
         if stored_part(name) is None
     }
-    ignored = list(_ignored(model, linears))
+    names = set(linears)
     for linear in linears.values():
         _hold_plain_parts(linear)
-    model.config.quantization_config = numbers.config(ignored)
+    model.config.quantization_config = numbers.config([])
     # Or transformers would ask the quantizer that has loaded it.
     model.hf_quantizer, model.is_quantized = None, False
     with replacing_folder(target) as new:
@@ -95,6 +96,9 @@ def export_compressed_tensors(
         copy_other_files(source, new)
         tell_of_unloaded(list(left), model, kept=True)
         add_unloaded(new, left)
+        ignored = _ignored(model, names, new)
+        model.config.quantization_config = numbers.config(ignored)
+        model.config.save_pretrained(new)
         # Writing takes a while, in which somebody may have put something there.
         new_folder(target)
     return target
@@ -342,35 +346,55 @@ def _packed(integers: torch.Tensor) -> torch.Tensor:
     return torch.where(numbers < 2**31, numbers, numbers - 2**32).to(torch.int32)
 
 
-def _ignored(model: nn.Module, linears: dict[str, MASQuantLinear]) -> Iterator[str]:
+def _ignored(model: nn.Module, linears: set[str], folder: Path) -> list[str]:
     """Patterns of the modules with matrices that are not quantized.
 
     By the end of their names, which engines nest and call differently: whatever is
-    below ``visual``, say.
+    below ``visual``, say. And by the names that they have in the files, which not all
+    engines share with transformers, and of what it has not loaded.
+
+    Args:
+        model: that has been saved.
+        linears: names of those in it that are quantized.
+        folder: that it was saved to.
     """
+    embeddings = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    tables = {name.rpartition(".")[2] for name in embeddings}
+    stored = dict(_shapes(folder))
+    scaled = {n.removesuffix("_scale") for n in stored if n.endswith(".weight_scale")}
+    quantized = linears | {name.rpartition(".")[0] for name in scaled}
+    # Heads that share the embeddings' matrix, too.
+    parameters = model.named_parameters(remove_duplicate=False)
+    of_model = [n for n, p in parameters if p.dim() > 1]
+    of_files = [n for n, shape in stored.items() if len(shape) > 1]
 
-    def end_of(name: str) -> str:
-        parts = name.split(".")
-        for count in range(1, len(parts) + 1):
-            end = re.escape(".".join(parts[-count:]))
-            pattern = rf"(.*\.)?{end}(\..*)?$"
-            if not any(re.match(pattern, own) for own in linears):
-                break
-        return f"re:{pattern}"
+    def is_above(name: str) -> bool:
+        return any(f"{own}.".startswith(f"{name}.") for own in quantized)
 
-    def below(module: nn.Module, prefix: str) -> Iterator[str]:
-        for child_name, child in module.named_children():
-            name = f"{prefix}{child_name}"
-            if any(isinstance(m, MASQuantLinear) for m in child.modules()):
-                yield from below(child, f"{name}.")
-            elif any(
-                isinstance(m, nn.Linear) or _holds_matrices(m) for m in child.modules()
-            ):
-                yield end_of(name)
-
-    yield from dict.fromkeys(below(model, ""))
+    patterns: dict[str, None] = {}
+    for matrix in (*of_model, *of_files):
+        parts = matrix.split(".")[:-1]
+        ends = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        highest = next((name for name in ends if not is_above(name)), None)
+        if highest is not None and parts[-1] not in tables:
+            patterns[_end_of(highest, quantized)] = None
+    return list(patterns)
 
 
-def _holds_matrices(module: nn.Module) -> bool:
-    parameters = module.parameters(recurse=False)
-    return not isinstance(module, nn.Embedding) and any(p.dim() > 1 for p in parameters)
+def _end_of(name: str, others: set[str]) -> str:
+    """The pattern of the shortest end of a name that none of others has."""
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        end = re.escape(".".join(parts[-count:]))
+        pattern = rf"(.*\.)?{end}(\..*)?$"
+        if not any(re.match(pattern, own) for own in others):
+            break
+    return f"re:{pattern}"
+
+
+def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Name and shape of each tensor in a folder that was just saved."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                yield name, opened.get_slice(name).get_shape()

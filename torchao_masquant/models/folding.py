@@ -63,8 +63,8 @@ def find_folds(
     Args:
         model: that holds them; left as it was.
         linears: name in the model to module, dense or quantized.
-        run: calls the model, always with the same tokens. Whoever reads the output of a
-            norm must be called by it.
+        run: calls the model, once or more, always with the same tokens. Whoever reads the
+            output of a norm must be called by it: what sees images alone, by an image.
     """
     found = [*_norm_folds(model, linears, run), *_linear_folds(model, linears)]
     kinds: dict[tuple[str, str], list[Fold]] = defaultdict(list)
@@ -72,12 +72,12 @@ def find_folds(
         kinds[_kind(fold.source), _kind(fold.readers[0])].append(fold)
     if not kinds:
         return []
-    expected = _result(model, run)
+    expected = _results(model, run)
     kept: list[Fold] = []
     for folds in kinds.values():
         with _scaled(model, folds):
-            result = _result(model, run)
-        if result is not None and expected is not None and result.equal(expected):
+            results = _results(model, run)
+        if expected and all(map(torch.equal, results, expected)):
             kept.extend(folds)
     return kept
 
@@ -258,8 +258,8 @@ def _scaled(model: nn.Module, folds: Sequence[Fold]) -> Iterator[None]:
             handle.remove()
 
 
-def _result(model: nn.Module, run: Callable[[], object]) -> Optional[torch.Tensor]:
-    """The hidden states that the decoder gives in one run; None where it gives none."""
+def _results(model: nn.Module, run: Callable[[], object]) -> list[torch.Tensor]:
+    """The hidden states that the decoder gives in one run, of each of its calls."""
     found: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: object, output: object) -> None:
@@ -267,7 +267,8 @@ def _result(model: nn.Module, run: Callable[[], object]) -> Optional[torch.Tenso
         first = next(
             (t for t in tree_leaves(output) if isinstance(t, torch.Tensor)), None
         )
-        found[:] = [] if first is None else [first.clone()]
+        if first is not None:
+            found.append(first.clone())
 
     decoder = find_decoder(model)
     handle = (model if decoder is None else decoder.module).register_forward_hook(keep)
@@ -275,4 +276,4 @@ def _result(model: nn.Module, run: Callable[[], object]) -> Optional[torch.Tenso
         run()
     finally:
         handle.remove()
-    return found[0] if found else None
+    return found

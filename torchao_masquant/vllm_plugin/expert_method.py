@@ -105,7 +105,8 @@ class MASQuantExpertMethod(FusedMoEMethodBase):
         """Put what was loaded together."""
         self.config.check_claimed()
         up, down = layer.masquant_loading.weights()
-        del layer.masquant_loading, layer.load_weights
+        # Its load_weights stays, and says that nothing is loaded again.
+        del layer.masquant_loading
         layer.masquant_up, layer.masquant_down = WeightParts(up), WeightParts(down)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -194,6 +195,7 @@ class _Loading:
         self._names = {name.rpartition(".")[2]: name for name in formats}
         self._parts: dict[str, dict[str, torch.Tensor]] = {n: {} for n in formats}
         self._weights: dict[str, MASQuantTensor] = {}
+        self._is_over = False
 
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]]
@@ -207,8 +209,14 @@ class _Loading:
             The names.
 
         Raises:
-            ValueError: for a tensor that the quantized experts have no place for.
+            ValueError: for a tensor that the quantized experts have no place for; all
+                have been loaded before.
         """
+        if self._is_over:
+            raise ValueError(
+                f"{self._layer.layer_name}: quantized weights are not loaded again into a "
+                "model that runs (reload_weights): start vLLM anew."
+            )
         for stored, tensor in weights:
             known = stored_part(f"experts.{stored}")
             name = (
@@ -271,7 +279,7 @@ class _Loading:
         return part
 
     def weights(self) -> tuple[MASQuantTensor, MASQuantTensor]:
-        """Both, in the order of their use.
+        """Both, in the order of their use, which are not held here any longer.
 
         Raises:
             ValueError: the checkpoint, or what vLLM handed on of it, lacks a part.
@@ -285,4 +293,5 @@ class _Loading:
                     "of this architecture in a way that is not known here."
                 )
         up, down = (self._weights[name] for name in self._formats)
+        self._weights, self._is_over = {}, True
         return up, down

@@ -5,11 +5,11 @@
 # LICENSE file in the root directory of this source tree.
 """A linear of vLLM whose weights are quantized: how they are loaded, and that it is run."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
@@ -68,7 +68,15 @@ class MASQuantLinearMethod(LinearMethodBase):
         Weights of unequal shapes and ranks are no one tensor: a parameter of a part is
         empty, and hands what is loaded on. A shard becomes a weight as soon as its parts
         are complete, of which this process keeps its piece.
+
+        Raises:
+            ValueError: vLLM's model is another one, or is to have adapters.
         """
+        if get_current_vllm_config().lora_config is not None:
+            raise ValueError(
+                f"{next(iter(self.formats))}: quantized layers are not served with LoRA: "
+                "leave out --enable-lora, or merge the adapter before you calibrate."
+            )
         sizes = getattr(layer, "output_sizes", [output_size])
         if len(self.formats) == len(sizes) > 1 and isinstance(layer, QKVParallelLinear):
             # They count heads that tensor parallelism has to repeat.
@@ -86,7 +94,7 @@ class MASQuantLinearMethod(LinearMethodBase):
         layer.masquant_loading = _Loading(layer, self.formats, params_dtype)
         kinds = {p: d for known in self.formats.values() for p, d in known.parts}
         for part, dtype in kinds.items():
-            take = partial(layer.masquant_loading.take, part)
+            take = _taker(layer.masquant_loading, part)
             place = _place(getattr(torch, dtype), take)
             layer.register_parameter(f"_weight_{part}", place)
         # The byte under the weight's own name, which stops readers who don't know the rest.
@@ -122,8 +130,19 @@ def _place(dtype: torch.dtype, take: Callable[..., None]) -> Parameter:
     return place
 
 
+def _taker(loading: "_Loading", part: str) -> Callable[..., None]:
+    """A loader of a part: a function, whose name vLLM asks for when it loads again."""
+
+    def take(param: Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        loading.take(part, param, tensor, shard_id)
+
+    return take
+
+
 class _Loading:
     """The weights of one layer while a checkpoint is read.
+
+    vLLM keeps the loaders of a layer for good, and with them this.
 
     Args:
         layer: of vLLM.
@@ -138,6 +157,7 @@ class _Loading:
         self._names, self._formats = list(formats), list(formats.values())
         self._parts: list[dict[str, torch.Tensor]] = [{} for _ in formats]
         self._weights: list[Optional[MASQuantTensor]] = [None for _ in formats]
+        self._is_over = False
 
     def take(
         self,
@@ -153,7 +173,16 @@ class _Loading:
             param: that has its place.
             tensor: all of it, whatever piece of it this process keeps.
             shard_id: of the shard; None: there is one, or the tensor says it.
+
+        Raises:
+            ValueError: there is no such shard, its parts are damaged, or all have been
+                loaded before.
         """
+        if self._is_over:
+            raise ValueError(
+                f"{self._names[0]}: quantized weights are not loaded again into a model "
+                "that runs (reload_weights): start vLLM anew."
+            )
         if shard_id is None:
             shard_id = getattr(tensor, "shard_id", None)
         shard = 0 if shard_id is None else _QKV.get(shard_id, shard_id)  # type: ignore[arg-type]
@@ -209,7 +238,7 @@ class _Loading:
         )
 
     def weights(self) -> Sequence[MASQuantTensor]:
-        """All of them.
+        """All of them, which are not held here any longer.
 
         Raises:
             ValueError: the checkpoint lacks a part.
@@ -223,4 +252,6 @@ class _Loading:
                     f"{name}: the checkpoint's files lack {missing} of its weight: "
                     "download or save the checkpoint again."
                 )
-        return [weight for weight in self._weights if weight is not None]
+        found = [weight for weight in self._weights if weight is not None]
+        self._weights, self._is_over = [], True
+        return found

@@ -39,8 +39,9 @@ __all__ = ["MASQuantVllmConfig", "register_config"]
 #: Releases whose internals this has been tried with.
 _TRIED = ("0.32",)
 
-#: Parts that hold the parts of a model, in an order that is each library's own.
-_HOLDERS = ("thinker", "model", "language_model")
+#: Parts that hold the parts of a model, in an order that is each library's own. A model that
+#: drafts tokens for another is below a name of vLLM's.
+_HOLDERS = ("draft_model", "thinker", "model", "language_model")
 
 _LAYER_NUMBER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
 
