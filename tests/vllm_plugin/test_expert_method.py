@@ -36,7 +36,9 @@ from torchao_masquant.vllm_plugin.expert_method import (  # noqa: E402
 from torchao_masquant.vllm_plugin.quantization import (  # noqa: E402
     MASQuantVllmConfig,
 )
+from torchao_masquant.vllm_plugin.token_ids import TokenIds  # noqa: E402
 
+CPU = torch.device("cpu")
 E, H, INNER, TOP_K = 5, 64, 64, 2
 PREFIX = "model.layers.0.mlp.experts"
 NAMES = (f"{PREFIX}.gate_up_proj", f"{PREFIX}.down_proj")
@@ -115,7 +117,8 @@ def formats(weights) -> dict[str, LayerFormat]:
 def claimed(weights, prefix: str = PREFIX, **changes):
     entry = CheckpointFormat("float32", formats(weights)).to_json()
     config = MASQuantVllmConfig.from_config(entry)
-    ids = SimpleNamespace(ids=torch.tensor([0, 1, 1, 0, 1, 0, 0, 0]))
+    ids = TokenIds(8, ("text", "vision"), {"text": (), "vision": (9,)}, CPU)
+    ids.fill(torch.full((5,), 9), torch.tensor([0, 1, 1, 0, 1]).bool())
     with mock.patch.object(MASQuantVllmConfig, "_watched", lambda *_: ids):
         return config, config.get_quant_method(a_layer(**changes), prefix)
 

@@ -17,12 +17,10 @@ pytestmark = pytest.mark.slow
 class Mixture(Subject):
     """Keeps, too, how likely transformers takes the first token of an answer to be."""
 
-    def _answer(self, model, request):
-        prompt, tokens = super()._answer(model, request)
-        media = {"images": request.images} if request.seeds else {}
-        inputs = self._processor(text=request.prompt, return_tensors="pt", **media)
+    def _answer(self, request):
+        prompt, tokens = super()._answer(request)
         with torch.no_grad():
-            logits = model(**inputs).logits[0, -1]
+            logits = self._reader(**self._inputs(request)).logits[0, -1]
         known = self.__dict__.setdefault("first", [])
         known.append(logits.log_softmax(-1)[tokens[0]].item())
         return prompt, tokens

@@ -83,7 +83,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(1, 1)
-        self.layer.masquant_token_ids = token_ids()
+        token_ids().hold_in(self.layer)
 
     def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal):
         return input_ids, multimodal_embeddings, is_multimodal
@@ -101,6 +101,19 @@ def test_a_model_fills_the_ids_that_its_layers_read():
     )
     assert first.layer.masquant_token_ids.ids.tolist()[:2] == [0, 2]
     assert second.layer.masquant_token_ids.ids.tolist()[:2] == [0, 0]
+
+
+def test_they_come_back_with_the_buffers_of_their_model():
+    """As vLLM's sleep has it: all else on a device is lost."""
+    model = Model()
+    ids = model.layer.masquant_token_ids
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for value in vars(ids).values():
+        if isinstance(value, torch.Tensor):
+            value.fill_(99)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(kept[name])
+    assert filled(ids, [1, SOUND], [False, True]) == [0, 2, 0, 0, 0, 0, 0, 0]
 
 
 def test_a_model_that_does_not_embed_is_refused():

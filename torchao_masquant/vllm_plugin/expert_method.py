@@ -97,7 +97,8 @@ class MASQuantExpertMethod(FusedMoEMethodBase):
                     f"vLLM's model one of {list(shape)}: its config.json is that of "
                     "another model."
                 )
-        layer.masquant_token_ids = self.token_ids
+        if self.token_ids is not None:
+            self.token_ids.hold_in(layer)
         layer.masquant_loading = _Loading(layer, self.formats, params_dtype)
         layer.load_weights = layer.masquant_loading.load_weights
 

@@ -90,7 +90,8 @@ class MASQuantLinearMethod(LinearMethodBase):
                     f"vLLM's model one of {[size, input_size]}: its config.json is that "
                     "of another model."
                 )
-        layer.masquant_token_ids = self.token_ids
+        if self.token_ids is not None:
+            self.token_ids.hold_in(layer)
         layer.masquant_loading = _Loading(layer, self.formats, params_dtype)
         kinds = {p: d for known in self.formats.values() for p, d in known.parts}
         for part, dtype in kinds.items():

@@ -52,6 +52,15 @@ class TokenIds:
             self._table[list(placeholders[name])] = index
         self._table = self._table.to(device)
 
+    def hold_in(self, layer: nn.Module) -> None:
+        """Be what a layer reads, and be kept with its model.
+
+        Of what lies on a device, vLLM's sleep (level 2) keeps a model's buffers alone.
+        """
+        layer.masquant_token_ids = self  # type: ignore[assignment]
+        layer.register_buffer("masquant_ids", self.ids, persistent=False)
+        layer.register_buffer("masquant_modalities", self._table, persistent=False)
+
     def fill(
         self, input_ids: torch.Tensor, is_multimodal: Optional[torch.Tensor]
     ) -> None:
