@@ -41,7 +41,8 @@ def loaders():
     formats = {n: LayerFormat.of(weights[f"{n}.weight"]) for n in names}
     config = SimpleNamespace(check_claimed=lambda: None)
     method = MASQuantLinearMethod(config, formats, None)
-    asked = SimpleNamespace(lora_config=None)
+    load_config = SimpleNamespace(load_format="auto")
+    asked = SimpleNamespace(lora_config=None, load_config=load_config)
     with mock.patch.object(linear_method, "get_current_vllm_config", lambda: asked):
         method.create_weights(
             layer, _SHAPE[1], layer.output_sizes, _SHAPE[1], 48, torch.float32

@@ -90,6 +90,7 @@ def test_each_is_a_sentence(folder, tmp_path):
         "vLLM's model has no place for 14 quantized weights": (other, {}),
         "its config.json is that of another model": (wider, {}),
         "leave out --enable-lora": (folder, {"enable_lora": True}),
+        "leave out --load-format dummy": (folder, {"load_format": "dummy"}),
         "quantized weights are not loaded again": (folder, {"loads_again": True}),
     }
     said = _said(tmp_path / "said.json", attempts.values())

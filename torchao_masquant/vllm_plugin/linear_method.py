@@ -70,11 +70,17 @@ class MASQuantLinearMethod(LinearMethodBase):
         are complete, of which this process keeps its piece.
 
         Raises:
-            ValueError: vLLM's model is another one, or is to have adapters.
+            ValueError: vLLM's model is another one, is to have adapters, or weights that no
+                file has.
         """
-        if get_current_vllm_config().lora_config is not None:
+        config, first = get_current_vllm_config(), next(iter(self.formats))
+        if config.load_config.load_format == "dummy":
             raise ValueError(
-                f"{next(iter(self.formats))}: quantized layers are not served with LoRA: "
+                f"{first}: quantized weights are not made up: leave out --load-format dummy."
+            )
+        if config.lora_config is not None:
+            raise ValueError(
+                f"{first}: quantized layers are not served with LoRA: "
                 "leave out --enable-lora, or merge the adapter before you calibrate."
             )
         sizes = getattr(layer, "output_sizes", [output_size])
