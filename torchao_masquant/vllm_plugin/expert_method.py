@@ -22,6 +22,13 @@ from torchao_masquant.integrations.checkpoint_format import stored_part
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.expert_linear import expert_product
+from torchao_masquant.vllm_plugin.loading import (
+    built,
+    check_shape,
+    columns_of_rank,
+    loaded_before,
+    own_copy,
+)
 from torchao_masquant.vllm_plugin.token_ids import TokenIds
 from torchao_masquant.vllm_plugin.weight_parts import WeightParts
 
@@ -91,12 +98,7 @@ class MASQuantExpertMethod(FusedMoEMethodBase):
             (num_experts, hidden_size, inner),
         )
         for (name, known), shape in zip(self.formats.items(), expected):
-            if known.shape != shape:
-                raise ValueError(
-                    f"{name}: the checkpoint has a weight of shape {list(known.shape)}, "
-                    f"vLLM's model one of {list(shape)}: its config.json is that of "
-                    "another model."
-                )
+            check_shape(name, known, shape)
         if self.token_ids is not None:
             self.token_ids.hold_in(layer)
         layer.masquant_loading = _Loading(layer, self.formats, params_dtype)
@@ -214,10 +216,7 @@ class _Loading:
                 have been loaded before.
         """
         if self._is_over:
-            raise ValueError(
-                f"{self._layer.layer_name}: quantized weights are not loaded again into a "
-                "model that runs (reload_weights): start vLLM anew."
-            )
+            raise loaded_before(self._layer.layer_name)
         for stored, tensor in weights:
             known = stored_part(f"experts.{stored}")
             name = (
@@ -236,17 +235,8 @@ class _Loading:
         parts[part] = tensor
         if len(parts) < len(known.parts):
             return
-        try:
-            weight = known.build(parts, self._dtype)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}.") from error
-        piece = self._piece(name, weight)
-        self._weights[name] = piece.with_parts(
-            {
-                n: t.to(self._device, copy=True).contiguous()
-                for n, t in piece.parts().items()
-            }
-        )
+        piece = self._piece(name, built(name, known, parts, self._dtype))
+        self._weights[name] = own_copy(piece, self._device)
         self._parts[name] = {}
 
     def _piece(self, name: str, weight: MASQuantTensor) -> MASQuantTensor:
@@ -255,29 +245,18 @@ class _Loading:
         rank, pieces = parallel.tp_rank, parallel.tp_size
         if pieces == 1:
             return weight
-        _, rows, columns = weight.shape
-        if name == list(self._formats)[0]:
-            # Of the gate as of the other half.
-            inner = rows // 2
-            size = inner // pieces
-            halves = [
-                weight[:, start + rank * size : start + (rank + 1) * size]
-                for start in (0, inner)
-            ]
-            piece = torch.cat(halves, 1)
-            assert isinstance(piece, MASQuantTensor)
-            return piece
-        size, left = divmod(columns, pieces)
-        if left or size % weight.column_multiple:
-            raise ValueError(
-                f"{name}: {columns} input channels can't be shared by {pieces} processes "
-                f"in multiples of {weight.column_multiple} ({weight.column_units}): choose "
-                "another tensor_parallel_size, or calibrate with a hadamard_size and a "
-                "group_size that divide their pieces."
-            )
-        part = weight[:, :, rank * size : (rank + 1) * size]
-        assert isinstance(part, MASQuantTensor)
-        return part
+        if name != list(self._formats)[0]:
+            return columns_of_rank(name, weight, rank, pieces)
+        # Of the gate as of the other half.
+        inner = weight.shape[1] // 2
+        size = inner // pieces
+        halves = [
+            weight[:, start + rank * size : start + (rank + 1) * size]
+            for start in (0, inner)
+        ]
+        piece = torch.cat(halves, 1)
+        assert isinstance(piece, MASQuantTensor)
+        return piece
 
     def weights(self) -> tuple[MASQuantTensor, MASQuantTensor]:
         """Both, in the order of their use, which are not held here any longer.

@@ -20,6 +20,13 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.tensor_subclasses import MASQuantTensor
+from torchao_masquant.vllm_plugin.loading import (
+    built,
+    check_shape,
+    columns_of_rank,
+    loaded_before,
+    own_copy,
+)
 from torchao_masquant.vllm_plugin.shards import QuantizedShards
 from torchao_masquant.vllm_plugin.token_ids import TokenIds
 
@@ -90,12 +97,7 @@ class MASQuantLinearMethod(LinearMethodBase):
         elif len(self.formats) == 1:
             sizes = [output_size]
         for (name, known), size in zip(self.formats.items(), sizes):
-            if known.shape != (size, input_size):
-                raise ValueError(
-                    f"{name}: the checkpoint has a weight of shape {list(known.shape)}, "
-                    f"vLLM's model one of {[size, input_size]}: its config.json is that "
-                    "of another model."
-                )
+            check_shape(name, known, (size, input_size))
         if self.token_ids is not None:
             self.token_ids.hold_in(layer)
         layer.masquant_loading = _Loading(layer, self.formats, params_dtype)
@@ -186,10 +188,7 @@ class _Loading:
                 loaded before.
         """
         if self._is_over:
-            raise ValueError(
-                f"{self._names[0]}: quantized weights are not loaded again into a model "
-                "that runs (reload_weights): start vLLM anew."
-            )
+            raise loaded_before(self._names[0])
         if shard_id is None:
             shard_id = getattr(tensor, "shard_id", None)
         shard = 0 if shard_id is None else _QKV.get(shard_id, shard_id)  # type: ignore[arg-type]
@@ -201,48 +200,31 @@ class _Loading:
         parts, known = self._parts[shard], self._formats[shard]
         parts[part] = tensor
         if len(parts) == len(known.parts):
-            try:
-                weight = known.build(parts, self._dtype)
-            except ValueError as error:
-                raise ValueError(f"{self._names[shard]}: {error}.") from error
-            self._weights[shard] = self._piece(weight, shard, param.device)
+            weight = built(self._names[shard], known, parts, self._dtype)
+            self._weights[shard] = own_copy(self._piece(weight, shard), param.device)
             self._parts[shard] = {}
 
-    def _piece(
-        self, weight: MASQuantTensor, shard: int, device: torch.device
-    ) -> MASQuantTensor:
-        """What this process keeps of a shard's weight, in memory of its own."""
+    def _piece(self, weight: MASQuantTensor, shard: int) -> MASQuantTensor:
+        """What this process keeps of a shard's weight."""
         layer = self._layer
         rank, pieces = layer.tp_rank, layer.tp_size
         if isinstance(layer, ReplicatedLinear):
             pieces = 1
-        piece: torch.Tensor = weight
-        if pieces > 1 and isinstance(layer, RowParallelLinear):
-            size, left = divmod(weight.shape[1], pieces)
-            if left or size % weight.column_multiple:
-                raise ValueError(
-                    f"{self._names[shard]}: {weight.shape[1]} input channels can't be "
-                    f"shared by {pieces} processes in multiples of "
-                    f"{weight.column_multiple} ({weight.column_units}): choose another "
-                    "tensor_parallel_size, or calibrate with a hadamard_size and a "
-                    "group_size that divide their pieces."
-                )
-            piece = weight[:, rank * size : (rank + 1) * size]
-        elif pieces > 1:
-            if len(self._names) == 1 and len(layer.output_partition_sizes) > 1:
-                raise ValueError(
-                    f"{self._names[0]}: the checkpoint has several projections in one "
-                    "weight, which tensor parallelism can't cut: use "
-                    "tensor_parallel_size=1."
-                )
-            size = layer.output_partition_sizes[shard]
-            if isinstance(layer, QKVParallelLinear) and shard > 0:
-                rank //= layer.num_kv_head_replicas
-            piece = weight[rank * size : (rank + 1) * size]
+        if pieces == 1:
+            return weight
+        if isinstance(layer, RowParallelLinear):
+            return columns_of_rank(self._names[shard], weight, rank, pieces)
+        if len(self._names) == 1 and len(layer.output_partition_sizes) > 1:
+            raise ValueError(
+                f"{self._names[0]}: the checkpoint has several projections in one "
+                "weight, which tensor parallelism can't cut: use tensor_parallel_size=1."
+            )
+        size = layer.output_partition_sizes[shard]
+        if isinstance(layer, QKVParallelLinear) and shard > 0:
+            rank //= layer.num_kv_head_replicas
+        piece = weight[rank * size : (rank + 1) * size]
         assert isinstance(piece, MASQuantTensor)
-        return piece.with_parts(
-            {n: t.to(device, copy=True).contiguous() for n, t in piece.parts().items()}
-        )
+        return piece
 
     def weights(self) -> Sequence[MASQuantTensor]:
         """All of them, which are not held here any longer.
