@@ -6,13 +6,12 @@
 """``calibrate``: from a model and data to a recipe."""
 
 import itertools
-import logging
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 
-from torchao_masquant.calibration.left_out import by_pattern
+from torchao_masquant.calibration.foldable import foldable_channels, showing_all
 from torchao_masquant.calibration.request import (
     base_first,
     check_request,
@@ -22,15 +21,14 @@ from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.conductor.conductor import Conductor
 from torchao_masquant.learning import learn
 from torchao_masquant.learning.published import PublishedTask
-from torchao_masquant.models.folding import find_folds
 from torchao_masquant.models.wrappers import check_in_memory, unwrapped
 from torchao_masquant.option_fields import takes_options
 from torchao_masquant.options import CalibrationOptions, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
 from torchao_masquant.routing import Router
 from torchao_masquant.sample_checks import NEEDED, check_samples, no_samples
-from torchao_masquant.samples import MODALITY_IDS, run_samples
-from torchao_masquant.selection import Selected, select
+from torchao_masquant.samples import run_samples
+from torchao_masquant.selection import select
 from torchao_masquant.solver.layers import factors_alone
 from torchao_masquant.threads import threads_for, widest
 
@@ -38,8 +36,6 @@ __all__ = [
     "calibrate",
     "learned_factors",
 ]
-
-_LOGGER = logging.getLogger(__name__)
 
 
 @takes_options(CalibrationOptions)
@@ -116,8 +112,8 @@ def calibrate(
         foldable: Optional[dict[str, torch.Tensor]] = None
         read = [first]
         if options.procedure.folded:
-            shown, read = _showing_all(itertools.chain([first], iterator), router)
-            foldable = _foldable(model, selected, lambda: run(shown))
+            shown, read = showing_all(itertools.chain([first], iterator), router)
+            foldable = foldable_channels(model, selected.linears, shown, router)
         data: Iterable[Mapping[str, Any]] = itertools.chain(read, iterator)
         if isinstance(samples, Sequence):
             # May be read again, and tells a progress bar how long it is.
@@ -155,51 +151,6 @@ def calibrate(
             versions=library_versions(),
             description={"samples": count, "tokens": conductor.tokens},
         )
-
-
-def _foldable(
-    model: nn.Module, selected: Selected, run: Callable[[], object]
-) -> dict[str, torch.Tensor]:
-    """Linears whose factor something before them can take, to the channels that have it."""
-    folds = find_folds(model, selected.linears, run)
-    found = {name: fold.channels for fold in folds for name in fold.readers}
-    left = [name for name in selected.linears if name not in found]
-    if left:
-        _LOGGER.warning(
-            "%d of %d linears are rounded without a smoothing factor, since nothing "
-            "before them can take it: %s.",
-            len(left),
-            len(selected.linears),
-            by_pattern(left),
-        )
-    return found
-
-
-def _showing_all(
-    samples: Iterable[Mapping[str, Any]], router: Router
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """A few samples that have tokens of every modality between them, and all that were read
-    until they were found."""
-    missing = set(range(len(router.modalities)))
-    shown: list[Mapping[str, Any]] = []
-    read: list[Mapping[str, Any]] = []
-    for sample in samples:
-        read.append(sample)
-        found = missing & _modalities_in(sample, router)
-        if found or not shown:
-            shown.append(sample)
-        missing -= found
-        if not missing:
-            break
-    return shown, read
-
-
-def _modalities_in(sample: Mapping[str, Any], router: Router) -> set[int]:
-    ids = sample.get(MODALITY_IDS)
-    tokens = sample.get("input_ids")
-    if ids is None and router.token_ids is not None and tokens is not None:
-        ids = router.ids_of(tokens)
-    return {0} if ids is None else set(ids.unique().tolist())
 
 
 def learned_factors(

@@ -181,6 +181,11 @@ class Method:
     spares_down: bool = False
     lr: float = 3e-4
 
+    @property
+    def tells_apart(self) -> bool:
+        """Whether modalities are told apart where the model runs, not in solving alone."""
+        return self.per_modality and not self.folded
+
 
 METHODS = {
     "masquant": Method(

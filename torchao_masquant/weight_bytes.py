@@ -44,7 +44,7 @@ class Compensation:
         """
         parts = options.procedure
         return cls(
-            modalities=modalities if parts.per_modality and not parts.folded else 1,
+            modalities=modalities if parts.tells_apart else 1,
             rank=options.average_share,
             low_rank_bits=options.low_rank_bits,
             shift=parts.shift,

@@ -22,15 +22,14 @@ from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantLinear, Recipe, masquant_config
 from torchao_masquant.calibrate_in_memory import learned_factors
+from torchao_masquant.calibration.foldable import foldable_channels, showing_all
 from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.conductor.conductor import solve
 from torchao_masquant.learning import learn
-from torchao_masquant.models.folding import find_folds
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, library_versions
 from torchao_masquant.routing import Router
-from torchao_masquant.samples import call_on_sample
 from torchao_masquant.solver.layers import factors_alone, solve_group
 
 __all__ = ["BASELINES", "Quantizing", "weight_bytes"]
@@ -92,24 +91,21 @@ class Quantizing:
         options = SolverOptions(scheme=scheme, **given)
         if options.learns_factors:
             return self._convert(options, self.published(options))
+        foldable = None
+        if options.procedure.folded:
+            router = self.session.router
+            shown, _ = showing_all(self.samples, router)
+            foldable = foldable_channels(
+                self.model, self.session.linears, shown, router
+            )
         layers = solve(
-            self.session,
-            dataclasses.replace(options, epochs=0),
-            foldable=self._foldable() if options.procedure.folded else None,
+            self.session, dataclasses.replace(options, epochs=0), foldable=foldable
         )
         if options.epochs:
             router = Router.for_model(self.model)
             router.skip_padding = True
             layers = learn(self.model, self.samples, layers, router, options)
         return self._convert(options, layers)
-
-    def _foldable(self) -> dict[str, torch.Tensor]:
-        folds = find_folds(
-            self.model,
-            self.session.linears,
-            lambda: call_on_sample(self.model, self.samples[0], None),
-        )
-        return {name: fold.channels for fold in folds for name in fold.readers}
 
     def by_baseline(
         self, scheme: str, method: str, given: Mapping[str, Any]

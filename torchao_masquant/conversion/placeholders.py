@@ -47,8 +47,7 @@ def placeholder_weight(
     n, k = weight.shape[-2:]
     scheme, method = options.number_format, options.procedure
     check_group_size(scheme.group_size, (n, k))
-    per_modality = method.per_modality and not method.folded
-    told_apart = per_modality and not options.spares(name)
+    told_apart = method.tells_apart and not options.spares(name)
     rank = options.average_rank(n, k) if told_apart else 0
     ranks = (rank,) * (len(modalities) - 1) if rank else ()
     hadamard_size = options.hadamard_size_of(k) if told_apart else None
