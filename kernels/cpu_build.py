@@ -30,6 +30,7 @@ _FOLDER = Path(__file__).parent / "csrc"
 # With the flags that each has beside those of all.
 _SOURCES = {
     "cpu_kernels.cpp": (),
+    "cpu_stored.cpp": (),
     "cpu_operators.cpp": (),
     "cpu_bfloat16.cpp": ("-mavx512bf16",),
 }

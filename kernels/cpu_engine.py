@@ -9,6 +9,7 @@ import enum
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Mapping, NamedTuple, Optional
 
 import torch
@@ -59,14 +60,26 @@ def _has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def multiplies_bfloat16(environ: Optional[Mapping[str, str]] = None) -> bool:
     """Whether bfloat16 activations that are not quantized are multiplied as such.
+
+    AVX512-BF16 multiplies twice as many numbers in the time that float32 takes on AMD's
+    processors, and half as many on Intel's, which are made to do that by AMX.
 
     Args:
         environ: environment variables; None for the process's.
     """
     environ = os.environ if environ is None else environ
-    return _has_bfloat16() and _onednn_limit(environ) not in _BELOW_BF16
+    if not _has_bfloat16() or _onednn_limit(environ) in _BELOW_BF16:
+        return False
+    return not _is_intel() or choose_engine(environ).engine is CpuEngine.AMX
 
 
 def choose_engine(environ: Optional[Mapping[str, str]] = None) -> EngineChoice:

@@ -19,9 +19,12 @@ What the kernels do, for T tokens, K channels and N output channels:
 - signed integers meet vpdpbusd, which wants unsigned ones, with 128 (packed: 8) added to
   the weights, and the sum of the token's integers times that taken off after. It adds
   up in 32 bits without saturating (the older vpmaddubsw saturates in 16);
-- weights of bfloat16 activations that are not quantized are unpacked to bfloat16, where
-  the processor multiplies it, and the smoothed activations rounded to it, as a bfloat16
-  linear's are: with more than 16 tokens only, which are bound by arithmetic;
+- up to 16 tokens that are not quantized become integers for packed weights: of each 128
+  channels 16 bits of 16-bit tokens and 24 bits of float32, in planes of 8 bits that are
+  multiplied one by one, so that nothing is lost that the tokens' type can tell;
+- more of them meet weights unpacked to float32, or to bfloat16 where the processor
+  multiplies bfloat16 faster, and the smoothed activations rounded to it, as a bfloat16
+  linear's are;
 - scales, up-projection and biases are applied to a tile before it is stored;
 - tokens are sorted by modality, so base tokens do no low-rank work.
 """

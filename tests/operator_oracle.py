@@ -124,12 +124,15 @@ class Result(NamedTuple):
         size: (T, N) the sum of the magnitudes of all terms.
         roundings: float32 operations, in a row, that lie behind an element.
         low_rank: (T, N) what of ``size`` is the pair's.
+        stepped: (T, N) sum of the magnitudes that the terms would have if all inputs of a
+            block of 128 were as large as its largest.
     """
 
     value: np.ndarray
     size: np.ndarray
     roundings: int
     low_rank: np.ndarray
+    stepped: np.ndarray = np.zeros(())
 
     @property
     def tolerance(self) -> np.ndarray:
@@ -316,7 +319,10 @@ def weight_only_linear_f64(
     # The smoothing and the weight's scale, K products and sums, the pair's scale, the
     # rotation.
     rotating = int(math.log2(hadamard_size)) + 2 if hadamard_size > 1 else 0
-    return _epilogue(
+    blocks = np.arange(0, in_features, 128)
+    largest = np.maximum.reduceat(np.abs(v), blocks, 1) if in_features else v
+    stepped = np.add.reduceat(np.abs(weight), blocks, 1) if in_features else weight
+    result = _epilogue(
         v @ weight.T,
         widest @ np.abs(weight).T,
         2 + in_features + 2 + rotating,
@@ -327,23 +333,29 @@ def weight_only_linear_f64(
         modality_ids,
         bias,
     )
+    return result._replace(stepped=largest @ stepped.T)
 
 
-def bfloat16_roundings(x: torch.Tensor) -> int:
-    """What rounding both sides of a product to bfloat16 weighs in float32 roundings.
+def lost_in_16_bits(x: torch.Tensor, found: Result) -> np.ndarray:
+    """(T, N) what a CPU may lose of a weight-only product beside float32's roundings.
 
     Where a processor multiplies bfloat16, more than 16 such tokens may meet their
-    dequantized weight in it, as in any bfloat16 linear.
+    dequantized weight in it, as in any bfloat16 linear. Up to 16 tokens of 16 bits may
+    become integers of 16 bits, in steps of a block's largest.
     """
-    rounded = x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) > 16
-    return round(2 * 2.0**-8 / UNIT) if rounded else 0
+    if x.device.type != "cpu" or x.element_size() > 2:
+        return np.zeros_like(found.value)
+    if len(x) <= 16:
+        return 2.0**-16 * found.stepped
+    return (2 * 2.0**-8 if x.dtype == torch.bfloat16 else 0.0) * found.size
 
 
 class Linear(NamedTuple):
     """
     Attributes:
         value: (T, N).
-        moved: (T, N) how far levels that may be rounded either way move it.
+        moved: (T, N) how far levels that may be rounded either way, or what is held in
+            16 bits, move it.
         size: (T, N) the sum of the magnitudes of all terms.
         relative: of it, how far float32 may be off beside that.
     """
@@ -383,9 +395,9 @@ def linear_f64(
             *(x, tensor.act_pre_scale, *parts, tensor.zero_point, *pair, *rest),
             *(tensor.ranks, tensor.weight_bits, x.dtype, tensor.low_rank_scale, block),
         )
-        roundings = np.array(found.roundings + bfloat16_roundings(x))
-        nothing = np.zeros_like(found.value)
-        return Linear(found.value, nothing, found.size, roundings * UNIT)
+        roundings = np.array(found.roundings)
+        lost = lost_in_16_bits(x, found)
+        return Linear(found.value, lost, found.size, roundings * UNIT)
     q = smooth_quantize_f64(
         x, tensor.act_pre_scale, ids, tensor.act_bits, tensor.act_shift, block
     )

@@ -13,70 +13,13 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu_vectors.h"
+
 // Products and sums are rounded one by one, as the reference's are: the compiler must
 // not contract them (-ffp-contract=off). Where a fused one is wanted, it is written out.
 
 namespace masquant {
 namespace {
-
-inline __mmask16 mask16(int64_t count) {
-  return count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
-}
-
-inline __mmask64 mask64(int64_t count) {
-  return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1;
-}
-
-template <Type type>
-inline __m512 load(const void* data, int64_t i, __mmask16 mask) {
-  if constexpr (type == Type::kFloat32) {
-    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + i);
-  } else if constexpr (type == Type::kInt8) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
-        _mm_maskz_loadu_epi8(mask, static_cast<const int8_t*>(data) + i)));
-  } else {
-    const __m256i half =
-        _mm256_maskz_loadu_epi16(mask, static_cast<const int16_t*>(data) + i);
-    if constexpr (type == Type::kFloat16) {
-      return _mm512_cvtph_ps(half);
-    } else {
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    }
-  }
-}
-
-// Calls f with the type as a constant.
-template <class F>
-inline void with_type(Type type, F&& f) {
-  switch (type) {
-    case Type::kFloat32:
-      return f(std::integral_constant<Type, Type::kFloat32>());
-    case Type::kBFloat16:
-      return f(std::integral_constant<Type, Type::kBFloat16>());
-    case Type::kFloat16:
-      return f(std::integral_constant<Type, Type::kFloat16>());
-    case Type::kInt8:
-      return f(std::integral_constant<Type, Type::kInt8>());
-  }
-}
-
-template <class F>
-inline void with_rows(int rows, F&& f) {
-  switch (rows) {
-    case 1:
-      return f(std::integral_constant<int, 1>());
-    case 2:
-      return f(std::integral_constant<int, 2>());
-    case 3:
-      return f(std::integral_constant<int, 3>());
-    case 4:
-      return f(std::integral_constant<int, 4>());
-    case 5:
-      return f(std::integral_constant<int, 5>());
-    case 6:
-      return f(std::integral_constant<int, 6>());
-  }
-}
 
 // Round to nearest even, by integers: vcvtneps2bf16 would flush subnormal numbers.
 inline __m256i to_bfloat16(__m512 value) {
@@ -128,18 +71,6 @@ inline void transpose(__m512i r[16]) {
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
   }
-}
-
-inline __m128i fold(__m512i v) {
-  const __m256i half =
-      _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
-
-// Sums of four vectors' lanes.
-inline __m128i fold4(__m512i a, __m512i b, __m512i c, __m512i d) {
-  return _mm_hadd_epi32(_mm_hadd_epi32(fold(a), fold(b)),
-                        _mm_hadd_epi32(fold(c), fold(d)));
 }
 
 }  // namespace
@@ -303,30 +234,6 @@ int32_t sum_row(const int8_t* q, int64_t in_features) {
   return _mm512_reduce_add_epi32(sum);
 }
 
-void split_even_odd(const int8_t* q, int64_t in_features, int8_t* out) {
-  for (int64_t i = 0; i < in_features; i += 128) {
-    const __m512i low = _mm512_maskz_loadu_epi8(mask64(in_features - i), q + i);
-    const __m512i high = _mm512_maskz_loadu_epi8(mask64(in_features - i - 64), q + i + 64);
-    const __m256i even0 = _mm512_cvtepi16_epi8(low), even1 = _mm512_cvtepi16_epi8(high);
-    const __m256i odd0 = _mm512_cvtepi16_epi8(_mm512_srli_epi16(low, 8));
-    const __m256i odd1 = _mm512_cvtepi16_epi8(_mm512_srli_epi16(high, 8));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), even0);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i + 32), even1);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i + 64), odd0);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i + 96), odd1);
-  }
-}
-
-void split_by_eight(const float* v, int64_t in_features, float* out) {
-  for (int64_t i = 0; i < in_features; i += 128) {
-    for (int j = 0; j < 8; ++j) {
-      for (int lane = 0; lane < 16; ++lane) {
-        out[i + 16 * j + lane] = v[i + 8 * lane + j];
-      }
-    }
-  }
-}
-
 void to_float(const int8_t* q, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += 16) {
     const __mmask16 mask = mask16(count - i);
@@ -379,6 +286,9 @@ void pack_panel(const Weights& weights, int64_t n, int64_t k, int64_t width,
           continue;
         }
         const uint8_t* row = weights.data + (n + c + r) * weights.row_bytes;
+        // What the next columns will read: the hardware would find each row anew.
+        _mm_prefetch(row + (weights.packed ? (k + i) / 2 : k + i) + 16 * weights.row_bytes,
+                     _MM_HINT_T1);
         __m512i values;
         if (weights.packed) {
           const __m256i bytes = _mm256_maskz_loadu_epi8(
@@ -563,165 +473,22 @@ void multiply_float_panel_rows(const float* const* tokens, const float* panel,
   }
 }
 
-// Rows of weights that are read side by side.
-constexpr int kStreams = 4;
-
-template <int rows, bool packed>
-void multiply_stored_rows(const Weights& weights, int64_t n,
-                          const int8_t* const* tokens, int32_t* c) {
-  __m512i sum[kStreams][rows];
-#pragma GCC unroll 4
-  for (int s = 0; s < kStreams; ++s) {
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; ++r) sum[s][r] = _mm512_setzero_si512();
-  }
-  // Rows behind the last are those of the last: their products are not looked at.
-  const uint8_t* row[kStreams];
-#pragma GCC unroll 4
-  for (int s = 0; s < kStreams; ++s) {
-    row[s] = weights.data +
-             std::min<int64_t>(n + s, weights.out_features - 1) * weights.row_bytes;
-  }
-  const auto step = [&](int64_t i, __mmask64 mask, bool whole) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kStreams; ++s) {
-      // What these streams read next: the hardware would find each row anew.
-      _mm_prefetch(row[s] + i + kStreams * weights.row_bytes, _MM_HINT_T0);
-      const __m512i bytes = whole ? _mm512_loadu_si512(row[s] + i)
-                                  : _mm512_maskz_loadu_epi8(mask, row[s] + i);
-      if constexpr (packed) {
-        const __m512i low4 = _mm512_set1_epi8(0xF);
-        const __m512i w = _mm512_xor_si512(bytes, _mm512_set1_epi8(-120));  // 0x88
-        const __m512i even = _mm512_and_si512(w, low4);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(w, 4), low4);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; ++r) {
-          sum[s][r] = _mm512_dpbusd_epi32(sum[s][r], even,
-                                          _mm512_loadu_si512(tokens[r] + 2 * i));
-          sum[s][r] = _mm512_dpbusd_epi32(sum[s][r], odd,
-                                          _mm512_loadu_si512(tokens[r] + 2 * i + 64));
-        }
-      } else {
-        const __m512i w = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; ++r) {
-          sum[s][r] =
-              _mm512_dpbusd_epi32(sum[s][r], w, _mm512_loadu_si512(tokens[r] + i));
-        }
-      }
-    }
-  };
-  int64_t i = 0;
-  for (; i + 64 <= weights.row_bytes; i += 64) step(i, 0, true);
-  if (i < weights.row_bytes) step(i, mask64(weights.row_bytes - i), false);
-#pragma GCC unroll 6
-  for (int r = 0; r < rows; ++r) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(c + r * kColumns),
-                     fold4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]));
-  }
-}
-
-template <int rows>
-void multiply_stored_float_rows(const Weights& weights, int64_t n, const float* scale,
-                                const int8_t* zero, int64_t groups,
-                                const float* const* tokens, float* c) {
-  const __m512 values = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __m512 sum[kStreams][rows];
-  int64_t column[kStreams];
-#pragma GCC unroll 4
-  for (int s = 0; s < kStreams; ++s) {
-    column[s] = std::min<int64_t>(n + s, weights.out_features - 1);
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) sum[s][r] = _mm512_setzero_ps();
-  }
-  const int64_t bytes = weights.row_bytes / groups;
-  for (int64_t g = 0; g < groups; ++g) {
-    __m512 table[kStreams];
-#pragma GCC unroll 4
-    for (int s = 0; s < kStreams; ++s) {
-      const int64_t at = column[s] * groups + g;
-      const float z = zero == nullptr ? 0.0f : static_cast<float>(zero[at]);
-      table[s] = _mm512_mul_ps(_mm512_sub_ps(values, _mm512_set1_ps(z)),
-                               _mm512_set1_ps(scale[at]));
-    }
-    for (int64_t i = g * bytes; i < (g + 1) * bytes; i += 64) {
-      __m512i w[kStreams];
-#pragma GCC unroll 4
-      for (int s = 0; s < kStreams; ++s) {
-        const uint8_t* from = weights.data + column[s] * weights.row_bytes + i;
-        _mm_prefetch(from + kStreams * weights.row_bytes, _MM_HINT_T0);
-        w[s] = _mm512_loadu_si512(from);
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) {
-        __m512 a[rows];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) a[r] = _mm512_loadu_ps(tokens[r] + 2 * i + 16 * j);
-#pragma GCC unroll 4
-        for (int s = 0; s < kStreams; ++s) {
-          // vpermps looks at the low four bits of a lane only.
-          const __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(w[s], 4 * j), table[s]);
-#pragma GCC unroll 4
-          for (int r = 0; r < rows; ++r) sum[s][r] = _mm512_fmadd_ps(v, a[r], sum[s][r]);
-        }
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int s = 0; s < kStreams; ++s) {
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) c[r * kColumns + s] = _mm512_reduce_add_ps(sum[s][r]);
-  }
-}
-
 }  // namespace
 
 void multiply_panel(const int8_t* const* tokens, int rows, const uint8_t* panel,
                     int64_t width, int32_t* c) {
-  with_rows(rows, [&](auto r) { multiply_panel_rows<r()>(tokens, panel, width, c); });
+  with_count<kRows>(
+      rows, [&](auto r) { multiply_panel_rows<r()>(tokens, panel, width, c); });
 }
 
 void multiply_float_panel(const float* const* tokens, int rows, const float* panel,
                           int64_t width, int64_t columns, bool add, float* c) {
-  with_rows(rows, [&](auto r) {
-    with_rows(static_cast<int>((columns + 15) / 16), [&](auto vectors) {
-      if constexpr (vectors() <= 4) {
-        multiply_float_panel_rows<r(), vectors()>(tokens, panel, width, add, c);
-      }
-    });
+  with_count<kRows>(rows, [&](auto r) {
+    with_count<kColumns / 16>(
+        static_cast<int>((columns + 15) / 16), [&](auto vectors) {
+          multiply_float_panel_rows<r(), vectors()>(tokens, panel, width, add, c);
+        });
   });
-}
-
-void multiply_stored(const Weights& weights, int64_t n, int columns,
-                     const int8_t* const* tokens, int rows, int32_t* c) {
-  for (int s = 0; s < columns; s += kStreams) {
-    for (int r = 0; r < rows; r += 4) {
-      with_rows(std::min(rows - r, 4), [&](auto count) {
-        if (weights.packed) {
-          multiply_stored_rows<count(), true>(weights, n + s, tokens + r,
-                                              c + r * kColumns + s);
-        } else {
-          multiply_stored_rows<count(), false>(weights, n + s, tokens + r,
-                                               c + r * kColumns + s);
-        }
-      });
-    }
-  }
-}
-
-void multiply_stored_float(const Weights& weights, int64_t n, int columns,
-                           const float* scale, const int8_t* zero, int64_t groups,
-                           const float* const* tokens, int rows, float* c) {
-  for (int s = 0; s < columns; s += kStreams) {
-    for (int r = 0; r < rows; r += 4) {
-      with_rows(std::min(rows - r, 4), [&](auto count) {
-        if constexpr (count() <= 4) {
-          multiply_stored_float_rows<count()>(weights, n + s, scale, zero, groups,
-                                              tokens + r, c + r * kColumns + s);
-        }
-      });
-    }
-  }
 }
 
 void add_group(const int32_t* c, int rows, int32_t offset, const int32_t* token_sums,

@@ -22,6 +22,8 @@ constexpr int kRows = 6;
 constexpr int kColumns = 64;
 //: tokens that read the stored weights without unpacking a panel
 constexpr int kFewTokens = 16;
+//: channels of packed weights that fill a vector
+constexpr int kBlock = 128;
 
 enum class Type { kFloat32, kBFloat16, kFloat16, kInt8 };
 
@@ -52,13 +54,6 @@ void smooth_row_bfloat16(const void* x, Type type, const float* pre_scale,
 void to_bfloat16_row(const float* v, int64_t count, uint16_t* out);
 
 int32_t sum_row(const int8_t* q, int64_t in_features);
-
-// Nibbles of a byte of weights meet tokens of even and of odd channels: of each 128, the
-// even ones first. round_up(K, 128) values, zeros behind K.
-void split_even_odd(const int8_t* q, int64_t in_features, int8_t* out);
-
-// The same for floats and words of eight nibbles: out[j][i] = v[8 * i + j] in each 128.
-void split_by_eight(const float* v, int64_t in_features, float* out);
 
 void to_float(const int8_t* q, int64_t count, float* out);
 
@@ -116,22 +111,45 @@ void multiply_float_panel(const float* const* tokens, int rows, const float* pan
 void multiply_bfloat16_panel(const uint16_t* const* tokens, int rows,
                              const uint16_t* panel, int64_t width, bool add, float* c);
 
+// sum[rows][kColumns] += float(c - offset * token_sum) * scale.
+void add_group(const int32_t* c, int rows, int32_t offset, const int32_t* token_sums,
+               const float* scale, float* sum);
+
+// ---- products with weights as they are stored (cpu_stored.cpp) ----
+
+// Nibbles of a byte of weights meet tokens of even and of odd channels: of each block, the
+// even ones first. round_up(K, kBlock) values, zeros behind K.
+void split_even_odd(const int8_t* q, int64_t in_features, int8_t* out);
+
 // c[rows][kColumns] = tokens by the columns [n, n + columns) of the stored weights, each
 // too large by offset * (sum of the token). Of packed weights, tokens are as
 // split_even_odd leaves them; else zeros follow up to a multiple of 64.
 void multiply_stored(const Weights& weights, int64_t n, int columns,
                      const int8_t* const* tokens, int rows, int32_t* c);
 
-// c[rows][kColumns] = tokens, as split_by_eight leaves them, by the columns
-// [n, n + columns) of (value - zero) * scale. K and the group's width are multiples of
-// 128. scale: (N, G); zero: (N, G) or null.
-void multiply_stored_float(const Weights& weights, int64_t n, int columns,
-                           const float* scale, const int8_t* zero, int64_t groups,
-                           const float* const* tokens, int rows, float* c);
+// A token in blocks of channels with a scale each. Its integers are of one plane (int8),
+// or of two or three, each worth 256 times the next.
+struct BlockedToken {
+  const int8_t* planes;  // [planes][K], each as split_even_odd leaves it
+  const float* scale;    // of each block, of more than one plane
+  const float* sums;     // of each block's values, scaled; for zero points alone
+  const int32_t* start;  // [blocks][16]: what each block's sums begin with
+};
 
-// sum[rows][kColumns] += float(c - offset * token_sum) * scale.
-void add_group(const int32_t* c, int rows, int32_t offset, const int32_t* token_sums,
-               const float* scale, float* sum);
+// start of a token of one plane.
+void start_blocks(const int8_t* split, int64_t in_features, int32_t* start);
+
+// Makes a token of floats one of two or three planes: its values are within 2 ** -16 or
+// 2 ** -24 of a block's largest. False where one is not finite.
+bool split_planes(const float* v, int64_t in_features, int planes, int8_t* out,
+                  float* scale, float* sums, int32_t* start);
+
+// c[rows][kColumns] = tokens by the columns [n, n + columns) of packed weights,
+// (value - zero) * scale. K and the group's width are multiples of kBlock. scale: (N, G);
+// zero: (N, G) or null.
+void multiply_stored_blocks(const Weights& weights, int64_t n, int columns,
+                            const float* scale, const int8_t* zero, int64_t groups,
+                            int planes, const BlockedToken* tokens, int rows, float* c);
 
 // ---- results ----
 

@@ -35,8 +35,10 @@ using MaybeTensor = std::optional<Tensor>;
 
 //: whether panels are multiplied by oneDNN's kernel (AMX) in place of ours (VNNI)
 std::atomic<bool> use_brgemm{false};
-//: whether bfloat16 tokens that are not quantized are multiplied as such (AVX512-BF16)
-std::atomic<bool> use_bfloat16{__builtin_cpu_supports("avx512bf16") != 0};
+//: whether bfloat16 tokens that are not quantized are multiplied as such (AVX512-BF16),
+//: which takes Intel's processors twice as long as float32
+std::atomic<bool> use_bfloat16{__builtin_cpu_supports("avx512bf16") != 0 &&
+                               !__builtin_cpu_is("intel")};
 
 void check_processor() {
   // One that a package has brought the library to.
@@ -156,21 +158,21 @@ void check_rotation(int64_t hadamard_size, int64_t in_features) {
 }
 
 // Whether tokens read the stored weights as they are.
-bool reads_stored(int64_t tokens, int64_t groups) {
-  return tokens <= kFewTokens && groups == 1;
+bool reads_stored(int64_t tokens, bool packed, int64_t in_features, int64_t groups) {
+  if (tokens > kFewTokens) return false;
+  return groups == 1 || (packed && in_features / groups % kBlock == 0);
 }
 
 bool reads_stored_floats(int64_t tokens, bool packed, int64_t width) {
-  return tokens <= kFewTokens && packed && width % 128 == 0 && width > 0;
+  return tokens <= kFewTokens && packed && width % kBlock == 0 && width > 0;
 }
 
 bool multiplies_bfloat16(int64_t tokens, Type type) {
   return use_bfloat16 && type == Type::kBFloat16 && tokens > kFewTokens;
 }
 
-bool multiplies_by_brgemm(int64_t tokens, int64_t groups) {
-  return use_brgemm && groups == 1 && !reads_stored(tokens, groups);
-}
+// Of those that do not.
+bool multiplies_by_brgemm(int64_t groups) { return use_brgemm && groups == 1; }
 
 std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
                       int64_t in_features, int64_t groups) {
@@ -178,7 +180,7 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
   const std::string weights = packed ? "packed int4" : "int8";
   if (act_bits == 16) {
     if (reads_stored_floats(tokens, packed, in_features / groups)) {
-      return "float32, " + weights + " looked up as stored";
+      return "VNNI, planes of 8 bits, " + weights + " as stored";
     }
     const std::string type =
         !multiplies_bfloat16(tokens, Type::kBFloat16) ? "float32, "
@@ -186,8 +188,10 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
                      : "float32, of bfloat16 tokens bfloat16, ";
     return type + weights + " unpacked by panels";
   }
-  if (reads_stored(tokens, groups)) return "VNNI, " + weights + " as stored";
-  const std::string product = multiplies_by_brgemm(tokens, groups) ? "oneDNN brgemm" : "VNNI";
+  if (reads_stored(tokens, packed, in_features, groups)) {
+    return "VNNI, " + weights + " as stored";
+  }
+  const std::string product = multiplies_by_brgemm(groups) ? "oneDNN brgemm" : "VNNI";
   return product + ", " + weights + " unpacked by panels" +
          (groups > 1 ? ", group by group" : "");
 }
@@ -483,6 +487,69 @@ Tensor low_rank_down(const Tensor& qdata, const Tensor& scale, const Tensor& l1,
 
 // ---- int_linear ----
 
+// Few tokens, which read the weights as they are stored.
+void few_tokens(const int8_t* q, const Weights& weights, const float* scale, int64_t groups,
+                Results& results) {
+  const int64_t tokens = static_cast<int64_t>(results.token.size());
+  const int64_t in_features = weights.in_features, padded = round_up(in_features, kBlock);
+  const bool in_blocks = groups > 1;
+  int8_t* prepared = scratch<int8_t>(kTokens, tokens * padded);
+  int32_t* starts =
+      in_blocks ? scratch<int32_t>(kShared, tokens * padded / kBlock * 16) : nullptr;
+  std::vector<const int8_t*> pointers(tokens);
+  std::vector<BlockedToken> blocked(tokens);
+  for (int64_t i = 0; i < tokens; ++i) {
+    const int64_t t = results.order[i];
+    int8_t* to = prepared + i * padded;
+    pointers[i] = to;
+    if (weights.packed) {
+      split_even_odd(q + t * in_features, in_features, to);
+    } else {
+      std::memcpy(to, q + t * in_features, in_features);
+      std::memset(to + in_features, 0, padded - in_features);
+    }
+    if (in_blocks) {
+      int32_t* start = starts + i * padded / kBlock * 16;
+      start_blocks(to, in_features, start);
+      blocked[i] = {to, nullptr, nullptr, start};
+    } else {
+      results.token[t].sum = sum_row(to, padded);
+    }
+  }
+  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
+  at::parallel_for(0, panels, panels_of_thread(tokens, in_features), [&](int64_t begin, int64_t end) {
+    float* scales = scratch<float>(kFloats, kColumns);
+    float* arrays = scratch<float>(kArrays, results.array_size());
+    int32_t* products = scratch<int32_t>(kProducts, kFewTokens * kColumns);
+    float* sums = reinterpret_cast<float*>(products);
+    Token tile[kRows];
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t n = p * kColumns;
+      Finish finish = results.finish(n, arrays);
+      if (in_blocks) {
+        multiply_stored_blocks(weights, n, finish.columns, scale, nullptr, groups, 1,
+                               blocked.data(), static_cast<int>(tokens), sums);
+      } else {
+        std::memset(scales, 0, kColumns * sizeof(float));
+        std::memcpy(scales, scale + n, finish.columns * sizeof(float));
+        finish.scale = scales;
+        finish.offset = weights.offset();
+        multiply_stored(weights, n, finish.columns, pointers.data(), static_cast<int>(tokens),
+                        products);
+      }
+      for (int64_t t = 0; t < tokens; t += kRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRows, tokens - t));
+        results.place(t, rows, n, tile);
+        if (in_blocks) {
+          finish_floats(finish, sums + t * kColumns, tile, rows);
+        } else {
+          finish_integers(finish, products + t * kColumns, tile, rows);
+        }
+      }
+    }
+  });
+}
+
 Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
                   const Tensor& scale, const MaybeTensor& low_rank_hidden,
                   const MaybeTensor& l2, const MaybeTensor& modality_bias,
@@ -502,13 +569,21 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
                   modality_bias, modality_ids, bias);
   if (tokens == 0 || weights.out_features == 0) return results.take();
 
-  const bool few = reads_stored(tokens, groups);
-  const bool brgemm = multiplies_by_brgemm(tokens, groups);
+  for (int64_t t = 0; t < tokens; ++t) {
+    results.token[t].scale = token_scale.const_data_ptr<float>()[t];
+  }
+  if (reads_stored(tokens, weights.packed, in_features, groups)) {
+    few_tokens(q.const_data_ptr<int8_t>(), weights, channel_scale.const_data_ptr<float>(), groups,
+               results);
+    return results.take();
+  }
+
+  const bool brgemm = multiplies_by_brgemm(groups);
   // Tokens as the product wants them: [T][G][padded]; as they are, where that serves.
-  const int64_t padded = few ? round_up(in_features, 128) : round_up(width, 4);
+  const int64_t padded = round_up(width, 4);
   const int64_t stride = groups * padded;
   const int8_t* source = q.const_data_ptr<int8_t>();
-  const bool copied = few || brgemm || padded != width;
+  const bool copied = brgemm || padded != width;
   int8_t* copy = copied ? scratch<int8_t>(kTokens, tokens * stride) : nullptr;
   const int8_t* prepared = copied ? copy : source;
   std::vector<int32_t> sums(tokens * groups);
@@ -519,28 +594,22 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
         sums[t * groups + g] = sum_row(from, width);
         if (!copied) continue;
         int8_t* to = copy + t * stride + g * padded;
-        if (few && weights.packed) {
-          split_even_odd(from, width, to);
-        } else {
-          std::memcpy(to, from, width);
-          std::memset(to + width, 0, padded - width);
-        }
+        std::memcpy(to, from, width);
+        std::memset(to + width, 0, padded - width);
         if (brgemm) {
           for (int64_t i = 0; i < padded; ++i) to[i] ^= -128;
         }
       }
-      Token& token = results.token[t];
-      token.scale = token_scale.const_data_ptr<float>()[t];
-      token.sum = sums[t * groups];
+      results.token[t].sum = sums[t * groups];
     }
   });
 
-  const Tasks split(tokens, weights.out_features, few ? kFewTokens : 96);
+  const Tasks split(tokens, weights.out_features, 96);
   const int64_t panel_bytes = round_up(width, 64) * kColumns;
   const int32_t offset = brgemm ? 0 : weights.offset();
   const int64_t grain = panels_of_thread(split.chunk, in_features);
   at::parallel_for(0, split.panels * split.chunks, grain, [&](int64_t begin, int64_t end) {
-    uint8_t* panel = few ? nullptr : scratch<uint8_t>(kPanel, groups * panel_bytes);
+    uint8_t* panel = scratch<uint8_t>(kPanel, groups * panel_bytes);
     float* scales = scratch<float>(kFloats, (groups + 1) * kColumns);
     float* arrays = scratch<float>(kArrays, results.array_size());
     constexpr int64_t kProductRows = 96;
@@ -548,7 +617,7 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
     alignas(64) int32_t column_excess[kColumns];
     alignas(64) float sum[kRows * kColumns];
     Token tile[kRows];
-    const int8_t* pointers[kFewTokens];
+    const int8_t* pointers[kRows];
     int32_t tile_sums[kRows];
     Finish finish;
     int64_t unpacked = -1;
@@ -563,9 +632,7 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
                 c < finish.columns ? channel_scale.const_data_ptr<float>()[(n + c) * groups + g]
                                    : 0.0f;
           }
-          if (!few) {
-            pack_panel(weights, n, g * width, width, brgemm, panel + g * panel_bytes);
-          }
+          pack_panel(weights, n, g * width, width, brgemm, panel + g * panel_bytes);
         }
         if (groups == 1) {
           finish.scale = scales;
@@ -578,17 +645,11 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
       }
       const int64_t first = task % split.chunks * split.chunk;
       const int64_t last = std::min(tokens, first + split.chunk);
-      if (few) {
-        for (int64_t t = 0; t < tokens; ++t) pointers[t] = prepared + results.order[t] * stride;
-        multiply_stored(weights, n, finish.columns, pointers, static_cast<int>(tokens), products);
-      }
       for (int64_t t = first; t < last; t += kRows) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, last - t));
         results.place(t, rows, n, tile);
         int32_t* c = products;
-        if (few) {
-          c += (t - first) * kColumns;
-        } else if (brgemm) {
+        if (brgemm) {
           const int64_t at = (t - first) % kProductRows;
           if (at == 0) {
             // The order is that of memory unless tokens were sorted: runs of neighbours.
@@ -629,6 +690,52 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
 }
 
 // ---- weight_only_linear ----
+
+// Few tokens, which read packed weights as they are stored. Their floats are rounded to
+// integers of so many planes that it is beneath what the tokens' type can tell. smooth(t,
+// out) writes a token's. False where one is not finite, and nothing is done.
+template <class Smooth>
+bool few_floats(const Smooth& smooth, int planes, const Weights& weights, const float* scale,
+                const int8_t* zero, int64_t groups, Results& results) {
+  const int64_t tokens = static_cast<int64_t>(results.token.size());
+  const int64_t in_features = weights.in_features, blocks = in_features / kBlock;
+  int8_t* integers = scratch<int8_t>(kTokens, tokens * planes * in_features);
+  int32_t* starts = scratch<int32_t>(kShared, tokens * blocks * (16 + 2));
+  float* scales = reinterpret_cast<float*>(starts + tokens * blocks * 16);
+  float* sums = scales + tokens * blocks;
+  std::vector<BlockedToken> blocked(tokens);
+  std::atomic<bool> finite{true};
+  at::parallel_for(0, tokens, 1 + 16384 / (in_features + 1), [&](int64_t begin, int64_t end) {
+    float* row = scratch<float>(kRow, in_features);
+    for (int64_t i = begin; i < end; ++i) {
+      smooth(results.order[i], row);
+      int8_t* to = integers + i * planes * in_features;
+      float *scale_of = scales + i * blocks, *sum_of = sums + i * blocks;
+      int32_t* start = starts + i * blocks * 16;
+      if (!split_planes(row, in_features, planes, to, scale_of, sum_of, start)) finite = false;
+      blocked[i] = {to, scale_of, sum_of, start};
+    }
+  });
+  if (!finite) return false;
+  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
+  at::parallel_for(0, panels, panels_of_thread(tokens, in_features), [&](int64_t begin, int64_t end) {
+    float* arrays = scratch<float>(kArrays, results.array_size());
+    float* products = scratch<float>(kProducts, kFewTokens * kColumns);
+    Token tile[kRows];
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t n = p * kColumns;
+      const Finish finish = results.finish(n, arrays);
+      multiply_stored_blocks(weights, n, finish.columns, scale, zero, groups, planes,
+                             blocked.data(), static_cast<int>(tokens), products);
+      for (int64_t t = 0; t < tokens; t += kRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRows, tokens - t));
+        results.place(t, rows, n, tile);
+        finish_floats(finish, products + t * kColumns, tile, rows);
+      }
+    }
+  });
+  return true;
+}
 
 Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Tensor& qdata,
                           const Tensor& scale, const MaybeTensor& zero_point,
@@ -677,7 +784,18 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
                   modality_ids, bias);
   if (tokens == 0 || weights.out_features == 0) return results.take();
 
-  const bool few = reads_stored_floats(tokens, weights.packed, width);
+  const auto smooth = [&](int64_t t, float* out) {
+    smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, out);
+    rotate_row(out, in_features, hadamard_size);
+  };
+  const float* scales_of_all = channel_scale.const_data_ptr<float>();
+  const int8_t* zeros_of_all = zero.defined() ? zero.const_data_ptr<int8_t>() : nullptr;
+  if (reads_stored_floats(tokens, weights.packed, width) &&
+      few_floats(smooth, type == Type::kFloat32 ? 3 : 2, weights, scales_of_all, zeros_of_all,
+                 groups, results)) {
+    return results.take();
+  }
+
   const bool bfloat16 = multiplies_bfloat16(tokens, type), brgemm = bfloat16 && use_brgemm;
   // As many tokens at once as leave room for the panel in the second-level cache.
   constexpr int64_t kDepth = 256;
@@ -692,14 +810,13 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
     uint16_t* halves = reinterpret_cast<uint16_t*>(smoothed);
     at::parallel_for(0, count, 1 + 16384 / (in_features + 1), [&](int64_t begin, int64_t end) {
       const bool rotated = hadamard_size > 1;
-      float* row = few || rotated ? scratch<float>(kRow, in_features) : nullptr;
+      float* row = bfloat16 && rotated ? scratch<float>(kRow, in_features) : nullptr;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = results.order[first + i];
         if (bfloat16) {
           uint16_t* out = halves + i * stride;
           if (rotated) {
-            smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, row);
-            rotate_row(row, in_features, hadamard_size);
+            smooth(t, row);
             to_bfloat16_row(row, in_features, out);
           } else {
             smooth_row_bfloat16(row_of(rows_of_x, t), type, factors(t), in_features, out);
@@ -707,11 +824,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
           if (stride > in_features) out[in_features] = 0;
           continue;
         }
-        float* out = smoothed + i * in_features;
-        float* whole = few ? row : out;
-        smooth_row(row_of(rows_of_x, t), type, factors(t), in_features, whole);
-        rotate_row(whole, in_features, hadamard_size);
-        if (few) split_by_eight(row, in_features, out);
+        smooth(t, smoothed + i * in_features);
       }
     });
     const int64_t grain = panels_of_thread(count, in_features);
@@ -724,56 +837,49 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
       float* scales = floats_of_panel + kDepth * kColumns;
       float* zeros = scales + groups * kColumns;
       uint16_t* halves_of_panel = reinterpret_cast<uint16_t*>(floats_of_panel);
-      const float* pointers[kFewTokens];
+      const float* pointers[kRows];
       const uint16_t* half_pointers[kRows];
       Token tile[kRows];
       for (int64_t p = begin; p < end; ++p) {
         const int64_t n = p * kColumns;
         const Finish finish = results.finish(n, arrays);
-        if (few) {
-          for (int64_t i = 0; i < count; ++i) pointers[i] = smoothed + i * in_features;
-          multiply_stored_float(weights, n, finish.columns, channel_scale.const_data_ptr<float>(),
-                                zero.defined() ? zero.const_data_ptr<int8_t>() : nullptr, groups,
-                                pointers, static_cast<int>(count), products);
-        } else {
-          for (int64_t g = 0; g < groups; ++g) {
-            for (int c = 0; c < kColumns; ++c) {
-              const bool inside = c < finish.columns;
-              const int64_t at = (n + c) * groups + g;
-              scales[g * kColumns + c] = inside ? channel_scale.const_data_ptr<float>()[at] : 0.0f;
-              zeros[g * kColumns + c] =
-                  inside && zero.defined() ? zero.const_data_ptr<int8_t>()[at] : 0.0f;
-            }
+        for (int64_t g = 0; g < groups; ++g) {
+          for (int c = 0; c < kColumns; ++c) {
+            const bool inside = c < finish.columns;
+            const int64_t at = (n + c) * groups + g;
+            scales[g * kColumns + c] = inside ? scales_of_all[at] : 0.0f;
+            zeros[g * kColumns + c] =
+                inside && zeros_of_all != nullptr ? zeros_of_all[at] : 0.0f;
           }
-          if (in_features == 0) std::memset(products, 0, count * kColumns * sizeof(float));
-          for (int64_t k = 0; k < in_features; k += depth_of_block) {
-            const int64_t depth = std::min(depth_of_block, in_features - k);
-            pack_panel(weights, n, k, depth, true, reinterpret_cast<uint8_t*>(panel));
-            if (bfloat16) {
-              expand_panel_bfloat16(panel, k, depth, width, scales, zeros, halves_of_panel);
-              const int64_t even = round_up(depth, 2);
-              if (brgemm) {
-                at::native::cpublas::brgemm(
-                    count, kColumns, even, stride, kColumns, kColumns, k > 0,
-                    reinterpret_cast<const at::BFloat16*>(halves + k),
-                    reinterpret_cast<const at::BFloat16*>(halves_of_panel), products);
-                continue;
-              }
-              for (int64_t i = 0; i < count; i += kRows) {
-                const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
-                for (int r = 0; r < rows; ++r) half_pointers[r] = halves + (i + r) * stride + k;
-                multiply_bfloat16_panel(half_pointers, rows, halves_of_panel, even, k > 0,
-                                        products + i * kColumns);
-              }
+        }
+        if (in_features == 0) std::memset(products, 0, count * kColumns * sizeof(float));
+        for (int64_t k = 0; k < in_features; k += depth_of_block) {
+          const int64_t depth = std::min(depth_of_block, in_features - k);
+          pack_panel(weights, n, k, depth, true, reinterpret_cast<uint8_t*>(panel));
+          if (bfloat16) {
+            expand_panel_bfloat16(panel, k, depth, width, scales, zeros, halves_of_panel);
+            const int64_t even = round_up(depth, 2);
+            if (brgemm) {
+              at::native::cpublas::brgemm(
+                  count, kColumns, even, stride, kColumns, kColumns, k > 0,
+                  reinterpret_cast<const at::BFloat16*>(halves + k),
+                  reinterpret_cast<const at::BFloat16*>(halves_of_panel), products);
               continue;
             }
-            expand_panel(panel, k, depth, width, scales, zeros, floats_of_panel);
             for (int64_t i = 0; i < count; i += kRows) {
               const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
-              for (int r = 0; r < rows; ++r) pointers[r] = smoothed + (i + r) * in_features + k;
-              multiply_float_panel(pointers, rows, floats_of_panel, depth, finish.columns, k > 0,
-                                   products + i * kColumns);
+              for (int r = 0; r < rows; ++r) half_pointers[r] = halves + (i + r) * stride + k;
+              multiply_bfloat16_panel(half_pointers, rows, halves_of_panel, even, k > 0,
+                                      products + i * kColumns);
             }
+            continue;
+          }
+          expand_panel(panel, k, depth, width, scales, zeros, floats_of_panel);
+          for (int64_t i = 0; i < count; i += kRows) {
+            const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
+            for (int r = 0; r < rows; ++r) pointers[r] = smoothed + (i + r) * in_features + k;
+            multiply_float_panel(pointers, rows, floats_of_panel, depth, finish.columns, k > 0,
+                                 products + i * kColumns);
           }
         }
         for (int64_t i = 0; i < count; i += kRows) {

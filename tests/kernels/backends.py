@@ -30,7 +30,7 @@ from operator_oracle import (
     Result,
     assert_quantized,
     assert_within,
-    bfloat16_roundings,
+    lost_in_16_bits,
     f64,
 )
 
@@ -101,12 +101,19 @@ class Cpu(Backend):
     def tolerance(
         self, operator: str, args: tuple[Any, ...], expected: Result
     ) -> np.ndarray:
-        rounded = bfloat16_roundings(args[0]) if operator == WEIGHT_ONLY else 0
-        return expected.tolerance + rounded * UNIT * expected.size
+        if operator != WEIGHT_ONLY:
+            return expected.tolerance
+        return expected.tolerance + lost_in_16_bits(args[0], expected)
 
     def is_exact(self, operator: str, args: tuple[Any, ...]) -> bool:
-        # Scales are applied in one order; of a pair sums are in another.
-        return operator == QUANTIZE or (operator == PRODUCT and args[4] is None)
+        # Scales are applied in one order; of a pair sums are in another, and of the
+        # groups of few tokens.
+        return operator == QUANTIZE or (
+            operator == PRODUCT and args[4] is None and not self._sums_groups(args)
+        )
+
+    def _sums_groups(self, args: tuple[Any, ...]) -> bool:
+        return args[3].shape[1] > 1 and len(args[0]) <= 16
 
 
 def tiling(m: int, n: int, k: int, split_k: int = 1) -> TileConfig:
@@ -241,8 +248,9 @@ def check(backend: Backend, operator: str, given: Operands, ties: float) -> None
             raise AssertionError(f"{given.case.about} By {way}: {error}") from error
         if operator == PRODUCT and isinstance(backend, Cpu):
             bare = given.args(PRODUCT, low_rank_hidden=None, l2=None)
-            expected = reference.int_linear(*bare)
-            assert torch.equal(backend.run(PRODUCT, *bare), expected), way
+            if backend.is_exact(PRODUCT, bare):
+                expected = reference.int_linear(*bare)
+                assert torch.equal(backend.run(PRODUCT, *bare), expected), way
 
 
 def check_result(

@@ -79,9 +79,20 @@ def test_where_bfloat16_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
         ("AVX512_CORE_AMX", True),
     ):
         monkeypatch.setattr(cpu_engine, "_has_bfloat16", lambda: True)
+        monkeypatch.setattr(cpu_engine, "_is_intel", lambda: False)
         assert multiplies_bfloat16({"ONEDNN_MAX_CPU_ISA": limit}) is expected
         monkeypatch.setattr(cpu_engine, "_has_bfloat16", lambda: False)
         assert not multiplies_bfloat16({"ONEDNN_MAX_CPU_ISA": limit})
+
+
+def test_intels_processors_multiply_bfloat16_by_amx_alone(
+    machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_engine, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_engine, "_is_intel", lambda: True)
+    for amx in (False, True):
+        machine(vnni=True, amx=amx)
+        assert multiplies_bfloat16({}) is amx
 
 
 def test_an_engine_that_cannot_be_raises(machine) -> None:

@@ -187,9 +187,50 @@ def test_kernels_have_names() -> None:
 
     assert name(1, 8) == "VNNI, int8 as stored"
     assert name(16, 4) == "VNNI, packed int4 as stored"
-    assert name(1, 4, 16, 8) == "float32, packed int4 looked up as stored"
+    assert name(1, 4, 16, 8) == "VNNI, planes of 8 bits, packed int4 as stored"
     assert name(64, 4, 16, 8).startswith("float32, ")
     assert ("bfloat16" in name(64, 4, 16, 8)) is multiplies_bfloat16()
     assert name(64, 8, 8, 8) == "VNNI, int8 unpacked by panels, group by group"
     assert "int8 unpacked by panels" in name(17, 8)
     assert cpu_lowering.report()["engine"] in ("vnni", "amx")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_few_tokens_of_long_rows(tokens: int, dtype: torch.dtype) -> None:
+    """Rows that outgrow the first-level cache are multiplied in turns of channels."""
+    for bits, groups in ((8, 1), (4, 1), (4, 43)):
+        given = sized(tokens, 5504, 67, weight_bits=bits, groups=groups)
+        check(CPU, PRODUCT, given, ties=1.0)
+    given = sized(
+        tokens, 5504, 67, weight_bits=4, groups=43, dtype=dtype, zero_point=True
+    )
+    check(CPU, WEIGHT_ONLY, given, ties=1.0)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    """Few tokens become integers, which hold no infinity: they are not used for it."""
+    given = sized(2, 256, 64, weight_bits=4, groups=2)
+    named = given.named(WEIGHT_ONLY)
+    expected = CPU.run(WEIGHT_ONLY, *named.values())
+    named["x"] = named["x"].clone()
+    named["x"][1, 3] = value
+    found = CPU.run(WEIGHT_ONLY, *named.values())
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-4)
+    assert not found[1].isfinite().any()
+
+
+def test_channels_that_are_small_beside_a_loud_one() -> None:
+    """A sink a thousand times as loud leaves the others' products as they are."""
+    given = sized(1, 256, 64, weight_bits=4, groups=2, dtype=FP32)
+    terms = dict.fromkeys(("l1", "l2", "modality_bias", "bias"))
+    named = given.named(WEIGHT_ONLY, x=given.x.clone(), **terms)
+    named["x"][0, 0] = 0.0
+    quiet = CPU.run(WEIGHT_ONLY, *named.values()).double()
+    named["x"][0, 0] = 1000.0
+    loud = CPU.run(WEIGHT_ONLY, *named.values()).double()
+    named["x"][0, 1:] = 0.0
+    alone = CPU.run(WEIGHT_ONLY, *named.values()).double()
+    lost = (loud - alone - quiet).abs().max() / loud.abs().max()
+    assert lost < 2.0**-20

@@ -1,0 +1,70 @@
+// Copyright (c) torchao_masquant contributors.
+// All rights reserved.
+//
+// This source code is licensed under the BSD 3-Clause license found in the
+// LICENSE file in the root directory of this source tree.
+
+// What the kernels' files share of vectors of 512 bits.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu_kernels.h"
+
+namespace masquant {
+
+inline __mmask16 mask16(int64_t count) {
+  return count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
+}
+
+inline __mmask64 mask64(int64_t count) {
+  return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1;
+}
+
+template <Type type>
+inline __m512 load(const void* data, int64_t i, __mmask16 mask) {
+  if constexpr (type == Type::kFloat32) {
+    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + i);
+  } else if constexpr (type == Type::kInt8) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+        _mm_maskz_loadu_epi8(mask, static_cast<const int8_t*>(data) + i)));
+  } else {
+    const __m256i half =
+        _mm256_maskz_loadu_epi16(mask, static_cast<const int16_t*>(data) + i);
+    if constexpr (type == Type::kFloat16) {
+      return _mm512_cvtph_ps(half);
+    } else {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+  }
+}
+
+// Calls f with the type as a constant.
+template <class F>
+inline void with_type(Type type, F&& f) {
+  switch (type) {
+    case Type::kFloat32:
+      return f(std::integral_constant<Type, Type::kFloat32>());
+    case Type::kBFloat16:
+      return f(std::integral_constant<Type, Type::kBFloat16>());
+    case Type::kFloat16:
+      return f(std::integral_constant<Type, Type::kFloat16>());
+    case Type::kInt8:
+      return f(std::integral_constant<Type, Type::kInt8>());
+  }
+}
+
+// Calls f with a count of 1 to most as a constant.
+template <int most, class F>
+inline void with_count(int count, F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    ((count == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
+  }(std::make_integer_sequence<int, most>());
+}
+
+}  // namespace masquant
