@@ -392,6 +392,65 @@ void expand_panel_bfloat16(const int8_t* panel, int64_t k, int64_t width,
       });
 }
 
+void byte_panel(const int8_t* matrix, int64_t stride, int64_t row, int64_t count,
+                int64_t column, int64_t columns, uint8_t* out) {
+  const __m512i flip = _mm512_set1_epi8(-128);
+  const __mmask64 mask = mask64(columns);
+  for (int64_t i = 0; i < count; i += 4) {
+    __m512i r[4];
+    for (int j = 0; j < 4; ++j) {
+      r[j] = flip;
+      if (i + j < count) {
+        r[j] = _mm512_xor_si512(
+            _mm512_maskz_loadu_epi8(mask, matrix + (row + i + j) * stride + column), flip);
+      }
+    }
+    // Of each lane of 16 columns: 0 to 3, 4 to 7, 8 to 11, 12 to 15.
+    const __m512i low0 = _mm512_unpacklo_epi8(r[0], r[1]), high0 = _mm512_unpackhi_epi8(r[0], r[1]);
+    const __m512i low1 = _mm512_unpacklo_epi8(r[2], r[3]), high1 = _mm512_unpackhi_epi8(r[2], r[3]);
+    const __m512i a = _mm512_unpacklo_epi16(low0, low1), b = _mm512_unpackhi_epi16(low0, low1);
+    const __m512i c = _mm512_unpacklo_epi16(high0, high1), d = _mm512_unpackhi_epi16(high0, high1);
+    const __m512i ab0 = _mm512_shuffle_i32x4(a, b, 0x44), ab1 = _mm512_shuffle_i32x4(a, b, 0xEE);
+    const __m512i cd0 = _mm512_shuffle_i32x4(c, d, 0x44), cd1 = _mm512_shuffle_i32x4(c, d, 0xEE);
+    uint8_t* to = out + i * kColumns;
+    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(ab0, cd0, 0x88));
+    _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(ab0, cd0, 0xDD));
+    _mm512_storeu_si512(to + 128, _mm512_shuffle_i32x4(ab1, cd1, 0x88));
+    _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(ab1, cd1, 0xDD));
+  }
+}
+
+void split_numbers(const float* v, int64_t length, int count, int8_t* data, Planes* planes) {
+  __m512 largest = _mm512_setzero_ps(), total = _mm512_setzero_ps();
+  for (int64_t i = 0; i < length; i += 16) {
+    const __m512 x = _mm512_maskz_loadu_ps(mask16(length - i), v + i);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+    total = _mm512_add_ps(total, x);
+  }
+  const float absmax = _mm512_reduce_max_ps(largest);
+  // A maximum drops a nan, a sum keeps it.
+  const bool finite = std::isfinite(absmax) && !std::isnan(_mm512_reduce_add_ps(total));
+  // Planes of 127 each, less what a product with a reciprocal may be too large by.
+  constexpr float kMost[] = {127.0f, 32638.0f, 8355000.0f};
+  const float s = absmax / kMost[count - 1];
+  const __m512 reciprocal = _mm512_set1_ps(!finite || s < 1e-36f ? 0.0f : 1.0f / s);
+  __m512i sums[3] = {};
+  for (int64_t i = 0; i < length; i += 16) {
+    const __mmask16 mask = mask16(length - i);
+    const __m512 x = _mm512_maskz_loadu_ps(mask, v + i);
+    __m512i value = finite ? _mm512_cvtps_epi32(_mm512_mul_ps(x, reciprocal)) : sums[2];
+    // From the last plane on, each leaves a multiple of 256 to those before it.
+    for (int p = count - 1; p >= 0; --p) {
+      const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(value, 24), 24);
+      _mm_mask_storeu_epi8(data + p * length + i, mask, _mm512_cvtepi32_epi8(low));
+      value = _mm512_srai_epi32(_mm512_sub_epi32(value, low), 8);
+      sums[p] = _mm512_add_epi32(sums[p], low);
+    }
+  }
+  *planes = {data, length, count, {}, finite ? s : NAN};
+  for (int p = 0; p < count; ++p) planes->sums[p] = _mm512_reduce_add_epi32(sums[p]);
+}
+
 void float_panel(const void* matrix, Type type, int64_t stride, int64_t row,
                  int64_t count, int64_t column, int64_t columns, float* out) {
   with_type(type, [&](auto t) {
@@ -529,6 +588,41 @@ void finish_integers(const Finish& finish, const int32_t* c, const Token* tokens
   finish_floats(finish, y, tokens, rows);
 }
 
+namespace {
+
+// up[rows][kColumns] = hidden states of tokens that have one, in planes, by the rows
+// [begin, end) of up_bytes.
+void up_by_planes(const Finish& finish, const Token* tokens, int rows, int32_t begin,
+                  int32_t end, float* up) {
+  alignas(64) int32_t c[kRows * kColumns];
+  const int8_t* hidden[kRows];
+  int with[kRows], count = 0;
+  for (int r = 0; r < rows; ++r) {
+    if (tokens[r].begin < tokens[r].end) with[count++] = r;
+  }
+  const int planes = tokens[with[0]].planes->count;
+  for (int p = 0; p < planes; ++p) {
+    for (int i = 0; i < count; ++i) {
+      const Planes& of = *tokens[with[i]].planes;
+      hidden[i] = of.data + p * of.length + begin;
+    }
+    multiply_panel(hidden, count, finish.up_bytes + begin * kColumns, round_up(end - begin, 4), c);
+    for (int i = 0; i < count; ++i) {
+      const Planes& of = *tokens[with[i]].planes;
+      const __m512i excess = _mm512_set1_epi32(128 * of.sums[p]);
+      const __m512 factor = _mm512_set1_ps(std::ldexp(of.scale, 8 * (planes - 1 - p)));
+      for (int j = 0; j < kColumns; j += 16) {
+        float* at = up + with[i] * kColumns + j;
+        const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(c + i * kColumns + j), excess);
+        const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), factor);
+        _mm512_store_ps(at, p == 0 ? product : _mm512_add_ps(_mm512_load_ps(at), product));
+      }
+    }
+  }
+}
+
+}  // namespace
+
 void finish_floats(const Finish& finish, float* c, const Token* tokens, int rows) {
   alignas(64) float up[kRows * kColumns];
   int32_t begin = INT32_MAX, end = 0;
@@ -539,7 +633,9 @@ void finish_floats(const Finish& finish, float* c, const Token* tokens, int rows
       end = std::max(end, tokens[r].end);
     }
   }
-  if (begin < end) {
+  if (begin < end && finish.up_bytes != nullptr) {
+    up_by_planes(finish, tokens, rows, begin / 4 * 4, end, up);
+  } else if (begin < end) {
     for (int r = 0; r < rows; ++r) hidden[r] = tokens[r].hidden + begin;
     multiply_float_panel(hidden, rows, finish.up + begin * kColumns, end - begin,
                          finish.columns, false, up);

@@ -89,6 +89,12 @@ void expand_panel_bfloat16(const int8_t* panel, int64_t k, int64_t width,
                            int64_t group_width, const float* scale, const float* zero,
                            uint16_t* out);
 
+// Rows of a matrix (., stride) of int8 as [round_up(count, 4) / 4][kColumns][4], 128 added:
+// rows [row, row + count) and columns [column, column + columns). What lies behind them is
+// to meet zeros only.
+void byte_panel(const int8_t* matrix, int64_t stride, int64_t row, int64_t count,
+                int64_t column, int64_t columns, uint8_t* out);
+
 // Rows [row, row + count) and columns [column, column + columns) of a matrix with row
 // length stride, as floats [count][kColumns], zeros behind the columns.
 void float_panel(const void* matrix, Type type, int64_t stride, int64_t row,
@@ -159,11 +165,14 @@ struct Finish {
   const int32_t* column_excess = nullptr;  // [kColumns]
   int32_t offset = 0;
   const float* up = nullptr;             // [R][kColumns] up-projections
+  const uint8_t* up_bytes = nullptr;     // of int8, as byte_panel has them; no floats then
   const float* modality_bias = nullptr;  // [M][kColumns]
   const float* bias = nullptr;           // [kColumns]
   Type out_type = Type::kFloat32;
   int columns = kColumns;
 };
+
+struct Planes;
 
 struct Token {
   float scale;
@@ -173,7 +182,21 @@ struct Token {
   int32_t begin, end;
   const float* hidden;
   void* out;
+  //: the hidden state beside up_bytes: zeros but in [begin, end)
+  const Planes* planes;
 };
+
+// Numbers as integers of planes of int8, each worth 256 times the next, and a scale.
+struct Planes {
+  const int8_t* data;  // [count][length]
+  int64_t length;
+  int count;
+  int32_t sums[3];
+  float scale;
+};
+
+// Makes numbers planes, 1 to 3. A scale that is not finite if one of them is not.
+void split_numbers(const float* v, int64_t length, int count, int8_t* data, Planes* planes);
 
 void finish_integers(const Finish& finish, const int32_t* c, const Token* tokens,
                      int rows);

@@ -204,7 +204,11 @@ class Results {
           const Tensor& like, const MaybeTensor& hidden, const MaybeTensor& l2,
           const MaybeTensor& modality_bias, const MaybeTensor& ids,
           const MaybeTensor& bias)
-      : out_features_(out_features), wanted_(out_dtype), order(tokens), token(tokens) {
+      : of_integers_(like.scalar_type() == at::kChar),
+        out_features_(out_features),
+        wanted_(out_dtype),
+        order(tokens),
+        token(tokens) {
     const bool direct =
         out_dtype == at::kFloat || out_dtype == at::kBFloat16 || out_dtype == at::kHalf;
     out_ = at::empty({tokens, out_features},
@@ -255,7 +259,12 @@ class Results {
       f.modality_bias = arrays;
       arrays += used * kColumns;
     }
-    if (any_hidden_) {
+    if (any_hidden_ && in_planes()) {
+      uint8_t* bytes = reinterpret_cast<uint8_t*>(arrays);
+      byte_panel(l2_.const_data_ptr<int8_t>(), out_features_, 0, l2_.size(0), n, f.columns,
+                 bytes);
+      f.up_bytes = bytes;
+    } else if (any_hidden_) {
       float_panel(l2_.const_data_ptr(), type_of(l2_), out_features_, 0, l2_.size(0), n,
                   f.columns, arrays);
       f.up = arrays;
@@ -265,7 +274,7 @@ class Results {
 
   int64_t array_size() const {
     return kColumns * (1 + (modality_bias_.defined() ? modality_bias_.size(0) : 0) +
-                       (any_hidden_ ? l2_.size(0) : 0));
+                       (any_hidden_ ? round_up(l2_.size(0), 4) : 0));
   }
 
   // Tokens [first, first + rows) of the order, at column n.
@@ -288,7 +297,7 @@ class Results {
     for (int64_t t = 0; t < tokens; ++t) {
       Token& at = token[t];
       at = {1.0f, 0, ids == nullptr ? 0 : ids[t], 0, 0, hidden + t * rank,
-            out + t * out_features_ * out_.element_size()};
+            out + t * out_features_ * out_.element_size(), nullptr};
       uint32_t any = 0;
       const uint32_t* bits = reinterpret_cast<const uint32_t*>(at.hidden);
       for (int64_t r = 0; r < rank; ++r) any |= bits[r];
@@ -299,6 +308,7 @@ class Results {
         while (bits[at.end - 1] == 0) --at.end;
       }
     }
+    if (any_hidden_ && in_planes()) split_hidden(rank);
     if (any_hidden_) {
       // Tokens of one modality side by side: a tile does its modalities' work only.
       std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
@@ -310,8 +320,30 @@ class Results {
     }
   }
 
+  // Whether hidden states meet up-projections as integers.
+  bool in_planes() const { return type_of(l2_) == Type::kInt8; }
+
+  // As many bits as the tokens and the results have.
+  void split_hidden(int64_t rank) {
+    const int64_t tokens = static_cast<int64_t>(token.size()), length = round_up(rank, 4);
+    const int count = type_of(out_) == Type::kFloat32 ? 3 : of_integers_ ? 1 : 2;
+    bytes_.assign(tokens * count * length, 0);
+    planes_.resize(tokens);
+    std::vector<float> padded(length);
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (token[t].begin == token[t].end) continue;
+      std::copy_n(token[t].hidden, rank, padded.begin());
+      split_numbers(padded.data(), length, count, bytes_.data() + t * count * length, &planes_[t]);
+      token[t].planes = &planes_[t];
+    }
+  }
+
+  //: whether tokens are quantized
+  bool of_integers_;
   int64_t out_features_;
   at::ScalarType wanted_;
+  std::vector<int8_t> bytes_;
+  std::vector<Planes> planes_;
   Tensor out_, hidden_, l2_, bias_, modality_bias_, ids_;
   bool any_hidden_ = false;
 
@@ -379,17 +411,11 @@ std::tuple<Tensor, Tensor> smooth_quantize(const Tensor& x, const Tensor& act_pr
 
 // ---- low_rank_down ----
 
-// hidden (T, R), zeros where a token is of another modality. source(t, k, count, out)
-// gives a token's channels as floats, blocks of a multiple of least_depth, a power of two;
-// token_scale(t) what multiplies its products.
-template <class Source, class TokenScale>
-Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
-                    const Tensor& modality_ids, at::IntArrayRef ranks,
-                    const MaybeTensor& low_rank_scale, int64_t least_depth,
-                    const Source& source, const TokenScale& token_scale) {
-  TORCH_CHECK(l1_.dim() == 2 && l1_.size(0) == in_features, "masquant: down-projections of shape ",
-              l1_.sizes(), " do not fit ", in_features, " channels.");
-  const int64_t rank = l1_.size(1);
+void check_down(int64_t tokens, int64_t in_features, const Tensor& l1, const Tensor& modality_ids,
+                at::IntArrayRef ranks, const MaybeTensor& low_rank_scale) {
+  TORCH_CHECK(l1.dim() == 2 && l1.size(0) == in_features, "masquant: down-projections of shape ",
+              l1.sizes(), " do not fit ", in_features, " channels.");
+  const int64_t rank = l1.size(1);
   const bool fit = std::all_of(ranks.begin(), ranks.end(), [](int64_t r) { return r >= 0; }) &&
                    std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank;
   TORCH_CHECK(fit, "masquant: ranks ", ranks, " do not add up to ", rank, ".");
@@ -398,20 +424,39 @@ Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
   TORCH_CHECK(!low_rank_scale || low_rank_scale->numel() == rank, "masquant: ", rank,
               " columns have low-rank scales of shape ",
               low_rank_scale ? low_rank_scale->sizes() : at::IntArrayRef(), ".");
+}
+
+// Tokens of each modality but the base.
+std::vector<std::vector<int64_t>> tokens_of_each(const Tensor& ids, size_t modalities) {
+  std::vector<std::vector<int64_t>> rows(modalities);
+  const int32_t* id = ids.const_data_ptr<int32_t>();
+  for (int64_t t = 0; t < ids.size(0); ++t) {
+    if (id[t] >= 1 && id[t] <= static_cast<int64_t>(modalities)) rows[id[t] - 1].push_back(t);
+  }
+  return rows;
+}
+
+// hidden (T, R), zeros where a token is of another modality. source(t, k, count, out)
+// gives a token's channels as floats, blocks of a multiple of least_depth, a power of two;
+// token_scale(t) what multiplies its products.
+template <class Source, class TokenScale>
+Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
+                    const Tensor& modality_ids, at::IntArrayRef ranks,
+                    const MaybeTensor& low_rank_scale, int64_t least_depth,
+                    const Source& source, const TokenScale& token_scale) {
+  check_down(tokens, in_features, l1_, modality_ids, ranks, low_rank_scale);
+  const int64_t rank = l1_.size(1);
   const Tensor l1 = readable(l1_, true), ids = modality_ids.to(at::kInt).contiguous();
   Tensor column_scale;
   if (low_rank_scale) column_scale = floats(*low_rank_scale);
   Tensor hidden = at::zeros({tokens, rank}, l1.options().dtype(at::kFloat));
   float* out = hidden.mutable_data_ptr<float>();
-  const int32_t* id = ids.const_data_ptr<int32_t>();
+  const auto rows_of_each = tokens_of_each(ids, ranks.size());
 
   constexpr int64_t kTokensOfTask = 8 * kRows, kDepth = 128;
   int64_t start = 0;
   for (size_t m = 0; m < ranks.size(); start += ranks[m], ++m) {
-    std::vector<int64_t> rows;
-    for (int64_t t = 0; t < tokens; ++t) {
-      if (id[t] == static_cast<int64_t>(m) + 1) rows.push_back(t);
-    }
+    const std::vector<int64_t>& rows = rows_of_each[m];
     if (rows.empty() || ranks[m] == 0) continue;
     const int64_t columns = ranks[m], panels = (columns + kColumns - 1) / kColumns;
     // [panel][K][kColumns]
@@ -466,6 +511,71 @@ Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
   return hidden;
 }
 
+// The same of int8 by int8, K a multiple of 4: sums are exact, and rounded once.
+Tensor project_integers_down(const Tensor& q, const Tensor& scale, const Tensor& l1,
+                             const Tensor& modality_ids, at::IntArrayRef ranks,
+                             const MaybeTensor& low_rank_scale) {
+  const int64_t tokens = q.size(0), in_features = q.size(1);
+  check_down(tokens, in_features, l1, modality_ids, ranks, low_rank_scale);
+  const int64_t rank = l1.size(1);
+  Tensor column_scale;
+  if (low_rank_scale) column_scale = floats(*low_rank_scale);
+  Tensor hidden = at::zeros({tokens, rank}, l1.options().dtype(at::kFloat));
+  float* out = hidden.mutable_data_ptr<float>();
+  const auto rows_of_each =
+      tokens_of_each(modality_ids.to(at::kInt).contiguous(), ranks.size());
+  const int8_t* data = q.const_data_ptr<int8_t>();
+  const float* scales = scale.const_data_ptr<float>();
+  int64_t start = 0;
+  for (size_t m = 0; m < ranks.size(); start += ranks[m], ++m) {
+    const std::vector<int64_t>& rows = rows_of_each[m];
+    if (rows.empty() || ranks[m] == 0) continue;
+    const int64_t columns = ranks[m], panels = (columns + kColumns - 1) / kColumns;
+    const int64_t count = static_cast<int64_t>(rows.size());
+    // [panel][K / 4][kColumns][4]
+    uint8_t* down = scratch<uint8_t>(kShared, panels * in_features * kColumns);
+    constexpr int64_t kDepth = 512;
+    const int64_t blocks = (in_features + kDepth - 1) / kDepth;
+    at::parallel_for(0, panels * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t p = task / blocks, k = task % blocks * kDepth;
+        byte_panel(l1.const_data_ptr<int8_t>(), rank, k, std::min(kDepth, in_features - k),
+                   start + p * kColumns, std::min<int64_t>(kColumns, columns - p * kColumns),
+                   down + (p * in_features + k) * kColumns);
+      }
+    });
+    at::parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+      alignas(64) int32_t c[kRows * kColumns];
+      const int8_t* pointers[kRows];
+      int32_t excess[kRows];
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int n = static_cast<int>(std::min<int64_t>(kRows, count - tile * kRows));
+        for (int r = 0; r < n; ++r) {
+          pointers[r] = data + rows[tile * kRows + r] * in_features;
+          // In 32 bits that wrap around: only the exact product has to fit.
+          excess[r] = static_cast<int32_t>(
+              128u * static_cast<uint32_t>(sum_row(pointers[r], in_features)));
+        }
+        for (int64_t p = 0; p < panels; ++p) {
+          multiply_panel(pointers, n, down + p * in_features * kColumns, in_features, c);
+          for (int r = 0; r < n; ++r) {
+            const int64_t t = rows[tile * kRows + r];
+            for (int64_t j = 0; j < kColumns && p * kColumns + j < columns; ++j) {
+              const int64_t at = start + p * kColumns + j;
+              const auto exact = static_cast<int32_t>(
+                  static_cast<uint32_t>(c[r * kColumns + j]) - static_cast<uint32_t>(excess[r]));
+              const float v = static_cast<float>(exact) * scales[t];
+              out[t * rank + at] =
+                  column_scale.defined() ? v * column_scale.const_data_ptr<float>()[at] : v;
+            }
+          }
+        }
+      }
+    });
+  }
+  return hidden;
+}
+
 Tensor low_rank_down(const Tensor& qdata, const Tensor& scale, const Tensor& l1,
                      const Tensor& modality_ids, at::IntArrayRef ranks,
                      const MaybeTensor& low_rank_scale) {
@@ -475,6 +585,9 @@ Tensor low_rank_down(const Tensor& qdata, const Tensor& scale, const Tensor& l1,
               qdata.sizes(), " ", qdata.scalar_type(), " and ", scale.sizes(), ".");
   const Tensor q = qdata.contiguous(), s = floats(scale);
   const int64_t width = q.size(1);
+  if (l1.scalar_type() == at::kChar && width % 4 == 0) {
+    return project_integers_down(q, s, l1.contiguous(), modality_ids, ranks, low_rank_scale);
+  }
   const int8_t* data = q.const_data_ptr<int8_t>();
   const float* scales = s.const_data_ptr<float>();
   return project_down(

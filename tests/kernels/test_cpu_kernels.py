@@ -56,8 +56,10 @@ def test_products_of_any_size(shape: tuple[int, int, int]) -> None:
         for dtype, pair in ((FP32, FP32), (BF16, BF16), (FP16, FP16), (FP64, INT8)):
             given = sized(*shape, weight_bits=bits, dtype=dtype, pair=pair)
             check(CPU, PRODUCT, given, ties=1.0)
-    check(CPU, DOWN, sized(*shape, ranks=(5, 70)), ties=1.0)
-    check(CPU, PRODUCT, sized(*shape, ranks=(5, 70)), ties=1.0)
+    for pair, dtype in ((FP32, FP32), (INT8, FP32), (INT8, FP16), (INT8, BF16)):
+        given = sized(*shape, ranks=(5, 70), pair=pair, dtype=dtype)
+        check(CPU, DOWN, given, ties=1.0)
+        check(CPU, PRODUCT, given, ties=1.0)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 50])
