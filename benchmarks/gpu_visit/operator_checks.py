@@ -46,8 +46,8 @@ TELLING = (
     "transposed",
     "wider",
 )
-# Without a GPU, in Triton's interpreter: each operator once or twice.
-_QUICK = ("one-token", "w4-groups")
+# Without a GPU, in Triton's interpreter: each operator once.
+_QUICK = ("one-token",)
 
 
 class _Watched(Triton):
