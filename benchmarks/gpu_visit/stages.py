@@ -254,7 +254,7 @@ def tune_slow(visit: Visit) -> bool:
         for shape, tokens in _shapes(slow)
         for i in range(parts)
     ]
-    if tasks:
+    if tasks and is_dry() != "short":
         # What is not compiled in time is compiled when it is tuned.
         outcome = run_all(tasks, visit.workers, visit.left / 3, begin)
         found["compiled"] = dataclasses.asdict(outcome)
