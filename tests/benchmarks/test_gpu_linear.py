@@ -134,16 +134,16 @@ def test_plan_holds_every_group_beside_bf16_and_as_one_product(plan):
     assert all(step.place.parts for step in plan.plan()[16:24])
 
 
-def test_a_group_on_paper_smooths_once(plan, bench):
+def test_a_group_on_paper_smooths_once(plan):
     place = plan.Place.of_group(3584, (3584, 512, 512), 2048)
     assert place.linear == "7B q, k and v" and place.sizes == (3584, 512, 512)
     calls = plan.paper(place, "w8a8 half vision")
     assert [(c.out_features, c.rank) for c in calls] == [(3584, 179), (512, 26)] + [
         (512, 26)
     ]
-    works = [work.name for work in bench.linears(calls)]
+    works = [work.name for work in plan.works(place, "w8a8 half vision")]
     assert works.count("smooth_quantize") == 1 and works.count("int_linear") == 3
-    assert len(bench.linears(plan.paper(place, "bf16"))) == 3
+    assert len(plan.works(place, "bf16")) == 3
     (fused,) = plan.paper(place, "bf16 fused")
     assert (fused.out_features, fused.weight_bits) == (4608, 16)
 
@@ -205,7 +205,7 @@ def test_a_candidate_that_computes_something_else_is_wrong(candidates, plan):
     assert built.error > built.bound and built.error == pytest.approx(0.02, rel=0.2)
 
 
-def test_products_alone_stand_beside(candidates, plan, bench):
+def test_products_alone_stand_beside(candidates, plan):
     place = plan.Place(256, 48, 20)
     of = candidates.Bench(place, torch.device("cpu"), 8_000, lambda f, **how: f)
     names = ["product w8a8", "product w4a8", plan.INT8_PRODUCT, plan.FP8_PRODUCT]
