@@ -29,17 +29,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Optional, Protocol, Sequence
+from typing import Any, Callable, Optional, Protocol, Sequence
 
 import torch
 from gpu_bench.candidates import Bench, Built
-from gpu_bench.plan import GROUPS, SHAPES, TOKENS, Step, card_named, paper, plan
-from gpu_bench.roofline import (
-    DEVICES,
-    Device,
-    linears,
-    microseconds_together,
-)
+from gpu_bench.plan import GROUPS, SHAPES, TOKENS, Step, card_named, plan, works
+from gpu_bench.roofline import DEVICES, Device
 from gpu_bench.targets import Row, Target, ratios, targets
 from gpu_bench.timing import Timing, measure
 from rich import box
@@ -85,6 +80,9 @@ def run(
     card: Optional[Device],
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
+    *,
+    unseen: float = _UNSEEN,
+    tell: Callable[[Results], None] = lambda results: None,
 ) -> Results:
     """Build, check and measure step after step while there is time.
 
@@ -96,6 +94,8 @@ def run(
         seconds: for all of it. No step begins that might not end in time, going by the
             longest so far with as many candidates.
         clock: seconds since any moment.
+        unseen: seconds that a step may take while none with as many candidates was seen.
+        tell: called with what there is after each step.
     """
     results = Results()
     started = clock()
@@ -103,7 +103,7 @@ def run(
     for number, step in enumerate(steps):
         begun = clock()
         name = f"{_where(step)}: {', '.join(step.candidates)}"
-        if begun - started + longest.get(len(step.candidates), _UNSEEN) > seconds:
+        if begun - started + longest.get(len(step.candidates), unseen) > seconds:
             results.skipped.append(name)
             continue
         print(f"{number + 1}/{len(steps)} {_where(step)} ...", file=sys.stderr)
@@ -111,6 +111,7 @@ def run(
         taken = clock() - begun
         count = len(step.candidates)
         longest[count] = max(longest.get(count, 0.0), taken)
+        tell(results)
     return results
 
 
@@ -144,7 +145,7 @@ def _measure_step(
     for name, timing in timings.items():
         least = None
         if card is not None:
-            least = microseconds_together(paper(place, name), card)
+            least = 1e6 * sum(work.seconds(card) for work in works(place, name))
         results.rows.append(
             Row(
                 number,
@@ -221,13 +222,13 @@ def plan_table(steps: list[Step], card: Device) -> Table:
     for step in steps:
         for candidate in step.candidates:
             place = step.place
-            calls = paper(place, candidate)
-            slowest = max(linears(calls), key=lambda work: work.seconds(card))
+            kernels = works(place, candidate)
+            slowest = max(kernels, key=lambda work: work.seconds(card))
             table.add_row(
                 place.linear,
                 *map(str, (place.in_features, place.out_features, place.tokens)),
                 candidate,
-                f"{microseconds_together(calls, card):.1f}",
+                f"{1e6 * sum(work.seconds(card) for work in kernels):.1f}",
                 slowest.bound(card),
             )
     return table
@@ -294,14 +295,20 @@ def show(results: Results, machine: dict[str, str], console: Console) -> None:
         console.print(f"skipped, no time left: {skipped}", markup=False)
 
 
-def _gpu_builder(step: Step) -> Bench:
+def gpu_builder(
+    step: Step,
+    device: Optional[torch.device] = None,
+    compile: Callable[..., Any] = torch.compile,
+) -> Bench:
+    """Of the candidates of a step on a GPU; None for the current one."""
     # All are compiled for this place alone, and what the last one held is let go.
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = device or torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
-    return Bench(step.place, device, getattr(properties, "L2_cache_size", 64 << 20))
+    cache_bytes = getattr(properties, "L2_cache_size", 64 << 20)
+    return Bench(step.place, device, cache_bytes, compile)
 
 
 @torch.no_grad()
@@ -364,7 +371,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
             f"the peaks of {machine['card']} are not known: no roofline is shown.",
             file=sys.stderr,
         )
-    results = run(steps, _gpu_builder, measure, card, options.seconds)
+    results = run(steps, gpu_builder, measure, card, options.seconds)
     show(results, machine, console)
     if options.json is not None:
         with replacing(options.json) as temporary:

@@ -11,9 +11,11 @@ from, with no compiler at all.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Iterator, Mapping, Optional
 
 import torch
 
-__all__ = ["BuildError", "build_library", "cache_folder", "library_path"]
+__all__ = ["BuildError", "build_library", "cache_folder", "is_built", "library_path"]
 
 #: folder of the compiled library, in place of the user's cache
 CACHE_VARIABLE = "MASQUANT_CACHE_DIR"
@@ -55,8 +57,24 @@ _FLAGS = (
 )
 
 
+# How the names of folders begin that hold what is being built.
+_UNFINISHED = "building-"
+_OTHER_COMPILER = "Install a C++ compiler (GCC 11 or newer), or name one with CXX"
+
+
 class BuildError(RuntimeError):
-    """The kernels cannot be compiled here."""
+    """The kernels cannot be compiled here.
+
+    Args:
+        reason: in one line.
+        remedy: what a user can do about it.
+        output: the compiler's, if it is that which failed.
+    """
+
+    def __init__(self, reason: str, remedy: str, output: str = ""):
+        super().__init__(f"{reason}:\n{output}" if output else reason)
+        self.reason = reason
+        self.remedy = remedy
 
 
 def cache_folder(environ: Optional[Mapping[str, str]] = None) -> Path:
@@ -82,6 +100,25 @@ def library_path() -> Path:
     return cache_folder() / f"cpu-{digest.hexdigest()[:16]}" / "masquant_cpu.so"
 
 
+def is_built(path: Path) -> bool:
+    """Whether a library is there, and no part of its end is missing.
+
+    A crash or a full disk may leave a shorter file; loading it would end the process with
+    SIGBUS. The table of sections is the last part of what linkers write.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(64)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    entry, count = struct.unpack_from("<HH", header, 58)
+    return size >= offset + entry * count > 64
+
+
 def find_compiler() -> str:
     """The C++ compiler: ``CXX``, or the first of g++ and c++.
 
@@ -96,17 +133,29 @@ def find_compiler() -> str:
     raise BuildError(
         f"CXX={named} is not there"
         if named
-        else "there is no C++ compiler (g++ or c++)"
+        else "there is no C++ compiler (g++ or c++)",
+        _OTHER_COMPILER,
     )
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which its holder's end gives back, however it ends."""
+    """Hold the folder's lock, which its holder's end gives back, however it ends.
+
+    Where a file system has no locks, several processes may build: each its own library,
+    of which the last one stays.
+    """
     import fcntl  # not on Windows, where nothing is built
 
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            yield
+            return
+        # What builders left that were killed.
+        for left in folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
         yield
 
 
@@ -120,15 +169,18 @@ def build_library() -> Path:
         BuildError: there is no compiler, it fails, or the cache cannot be written.
     """
     path = library_path()
-    if path.exists():
+    if is_built(path):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):
-            if not path.exists():
+            if not is_built(path):
                 _compile(find_compiler(), path)
     except OSError as error:
-        raise BuildError(f"{path.parent} cannot be written ({error})") from error
+        raise BuildError(
+            f"{path.parent} cannot be written ({error})",
+            f"Name a folder that can with {CACHE_VARIABLE}",
+        ) from error
     return path
 
 
@@ -139,7 +191,7 @@ def _compile(compiler: str, path: Path) -> None:
     include = [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
     link = [f"-L{folder}" for folder in cpp_extension.library_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as folder:
         objects = [Path(folder) / f"{source}.o" for source in _SOURCES]
         _run_all(
             [
@@ -155,7 +207,9 @@ def _compile(compiler: str, path: Path) -> None:
                 + ["-ltorch_cpu", "-lc10", "-o", str(made)]
             ]
         )
-        # Whole or not at all.
+        # Whole or not at all, also after a loss of power.
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(made, path)
 
 
@@ -175,7 +229,17 @@ def _run_all(commands: list[list[str]]) -> None:
     ends = [process.communicate()[0] for process in running]
     for command, process, output in zip(commands, running, ends):
         if process.returncode != 0:
+            lines = output.splitlines()
+            said = next((line for line in lines if "error" in line), "")
             raise BuildError(
-                f"'{' '.join(command)}' ended with {process.returncode}:\n"
-                + "\n".join(output.splitlines()[-20:])
+                f"{command[0]} ended with {process.returncode}"
+                + (f" ({said.strip()})" if said else ""),
+                _remedy(output),
+                "\n".join([" ".join(command), *lines[-20:]]),
             )
+
+
+def _remedy(output: str) -> str:
+    if os.strerror(errno.ENOSPC) in output:
+        return f"Make room, or name another folder with {CACHE_VARIABLE}"
+    return _OTHER_COMPILER

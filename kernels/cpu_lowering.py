@@ -36,7 +36,12 @@ from typing import Any, Optional
 import torch
 
 from torchao_masquant.kernels import reference
-from torchao_masquant.kernels.cpu_build import BuildError, build_library, library_path
+from torchao_masquant.kernels.cpu_build import (
+    BuildError,
+    build_library,
+    is_built,
+    library_path,
+)
 from torchao_masquant.kernels.cpu_engine import (
     CpuEngine,
     EngineChoice,
@@ -66,7 +71,11 @@ _state = _State()
 def _load(path: Any) -> Any:
     # An exported package may have brought it along, and no process takes it twice.
     if not hasattr(torch.ops.masquant_cpu, "int_linear"):
-        torch.ops.load_library(str(path))
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            remedy = f"Delete {path}, so that it is built again"
+            raise BuildError(str(error), remedy) from error
     _check_schemas()
     torch.ops.masquant_cpu.use_brgemm(_state.choice.engine is CpuEngine.AMX)
     torch.ops.masquant_cpu.use_bfloat16(multiplies_bfloat16())
@@ -101,12 +110,14 @@ def _operators() -> Any:
 
 
 def _fall_back(error: Exception) -> None:
-    summary = str(error).splitlines()[0] if str(error) else type(error).__name__
+    summary, remedy = str(error), "Set"
+    if isinstance(error, BuildError):
+        summary, remedy = error.reason, f"{error.remedy}, or set"
     _state.choice = EngineChoice(CpuEngine.REFERENCE, summary)
     _state.operators = reference
     warnings.warn(
         "masquant's kernels for this CPU cannot be built, so the plain and slower "
-        f"PyTorch path runs: {error}. Install a C++ compiler, or set "
+        f"PyTorch path runs: {summary}. {remedy} "
         "MASQUANT_CPU_ENGINE=reference to choose that path.",
         stacklevel=3,
     )
@@ -184,10 +195,10 @@ def register() -> None:
     if _state.choice.engine is CpuEngine.REFERENCE:
         return
     path = library_path()
-    if path.exists():
+    if is_built(path):
         try:
             _state.operators = _load(path)
-        except OSError as error:
+        except (BuildError, OSError) as error:
             _fall_back(error)
             return
         torch.ops.masquant_cpu.install()

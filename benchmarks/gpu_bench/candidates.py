@@ -15,15 +15,25 @@ from typing import Any, Callable, Optional
 
 import torch
 import torch.nn.functional as F
-from gpu_bench.plan import BF16, BF16_FUSED, MIXES, Place, rank_of
+from gpu_bench.plan import (
+    BF16,
+    BF16_FUSED,
+    FP8_PRODUCT,
+    INT8_PRODUCT,
+    MIXES,
+    PRODUCT,
+    Place,
+    rank_of,
+)
 from torch import nn
 
 from torchao_masquant import SCHEMES
-from torchao_masquant.kernels import reference, shared_prologue
+from torchao_masquant.kernels import reference, shared_prologue, unpack_int4
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["Bench", "Built"]
+__all__ = ["BOUND", "Bench", "Built"]
 
+Inputs = tuple[torch.Tensor, ...]
 Weights = tuple[torch.Tensor, ...]
 Results = tuple[torch.Tensor, ...]
 
@@ -34,7 +44,8 @@ _CHECKED = 128
 # Relative error of a result (Frobenius). A bfloat16 result is within 2**-9 of its
 # formula; int8 and int4 of the torchao linears stand for other weights than the dense.
 _BOUNDS = {"torchao int4 weight-only": 0.2, "torchao": 0.05}
-_BOUND = 2.0**-7
+BOUND = 2.0**-7
+_FP8 = torch.float8_e4m3fn
 
 
 @dataclass
@@ -42,7 +53,7 @@ class Built:
     """A candidate that is ready to be measured.
 
     Attributes:
-        calls: the same on different copies of the weights.
+        calls: the same on different copies of the input and the weights.
         error: relative error of its result, by the Frobenius norm.
         bound: that it must keep.
     """
@@ -93,6 +104,8 @@ class Bench:
         scheme, _, mix = candidate.partition(" ")
         if scheme in SCHEMES:
             return self._ours(scheme, mix)
+        if scheme == PRODUCT:
+            return self._product(candidate)
         function: Callable[..., Results] = _linears
         if candidate == BF16:
             weights = self._copied(
@@ -106,10 +119,15 @@ class Bench:
             function = self._compile(
                 _linears, mode="max-autotune-no-cudagraphs", fullgraph=True
             )
-        x = self.x
-        expected = x[self._rows].float() @ self.weight.float().t()
-        bound = _BOUNDS.get(candidate, _BOUNDS.get(scheme, _BOUND))
-        return self._built(lambda some: function(x, some), weights, expected, bound)
+        expected = self.x[self._rows].float() @ self.weight.float().t()
+        bound = _BOUNDS.get(candidate, _BOUNDS.get(scheme, BOUND))
+        return self._built(
+            lambda given, some: function(*given, some),
+            (self.x,),
+            weights,
+            expected,
+            bound,
+        )
 
     def _ours(self, scheme_name: str, mix: str) -> Built:
         ids = self._ids(MIXES[mix])
@@ -128,19 +146,60 @@ class Bench:
             [_formula(x[self._rows], weight, ids_of_rows) for weight in weights[0]], 1
         )
         return self._built(
-            lambda some: function(x, some, ids), weights, expected, _BOUND
+            lambda given, some: function(*given, some, ids),
+            (x,),
+            weights,
+            expected,
+            BOUND,
         )
+
+    def _product(self, candidate: str) -> Built:
+        """Of operands that are quantized ahead of it; a plain call, never compiled."""
+        scheme = candidate.removeprefix(f"{PRODUCT} ")
+        if candidate == FP8_PRODUCT:
+            rows = _in_fp8(self.x)
+            weights = self._copied(candidate, lambda: _in_fp8(self.weight))
+            function: Callable[[Inputs, Weights], Results] = _fp8_product
+        else:
+            # What torch multiplies is what our weights of 8 bits hold.
+            scheme = "w8a8" if candidate == INT8_PRODUCT else scheme
+            weight = self._masquant(scheme, self.weight)
+            rows = tuple(
+                reference.smooth_quantize(self.x, weight.act_pre_scale, None, 8)
+            )
+            weights = self._copied(candidate, lambda: (weight.qdata, weight.scale))
+            bits = weight.weight_bits
+            function = (
+                _int8_product if candidate == INT8_PRODUCT else _our_product(bits)
+            )
+        (x, x_scale), (w, w_scale) = rows, weights[0]
+        if candidate == INT8_PRODUCT:
+            x_scale, w_scale = torch.ones_like(x_scale), torch.ones_like(w_scale)
+        if scheme == "w4a8":
+            w = unpack_int4(w, x.shape[1])
+        expected = (x[self._rows].float() @ w.float().t()) * w_scale.t()
+        expected = expected * x_scale[self._rows]
+        return self._built(function, rows, weights, expected, BOUND)
 
     def _built(
         self,
-        function: Callable[[Weights], Results],
+        function: Callable[[Inputs, Weights], Results],
+        given: Inputs,
         weights: list[Weights],
         expected: torch.Tensor,
         bound: float,
     ) -> Built:
-        y = torch.cat([part[self._rows] for part in function(weights[0])], 1).float()
+        found = function(given, weights[0])
+        y = torch.cat([part[self._rows] for part in found], 1).float()
         error = float((y - expected).norm() / expected.norm())
-        calls = [lambda some=some: function(some) for some in weights]
+        # An input that fits in the cache is not to be found there either.
+        count = math.ceil(2 * self._cache_bytes / sum(t.nbytes for t in given))
+        count = min(max(1, count), len(weights))
+        inputs = [given, *(tuple(t.clone() for t in given) for _ in range(count - 1))]
+        calls = [
+            lambda some=some, x=inputs[i % count]: function(x, some)
+            for i, some in enumerate(weights)
+        ]
         return Built(calls, error, bound)
 
     def _ids(self, share: Optional[float]) -> Optional[torch.Tensor]:
@@ -227,6 +286,35 @@ def _masquant_linears(
         linear(x, first, ids),
         *(linear(x, weight, ids, smoothed_by=first) for weight in others),
     )
+
+
+def _in_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix in float8, and a scale for each row."""
+    scale = matrix.float().abs().amax(1, keepdim=True) / torch.finfo(_FP8).max
+    return (matrix.float() / scale).to(_FP8), scale
+
+
+def _fp8_product(x: Inputs, weight: Weights) -> Results:
+    (a, a_scale), (b, b_scale) = x, weight
+    return (
+        torch._scaled_mm(
+            a,
+            b.t(),
+            a_scale,
+            b_scale.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        ),
+    )
+
+
+def _int8_product(x: Inputs, weight: Weights) -> Results:
+    return (torch._int_mm(x[0], weight[0].t()),)
+
+
+def _our_product(weight_bits: int) -> Callable[[Inputs, Weights], Results]:
+    rest = (*(None,) * 5, weight_bits, torch.bfloat16)
+    return lambda x, weight: (torch.ops.masquant.int_linear(*x, *weight, *rest),)
 
 
 def _stored(weight: torch.Tensor) -> int:

@@ -14,25 +14,29 @@ import math
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
-from gpu_bench.roofline import DEVICES, Device, LinearCall
+from gpu_bench.roofline import DEVICES, Device, LinearCall, Work, int_linear, linears
 
 from torchao_masquant.options import SCHEMES
 
 __all__ = [
     "BF16",
     "BF16_FUSED",
+    "FP8_PRODUCT",
     "GROUPS",
+    "INT8_PRODUCT",
     "MIXES",
     "RANK",
     "SHAPES",
     "TOKENS",
     "TORCHAO",
+    "PRODUCT",
     "Place",
     "Step",
     "card_named",
     "paper",
     "plan",
     "rank_of",
+    "works",
 ]
 
 # (in_features, out_features) and the linears that have it. Both Qwen2.5-Omni thinkers have
@@ -67,8 +71,17 @@ BF16 = "bf16"
 # All linears of a group as one, which is what a dense model can be rewritten to.
 BF16_FUSED = "bf16 fused"
 TORCHAO = ("torchao SmoothQuant", "torchao int8 dynamic", "torchao int4 weight-only")
+# Products alone, of operands that are quantized already: ours are "product w8a8" and so
+# on, beside what libraries have.
+PRODUCT = "product"
+INT8_PRODUCT = f"{PRODUCT} torch._int_mm"
+FP8_PRODUCT = f"{PRODUCT} fp8 _scaled_mm"
 # Scheme whose work each of them does.
-_LIKE = dict(zip(TORCHAO, ("w8a8", "w8a8", "w4a16")))
+_LIKE = {
+    **dict(zip(TORCHAO, ("w8a8", "w8a8", "w4a16"))),
+    INT8_PRODUCT: "w8a8",
+    FP8_PRODUCT: "w8a8",
+}
 
 
 @dataclass(frozen=True)
@@ -111,8 +124,8 @@ class Step:
 
     Attributes:
         place: where.
-        candidates: names: "bf16", "bf16 fused", "w8a8 half vision", or one of
-            torchao's.
+        candidates: names: "bf16", "bf16 fused", "w8a8 half vision", "product w8a8",
+            or one of a library's.
     """
 
     place: Place
@@ -168,8 +181,19 @@ def card_named(name: str) -> Optional[Device]:
     return next((d for d in DEVICES if d.name.lower() in name.lower()), None)
 
 
+def works(place: Place, candidate: str) -> list[Work]:
+    """The kernels of a candidate, to take its least time of."""
+    calls = paper(place, candidate)
+    # The peak of fp8 is that of int8 wherever there is one.
+    return (
+        [int_linear(call) for call in calls]
+        if candidate.startswith(PRODUCT)
+        else linears(calls)
+    )
+
+
 def paper(place: Place, candidate: str) -> list[LinearCall]:
-    """The linears of a candidate, to take its least time of."""
+    """The linears of a candidate, or those that its products are of."""
     if candidate == BF16_FUSED:
         return [LinearCall(place.tokens, place.in_features, place.out_features)]
     return [_call(place, n, candidate) for n in place.sizes]
@@ -179,9 +203,12 @@ def _call(place: Place, out_features: int, candidate: str) -> LinearCall:
     sizes = (place.tokens, place.in_features, out_features)
     if candidate == BF16:
         return LinearCall(*sizes)
-    name, _, mix = candidate.partition(" ")
     if candidate in _LIKE:
         name, mix = _LIKE[candidate], "base"
+    elif candidate.startswith(PRODUCT):
+        name, mix = candidate.removeprefix(f"{PRODUCT} "), "base"
+    else:
+        name, _, mix = candidate.partition(" ")
     scheme, share = SCHEMES[name], MIXES[mix]
     if share is not None:
         share = math.floor(share * place.tokens) / place.tokens

@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from typing import Callable, Iterator, Optional
 
-from gpu_bench.plan import BF16, BF16_FUSED, SCHEME_NAMES, TORCHAO
+from gpu_bench.plan import BF16, BF16_FUSED, PRODUCT, SCHEME_NAMES, TORCHAO
 
 __all__ = ["Row", "Target", "ratios", "targets"]
 
@@ -126,6 +126,15 @@ def _over(ours: str, other: str, tokens: Callable[[int], bool]) -> Choice:
     return ratio
 
 
+def _of_paper(ours: str, tokens: Callable[[int], bool]) -> Choice:
+    def share(step: dict[str, Row]) -> Optional[float]:
+        if ours not in step or not tokens(step[ours].tokens):
+            return None
+        return step[ours].of_paper
+
+    return share
+
+
 def _fastest_w4(step: dict[str, Row]) -> Optional[float]:
     found = [
         ratio
@@ -182,6 +191,16 @@ _TARGETS: tuple[tuple[str, float, Choice], ...] = (
         "w8a8 base-only over all vision, that is at most 10 % of low-rank work",
         1 / 1.1,
         _over("w8a8 all vision", "w8a8 base", lambda m: True),
+    ),
+    (
+        "w8a8's product alone, 8192 tokens or more, of its roofline",
+        0.7,
+        _of_paper(f"{PRODUCT} w8a8", lambda m: m >= 8192),
+    ),
+    (
+        "w4a8 base-only, one token, of its roofline",
+        0.45,
+        _of_paper("w4a8 base", lambda m: m == 1),
     ),
     ("the slowest of ours at a shape, of its roofline", 0.8, _roofline),
     ("the fastest scheme over bf16, base-only", 1.0, _fastest),

@@ -12,7 +12,11 @@ from typing import Callable, Sequence
 
 import torch
 
-__all__ = ["Timing", "measure"]
+__all__ = ["Timing", "captured", "measure"]
+
+# Seconds of replays before the first round: clocks rise under load.
+_WARM_UP = 0.1
+_ROUNDS = 5
 
 Call = Callable[[], object]
 
@@ -33,7 +37,8 @@ class Timing:
     rounds: int
 
 
-def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of calls, one after another; two of them are run before it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -63,7 +68,7 @@ def measure(candidates: dict[str, Sequence[Call]], seconds: float) -> dict[str, 
             that no weight is still in the cache from the call before.
         seconds: that all of them may take together, in at least five rounds.
     """
-    graphs = {name: _captured(calls) for name, calls in candidates.items()}
+    graphs = {name: captured(calls) for name, calls in candidates.items()}
 
     def in_turn(name: str) -> Callable[[], object]:
         return lambda: [call() for call in candidates[name]]
@@ -71,15 +76,20 @@ def measure(candidates: dict[str, Sequence[Call]], seconds: float) -> dict[str, 
     graph_us: dict[str, list[float]] = {name: [] for name in candidates}
     eager_us: dict[str, list[float]] = {name: [] for name in candidates}
     started = time.perf_counter()
+    while time.perf_counter() - started < _WARM_UP:
+        for graph in graphs.values():
+            graph.replay()
+        torch.cuda.synchronize()
+    started = time.perf_counter()
     rounds = 0
-    while rounds < 5 or time.perf_counter() - started < seconds:
+    while rounds < _ROUNDS or time.perf_counter() - started < seconds:
         events = {
             name: (_timed(graphs[name].replay), _timed(in_turn(name)))
             for name in candidates
         }
         torch.cuda.synchronize()
-        for name, (graph, eager) in events.items():
-            for taken, (begin, end) in ((graph_us, graph), (eager_us, eager)):
+        for name, (replayed, eager) in events.items():
+            for taken, (begin, end) in ((graph_us, replayed), (eager_us, eager)):
                 each = begin.elapsed_time(end) / len(candidates[name])
                 taken[name].append(1e3 * each)
         rounds += 1

@@ -39,7 +39,14 @@ from torchao_masquant.kernels.gpu.tuning import (
     user_table,
 )
 
-__all__ = ["LinearShape", "Measured", "measure_call", "tune"]
+__all__ = [
+    "LinearShape",
+    "Measured",
+    "gpu_clock",
+    "linear_calls",
+    "measure_call",
+    "tune",
+]
 
 _ROUNDS = 3
 _TIE = 1.02
@@ -231,7 +238,7 @@ def tune(
     counts = sorted(set(tokens))
     for shape in shapes:
         for count in counts:
-            for operator, args in _calls(shape, count, dtype, device):
+            for operator, args in linear_calls(shape, count, dtype, device):
                 found = measure_call(
                     operator,
                     operators()[operator].launch,
@@ -244,7 +251,7 @@ def tune(
     return user_table(name)
 
 
-def _calls(
+def linear_calls(
     shape: LinearShape, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[str, tuple[Any, ...]]]:
     """The operators of a linear, and what they are called with."""

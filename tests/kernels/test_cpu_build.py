@@ -109,9 +109,60 @@ def test_a_compiler_that_fails_says_why(
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("MASQUANT_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(cpu_build.BuildError, match="ended with 3:\ninternal error"):
+    with pytest.raises(
+        cpu_build.BuildError, match=r"ended with 3 \(internal error\):\n"
+    ) as raised:
         cpu_build.build_library()
+    # One line for the warning; the command and all that was said for the doctor.
+    assert "\n" not in raised.value.reason and "-std=c++20" in str(raised.value)
+    assert raised.value.remedy.startswith("Install a C++ compiler (GCC 11 or newer)")
     assert not cpu_build.library_path().exists()
+    compiler.write_text(
+        "#!/bin/sh\necho 'as: error: No space left on device'\nexit 1\n"
+    )
+    with pytest.raises(cpu_build.BuildError) as raised:
+        cpu_build.build_library()
+    assert raised.value.remedy.startswith("Make room")
+
+
+@needs_kernels
+def test_a_library_without_its_end_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading it would end the process with SIGBUS."""
+    whole = cpu_build.library_path()
+    if not cpu_build.is_built(whole):
+        pytest.skip("no C++ kernels were built")
+    content = whole.read_bytes()
+    monkeypatch.setenv("MASQUANT_CACHE_DIR", str(tmp_path))
+    path = cpu_build.library_path()
+    path.parent.mkdir(parents=True)
+    for length in (0, 40, 4096, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert not cpu_build.is_built(path)
+    # Whoever was killed while it was building left a folder behind.
+    (path.parent / "building-before").mkdir()
+
+    def compiled(compiler: str, path: Path) -> None:
+        path.write_bytes(content)
+
+    monkeypatch.setattr(cpu_build, "_compile", compiled)
+    assert cpu_build.is_built(cpu_build.build_library())
+    assert {p.name for p in path.parent.iterdir()} == {".lock", path.name}
+
+
+@needs_kernels
+def test_a_library_that_does_not_load_says_which(tmp_path: Path) -> None:
+    # Sections of an ELF file, and nothing in them.
+    path = tmp_path / cpu_build.library_path().parent.name / "masquant_cpu.so"
+    path.parent.mkdir()
+    header = bytearray(128)
+    header[:6], header[40], header[58:61:2] = b"\x7fELF\x02\x01", 64, b"\x40\x01"
+    path.write_bytes(header)
+    assert cpu_build.is_built(path)
+    found = run(tmp_path)
+    assert found["same"] and len(found["warnings"]) == 1
+    assert f"Delete {path}, so that it is built again" in found["warnings"][0]
 
 
 def test_a_cache_that_cannot_be_written_says_so(
