@@ -114,6 +114,12 @@ class MASQuantConfig(QuantizationOptions, _First):
         # Checks them, and says what those are that were not given.
         for name, value in vars(self.options).items():
             setattr(self, name, value)
+        if self.recipe is None and self.budget and self.step == "prepare_for_loading":
+            raise ValueError(
+                "a budget is spent by what the data shows, so that no weights of zeros can "
+                "be made for it: load the checkpoint with from_pretrained, or apply the "
+                "recipe."
+            )
         if self.recipe is None and self.epochs:
             raise ValueError(
                 "learning needs the samples: call calibrate(model, samples, epochs=...) "

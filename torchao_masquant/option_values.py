@@ -14,6 +14,7 @@ __all__ = [
     "AUTO",
     "MEASURE",
     "Amount",
+    "Bits",
     "Flag",
     "Names",
     "NoFlag",
@@ -26,6 +27,7 @@ __all__ = [
     "Weights",
     "Whole",
     "as_number",
+    "bits_of",
     "compiled",
 ]
 
@@ -192,6 +194,21 @@ class Amount(Values):
         return as_number(text)
 
 
+class Bits(Values):
+    """A number of bits, "4.5 bits"."""
+
+    def check(self, name: str, value: Any) -> None:
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be such as '4.5 bits', got {value!r}.")
+        try:
+            bits_of(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be {error}") from None
+
+    def read(self, text: str) -> str:
+        return text
+
+
 class Weights(Values):
     """Names of modalities, each with a number."""
 
@@ -265,6 +282,18 @@ def compiled(pattern: str) -> "re.Pattern[str]":
         return re.compile(pattern.removeprefix("re:"))
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}.") from None
+
+
+def bits_of(text: str) -> float:
+    """The number of "4.5 bits".
+
+    Raises:
+        ValueError: it is none, or not above zero.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*bits?\s*", text)
+    if found is None or not (0 < float(found[1]) < math.inf):
+        raise ValueError(f"such as '4.5 bits', got {text!r}.")
+    return float(found[1])
 
 
 def as_number(text: str) -> Union[int, float]:

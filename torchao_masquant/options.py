@@ -19,6 +19,7 @@ from torchao_masquant.option_fields import (
 from torchao_masquant.option_values import (
     AUTO,
     Amount,
+    Bits,
     Flag,
     Names,
     NoFlag,
@@ -398,6 +399,20 @@ class SolverOptions:
         kw_only=True,
     )
 
+    budget: Optional[str] = option(
+        None,
+        "bits that a weight may take on average, '4.5 bits', with all that is stored of "
+        "the quantized linears; what is chosen for each input then are the bits of its "
+        "weights, and group size and rank where they are not given",
+        Bits(),
+        "Activations have the bits of the scheme. The choices are those of least error "
+        "on the sampled tokens, in one knapsack for all inputs whose statistics are there "
+        "at the same time; ranks are 0.05 at most.",
+        metavar="BITS",
+        later=True,
+        kw_only=True,
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
         # Files and reports compare it: as SCHEMES has it, however it was written.
@@ -407,6 +422,8 @@ class SolverOptions:
             self.lr = method.lr
         if self.target == STOCK:
             self._check_stock()
+        if self.rank is None and self.budget and self.effort != FAST:
+            self.rank = AUTO
         if self.rank is None:
             self.rank = 0 if self.effort == FAST or self.target == STOCK else 0.05
         if not method.centered and (
@@ -415,16 +432,37 @@ class SolverOptions:
             or self.rounding == "gptq"
             or self.hadamard_size not in (None, 1)
             or self.effort == FAST
+            or self.budget
             or AUTO in (self.alpha, self.rank, self.separation)
         ):
             raise ValueError(
                 f"method {self.method!r} is kept as it was published: shift, gptq, "
-                "clip, rotations, auto and effort 'fast' are for method 'masquant'."
+                "clip, rotations, auto, budgets and effort 'fast' are for method "
+                "'masquant'."
             )
+        if self.budget:
+            self._check_budget()
         if self.epochs and not method.per_modality:
             raise ValueError(
                 f"method {self.method!r} is kept as it was published: learning is for "
                 "methods 'masquant' and 'masquant-paper'."
+            )
+
+    def _check_budget(self) -> None:
+        """Raise where there is nothing to choose, or no place for what is chosen."""
+        if self.scheme == "w3a3":
+            raise ValueError(
+                "a budget is of bytes, and scheme 'w3a3' is simulated: it saves none."
+            )
+        if self.epochs:
+            raise ValueError(
+                "a budget has formats of their own for inputs, which learning does not "
+                "know: give epochs=0, or no budget."
+            )
+        if not (self.procedure.rounding == "gptq" or self.procedure.clip):
+            raise ValueError(
+                "a budget is for integers that the recipe holds: give rounding='gptq' or "
+                "clip=True, or no budget."
             )
 
     def _check_stock(self) -> None:
@@ -442,6 +480,7 @@ class SolverOptions:
             "epochs": bool(self.epochs),
             "hadamard_size": self.hadamard_size not in (None, 1),
             "group_size": self.scheme == "w8a8" and self.group_size is not None,
+            "budget": self.budget is not None,
         }
         given = [name for name, is_stray in strays.items() if is_stray]
         if given:

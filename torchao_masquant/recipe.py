@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from torchao_masquant.atomic_files import replacing
 from torchao_masquant.kernels.hadamard import check_hadamard_size
-from torchao_masquant.options import Scheme, SolverOptions
+from torchao_masquant.options import Scheme, SolverOptions, get_scheme
 from torchao_masquant.outputs import RECIPE_FORMAT, check_file
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.low_rank_pair import copy_components
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Each has something that readers of the one before do not know.
-_PLAIN, _EXPERTS, _ROTATED = _FORMAT_VERSIONS = (2, 3, 4)
+_PLAIN, _EXPERTS, _ROTATED, _MIXED = _FORMAT_VERSIONS = (2, 3, 4, 5)
 _TENSORS = (
     "smoothing_factor",
     "l1",
@@ -103,6 +103,7 @@ class LayerRecipe:
         hadamard_size: of the rotation of the smoothed weight and its input, see
             :mod:`torchao_masquant.kernels.hadamard`; ``l1`` and ``qdata`` are of rotated
             channels. None: there is no rotation.
+        scheme: name of its own, whose integers ``qdata`` are; None: that of the recipe.
     """
 
     shape: tuple[int, ...]
@@ -117,6 +118,21 @@ class LayerRecipe:
     scale: Optional[torch.Tensor] = None
     zero_point: Optional[torch.Tensor] = None
     hadamard_size: Optional[int] = None
+    scheme: Optional[str] = None
+
+    def number_format(self, of_recipe: Scheme) -> Scheme:
+        """Its integer formats.
+
+        Args:
+            of_recipe: those of the recipe; ready integers have their own groups.
+        """
+        if self.scheme is None:
+            return of_recipe
+        groups = 1 if self.scale is None else self.scale.shape[-1]
+        return dataclasses.replace(
+            get_scheme(self.scheme),
+            group_size=None if groups == 1 else self.shape[-1] // groups,
+        )
 
     def check(self, name: str, modalities: int) -> None:
         """Raise unless all parts fit each other.
@@ -137,6 +153,10 @@ class LayerRecipe:
                 check_hadamard_size(self.hadamard_size, self.shape[-1])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+        if self.scheme is not None:
+            get_scheme(self.scheme)
+            if self.qdata is None:
+                raise ValueError(f"{name} has a scheme of its own without integers")
         rank = sum(self.ranks)
         if rank and len(self.ranks) != modalities - 1:
             raise ValueError(
@@ -172,7 +192,7 @@ class LayerRecipe:
             modalities: M.
             low_rank_bits: 16 or 8, of the low-rank pairs.
         """
-        scale = self.scale
+        scale, scheme = self.scale, self.number_format(scheme)
         return self._layout(
             modalities,
             weight_bits=scheme.weight_bits,
@@ -222,6 +242,7 @@ class LayerRecipe:
                     for e, of_expert in enumerate(weight)
                 ]
             )
+        scheme = self.number_format(scheme)
         parts: dict[str, Any] = dict(
             weight_bits=scheme.weight_bits,
             act_bits=scheme.act_bits,
@@ -266,6 +287,7 @@ class LayerRecipe:
         """
         if not isinstance(weight, MASQuantTensor) or weight.is_meta:
             return False
+        scheme = self.number_format(scheme)
         group_size = None if weight.scale.shape[-1] == 1 else weight.group_size
         alike = (
             tuple(weight.shape) == tuple(self.shape)
@@ -333,7 +355,7 @@ class LayerRecipe:
             )
         ranks = tuple(max(r) for r in zip(*(p.ranks for p in parts if p.ranks)))
         padded = [_padded(part, ranks) for part in parts]
-        stacked = {
+        stacked: dict[str, Any] = {
             name: _part(name).stacked([getattr(part, name) for part in padded])
             for name in padded[0].tensors()
         }
@@ -356,8 +378,14 @@ class LayerRecipe:
             return NotImplemented
         ours, theirs = self.tensors(), other.tensors()
         return (
-            (self.shape, self.fingerprint, self.ranks, self.hadamard_size)
-            == (other.shape, other.fingerprint, other.ranks, other.hadamard_size)
+            (self.shape, self.fingerprint, self.ranks, self.hadamard_size, self.scheme)
+            == (
+                other.shape,
+                other.fingerprint,
+                other.ranks,
+                other.hadamard_size,
+                other.scheme,
+            )
             and ours.keys() == theirs.keys()
             and all(torch.equal(ours[name], theirs[name]) for name in ours)
         )
@@ -466,11 +494,12 @@ class Recipe:
                     "shape": layer.shape,
                     "fingerprint": layer.fingerprint,
                     "ranks": layer.ranks,
-                    **(
-                        {}
-                        if layer.hadamard_size is None
-                        else {"hadamard_size": layer.hadamard_size}
-                    ),
+                    # Earlier readers know neither.
+                    **{
+                        key: value
+                        for key in ("hadamard_size", "scheme")
+                        if (value := getattr(layer, key)) is not None
+                    },
                 }
                 for name, layer in self.layers.items()
             },
@@ -572,6 +601,8 @@ def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
         version = _EXPERTS
     if any("hadamard_size" in layer for layer in layers):
         version = _ROTATED
+    if any("scheme" in layer for layer in layers):
+        version = _MIXED
     return {
         "format": RECIPE_FORMAT,
         "format_version": str(version),
@@ -675,6 +706,7 @@ def _load_layer(file: Any, name: str, entry: Mapping[str, Any]) -> LayerRecipe:
         fingerprint=entry["fingerprint"],
         ranks=ranks,
         hadamard_size=entry.get("hadamard_size"),
+        scheme=entry.get("scheme"),
         **tensors,
     )
 

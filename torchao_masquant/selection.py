@@ -149,6 +149,11 @@ class Selected:
         """(N, K) of each linear, (E, N, K) of each weight of experts."""
         return {name: tuple(weight.shape) for name, weight in self.weights.items()}
 
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of each linear, and of each expert of a weight."""
+        return {n: (shape[-2], shape[-1]) for n, shape in self.shapes.items()}
+
     def where(self, chosen: Callable[[str], bool]) -> "Selected":
         """Those whose name is chosen."""
         return Selected(

@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "what is asked for, and for which tokens": {"options", "routing"},
     "what is found, and what a linear computes with it": {
-        *("recipe", "weight_bytes", "linear", "samples", "wording"),
+        *("budget", "recipe", "weight_bytes", "linear", "samples", "wording"),
     },
     "experts, which are many linears; blocks, which samples run through": {
         *("expert_modules", "decoder_blocks"),

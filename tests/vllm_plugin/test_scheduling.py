@@ -3,20 +3,15 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Tokens are what they are however vLLM schedules their requests."""
+"""Tokens are what they are however vLLM schedules their requests.
+
+That it would show if images were taken for text is in ``test_served.py``.
+"""
 
 import pytest
-from test_served import Subject
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
-    return Subject(
-        tmp_path_factory.mktemp("seeing"), "w4a8", with_images=True, hadamard_size=32
-    )
 
 
 _DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
@@ -55,10 +50,3 @@ def test_a_request_that_is(seeing, tmp_path, settings, counter):
     assert seeing.counters[counter] > 0
     # An int8 that is rounded the other way moves a log probability by a hundredth.
     assert max(seeing.log_probability_differences(answers)) < 0.05
-
-
-def test_it_would_show_if_images_were_taken_for_text(seeing, tmp_path):
-    answers = seeing.asked(
-        tmp_path / "answers.json", enforce_eager=True, all_is_text=True
-    )
-    assert max(seeing.log_probability_differences(answers)) > 0.2

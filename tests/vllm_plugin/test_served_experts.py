@@ -8,38 +8,30 @@
 import expert_folders
 import pytest
 import torch
-from test_served import _COUNT, Subject
+from subject import COUNT, Subject
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
 
-class Mixture(Subject):
-    """Keeps, too, how likely transformers takes the first token of an answer to be."""
-
-    def _answer(self, request):
-        prompt, tokens = super()._answer(request)
-        with torch.no_grad():
-            logits = self._reader(**self._inputs(request)).logits[0, -1]
-        known = self.__dict__.setdefault("first", [])
-        known.append(logits.log_softmax(-1)[tokens[0]].item())
-        return prompt, tokens
-
-    def distances(self, answers, *, with_images: bool) -> list[float]:
-        """Of the first tokens' log probabilities, where vLLM names that of the token."""
-        return [
-            abs(first - answer["logprobs"][0][str(tokens[0])])
-            for request, (_, tokens), first, answer in zip(
-                self.requests, self.expected, self.first, answers
-            )
-            if bool(request.seeds) == with_images
-            and str(tokens[0]) in answer["logprobs"][0]
-        ]
+@torch.no_grad()
+def distances(subject: Subject, answers, *, with_images: bool) -> list[float]:
+    """How likely transformers and vLLM take the first token of transformers' answers to be,
+    where vLLM names it: differences of log probabilities."""
+    found = []
+    for request, (_, tokens), answer in zip(
+        subject.requests, subject.expected, answers
+    ):
+        first = answer["logprobs"][0].get(str(tokens[0]))
+        if bool(request.seeds) == with_images and first is not None:
+            logits = subject.reader(**subject.inputs(request)).logits[0, -1]
+            found.append(abs(logits.log_softmax(-1)[tokens[0]].item() - first))
+    return found
 
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    return Mixture(
+    return Subject(
         tmp_path_factory.mktemp("seeing"),
         "w4a8",
         with_images=True,
@@ -70,28 +62,20 @@ def test_images_in_steps_that_end_within_them(seeing, tmp_path, eager):
     # An int8 that is rounded the other way moves a log probability by a hundredth.
     assert all(d < 0.05 for d in seeing.differences(answers))
     assert len(seeing.differences(answers)) <= 1
-    assert max(seeing.distances(answers, with_images=False)) < 1e-3
-    assert max(seeing.distances(answers, with_images=True)) < 5e-3
+    assert max(distances(seeing, answers, with_images=False)) < 1e-3
+    assert max(distances(seeing, answers, with_images=True)) < 5e-3
 
 
 def test_it_would_show_if_images_were_taken_for_text(seeing, tmp_path):
     answers = seeing.asked(
         tmp_path / "answers.json", enforce_eager=True, all_is_text=True
     )
-    assert max(seeing.distances(answers, with_images=False)) < 1e-3
-    assert min(seeing.distances(answers, with_images=True)) > 1e-2
+    assert max(distances(seeing, answers, with_images=False)) < 1e-3
+    assert min(distances(seeing, answers, with_images=True)) > 1e-2
 
 
 def test_two_processes(seeing, tmp_path):
-    answers = seeing.asked(
-        tmp_path / "answers.json",
-        {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        },
-        enforce_eager=True,
-        tensor_parallel_size=2,
-    )
+    answers = seeing.asked_of_two_processes(tmp_path / "answers.json")
     # Each process rounds its own columns of an input, with a scale of their own.
     assert all(d < 0.3 for d in seeing.differences(answers))
-    assert len(seeing.differences(answers)) < _COUNT // 3
+    assert len(seeing.differences(answers)) < COUNT // 3

@@ -7,7 +7,7 @@
 
 import pytest
 import qwen_folders
-from test_served import _COUNT, Subject
+from subject import COUNT, Subject
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def test_it_would_show_if_all_were_taken_for_text(served, tmp_path):
     answers = subject.asked(
         tmp_path / "answers.json", enforce_eager=True, all_is_text=True, **settings
     )
-    assert len(subject.differences(answers)) > _COUNT // 4
+    assert len(subject.differences(answers)) > COUNT // 4
 
 
 def test_text_of_a_llama(tmp_path):

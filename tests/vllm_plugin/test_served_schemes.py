@@ -7,7 +7,7 @@
 
 import pytest
 import torch
-from test_served import _COUNT, Subject
+from subject import COUNT, Subject
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -34,4 +34,4 @@ def test_half_precision(tmp_path, scheme, dtype):
     )
     # All of either is rounded to 8 or 11 bits, and not in the same places.
     assert all(d < 0.2 for d in subject.differences(answers))
-    assert len(subject.differences(answers)) < _COUNT // 2
+    assert len(subject.differences(answers)) < COUNT // 2

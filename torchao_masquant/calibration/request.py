@@ -10,6 +10,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 
 from torch import nn
 
+from torchao_masquant.budget import check_budget
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.decoder_blocks import decoder_blocks
 from torchao_masquant.options import CalibrationOptions, SolverOptions
@@ -48,13 +49,18 @@ def check_request(
     Raises:
         ValueError: names the linears concerned, and a way out.
     """
-    shapes = {n: (w.shape[-2], w.shape[-1]) for n, w in selected.weights.items()}
+    shapes = selected.widths
     check_shapes(shapes, modalities, options)
     first = next(iter(selected.experts), None)
     if options.procedure.folded and first is not None:
         raise ValueError(
             f"{first} is of experts, which are not exported to other engines: exclude "
             "'*.experts.*'."
+        )
+    if options.budget and first is not None:
+        raise ValueError(
+            f"a budget is for linears alone, and {first} is of experts: give none, or "
+            "exclude '*.experts.*'."
         )
     if options.epochs:
         if first is not None:
@@ -100,7 +106,11 @@ def check_shapes(
         ValueError: as :func:`check_request`.
     """
     _check_widths(shapes)
-    _check_groups(shapes, options)
+    # A budget has the group sizes that suit each width, where none is given.
+    if not options.budget or options.group_size is not None:
+        _check_groups(shapes, options)
+    if options.budget:
+        check_budget(shapes, len(modalities), options)
     _check_rotation(shapes, options)
     _check_weights(modalities, options)
 

@@ -19,7 +19,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_part,
 )
 from torchao_masquant.integrations.stored_tensors import stored_tensors
-from torchao_masquant.options import SolverOptions
+from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.recipe import described, read_header
 from torchao_masquant.tensor_subclasses.weight_layout import TensorKind
 
@@ -269,11 +269,17 @@ def _recipe_line(
 ) -> LinearLine:
     own = {k: v for k, v in kinds.items() if k.rpartition(".")[0] == name}
     routed = own[f"{name}.smoothing_factor"][1][0] > 1
+    scheme, group_size = options.scheme, options.number_format.group_size
+    if "scheme" in entry:
+        # Chosen for a budget; its integers tell its groups.
+        scheme = get_scheme(entry["scheme"]).name
+        groups = own[f"{name}.scale"][1][-1]
+        group_size = None if groups == 1 else int(entry["shape"][-1]) // groups
     return LinearLine(
         name=name,
         shape=tuple(int(size) for size in entry["shape"]),
-        scheme=options.scheme,
-        group_size=options.number_format.group_size,
+        scheme=scheme,
+        group_size=group_size,
         modalities=modalities if routed else modalities[:1],
         ranks={m: int(r) for m, r in zip(modalities[1:], entry["ranks"]) if r},
         method=options.method,

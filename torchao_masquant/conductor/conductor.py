@@ -10,6 +10,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 
+from torchao_masquant.budget import check_budget
 from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.passes import Passes
 from torchao_masquant.calibration.request import check_session
@@ -22,6 +23,7 @@ from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected
+from torchao_masquant.solver.choices import Choice, spend_budget
 from torchao_masquant.solver.cost import solved_shapes, solver_cost
 from torchao_masquant.solver.experts import solve_experts
 from torchao_masquant.solver.layers import solve_group
@@ -72,8 +74,21 @@ class Conductor:
         Args:
             part: what is selected of it.
             run: runs the part once, on a sample.
+
+        Raises:
+            ValueError: a budget is too little for what is observed at one time.
         """
-        return self.team.broadcast(self._passes.plan(part, run))
+        passes = self.team.broadcast(self._passes.plan(part, run))
+        if self.options.budget and len(passes) > 1:
+            # Bytes are spent among the linears of one pass.
+            for names in passes:
+                check_budget(
+                    part.where(names.__contains__).widths,
+                    len(self.tokens),
+                    self.options,
+                    part=" of one of several passes (see max_statistics_bytes)",
+                )
+        return passes
 
     def layers(
         self,
@@ -174,13 +189,26 @@ def solve(
         for leader, names in session.groups().items()
         if leader in session.linears
     ]
+    chosen: Optional[list[Choice]] = None
+    if options.budget:
+        chosen = team.on_first(lambda: spend_budget(groups, options, progress=progress))
     ranks: Optional[dict[str, list[int]]] = None
-    if options.procedure.per_modality and options.rank == AUTO:
+    if chosen is None and options.procedure.per_modality and options.rank == AUTO:
         ranks = team.on_first(lambda: spend_ranks(groups, options, progress=progress))
     shapes: list[list[tuple[int, ...]]] = []
     tasks: list[Callable[[], Mapping[str, Any]]] = []
-    for weights, statistics in groups:
+    for index, (weights, statistics) in enumerate(groups):
         shapes.append([tuple(weight.shape) for weight in weights.values()])
+        if chosen is not None:
+            tasks.append(
+                partial(
+                    chosen[index].solve,
+                    weights,
+                    statistics,
+                    spend_statistics=spend_statistics,
+                )
+            )
+            continue
         tasks.append(
             partial(
                 solve_group,

@@ -75,13 +75,19 @@ def _options(recipe: Recipe) -> Table:
         activations = f"{bits.act_bits} bits, one scale per token"
         if options.procedure.shift:
             activations += ", less each modality's mean"
+    weights = f"{bits.weight_bits} bits"
+    if options.budget:
+        weights = (
+            f"chosen for each input, {options.budget} with all that goes with them"
+        )
+        group = "output channel, or group of neighbours in one"
     rounding = _ROUNDINGS[options.procedure.rounding]
     if options.procedure.clip:
         rounding += ", of a clipped range where that errs less"
     values = {
         "scheme": options.scheme,
         "method": method_name(options.method),
-        "weights": f"{bits.weight_bits} bits, "
+        "weights": f"{weights}, "
         f"{'symmetric' if bits.symmetric else 'asymmetric'}, one scale per {group}",
         "rounding of the weights": rounding,
         "activations": activations,

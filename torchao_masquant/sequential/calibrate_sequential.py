@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Union
 
+from torchao_masquant.budget import check_budget
 from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.conductor.team import Team
 from torchao_masquant.decoder_blocks import decoder_blocks
@@ -58,8 +59,8 @@ def calibrate_sequential(
     share the samples and the solving; process 0 writes. The folders must be on a file
     system that all of them see.
 
-    ``rank="auto"`` spends its bytes in each block by itself. Of method "masquant-paper"
-    there is the closed form alone, ``epochs=0``.
+    ``rank="auto"`` and a budget spend their bytes in each block by itself. Of method
+    "masquant-paper" there is the closed form alone, ``epochs=0``.
 
     Args:
         model: folder of a transformers checkpoint in safetensors files, or its name on
@@ -134,6 +135,12 @@ def calibrate_sequential(
         {"samples": summary.count, **(given.description or {})},
         given.progress,
     )
+    if options.budget:
+        for index, name in enumerate(job.walk.names):
+            of_block = job.selected_of(index)
+            check_budget(
+                of_block.widths, len(router.modalities), options, part=f" of {name}"
+            )
     run = Run(job)
     run.check_room(given.max_memory_bytes, given.activations == "disk")
     # As ``calibrate`` does: sums depend on the number of threads.

@@ -326,6 +326,7 @@ def solving_rate(
             "modality_weights": None,
             "group_size": None,
             "hadamard_size": None,
+            "budget": None,
         }
     )
     start = time.perf_counter()

@@ -144,7 +144,7 @@ class Run:
         folder = job.disk.folder
         config = (folder / "config.json").read_bytes()
         options = {f"option {k}": v for k, v in job.options.stored().items()}
-        if job.options.rank == AUTO:
+        if job.options.rank == AUTO or job.options.budget:
             # Bytes are spent among the linears of one pass.
             options["option max_statistics_bytes"] = job.max_statistics_bytes
         manifest = Manifest(

@@ -7,6 +7,7 @@
 
 from typing import Sequence
 
+from torchao_masquant.budget import formats
 from torchao_masquant.option_values import AUTO
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.in_place import ROWS
@@ -58,7 +59,8 @@ def solver_cost(
             cost += outputs * k * (k * products + _A_VALUE * passes)
             if options.average_rank(outputs, k):
                 cost += _A_CUBE * fits * min(outputs, k) ** 3
-    return cost
+    # With a budget each format is solved for, and then the one that is chosen.
+    return cost * (1 + len(formats(options, k)) if options.budget else 1)
 
 
 def _differ(modalities: int, options: SolverOptions, separation: float) -> bool:
@@ -122,7 +124,7 @@ def solver_bytes(
             # Targets, in the order of the factor, and both once more in float32.
             square + max(7 * batch // 2, (13 * batch + 2 * square) // 4),
         )
-    if options.rank == AUTO:
+    if options.rank == AUTO or options.budget:
         # Statistics that are needed again.
         peak += modalities * square
     return held + peak + _SCRATCH

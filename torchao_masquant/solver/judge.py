@@ -12,8 +12,9 @@ import torch
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.statistics.input_statistics import InputStatistics
+from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["mean_log_error"]
+__all__ = ["mean_log_error", "token_error"]
 
 
 def mean_log_error(
@@ -43,17 +44,39 @@ def mean_log_error(
         quantized = layers[name].quantize(
             weight, options.number_format, statistics.modalities, options.low_rank_bits
         )
-        for index, (moments, importance) in enumerate(
-            zip(statistics.moments, options.weights_of(statistics.modalities))
-        ):
-            tokens = moments.sample
-            exact = tokens.double() @ weight.double().t()
-            energy = (exact - exact.mean(0)).square().sum().item()
-            if tokens.shape[0] < 2 or energy <= 0 or importance <= 0:
+        for index, importance in enumerate(options.weights_of(statistics.modalities)):
+            error, _, energy = token_error(weight, quantized, statistics, index)
+            if energy <= 0 or importance <= 0:
                 continue
-            ids = torch.full((tokens.shape[0],), index, device=tokens.device)
-            y = torch.ops.masquant.linear(tokens, quantized, ids, None)
-            error = (y.double() - exact).square().sum().item()
             total += importance * math.log(error / energy + 1e-30)
             count += importance
     return total / count if count else 0.0
+
+
+def token_error(
+    weight: torch.Tensor,
+    quantized: MASQuantTensor,
+    statistics: InputStatistics,
+    index: int,
+) -> tuple[float, float, float]:
+    """What a quantized linear does to the sampled tokens of a modality.
+
+    Args:
+        weight: (N, K).
+        quantized: that of a solution for it.
+        statistics: with samples of the input's tokens.
+        index: of the modality.
+
+    Returns:
+        Sums over the tokens of the squared error, of the energy of the outputs, and of
+        their energy about their mean; zeros where there are no two tokens.
+    """
+    tokens = statistics.moments[index].sample
+    if tokens.shape[0] < 2:
+        return 0.0, 0.0, 0.0
+    exact = tokens.double() @ weight.double().t()
+    varying = (exact - exact.mean(0)).square().sum().item()
+    ids = torch.full((tokens.shape[0],), index, device=tokens.device)
+    y = torch.ops.masquant.linear(tokens, quantized, ids, None)
+    error = (y.double() - exact).square().sum().item()
+    return error, exact.square().sum().item(), varying
