@@ -193,6 +193,17 @@ def test_table_of_linears_on_a_cpu_is_the_committed_result():
     assert shown == list(_cpu_lines())
 
 
+def test_table_of_few_tokens_is_the_committed_result():
+    found = json.loads((RESULTS / "cpu_few_tokens.json").read_text())["seconds"]
+    for line, (name, times) in zip(
+        _rows(_shown("docs/results.md", "cpu_few_tokens.json")), found.items()
+    ):
+        cells = (
+            f"{1e3 * s:.2f}" if s < 0.01 else f"{1e3 * s:.1f}" for s in times.values()
+        )
+        assert line == f"| {name} | {' | '.join(cells)} |"
+
+
 # Of SmolLM2-135M: q and o, k and v, gate, up and down of thirty layers, in bfloat16.
 DENSE_BYTES = 2 * 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
 REAL_METHODS = {
