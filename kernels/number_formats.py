@@ -37,10 +37,10 @@ from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
 
 __all__ = [
     "FORMATS",
+    "INTEGERS",
     "Grid",
     "NumberFormat",
     "grid_of",
-    "integer_grid",
     "number_format",
 ]
 
@@ -165,17 +165,12 @@ _E4M3_GRID = _E4M3(8, 448.0, torch.float8_e4m3fn)
 _E2M1_GRID = _E2M1(4, 6.0, torch.uint8, per_byte=2)
 
 
-@functools.lru_cache(maxsize=None)
-def integer_grid(bits: int) -> Grid:
-    """All integers of some bits, two's complement.
-
-    Args:
-        bits: 8, 4 or 3; 3 bits are held as 4 are.
-    """
-    largest = 2 ** (bits - 1) - 1
-    if bits <= 4:
-        return Grid(bits, largest, torch.uint8, per_byte=2)
-    return Grid(bits, largest, torch.int8)
+#: Bits of a weight to its integers, two's complement; 3 bits are held as 4 are.
+INTEGERS: Mapping[int, Grid] = {
+    8: Grid(8, 127, torch.int8),
+    4: Grid(4, 7, torch.uint8, per_byte=2),
+    3: Grid(3, 3, torch.uint8, per_byte=2),
+}
 
 
 @dataclass(frozen=True)
@@ -239,6 +234,14 @@ class NumberFormat:
         elif self.scale_dtype == torch.float8_e8m0fnu:
             scale = _power_of_two(scale)
         return torch.where(finite, scale.clamp_min(_TINY), torch.nan), row
+
+    def rounded(self, values: torch.Tensor) -> torch.Tensor:
+        """(R, K) float32, each row to the nearest values of this format."""
+        width = values.shape[1]
+        blocks = values.unflatten(1, (-1, self.group_size or width))
+        scale, row = self.scales(blocks.abs().amax(-1))
+        step = (scale if row is None else scale * row)[..., None]
+        return (self.grid.nearest(blocks / step) * step).flatten(1)
 
 
 def _power_of_two(values: torch.Tensor) -> torch.Tensor:
@@ -307,4 +310,4 @@ def grid_of(bits: int, name: Optional[str]) -> Grid:
         bits: of a code.
         name: of its number format; None: integers.
     """
-    return integer_grid(bits) if name is None else number_format(name).grid
+    return INTEGERS[bits] if name is None else number_format(name).grid

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from torchao_masquant.atomic_files import replacing
 from torchao_masquant.kernels.hadamard import check_hadamard_size
-from torchao_masquant.options import Scheme, SolverOptions
+from torchao_masquant.options import Scheme, SolverOptions, get_scheme
 from torchao_masquant.outputs import RECIPE_FORMAT, check_file
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.low_rank_pair import copy_components
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Each has something that readers of the one before do not know.
-_PLAIN, _EXPERTS, _ROTATED = _FORMAT_VERSIONS = (2, 3, 4)
+_PLAIN, _EXPERTS, _ROTATED, _FLOATS = _FORMAT_VERSIONS = (2, 3, 4, 5)
 _TENSORS = (
     "smoothing_factor",
     "l1",
@@ -53,6 +53,7 @@ _TENSORS = (
     "qdata",
     "scale",
     "zero_point",
+    "row_scale",
 )
 
 _INTEGERS = ("qdata", "zero_point")
@@ -96,13 +97,16 @@ class LayerRecipe:
         modality_bias: (M, N) what each modality adds.
         act_shift: (M, K) float32, what is taken off the smoothed activations; its
             product with the weight is part of ``modality_bias``.
-        qdata: (N, K) int8, unpacked integers of the weight where they are not those of
-            round-to-nearest; None: the weight is rounded when it is converted.
+        qdata: (N, K) int8, unpacked integers of the weight, or codes of its number
+            format, where they are not those of round-to-nearest; None: the weight is
+            rounded when it is converted.
         scale: (N, G) float32 of ``qdata``.
         zero_point: (N, G) of ``qdata`` where it is asymmetric.
         hadamard_size: of the rotation of the smoothed weight and its input, see
             :mod:`torchao_masquant.kernels.hadamard`; ``l1`` and ``qdata`` are of rotated
             channels. None: there is no rotation.
+        row_scale: (N,) float32, which ``scale`` is to be multiplied by in a number
+            format of two levels.
     """
 
     shape: tuple[int, ...]
@@ -117,6 +121,7 @@ class LayerRecipe:
     scale: Optional[torch.Tensor] = None
     zero_point: Optional[torch.Tensor] = None
     hadamard_size: Optional[int] = None
+    row_scale: Optional[torch.Tensor] = None
 
     def check(self, name: str, modalities: int) -> None:
         """Raise unless all parts fit each other.
@@ -152,6 +157,8 @@ class LayerRecipe:
             pair_dtype=torch.bfloat16,
         )
         expected = {part.name: layout.shape_of(part) for part in layout.parts()}
+        if ready and self.row_scale is not None:
+            expected["row_scale"] = layout.shape_of(PARTS["row_scale"])
         for key in _TENSORS:
             tensor, shape = getattr(self, key), expected.get(_part(key).name)
             if key in ("qdata", "scale") and not ready:
@@ -181,6 +188,7 @@ class LayerRecipe:
             else scale.shape[-1],
             symmetric=scheme.symmetric if scale is None else self.zero_point is None,
             pair_dtype=torch.int8 if low_rank_bits == 8 else torch.bfloat16,
+            weight_format=scheme.weight_format,
         )
 
     def _layout(self, modalities: int, **integers: Any) -> WeightLayout:
@@ -234,6 +242,8 @@ class LayerRecipe:
             act_shift=self.act_shift,
             low_rank_bits=low_rank_bits,
             hadamard_size=self.hadamard_size,
+            weight_format=scheme.weight_format,
+            act_format=scheme.act_format,
         )
         if self.qdata is None:
             return MASQuantTensor.from_hp(
@@ -248,6 +258,7 @@ class LayerRecipe:
             self.qdata.to(weight.device),
             self.scale,
             zero_point=self.zero_point,
+            row_scale=self.row_scale,
             dtype=weight.dtype,
             **parts,
         )
@@ -271,6 +282,8 @@ class LayerRecipe:
             tuple(weight.shape) == tuple(self.shape)
             and (weight.weight_bits, weight.act_bits, weight.symmetric)
             == (scheme.weight_bits, scheme.act_bits, scheme.symmetric)
+            and (weight.weight_format, weight.act_format)
+            == (scheme.weight_format, scheme.act_format)
             and group_size in (scheme.group_size, None)
             and weight.hadamard_size == self.hadamard_size
             and weight.modalities == tuple(modalities)
@@ -572,6 +585,8 @@ def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
         version = _EXPERTS
     if any("hadamard_size" in layer for layer in layers):
         version = _ROTATED
+    if get_scheme(header["options"]["scheme"]).floats:
+        version = _FLOATS
     return {
         "format": RECIPE_FORMAT,
         "format_version": str(version),

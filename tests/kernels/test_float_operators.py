@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
-from torchao_masquant.kernels.number_formats import FORMATS, integer_grid
+from torchao_masquant.kernels.number_formats import FORMATS, INTEGERS
 
 ops = torch.ops.masquant
 T, K, N, M, RANKS = 7, 256, 24, 3, (3, 2)
@@ -73,7 +73,7 @@ def test_product_is_as_exact_as_its_sums(
     x_exact = oracle.FORMATS[name].rounded(x)[1]
     row_scale, weight_format = None, None
     if integers:
-        grid = integer_grid(4)
+        grid = INTEGERS[4]
         codes = torch.randint(-8, 8, (N, K), dtype=torch.int8)
         qdata, scale = grid.pack(codes), torch.rand(N, 4) + 0.1
         w_exact = codes.double() * scale.double().repeat_interleave(K // 4, 1)

@@ -16,7 +16,7 @@ from torchao.prototype.custom_fp_utils import _f32_to_floatx_unpacked
 
 from torchao_masquant.kernels.number_formats import (
     FORMATS,
-    integer_grid,
+    INTEGERS,
     number_format,
 )
 
@@ -80,7 +80,7 @@ def test_e2m1_is_torchaos() -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", [E4M3, E2M1, integer_grid(4), integer_grid(8)], ids=lambda g: str(g.bits)
+    "grid", [E4M3, E2M1, INTEGERS[4], INTEGERS[8]], ids=lambda g: str(g.bits)
 )
 @given(st.integers(1, 5), st.integers(1, 9))
 @settings(max_examples=20, deadline=None)
