@@ -27,13 +27,15 @@ gives the same codes and scales. A product is as exact as float32 sums are:
   matmul adds. A GPU's matrix instruction adds to no more bits (Hopper's e4m3 to about 14).
 
 No instruction of CPUs multiplies such floats, and none is used elsewhere by these
-functions: they decode both sides to float32 and multiply these.
+functions: they decode both sides to float32 and multiply these, and say so once
+(:mod:`~torchao_masquant.kernels.float_instructions`).
 """
 
 from typing import Optional, Sequence
 
 import torch
 
+from torchao_masquant.kernels.float_instructions import warn_of_emulation
 from torchao_masquant.kernels.library import operator
 from torchao_masquant.kernels.number_formats import (
     NumberFormat,
@@ -215,6 +217,7 @@ def float_linear(
     Returns:
         (T, N) ``out_dtype``.
     """
+    warn_of_emulation(qx.device)
     in_features = qx.shape[1] * number_format(act_format).grid.per_byte
     form, grid = number_format(act_format), grid_of(weight_bits, weight_format)
     weight = grid.decode(grid.unpack(qdata, in_features))

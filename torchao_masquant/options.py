@@ -50,6 +50,7 @@ __all__ = [
     "SolverOptions",
     "get_scheme",
     "resolve_rank",
+    "scheme_of_numbers",
 ]
 
 #: Each input gets one of these where ``alpha="auto"``.
@@ -183,6 +184,30 @@ def get_scheme(name: str) -> Scheme:
             f"unknown scheme {name!r}: choose one of {', '.join(SCHEMES)}."
         )
     return scheme
+
+
+def scheme_of_numbers(
+    weight_bits: int,
+    act_bits: int,
+    weight_format: Optional[str] = None,
+    act_format: Optional[str] = None,
+) -> str:
+    """What to call the numbers of a weight and its activations: "w4a8", "nvfp4".
+
+    Args:
+        weight_bits: see :class:`Scheme`, as all below.
+    """
+    if act_format is None:
+        return f"w{weight_bits}a{act_bits}"
+    formats = weight_format, act_format
+    return next(
+        (
+            s.name
+            for s in SCHEMES.values()
+            if (s.weight_format, s.act_format) == formats
+        ),
+        f"{weight_format or f'int{weight_bits}'} by {act_format}",
+    )
 
 
 @dataclass(frozen=True)

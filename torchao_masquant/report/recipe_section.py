@@ -73,6 +73,8 @@ def _options(recipe: Recipe) -> Table:
     activations = "not quantized"
     if not bits.weight_only:
         activations = f"{bits.act_bits} bits, one scale per token"
+        if bits.act_format is not None:
+            activations = f"floats, {bits.act_format}"
         if options.procedure.shift:
             activations += ", less each modality's mean"
     rounding = _ROUNDINGS[options.procedure.rounding]
@@ -81,8 +83,12 @@ def _options(recipe: Recipe) -> Table:
     values = {
         "scheme": options.scheme,
         "method": method_name(options.method),
-        "weights": f"{bits.weight_bits} bits, "
-        f"{'symmetric' if bits.symmetric else 'asymmetric'}, one scale per {group}",
+        "weights": (
+            f"{bits.weight_bits} bits, {'symmetric' if bits.symmetric else 'asymmetric'}"
+            if bits.weight_format is None
+            else f"floats, {bits.weight_format}"
+        )
+        + f", one scale per {group}",
         "rounding of the weights": rounding,
         "activations": activations,
         "alpha": _choice(options.alphas, options.procedure.smooth),
