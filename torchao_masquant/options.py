@@ -335,7 +335,7 @@ class SolverOptions:
         "bits of weights and activations",
         _SchemeName(),
         f'One of {", ".join(SCHEMES)}; "w4a16" quantizes weights alone, and "w3a3" is '
-        "simulated. Those behind it are of floats: docs/formats.md.",
+        "simulated; those behind it round both sides to floats.",
         first=True,
     )
     method: str = option(
