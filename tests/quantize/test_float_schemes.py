@@ -15,6 +15,7 @@ import number_oracle as oracle
 import pytest
 import torch
 from tiny_models import qwen3_vl_moe, qwen25_vl_of_width, recipe_of, samples
+from torch._inductor.utils import run_and_get_code
 from torchao.quantization import quantize_
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -31,6 +32,7 @@ from torchao_masquant.evaluation.weights import scheme_of
 from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
 from torchao_masquant.kernels import float_instructions
 from torchao_masquant.kernels.hadamard import hadamard_rotate
+from torchao_masquant.linear import share_smoothing
 from torchao_masquant.options import SCHEMES, Scheme, SolverOptions
 from torchao_masquant.recipe import read_header
 from torchao_masquant.weight_bytes import Compensation, weight_bytes
@@ -229,6 +231,32 @@ def test_one_graph(name: str) -> None:
     for tokens in (5, 8):
         x, ids = torch.randn(tokens, K), torch.arange(tokens) % 3
         assert torch.equal(compiled(x, ids), call(x, ids))
+
+
+class Siblings(torch.nn.Module):
+    """Two linears that read one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, rows in (("q", 32), ("k", 48)):
+            linear = torch.nn.Linear(64, rows).requires_grad_(False)
+            weight = weight_of(SCHEMES["nvfp4"], linear.weight)
+            setattr(self, name, MASQuantLinear.from_float(linear, weight, name, None))
+        share_smoothing(self)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.q(x), self.k(x)
+
+
+def test_linears_that_share_an_input_round_it_once_in_a_graph() -> None:
+    torch._dynamo.reset()
+    module, x = Siblings(), torch.randn(5, 64)
+    compiled = torch.compile(module, fullgraph=True)
+    outputs, code = run_and_get_code(compiled, x)
+    called = "\n".join(code).count
+    assert called("torch.ops.masquant.float_smooth_quantize.default(") == 1
+    assert called("torch.ops.masquant.float_linear.default(") == 2
+    assert all(torch.equal(a, b) for a, b in zip(outputs, module(x)))
 
 
 @pytest.fixture(scope="module")
