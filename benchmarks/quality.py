@@ -63,6 +63,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "masquant, own factors": dict(separation=1.0),
     "masquant, own factors, no rotation": dict(separation=1.0, hadamard_size=1),
     "masquant, groups of 64": dict(group_size=64),
+    "masquant, no rotation": dict(hadamard_size=1),
+    "masquant, blocks of 16": dict(hadamard_size=16),
+    "masquant, blocks of 16, no shift": dict(hadamard_size=16, shift=False),
+    "masquant, blocks of 16, no pair": dict(hadamard_size=16, rank=0),
     # As it is exported for engines without this package.
     "masquant, exported": dict(rank=0, target="compressed-tensors"),
 }
@@ -75,6 +79,7 @@ MAIN = (
     "control",
     "pooled",
     "gptq",
+    "mr-gptq",
     "masquant, 2 %",
     "masquant, no pair",
     "mas-unshared",
@@ -85,7 +90,16 @@ MAIN = (
 )
 METHODS = (*MAIN, *(name for name in OPTIONS if name not in MAIN))
 
-_WITHOUT_PAIRS = ("", "rtn", "smoothquant", "gptq", "awq", "mbq", "mas-unshared")
+_WITHOUT_PAIRS = (
+    "",
+    "rtn",
+    "smoothquant",
+    "gptq",
+    "mr-gptq",
+    "awq",
+    "mbq",
+    "mas-unshared",
+)
 
 _QUICK = dict(schemes=["w4a8"], methods=["masquant", "smoothquant"], seeds=[0])
 

@@ -12,6 +12,9 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
 - ``autocast``: what ``masquant::linear`` does under ``torch.autocast``;
 - ``reference``: the operators and their plain implementation, against which every
   lowering is tested;
+- ``number_formats``: floats of 8 and 4 bits, and how scales for them are made;
+- ``float_reference``: the operators for tokens in such floats, likewise;
+- ``float_instructions``: which devices multiply such floats;
 - ``hadamard``: rotations of neighbouring channels;
 - ``expert_operators``: those of mixture-of-experts weights, made of the others;
 - ``int4_packing``: two 4-bit integers per byte;
@@ -29,6 +32,7 @@ if __name__ == "torchao_masquant.kernels":
         autocast,
         cpu_lowering,
         expert_operators,
+        float_reference,
         gpu_lowering,
         library,
         reference,
@@ -39,6 +43,7 @@ if __name__ == "torchao_masquant.kernels":
         "autocast",
         "cpu_lowering",
         "expert_operators",
+        "float_reference",
         "gpu_lowering",
         "library",
         "pack_int4",

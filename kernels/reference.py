@@ -20,14 +20,14 @@ from torchao_masquant.kernels.int4_packing import unpack_int4
 from torchao_masquant.kernels.library import operator
 
 
-def _smooth(
+def smooth_tokens(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor,
     modality_ids: Optional[torch.Tensor],
     act_shift: Optional[torch.Tensor] = None,
     hadamard_size: int = 1,
 ) -> torch.Tensor:
-    """(T, K) float32 ``H (x * p_m - o_m)``."""
+    """(T, K) float32 ``H (x * p_m - o_m)``, arguments as of :func:`smooth_quantize`."""
     smoothed = x.float() * _rows(act_pre_scale, modality_ids)
     if act_shift is not None:
         smoothed = smoothed - _rows(act_shift, modality_ids)
@@ -77,7 +77,7 @@ def smooth_quantize(
         ``qdata`` (T, K) int8 and ``scale`` (T, 1) float32.
     """
     quant_max = 2 ** (act_bits - 1) - 1
-    smoothed = _smooth(x, act_pre_scale, modality_ids, act_shift, hadamard_size)
+    smoothed = smooth_tokens(x, act_pre_scale, modality_ids, act_shift, hadamard_size)
     scale = smoothed.abs().amax(dim=-1, keepdim=True) / quant_max
     # A token of zeros has no scale; any positive one gives back its zeros.
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
@@ -113,19 +113,17 @@ def low_rank_down(
     Returns:
         (T, R) float32.
     """
-    return _low_rank_hidden(
-        qdata.float() * scale, l1, modality_ids, ranks, low_rank_scale
-    )
+    return low_rank_of(qdata.float() * scale, l1, modality_ids, ranks, low_rank_scale)
 
 
-def _low_rank_hidden(
+def low_rank_of(
     smoothed: torch.Tensor,
     l1: torch.Tensor,
     modality_ids: torch.Tensor,
     ranks: Sequence[int],
     low_rank_scale: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    """(T, R) float32, of (T, K) float32 smoothed tokens."""
+    """(T, R) float32 of :func:`low_rank_down`, of (T, K) float32 smoothed tokens."""
     owner = torch.cat(
         [torch.full((r,), m, device=l1.device) for m, r in enumerate(ranks, 1)]
     )
@@ -270,10 +268,12 @@ def weight_only_linear(
     if zero_point is not None:
         weight = weight - zero_point.float()[..., None]
     weight = (weight * scale[..., None]).flatten(1)
-    smoothed = _smooth(x, act_pre_scale, modality_ids, hadamard_size=hadamard_size)
+    smoothed = smooth_tokens(
+        x, act_pre_scale, modality_ids, hadamard_size=hadamard_size
+    )
     y = smoothed @ weight.t()
     if l1 is not None and modality_ids is not None:
         assert l2 is not None
-        hidden = _low_rank_hidden(smoothed, l1, modality_ids, ranks, low_rank_scale)
+        hidden = low_rank_of(smoothed, l1, modality_ids, ranks, low_rank_scale)
         y = y + hidden @ l2.float()
     return add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)

@@ -5,8 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """Linears that share an input and their smoothing do that once, when compiled.
 
-An Inductor pass: of equal calls of ``masquant::smooth_quantize`` in a graph the first
-one stays. That q/k/v and gate/up make equal calls is the work of
+An Inductor pass: of equal calls of ``masquant::smooth_quantize`` in a graph, and of
+``masquant::float_smooth_quantize``, the first one stays. That q/k/v and gate/up make equal calls is the work of
 :mod:`torchao_masquant.linear`. On a GPU the graph has launches of the operator's
 Triton kernel in its place, and of equal launches into new memory the first one stays;
 likewise of those that smooth for ``masquant::weight_only_linear``.
@@ -26,6 +26,12 @@ _EMPTY = torch.ops.aten.empty.memory_format
 _KERNELS = tuple(
     f"torchao_masquant.kernels.gpu.{name}" for name in ("smooth_quantize", "smooth")
 )
+
+
+def _rounding() -> tuple[Any, ...]:
+    """The operators that smooth and round an input."""
+    ops = torch.ops.masquant
+    return ops.smooth_quantize.default, ops.float_smooth_quantize.default
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -123,10 +129,10 @@ def _merge(match: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def merge_equal_calls(graph: torch.fx.Graph) -> None:
-    """Keep the first of equal calls of ``masquant::smooth_quantize`` in a graph."""
-    target = torch.ops.masquant.smooth_quantize.default
-    for node in graph.find_nodes(op="call_function", target=target):
-        _merge_with_an_earlier(graph, node)
+    """Keep the first of equal calls that smooth and round an input in a graph."""
+    for target in _rounding():
+        for node in graph.find_nodes(op="call_function", target=target):
+            _merge_with_an_earlier(graph, node)
 
 
 @functools.lru_cache(maxsize=None)
@@ -145,7 +151,7 @@ def register() -> None:
     )
 
     for target, merge in (
-        (torch.ops.masquant.smooth_quantize.default, _merge),
+        *((target, _merge) for target in _rounding()),
         (triton_kernel_wrapper_functional, _merge_launches),
     ):
         register_graph_pattern(CallFunctionVarArgs(target), pass_dict=pass_patterns[0])(

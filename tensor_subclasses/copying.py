@@ -28,6 +28,8 @@ _ALIKE = (
     "modalities",
     "low_rank_bits",
     "hadamard_size",
+    "weight_format",
+    "act_format",
 )
 
 

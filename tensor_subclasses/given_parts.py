@@ -11,13 +11,23 @@ from typing import Optional, Sequence
 import torch
 
 from torchao_masquant.kernels.hadamard import check_hadamard_size
-from torchao_masquant.tensor_subclasses.weight_layout import (
+from torchao_masquant.kernels.number_formats import (
+    FORMATS,
     INTEGERS,
+    number_format,
+)
+from torchao_masquant.tensor_subclasses.weight_layout import (
     PARTS,
     WeightLayout,
 )
 
-__all__ = ["GivenParts", "check_integers", "check_rules", "check_zero_points"]
+__all__ = [
+    "GivenParts",
+    "check_codes",
+    "check_integers",
+    "check_rules",
+    "check_zero_points",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,27 @@ class GivenParts:
     act_shift: Optional[torch.Tensor]
     low_rank_bits: int
     hadamard_size: Optional[int]
+    weight_format: Optional[str] = None
+    act_format: Optional[str] = None
+
+    def layout(self, shape: tuple[int, int], *, symmetric: bool = True) -> WeightLayout:
+        """Of the weight, but for its groups and the type of its pairs.
+
+        Args:
+            shape: (N, K) of it.
+            symmetric: whether it has no zero points.
+        """
+        return WeightLayout(
+            shape,
+            self.weight_bits,
+            modalities=len(self.modalities),
+            factors=len(self.smoothing_factor) if self.smoothing_factor.dim() else 0,
+            rank=sum(self.ranks),
+            symmetric=symmetric,
+            bias=self.modality_bias is not None,
+            shift=self.act_shift is not None,
+            weight_format=self.weight_format,
+        )
 
     def check(self, shape: tuple[int, int], *, symmetric: bool) -> None:
         """Raise unless all of them fit a weight.
@@ -55,22 +86,14 @@ class GivenParts:
             raise ValueError(
                 f"low_rank_bits must be 8 or 16, got {self.low_rank_bits}."
             )
-        layout = WeightLayout(
-            shape,
-            self.weight_bits,
-            modalities=len(self.modalities),
-            factors=len(self.smoothing_factor) if self.smoothing_factor.dim() else 0,
-            rank=sum(self.ranks),
-            symmetric=symmetric,
-            bias=self.modality_bias is not None,
-            shift=self.act_shift is not None,
-        )
+        layout = self.layout(shape, symmetric=symmetric)
         check_rules(
             layout,
             act_bits=self.act_bits,
             modalities=self.modalities,
             ranks=self.ranks,
             hadamard_size=self.hadamard_size,
+            act_format=self.act_format,
         )
         expected = (len(self.modalities), shape[1])
         found = tuple(self.smoothing_factor.shape)
@@ -101,6 +124,7 @@ def check_rules(
     modalities: Sequence[str],
     ranks: Sequence[int],
     hadamard_size: Optional[int],
+    act_format: Optional[str] = None,
 ) -> None:
     """Raise unless what a weight has goes together.
 
@@ -125,6 +149,7 @@ def check_rules(
             "act_bits must be in 2..8, or 16 for activations that are not quantized, "
             f"got {act_bits}."
         )
+    check_formats(layout, act_bits, act_format)
     if not modalities or len(set(modalities)) != len(modalities):
         raise ValueError(
             f"modalities must be distinct names, base first, got {tuple(modalities)}."
@@ -148,6 +173,88 @@ def check_rules(
         )
     if not layout.symmetric:
         check_zero_points(act_bits)
+
+
+def check_formats(
+    layout: WeightLayout, act_bits: int, act_format: Optional[str]
+) -> None:
+    """Raise unless number formats fit each other, their bits and a weight's width.
+
+    Args:
+        layout: of the weight; one that has no groups yet is asked for none.
+        act_bits: of the activations.
+        act_format: theirs; None: integers, or 16 bits.
+
+    Raises:
+        ValueError: they do not.
+    """
+    weight_format = layout.weight_format
+    if act_format is None:
+        if weight_format is not None:
+            raise ValueError(
+                f"a weight in {weight_format!r} is for activations in a number format, "
+                "too: give an act_format."
+            )
+        return
+    k = layout.shape[-1]
+    for name, bits in ((weight_format, layout.weight_bits), (act_format, act_bits)):
+        if name is None:
+            continue
+        form = number_format(name)
+        if form.grid.bits != bits:
+            raise ValueError(f"{name!r} has {form.grid.bits} bits, got {bits}.")
+        if k % (form.group_size or 1):
+            raise ValueError(
+                f"{name!r} has groups of {form.group_size} channels, which do not divide "
+                f"the input width of a weight of shape {tuple(layout.shape)}: exclude its "
+                "linear."
+            )
+
+
+def check_codes(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    row_scale: Optional[torch.Tensor],
+    weight_format: Optional[str],
+) -> None:
+    """Raise unless the codes of a format, and their scales, are some that it has.
+
+    Args:
+        codes: (N, K) int8.
+        scale: (N, G) floating point.
+        row_scale: should be (N,) floating point where the format has two levels.
+        weight_format: None: integers, which have no ``row_scale``.
+
+    Raises:
+        ValueError: they are not.
+    """
+    form = FORMATS.get(weight_format or "")
+    levels = form is not None and form.two_levels
+    shape = None if row_scale is None else tuple(row_scale.shape)
+    if shape != ((codes.shape[0],) if levels else None):
+        wanted = f"have shape ({codes.shape[0]},)" if levels else "be None"
+        raise ValueError(
+            f"row_scale must {wanted} for a weight in {weight_format or 'integers'}, got "
+            f"{shape}."
+        )
+    if form is None:
+        return
+    group = codes.shape[1] // scale.shape[1]
+    if form.group_size not in (None, group):
+        raise ValueError(
+            f"{form.name!r} has groups of {form.group_size}, got scales for {group} "
+            "neighbours each."
+        )
+    if codes.is_meta:
+        return
+    if form.grid.decode(codes).isnan().any():
+        raise ValueError(f"qdata holds codes that {form.name!r} has no value for.")
+    if not torch.equal(scale.float().to(form.scale_dtype).float(), scale.float()):
+        raise ValueError(
+            f"scale holds values that scales of {form.name!r} do not have."
+        )
+    if row_scale is not None and not (row_scale.isfinite() & (row_scale > 0)).all():
+        raise ValueError("row_scale must be positive and finite.")
 
 
 def check_zero_points(act_bits: int) -> None:

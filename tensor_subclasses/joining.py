@@ -10,7 +10,7 @@ from typing import Any, Sequence
 import torch
 
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
-from torchao_masquant.tensor_subclasses.weight_layout import INTEGERS, PARTS
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 
 __all__: list[str] = []
 
@@ -59,7 +59,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     if dim == first.dim() - 1:
         in_features = sum(t.shape[-1] for t in tensors)
         odd = [t for t in tensors[:-1] if t.shape[-1] % 2]
-        if odd and INTEGERS[first.weight_bits].per_byte == 2:
+        if odd and first.weight_layout.grid.per_byte == 2:
             raise ValueError(
                 "torch.cat puts whole bytes together, and an odd number of columns of "
                 f"4 bits ends within one: got {odd[0]!r}."
@@ -76,7 +76,7 @@ def _dimensions(first: MASQuantTensor, dim: int) -> dict[str, int]:
     parts = first.parts()
     if dim == first.dim() - 3:
         return {n: 0 for n, t in parts.items() if PARTS[n].is_of_each_expert(t)}
-    columns = "KBG" if first.weight_layout.groups > 1 else "KB"
+    columns = "KBG" if first.weight_layout.grouped else "KB"
     grown = "N" if dim == first.dim() - 2 else columns
     return {
         name: along

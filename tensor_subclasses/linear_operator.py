@@ -25,6 +25,7 @@ def _same_smoothing(weight: MASQuantTensor, other: torch.Tensor) -> bool:
         isinstance(other, MASQuantTensor)
         and other.device == weight.device
         and other.act_bits == weight.act_bits
+        and other.act_format == weight.act_format
         and other.hadamard_size == weight.hadamard_size
         and other.act_pre_scale.shape == weight.act_pre_scale.shape
         and (other.act_shift is None) == (weight.act_shift is None)
@@ -124,6 +125,61 @@ def integer_product(
     )
 
 
+def smooth_to_floats(
+    weight: Any, tokens: torch.Tensor, modality_ids: Optional[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """As :func:`smooth`, where activations have a number format.
+
+    Returns:
+        (T, K) or (T, K / 2) codes, (T, G) scales, and (T, 1) scales of tokens, None where
+        the format has none.
+    """
+    qx, x_scale, token_scale = torch.ops.masquant.float_smooth_quantize(
+        tokens,
+        weight.act_pre_scale,
+        modality_ids,
+        weight.act_format,
+        weight.act_shift,
+        weight.hadamard_size or 1,
+    )
+    return qx, x_scale, token_scale if token_scale.shape[1] else None
+
+
+def float_product(
+    weight: Any,
+    smoothed: tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]],
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(T, N) ``dtype``, of what :func:`smooth_to_floats` gives."""
+    hidden = None
+    if modality_ids is not None and weight.l1 is not None:
+        hidden = torch.ops.masquant.float_low_rank_down(
+            *smoothed,
+            weight.l1,
+            modality_ids,
+            weight.ranks,
+            weight.act_format,
+            weight.low_rank_scale,
+        )
+    return torch.ops.masquant.float_linear(
+        *smoothed,
+        weight.qdata,
+        weight.scale,
+        weight.row_scale,
+        hidden,
+        None if hidden is None else weight.l2,
+        weight.modality_bias,
+        modality_ids,
+        bias,
+        weight.act_format,
+        weight.weight_format,
+        weight.weight_bits,
+        dtype,
+    )
+
+
 def weight_only_product(
     weight: Any,
     tokens: torch.Tensor,
@@ -182,7 +238,10 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     if modality_ids is not None:
         modality_ids = modality_ids.reshape(-1) if weight.is_routed else None
     tokens = x.reshape(-1, x.shape[-1])
-    if weight.weight_only:
+    if weight.act_format is not None:
+        floats = smooth_to_floats(smoothed_by, tokens, modality_ids)
+        y = float_product(weight, floats, modality_ids, bias, x.dtype)
+    elif weight.weight_only:
         y = weight_only_product(weight, tokens, modality_ids, bias, smoothed_by)
     else:
         smoothed = smooth(smoothed_by, tokens, modality_ids)

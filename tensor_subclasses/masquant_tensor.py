@@ -13,10 +13,16 @@ import torch
 from torchao.utils import TorchAOBaseTensor
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
-from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
+from torchao_masquant.kernels.number_formats import number_format
+from torchao_masquant.tensor_subclasses.float_weight import (
+    dequantize_codes,
+    float_scales,
+    rounded_codes,
+)
 from torchao_masquant.tensor_subclasses.fsdp_gathering import FSDPGathering
 from torchao_masquant.tensor_subclasses.given_parts import (
     GivenParts,
+    check_codes,
     check_integers,
     check_zero_points,
 )
@@ -25,11 +31,11 @@ from torchao_masquant.tensor_subclasses.low_rank_pair import (
     quantize_low_rank_pair,
 )
 from torchao_masquant.tensor_subclasses.smoothed_weight import (
+    check_group_size,
     dequantize_smoothed_weight,
     quantize_smoothed_weight,
 )
 from torchao_masquant.tensor_subclasses.weight_layout import (
-    INTEGERS,
     PARTS,
     WeightLayout,
 )
@@ -47,7 +53,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         v = Q(H (x * p_m - o_m))
         y = v Q((W / p_0) H)^T + [m > 0] v L1_m L2_m + b_m
 
-    with ``v`` being ``H (x * p_m)`` itself where ``act_bits`` is 16. ``H`` rotates blocks
+    with ``v`` being ``H (x * p_m)`` itself where ``act_bits`` is 16. ``Q`` rounds to
+    integers, or to the values of a number format
+    (:mod:`torchao_masquant.kernels.number_formats`), whose bits are then called integers
+    below. ``H`` rotates blocks
     of ``hadamard_size`` neighbouring channels, and undoes itself
     (:mod:`torchao_masquant.kernels.hadamard`); without a size there is none. Integers,
     scales and down-projections are of rotated channels, smoothing factors and shifts of
@@ -63,9 +72,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
 
     Tensor Attributes:
         qdata: the integers of ``Q((W / p_0) H)``, signed: (N, K) int8, or
-            (N, ceil(K / 2)) uint8, two per byte, where ``weight_bits`` is 4 or 3
-        scale: (N, G) float32, each serving K / G neighbours of an output channel;
-            G is 1 for one scale per output channel
+            (N, ceil(K / 2)) uint8, two per byte, where ``weight_bits`` is 4 or 3;
+            (N, K) float8_e4m3fn where the ``weight_format`` has such values
+        scale: (N, G) float32, or of the type that the ``weight_format`` has, each serving
+            K / G neighbours of an output channel; G is 1 for one scale per output channel
         act_pre_scale: reciprocal smoothing factors, (M, K) float32, or (1, K) where
             all modalities share one
 
@@ -81,6 +91,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             zero points: uint4 0..15 is -8..7, packed as symmetric ones are
         low_rank_scale: (R,) float32, of the pair where it is int8:
             ``L1 L2 = (l1 * low_rank_scale) l2``
+        row_scale: (N,) float32, which ``scale`` is to be multiplied by in a
+            ``weight_format`` of two levels
 
     Non-Tensor Attributes:
         in_features: K
@@ -92,6 +104,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         dtype: of the original weight
         hadamard_size: neighbours that are rotated together, a power of two that divides
             K; None: there is no rotation
+        weight_format: name of the weight's number format; None: integers
+        act_format: name of that of the activations; None: integers, or 16 bits
     """
 
     tensor_data_names = [p.name for p in PARTS.values() if not p.optional]
@@ -104,7 +118,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         "ranks",
         "dtype",
     ]
-    optional_tensor_attribute_names = ["hadamard_size"]
+    optional_tensor_attribute_names = ["hadamard_size", "weight_format", "act_format"]
 
     def __new__(
         cls: "type[MASQuantTensor]",
@@ -123,7 +137,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         zero_point: Optional[torch.Tensor] = None,
         low_rank_scale: Optional[torch.Tensor] = None,
         act_shift: Optional[torch.Tensor] = None,
+        row_scale: Optional[torch.Tensor] = None,
         hadamard_size: Optional[int] = None,
+        weight_format: Optional[str] = None,
+        act_format: Optional[str] = None,
     ) -> "MASQuantTensor":
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -150,7 +167,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         zero_point: Optional[torch.Tensor] = None,
         low_rank_scale: Optional[torch.Tensor] = None,
         act_shift: Optional[torch.Tensor] = None,
+        row_scale: Optional[torch.Tensor] = None,
         hadamard_size: Optional[int] = None,
+        weight_format: Optional[str] = None,
+        act_format: Optional[str] = None,
     ):
         super().__init__()
         if zero_point is not None:
@@ -171,7 +191,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         self.zero_point = zero_point
         self.low_rank_scale = low_rank_scale
         self.act_shift = act_shift
+        self.row_scale = row_scale
         self.hadamard_size = None if hadamard_size is None else int(hadamard_size)
+        self.weight_format = weight_format
+        self.act_format = act_format
 
     @classmethod
     def from_hp(
@@ -191,6 +214,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         act_shift: Optional[torch.Tensor] = None,
         low_rank_bits: int = 16,
         hadamard_size: Optional[int] = None,
+        weight_format: Optional[str] = None,
+        act_format: Optional[str] = None,
     ) -> "MASQuantTensor":
         """Quantize a high-precision weight, smoothed for the base modality.
 
@@ -215,6 +240,9 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             hadamard_size: of the rotation that the smoothed weight is rounded in, a
                 power of two that divides K; None for none. The pair is of rotated
                 channels, too.
+            weight_format: name of the weight's number format, which needs an
+                ``act_format``; None for integers.
+            act_format: name of that of the activations; None for integers.
 
         Returns:
             The quantized weight, on ``hp_tensor``'s device; the modality bias and
@@ -250,9 +278,21 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             act_shift=act_shift,
             low_rank_bits=low_rank_bits,
             hadamard_size=hadamard_size,
+            weight_format=weight_format,
+            act_format=act_format,
         )
         given.check((n, k), symmetric=symmetric)
         act_pre_scale = smoothing_factor[0].to(hp_tensor.device, torch.float32)
+        if weight_format is not None:
+            form = number_format(weight_format)
+            group_size = form.group_size or group_size
+            check_group_size(group_size, (n, k))
+            smoothed = hadamard_rotate(
+                hp_tensor.float() / act_pre_scale.reciprocal(), hadamard_size or 1
+            )
+            scale, row_scale = float_scales(smoothed, form, group_size)
+            codes = rounded_codes(smoothed, form, scale, row_scale)
+            return cls._assemble(codes, scale, None, hp_tensor.dtype, given, row_scale)
         qdata, scale, zero_point = quantize_smoothed_weight(
             hp_tensor,
             act_pre_scale.reciprocal(),
@@ -270,6 +310,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         scale: torch.Tensor,
         *,
         zero_point: Optional[torch.Tensor] = None,
+        row_scale: Optional[torch.Tensor] = None,
         weight_bits: int,
         act_bits: int,
         modalities: Sequence[str],
@@ -282,13 +323,18 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         act_shift: Optional[torch.Tensor] = None,
         low_rank_bits: int = 16,
         hadamard_size: Optional[int] = None,
+        weight_format: Optional[str] = None,
+        act_format: Optional[str] = None,
     ) -> "MASQuantTensor":
         """Take integers that are ready, however they were rounded.
 
         Args:
             qdata: (N, K) int8, unpacked, of ``W / p_0``, or of ``(W / p_0) H`` where
                 there is a ``hadamard_size``; signed, see ``zero_point`` of the class.
-            scale: (N, G) floating point, positive and finite.
+                Where there is a ``weight_format``, its codes.
+            scale: (N, G) floating point, positive and finite, of values that the
+                ``weight_format`` has scales of.
+            row_scale: (N,) floating point, where the ``weight_format`` has two levels.
             zero_point: (N, G) integers, signed as ``qdata``; None: symmetric.
             dtype: of the original weight.
 
@@ -315,6 +361,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             act_shift=act_shift,
             low_rank_bits=low_rank_bits,
             hadamard_size=hadamard_size,
+            weight_format=weight_format,
+            act_format=act_format,
         )
         if qdata.dim() != 2:
             raise ValueError(
@@ -324,7 +372,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         shape = (qdata.shape[0], qdata.shape[1])
         given.check(shape, symmetric=zero_point is None)
         check_integers(qdata, scale, zero_point, weight_bits)
-        return cls._assemble(qdata, scale, zero_point, dtype, given)
+        check_codes(qdata, scale, row_scale, weight_format)
+        return cls._assemble(qdata, scale, zero_point, dtype, given, row_scale)
 
     @classmethod
     def _assemble(
@@ -334,6 +383,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         zero_point: Optional[torch.Tensor],
         dtype: torch.dtype,
         given: GivenParts,
+        row_scale: Optional[torch.Tensor] = None,
     ) -> "MASQuantTensor":
         device = qdata.device
 
@@ -349,10 +399,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             )
         else:
             l1, l2 = held(l1, low_rank_dtype(dtype)), held(l2, low_rank_dtype(dtype))
-        packed = INTEGERS[given.weight_bits].per_byte == 2
+        layout = given.layout((qdata.shape[0], qdata.shape[1]))
         return cls(
-            pack_int4(qdata) if packed else qdata,
-            scale.to(device, torch.float32),
+            layout.grid.pack(qdata),
+            scale.to(device, torch.float32).to(layout.scale_dtype),
             given.smoothing_factor.to(device, torch.float32).reciprocal(),
             qdata.shape[1],
             given.weight_bits,
@@ -366,7 +416,10 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             zero_point=held(zero_point, torch.int8),
             low_rank_scale=low_rank_scale,
             act_shift=held(given.act_shift, torch.float32),
+            row_scale=held(row_scale, torch.float32),
             hadamard_size=given.hadamard_size,
+            weight_format=given.weight_format,
+            act_format=given.act_format,
         )
 
     @classmethod
@@ -386,6 +439,11 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         if not weights:
             raise ValueError("MASQuantTensor.stack needs at least one weight.")
         first = weights[0]
+        if first.act_format is not None:
+            raise ValueError(
+                "experts have weights for activations in integers or 16 bits, got "
+                f"{first!r}."
+            )
         for weight in weights[1:]:
             if weight.__tensor_flatten__() != first.__tensor_flatten__() or not (
                 torch.equal(weight.act_pre_scale, first.act_pre_scale)
@@ -432,6 +490,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             bias=self.modality_bias is not None,
             shift=self.act_shift is not None,
             own_shift=self.act_shift is not None and self.act_shift.dim() == 3,
+            weight_format=self.weight_format,
         )
 
     @property
@@ -448,6 +507,14 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     def symmetric(self) -> bool:
         """Whether the integer 0 stands for zero everywhere."""
         return self.zero_point is None
+
+    @property
+    def numbers(self) -> str:
+        """Bits, and formats where there are any: "w4a8", or "nvfp4 by nvfp4"."""
+        if self.act_format is None:
+            return f"w{self.weight_bits}a{self.act_bits}"
+        weight = self.weight_format or f"int{self.weight_bits}"
+        return f"{weight} by {self.act_format}"
 
     @property
     def low_rank_bits(self) -> int:
@@ -467,14 +534,15 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
     @property
     def column_multiple(self) -> int:
         """Input channels of which pieces hold whole multiples: bytes, groups, blocks."""
-        group = self.group_size if self.scale.shape[-1] > 1 else 1
-        per_byte = INTEGERS[self.weight_bits].per_byte
-        return math.lcm(group, per_byte, self.hadamard_size or 1)
+        layout = self.weight_layout
+        group = self.group_size if layout.grouped else 1
+        return math.lcm(group, layout.grid.per_byte, self.hadamard_size or 1)
 
     @property
     def column_units(self) -> str:
         """What :attr:`column_multiple` comes of, for messages."""
-        units = f"{self.weight_bits}-bit integers, group size {self.group_size}"
+        numbers = self.weight_format or f"{self.weight_bits}-bit integers"
+        units = f"{numbers}, group size {self.group_size}"
         if self.hadamard_size is None:
             return units
         return f"{units}, rotated in blocks of {self.hadamard_size}"
@@ -537,6 +605,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         ours, theirs = self.act_shift, other.act_shift
         return (
             self.act_bits == other.act_bits
+            and self.act_format == other.act_format
             and self.hadamard_size == other.hadamard_size
             and torch.equal(self.act_pre_scale, other.act_pre_scale)
             and (
@@ -547,10 +616,8 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         )
 
     def int_data(self) -> torch.Tensor:
-        """The integers, unpacked: int8, of the weight's shape."""
-        if INTEGERS[self.weight_bits].per_byte == 2:
-            return unpack_int4(self.qdata, self.in_features)
-        return self.qdata
+        """The integers, or the codes of a format, unpacked: int8, of the weight's shape."""
+        return self.weight_layout.grid.unpack(self.qdata, self.in_features)
 
     def dequantize(
         self,
@@ -584,9 +651,13 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
                     f"not {modality!r}."
                 )
             index = self.modalities.index(modality)
-        weight = dequantize_smoothed_weight(
-            self.int_data(), self.scale, zero_point=self.zero_point
-        )
+        if self.weight_format is None:
+            weight = dequantize_smoothed_weight(
+                self.int_data(), self.scale, zero_point=self.zero_point
+            )
+        else:
+            form = number_format(self.weight_format)
+            weight = dequantize_codes(self.int_data(), form, self.scale, self.row_scale)
         if index and self.l1 is not None and self.l2 is not None:
             start = sum(self.ranks[: index - 1])
             columns = slice(start, start + self.ranks[index - 1])
@@ -610,9 +681,11 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         rebuild, args, *rest = super().__reduce_ex__(protocol)
-        if self.hadamard_size is None:
-            return (rebuild, args, *rest)
-        return (_rebuild_rotated, (rebuild, *args), *rest)
+        if self.act_format is not None:
+            return (_rebuild_floats, (rebuild, *args), *rest)
+        if self.hadamard_size is not None:
+            return (_rebuild_rotated, (rebuild, *args), *rest)
+        return (rebuild, args, *rest)
 
     def description(self) -> list[str]:
         """What it is, but for its shape, type and device: a few words for each part."""
@@ -621,7 +694,7 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
             if self.is_routed
             else "one smoothing factor for all modalities"
         )
-        parts = [f"w{self.weight_bits}a{self.act_bits}", smoothing]
+        parts = [self.numbers, smoothing]
         if self.scale.shape[-1] > 1:
             parts.append(f"group_size={self.group_size}")
         if not self.symmetric:
@@ -657,4 +730,11 @@ def _rebuild_rotated(rebuild: Callable[..., Any], *args: Any) -> Any:
     return rebuild(*args)
 
 
-torch.serialization.add_safe_globals([MASQuantTensor, _rebuild_rotated])
+def _rebuild_floats(rebuild: Callable[..., Any], *args: Any) -> Any:
+    """What pickles of weights for activations in floats name, likewise."""
+    return rebuild(*args)
+
+
+torch.serialization.add_safe_globals(
+    [MASQuantTensor, _rebuild_rotated, _rebuild_floats]
+)

@@ -33,11 +33,15 @@ from typing import Iterator, Mapping, Optional, Sequence, Union
 
 import torch
 
+from torchao_masquant.kernels.number_formats import (
+    Grid,
+    grid_of,
+    number_format,
+)
+
 __all__ = [
-    "INTEGERS",
     "PAIR_DTYPES",
     "PARTS",
-    "Integers",
     "OfExperts",
     "Part",
     "TensorKind",
@@ -48,26 +52,6 @@ __all__ = [
 #: Type and shape of a part.
 TensorKind = tuple[torch.dtype, tuple[int, ...]]
 
-
-@dataclass(frozen=True)
-class Integers:
-    """How integers of some bits are held.
-
-    Attributes:
-        dtype: of what holds them.
-        per_byte: neighbours of a row that share a byte.
-    """
-
-    dtype: torch.dtype
-    per_byte: int
-
-
-#: Bits of a weight to how its integers are held.
-INTEGERS: Mapping[int, Integers] = {
-    8: Integers(torch.int8, 1),
-    4: Integers(torch.uint8, 2),
-    3: Integers(torch.uint8, 2),
-}
 
 #: What a low-rank pair may be held in.
 PAIR_DTYPES = (
@@ -151,7 +135,7 @@ PARTS: Mapping[str, Part] = {
     part.name: part
     for part in (
         Part("qdata", "NB", "integers", "integer_dtype"),
-        Part("scale", "NG", "scales"),
+        Part("scale", "NG", "scales", "scale_dtype"),
         Part("act_pre_scale", "FK", "factors", experts=_SHARED, neutral=1),
         Part("l1", "KR", "pairs", "pair_dtype", when="paired", fillable=True),
         Part("l2", "RN", "pairs", "pair_dtype", when="paired", fillable=True),
@@ -161,6 +145,7 @@ PARTS: Mapping[str, Part] = {
         Part(
             "act_shift", "MK", "offsets", when="shift", experts=_EITHER, fillable=True
         ),
+        Part("row_scale", "N", "scales", when="two_levels"),
     )
 }
 
@@ -171,7 +156,7 @@ class WeightLayout:
 
     Attributes:
         shape: (N, K) of the original weight, or (E, N, K) of experts'.
-        weight_bits: a key of :data:`INTEGERS`.
+        weight_bits: of a code.
         groups: G.
         modalities: M.
         factors: F.
@@ -181,6 +166,8 @@ class WeightLayout:
         bias: whether there is a bias for each modality.
         shift: whether there is a shift for each modality.
         own_shift: whether each expert has a shift of its own.
+        weight_format: a name in :data:`~torchao_masquant.kernels.number_formats.FORMATS`;
+            None: integers.
     """
 
     shape: tuple[int, ...]
@@ -194,6 +181,22 @@ class WeightLayout:
     bias: bool = False
     shift: bool = False
     own_shift: bool = False
+    weight_format: Optional[str] = None
+
+    @property
+    def grid(self) -> Grid:
+        """What codes of the weight stand for, and how they are held."""
+        return grid_of(self.weight_bits, self.weight_format)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether scales go with columns; a single one may be that of a whole row."""
+        if self.groups > 1:
+            return True
+        return (
+            self.weight_format is not None
+            and number_format(self.weight_format).group_size is not None
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -202,7 +205,7 @@ class WeightLayout:
         return {
             "N": n,
             "K": k,
-            "B": -(-k // INTEGERS[self.weight_bits].per_byte),
+            "B": -(-k // self.grid.per_byte),
             "G": self.groups,
             "M": self.modalities,
             "F": self.factors,
@@ -211,8 +214,23 @@ class WeightLayout:
 
     @property
     def integer_dtype(self) -> torch.dtype:
-        """What holds the integers of the weight."""
-        return INTEGERS[self.weight_bits].dtype
+        """What holds the codes of the weight."""
+        return self.grid.dtype
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What holds the scales of the groups."""
+        if self.weight_format is None:
+            return torch.float32
+        return number_format(self.weight_format).scale_dtype
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether each row has a scale besides those of its groups."""
+        return (
+            self.weight_format is not None
+            and number_format(self.weight_format).two_levels
+        )
 
     @property
     def asymmetric(self) -> bool:
@@ -305,13 +323,13 @@ class WeightLayout:
             end: as ``start``, or K.
         """
         k = self.shape[-1]
-        per_byte = INTEGERS[self.weight_bits].per_byte
+        per_byte = self.grid.per_byte
         spans = {
             "K": (start, end),
             "B": (start // per_byte, -(-end // per_byte)),
         }
-        # A single scale is that of any columns.
-        if self.groups > 1:
+        # A row's scale is that of any columns.
+        if self.grouped:
             size = k // self.groups
             spans["G"] = (start // size, end // size)
         return spans

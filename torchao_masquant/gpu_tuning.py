@@ -41,13 +41,16 @@ def tune_kernels(
         The table.
 
     Raises:
-        ValueError: the model has no quantized linear on a GPU.
+        ValueError: the model has no linear that is quantized to integers on a GPU.
         RuntimeError: a tiling gives a wrong result.
     """
     linears = [
         module
         for module in model.modules()
-        if isinstance(module, MASQuantLinear) and module.weight.device.type == "cuda"
+        if isinstance(module, MASQuantLinear)
+        and module.weight.device.type == "cuda"
+        # Floats have no kernels with tilings.
+        and module.weight.act_format is None
     ]
     if not linears:
         raise ValueError(

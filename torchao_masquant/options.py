@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence, Union
 
+from torchao_masquant.kernels.number_formats import FORMATS, number_format
 from torchao_masquant.modality import TEXT
 from torchao_masquant.option_fields import (
     check_options,
@@ -50,6 +51,7 @@ __all__ = [
     "SolverOptions",
     "get_scheme",
     "resolve_rank",
+    "scheme_of_numbers",
 ]
 
 #: Each input gets one of these where ``alpha="auto"``.
@@ -85,7 +87,7 @@ _DOWN = ("down_proj", "fc2", "w2")
 
 @dataclass(frozen=True)
 class Scheme:
-    """Integer formats of a quantized linear.
+    """Number formats of a quantized linear.
 
     Attributes:
         name: as users write it.
@@ -98,6 +100,9 @@ class Scheme:
             for one scale per output channel.
         symmetric: False for weights with a zero point per scale, which only
             activations that are not quantized can meet.
+        weight_format: of weights that are no integers, a name in
+            :data:`~torchao_masquant.kernels.number_formats.FORMATS`.
+        act_format: of activations that are no integers, likewise.
     """
 
     name: str
@@ -105,6 +110,42 @@ class Scheme:
     act_bits: int
     group_size: Optional[int] = None
     symmetric: bool = True
+    weight_format: Optional[str] = None
+    act_format: Optional[str] = None
+
+    @classmethod
+    def of_floats(
+        cls, name: str, act_format: str, weight_format: Optional[str]
+    ) -> "Scheme":
+        """One whose activations are in a number format.
+
+        Args:
+            weight_format: None for integers of 4 bits.
+        """
+        bits, group_size = 4, None
+        if weight_format is not None:
+            form = number_format(weight_format)
+            bits, group_size = form.grid.bits, form.group_size
+        act_bits = number_format(act_format).grid.bits
+        return cls(
+            name,
+            bits,
+            act_bits,
+            group_size,
+            weight_format=weight_format,
+            act_format=act_format,
+        )
+
+    @property
+    def floats(self) -> bool:
+        """Whether activations are rounded to floats."""
+        return self.act_format is not None
+
+    @property
+    def has_own_groups(self) -> bool:
+        """Whether its number formats leave no choice of a group size."""
+        form = FORMATS.get(self.weight_format or "")
+        return form is not None and form.group_size is not None
 
     @property
     def weight_only(self) -> bool:
@@ -122,6 +163,12 @@ SCHEMES = {
         # Simulated: see Scheme.weight_bits.
         Scheme("w3a3", 3, 3),
         Scheme("w4a16", 4, 16, group_size=128, symmetric=False),
+        Scheme.of_floats("fp8", "e4m3", "e4m3"),
+        Scheme.of_floats("fp8-block", "e4m3-128", "e4m3-128"),
+        Scheme.of_floats("w4a8-fp8", "e4m3", None),
+        Scheme.of_floats("nvfp4", "nvfp4", "nvfp4"),
+        Scheme.of_floats("mxfp4", "mxfp4", "mxfp4"),
+        Scheme.of_floats("mxfp8", "mxfp8", "mxfp8"),
     )
 }
 
@@ -138,6 +185,30 @@ def get_scheme(name: str) -> Scheme:
             f"unknown scheme {name!r}: choose one of {', '.join(SCHEMES)}."
         )
     return scheme
+
+
+def scheme_of_numbers(
+    weight_bits: int,
+    act_bits: int,
+    weight_format: Optional[str] = None,
+    act_format: Optional[str] = None,
+) -> str:
+    """What to call the numbers of a weight and its activations: "w4a8", "nvfp4".
+
+    Args:
+        weight_bits: see :class:`Scheme`, as all below.
+    """
+    if act_format is None:
+        return f"w{weight_bits}a{act_bits}"
+    formats = weight_format, act_format
+    return next(
+        (
+            s.name
+            for s in SCHEMES.values()
+            if (s.weight_format, s.act_format) == formats
+        ),
+        f"{weight_format or f'int{weight_bits}'} by {act_format}",
+    )
 
 
 @dataclass(frozen=True)
@@ -265,7 +336,7 @@ class SolverOptions:
         "bits of weights and activations",
         _SchemeName(),
         f'One of {", ".join(SCHEMES)}; "w4a16" quantizes weights alone, and "w3a3" is '
-        "simulated.",
+        "simulated; those behind it round both sides to floats.",
         first=True,
     )
     method: str = option(
@@ -417,6 +488,7 @@ class SolverOptions:
         check_options(self)
         # Files and reports compare it: as SCHEMES has it, however it was written.
         self.scheme = get_scheme(self.scheme).name
+        self._check_floats()
         method = METHODS[self.method]
         if self.lr is None:
             self.lr = method.lr
@@ -450,6 +522,11 @@ class SolverOptions:
 
     def _check_budget(self) -> None:
         """Raise where there is nothing to choose, or no place for what is chosen."""
+        if get_scheme(self.scheme).floats:
+            raise ValueError(
+                f"a budget is for schemes of integers, and {self.scheme!r} has floats: give "
+                "no budget."
+            )
         if self.scheme == "w3a3":
             raise ValueError(
                 "a budget is of bytes, and scheme 'w3a3' is simulated: it saves none."
@@ -463,6 +540,20 @@ class SolverOptions:
             raise ValueError(
                 "a budget is for integers that the recipe holds: give rounding='gptq' or "
                 "clip=True, or no budget."
+            )
+
+    def _check_floats(self) -> None:
+        """Raise where a scheme of floats does not have what is asked for."""
+        scheme = get_scheme(self.scheme)
+        if scheme.has_own_groups and self.group_size not in (None, scheme.group_size):
+            raise ValueError(
+                f"scheme {self.scheme!r} has groups of {scheme.group_size}, so "
+                f"group_size={self.group_size!r} has no place in it: leave it out."
+            )
+        if scheme.floats and self.epochs:
+            raise ValueError(
+                f"learning is for schemes of integers, and {self.scheme!r} has floats: "
+                "leave epochs out."
             )
 
     def _check_stock(self) -> None:

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Each has something that readers of the one before do not know.
-_PLAIN, _EXPERTS, _ROTATED, _MIXED = _FORMAT_VERSIONS = (2, 3, 4, 5)
+_PLAIN, _EXPERTS, _ROTATED, _SCHEMES = _FORMAT_VERSIONS = (2, 3, 4, 5)
 _TENSORS = (
     "smoothing_factor",
     "l1",
@@ -53,6 +53,7 @@ _TENSORS = (
     "qdata",
     "scale",
     "zero_point",
+    "row_scale",
 )
 
 _INTEGERS = ("qdata", "zero_point")
@@ -96,14 +97,17 @@ class LayerRecipe:
         modality_bias: (M, N) what each modality adds.
         act_shift: (M, K) float32, what is taken off the smoothed activations; its
             product with the weight is part of ``modality_bias``.
-        qdata: (N, K) int8, unpacked integers of the weight where they are not those of
-            round-to-nearest; None: the weight is rounded when it is converted.
+        qdata: (N, K) int8, unpacked integers of the weight, or codes of its number
+            format, where they are not those of round-to-nearest; None: the weight is
+            rounded when it is converted.
         scale: (N, G) float32 of ``qdata``.
         zero_point: (N, G) of ``qdata`` where it is asymmetric.
         hadamard_size: of the rotation of the smoothed weight and its input, see
             :mod:`torchao_masquant.kernels.hadamard`; ``l1`` and ``qdata`` are of rotated
             channels. None: there is no rotation.
         scheme: name of its own, whose integers ``qdata`` are; None: that of the recipe.
+        row_scale: (N,) float32, which ``scale`` is to be multiplied by in a number
+            format of two levels.
     """
 
     shape: tuple[int, ...]
@@ -118,6 +122,7 @@ class LayerRecipe:
     scale: Optional[torch.Tensor] = None
     zero_point: Optional[torch.Tensor] = None
     hadamard_size: Optional[int] = None
+    row_scale: Optional[torch.Tensor] = None
     scheme: Optional[str] = None
 
     def number_format(self, of_recipe: Scheme) -> Scheme:
@@ -172,6 +177,8 @@ class LayerRecipe:
             pair_dtype=torch.bfloat16,
         )
         expected = {part.name: layout.shape_of(part) for part in layout.parts()}
+        if ready and self.row_scale is not None:
+            expected["row_scale"] = layout.shape_of(PARTS["row_scale"])
         for key in _TENSORS:
             tensor, shape = getattr(self, key), expected.get(_part(key).name)
             if key in ("qdata", "scale") and not ready:
@@ -201,6 +208,7 @@ class LayerRecipe:
             else scale.shape[-1],
             symmetric=scheme.symmetric if scale is None else self.zero_point is None,
             pair_dtype=torch.int8 if low_rank_bits == 8 else torch.bfloat16,
+            weight_format=scheme.weight_format,
         )
 
     def _layout(self, modalities: int, **integers: Any) -> WeightLayout:
@@ -255,6 +263,8 @@ class LayerRecipe:
             act_shift=self.act_shift,
             low_rank_bits=low_rank_bits,
             hadamard_size=self.hadamard_size,
+            weight_format=scheme.weight_format,
+            act_format=scheme.act_format,
         )
         if self.qdata is None:
             return MASQuantTensor.from_hp(
@@ -269,6 +279,7 @@ class LayerRecipe:
             self.qdata.to(weight.device),
             self.scale,
             zero_point=self.zero_point,
+            row_scale=self.row_scale,
             dtype=weight.dtype,
             **parts,
         )
@@ -293,6 +304,8 @@ class LayerRecipe:
             tuple(weight.shape) == tuple(self.shape)
             and (weight.weight_bits, weight.act_bits, weight.symmetric)
             == (scheme.weight_bits, scheme.act_bits, scheme.symmetric)
+            and (weight.weight_format, weight.act_format)
+            == (scheme.weight_format, scheme.act_format)
             and group_size in (scheme.group_size, None)
             and weight.hadamard_size == self.hadamard_size
             and weight.modalities == tuple(modalities)
@@ -601,8 +614,9 @@ def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
         version = _EXPERTS
     if any("hadamard_size" in layer for layer in layers):
         version = _ROTATED
-    if any("scheme" in layer for layer in layers):
-        version = _MIXED
+    floats = get_scheme(header["options"]["scheme"]).floats
+    if floats or any("scheme" in layer for layer in layers):
+        version = _SCHEMES
     return {
         "format": RECIPE_FORMAT,
         "format_version": str(version),

@@ -84,6 +84,7 @@ def weight_bytes(
         symmetric=scheme.symmetric,
         bias=compensation.bias and others > 0,
         shift=compensation.shift and others > 0 and not scheme.weight_only,
+        weight_format=scheme.weight_format,
     )
     if sharded is not None:
         layout = layout.piece(("rows", "columns").index(sharded), ranks)

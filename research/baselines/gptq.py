@@ -55,5 +55,6 @@ def gptq(
             qdata=found.qdata,
             scale=found.scale,
             zero_point=found.zero_point,
+            row_scale=found.row_scale,
         )
     return layers

@@ -13,6 +13,7 @@ import torch
 from baselines.control import ControlLinear
 from baselines.gptq import gptq
 from baselines.mbq import input_sensitivity
+from baselines.mr_gptq import mr_gptq
 from baselines.pooled import PooledLinear, pooled
 from baselines.published import PublishedLinear
 from baselines.search import searched_factor
@@ -35,7 +36,16 @@ from torchao_masquant.solver.layers import factors_alone, solve_group
 __all__ = ["BASELINES", "Quantizing", "weight_bytes"]
 
 #: Methods that the package has not.
-BASELINES = ("control", "pooled", "gptq", "awq", "mbq", "mas-unshared", "authors")
+BASELINES = (
+    "control",
+    "pooled",
+    "gptq",
+    "mr-gptq",
+    "awq",
+    "mbq",
+    "mas-unshared",
+    "authors",
+)
 
 
 class Quantizing:
@@ -119,7 +129,7 @@ class Quantizing:
         options = SolverOptions(
             scheme=scheme, method="smoothquant", group_size=given.get("group_size")
         )
-        if method in ("gptq", "awq", "mbq"):
+        if method in ("gptq", "mr-gptq", "awq", "mbq"):
             return self._convert(options, self._one_factor(method, options))
         quantized = copy.deepcopy(self.model)
         router = Router.for_model(quantized)
@@ -138,7 +148,9 @@ class Quantizing:
         bits = options.number_format
         for weights, leader in self.groups:
             seen = self.session.statistics[leader]
-            if method == "gptq":
+            if method == "mr-gptq":
+                layers |= mr_gptq(weights, seen, bits)
+            elif method == "gptq":
                 smoothquant = solve_group(weights, seen, options)
                 layers |= gptq(weights, seen, smoothquant, bits)
             else:

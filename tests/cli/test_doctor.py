@@ -52,6 +52,11 @@ def test_doctor_tells_what_runs_and_vouches_for_what_it_has_imported(
     rows = {r["scheme"]: r for r in told["kernels"] if r["device"] == "cpu"}
     assert set(rows) == set(SCHEMES)
     for name, row in rows.items():
+        if SCHEMES[name].act_format is not None:
+            assert row["many"] == row["few"] == "reference: emulated in float32"
+            form = SCHEMES[name].act_format
+            assert row["reason"] == f"no CPU multiplies {form!r}"
+            continue
         assert row["reason"] == cpu_lowering.engine().reason
         assert row["many"] == cpu_lowering.kernel_of(
             weight_bits=SCHEMES[name].weight_bits,

@@ -86,7 +86,8 @@ def test_a_recipe_gives_the_weights_of_its_checkpoint(name):
     """Bit for bit, of linears and of experts."""
     stored, made = parts(from_checkpoint(name)), parts(from_recipes(name))
     assert stored.keys() == made.keys()
-    assert {n.rpartition(" ")[2] for n in stored} == set(PARTS)
+    # All that integers have.
+    assert {n.rpartition(" ")[2] for n in stored} == set(PARTS) - {"row_scale"}
     for part, tensor in stored.items():
         assert tensor.dtype == made[part].dtype, part
         assert torch.equal(tensor, made[part]), part

@@ -62,6 +62,8 @@ def make(scheme: Any, n: int, k: int, compensation: Compensation) -> MASQuantTen
         modality_bias=torch.zeros(len(modalities), n) if others else None,
         act_shift=torch.zeros(len(modalities), k) if shifted else None,
         low_rank_bits=compensation.low_rank_bits,
+        weight_format=scheme.weight_format,
+        act_format=scheme.act_format,
     )
 
 
@@ -78,12 +80,12 @@ def make(scheme: Any, n: int, k: int, compensation: Compensation) -> MASQuantTen
 )
 def test_bytes_are_exact(scheme: str, compensation: Compensation) -> None:
     # An odd width, of which packed integers leave half a byte.
-    n, k = 24, 256 if scheme == "w4a16" else 35
+    n, k = 24, 256 if SCHEMES[scheme].group_size else 35
     weight = make(SCHEMES[scheme], n, k, compensation)
     assert weight_bytes(n, k, SCHEMES[scheme], compensation) == weight.nbytes_stored
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16", "fp8", "nvfp4"])
 def test_bytes_of_a_shard_are_exact(scheme: str) -> None:
     compensation = Compensation(3, 4)
     n, k = 24, 512

@@ -29,7 +29,7 @@ from torchao_masquant.tensor_subclasses import (
 MODALITIES = ("text", "vision", "audio")
 
 ALL = {
-    **SCHEMES,
+    **{name: scheme for name, scheme in SCHEMES.items() if not scheme.floats},
     # Weights per group of any other scheme.
     "w4a8 in groups": dataclasses.replace(get_scheme("w4a8"), group_size=64),
 }
@@ -200,6 +200,7 @@ def test_schemes() -> None:
     assert {
         s.name: (s.weight_bits, s.act_bits, s.group_size, s.symmetric, s.weight_only)
         for s in SCHEMES.values()
+        if not s.floats
     } == {
         "w8a8": (8, 8, None, True, False),
         "w4a8": (4, 8, None, True, False),
@@ -207,6 +208,18 @@ def test_schemes() -> None:
         "w4a4": (4, 4, None, True, False),
         "w3a3": (3, 3, None, True, False),
         "w4a16": (4, 16, 128, False, True),
+    }
+    assert {
+        s.name: (s.weight_bits, s.act_bits, s.group_size, s.weight_format, s.act_format)
+        for s in SCHEMES.values()
+        if s.floats
+    } == {
+        "fp8": (8, 8, None, "e4m3", "e4m3"),
+        "fp8-block": (8, 8, 128, "e4m3-128", "e4m3-128"),
+        "w4a8-fp8": (4, 8, None, None, "e4m3"),
+        "nvfp4": (4, 4, 16, "nvfp4", "nvfp4"),
+        "mxfp4": (4, 4, 32, "mxfp4", "mxfp4"),
+        "mxfp8": (8, 8, 32, "mxfp8", "mxfp8"),
     }
     assert all(get_scheme(name) is scheme for name, scheme in SCHEMES.items())
     with pytest.raises(

@@ -236,7 +236,9 @@ def _problem(dtype=torch.float32, modalities=3, seed=0):
 
 @pytest.mark.parametrize(
     "scheme, constants",
-    [("w8a8", (0.25, 8.0)), ("w4a8", (64.0, 2.0**-10)), ("w3a3", (0.25, 8.0))],
+    [("w8a8", (0.25, 8.0)), ("w4a8", (64.0, 2.0**-10)), ("w3a3", (0.25, 8.0))]
+    # A modality whose range is beyond that of the format by far.
+    + [("mxfp4", (2.0**-20, 2.0**20))],
 )
 def test_the_constant_of_a_factor_is_free(monkeypatch, scheme, constants):
     """Whatever s_m is multiplied by before solving, everything comes out the same.

@@ -13,16 +13,12 @@ import pytest
 import torch
 
 from torchao_masquant.kernels.gpu.checks import check_operands
+from torchao_masquant.kernels.number_formats import INTEGERS, Grid
 from torchao_masquant.options import SCHEMES
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.report.recipe_bytes import PART_NAMES
 from torchao_masquant.tensor_subclasses import MASQuantTensor
-from torchao_masquant.tensor_subclasses.weight_layout import (
-    INTEGERS,
-    PARTS,
-    Integers,
-    WeightLayout,
-)
+from torchao_masquant.tensor_subclasses.weight_layout import PARTS, WeightLayout
 
 N, K, RANKS = 6, 32, (2, 1)
 NAMES = ("text", "vision", "audio")
@@ -133,7 +129,7 @@ def test_parts_of_another_weight_are_refused(
 
 
 def test_a_number_format_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(INTEGERS, 2, Integers(torch.uint8, per_byte=4))  # type: ignore[arg-type]
+    monkeypatch.setitem(INTEGERS, 2, Grid(2, 1, torch.uint8, per_byte=4))  # type: ignore[arg-type]
     layout = WeightLayout((5, 34), weight_bits=2, groups=2)
     assert layout.kinds()["qdata"] == (torch.uint8, (5, 9))
     assert layout.nbytes == 5 * 9 + 4 * 5 * 2 + 4 * 34

@@ -106,7 +106,7 @@ def test_a_newer_format_is_refused():
     entry = CheckpointFormat(
         "float32", {"a": LayerFormat.of(MASQuantTensor.from_hp(torch.randn(8, 16)))}
     ).to_json()
-    with pytest.raises(ValueError, match="reads 1 to 4: upgrade it"):
+    with pytest.raises(ValueError, match="reads 1 to 5: upgrade it"):
         MASQuantVllmConfig.from_config({**entry, "format_version": 99})
 
 

@@ -62,6 +62,11 @@ def check_request(
             f"a budget is for linears alone, and {first} is of experts: give none, or "
             "exclude '*.experts.*'."
         )
+    if options.number_format.floats and first is not None:
+        raise ValueError(
+            f"{first} is of experts, which have schemes of integers, and "
+            f"{options.scheme!r} has floats: exclude '*.experts.*'."
+        )
     if options.epochs:
         if first is not None:
             raise ValueError(
@@ -192,6 +197,12 @@ def _check_groups(
     nearest = sorted(fits, key=lambda g: abs(math.log(g / size)))[:2]
     whose = "" if options.group_size else f", which scheme {options.scheme!r} has,"
     of = {shapes[name][1] for name in odd}
+    if options.number_format.has_own_groups:
+        raise ValueError(
+            f"scheme {options.scheme!r} has groups of {size}, which do not divide the input "
+            f"width ({_numbers(of)}) of {_some(odd, shapes, verb=False)}: exclude them, or "
+            "take a scheme with one scale for each output channel."
+        )
     way = (
         f"give group_size={' or '.join(map(str, sorted(nearest)))}, which divides all"
         if nearest

@@ -19,7 +19,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_part,
 )
 from torchao_masquant.integrations.stored_tensors import stored_tensors
-from torchao_masquant.options import SolverOptions, get_scheme
+from torchao_masquant.options import SolverOptions, get_scheme, scheme_of_numbers
 from torchao_masquant.recipe import described, read_header
 from torchao_masquant.tensor_subclasses.weight_layout import TensorKind
 
@@ -175,7 +175,9 @@ def describe_checkpoint(folder: Path) -> Description:
         LinearLine(
             name=name,
             shape=tuple(layer.shape),
-            scheme=f"w{layer.weight_bits}a{layer.act_bits}",
+            scheme=scheme_of_numbers(
+                layer.weight_bits, layer.act_bits, layer.weight_format, layer.act_format
+            ),
             group_size=layer.group_size,
             modalities=layer.modalities if layer.routed else layer.modalities[:1],
             ranks={m: r for m, r in zip(layer.modalities[1:], layer.ranks) if r},

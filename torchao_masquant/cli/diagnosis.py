@@ -24,6 +24,7 @@ from torchao_masquant.kernels.cpu_build import (
     library_path,
 )
 from torchao_masquant.kernels.cpu_engine import CpuEngine
+from torchao_masquant.kernels.float_instructions import why_no_instruction
 from torchao_masquant.options import SCHEMES, Scheme
 
 __all__ = ["Diagnosis", "KernelRow", "diagnose"]
@@ -44,6 +45,9 @@ _OPTIONAL = {
 # A linear that no kernel has reason to refuse.
 _IN_FEATURES = 4096
 _FEW, _MANY = 1, 256
+
+# Of what has floats and no kernel.
+_EMULATED = "reference: emulated in float32"
 
 
 @dataclass(frozen=True)
@@ -146,12 +150,16 @@ def _look_at_cpu(found: Diagnosis) -> None:
                 scheme.name,
                 _cpu_kernel(scheme, _FEW),
                 _cpu_kernel(scheme, _MANY),
-                report["reason"],
+                report["reason"]
+                if scheme.act_format is None
+                else str(why_no_instruction(scheme.act_format, torch.device("cpu"))),
             )
         )
 
 
 def _cpu_kernel(scheme: Scheme, tokens: int) -> str:
+    if scheme.floats:
+        return _EMULATED
     groups = 1 if scheme.group_size is None else _IN_FEATURES // scheme.group_size
     return cpu_lowering.kernel_of(
         weight_bits=scheme.weight_bits,
@@ -169,6 +177,9 @@ def _look_at_gpus(found: Diagnosis) -> None:
     for index in range(torch.cuda.device_count()):
         found.devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     for scheme in SCHEMES.values():
+        if scheme.act_format is not None:
+            found.kernels.append(_gpu_floats(scheme.name, scheme.act_format))
+            continue
         operator = "weight_only_linear" if scheme.weight_only else "int_linear"
         # What the dispatcher has for the device; without it, the reference runs.
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -185,6 +196,16 @@ def _look_at_gpus(found: Diagnosis) -> None:
             found.problems.append(
                 f"{scheme.name} has no kernel for the GPU, so the slower reference runs."
             )
+
+
+def _gpu_floats(scheme: str, act_format: str) -> KernelRow:
+    lacking = why_no_instruction(act_format, torch.device("cuda"))
+    kernel, reason = _EMULATED, lacking or "no kernel is registered for the device"
+    if torch._C._dispatch_has_kernel_for_dispatch_key("masquant::float_linear", "CUDA"):
+        kernel, reason = "masquant::float_linear", "registered for the device"
+    elif lacking is None:
+        reason += ", which has the instruction"
+    return KernelRow("cuda", scheme, kernel, kernel, reason)
 
 
 def _processor() -> str:

@@ -67,6 +67,7 @@ def placeholder_weight(
         shift=told_apart and method.shift,
         # It has room for a shift that experts share, too.
         own_shift=True,
+        weight_format=scheme.weight_format,
     )
     return MASQuantTensor(
         **layout.neutral(weight.device),
@@ -77,4 +78,6 @@ def placeholder_weight(
         ranks=ranks,
         dtype=weight.dtype,
         hadamard_size=hadamard_size,
+        weight_format=scheme.weight_format,
+        act_format=scheme.act_format,
     )

@@ -229,6 +229,12 @@ def _number_format(linears: dict[str, MASQuantLinear]) -> _NumberFormat:
             f"{first[1]} and {others[0][1]} are quantized to different numbers, of which "
             "one is exported: calibrate all of them with one scheme."
         )
+    form = linears[first[1]].weight.data.act_format
+    if form is not None:
+        raise ValueError(
+            f"{first[1]} is for activations in {form!r}, which are not exported to other "
+            f"engines: {_ADVICE} and scheme 'w8a8' or 'w4a16'."
+        )
     if not first[0].is_known:
         raise ValueError(
             f"{first[1]} has weights of {first[0].weight_bits} bits in groups of "

@@ -132,7 +132,15 @@ def _placeholders(router: Optional[Router]) -> dict[str, list[int]]:
 
 
 def check_layers(model: PreTrainedModel) -> None:
-    """Raise unless a layer's state is its keys and values."""
+    """Raise unless a layer's state is its keys and values, and its numbers are lowered."""
+    for name, parameter in model.named_parameters():
+        form = getattr(parameter.data, "act_format", None)
+        if form is not None:
+            raise ValueError(
+                f"{name} is for activations in {form!r}, which has no operators in torch "
+                "alone: export a decoder that is quantized with a scheme of integers, or "
+                "w4a16."
+            )
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     unknown = sorted(kinds - set(_KINDS))

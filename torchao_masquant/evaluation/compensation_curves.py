@@ -24,11 +24,8 @@ from torchao_masquant.evaluation.decibel import decibel
 from torchao_masquant.options import Scheme, resolve_rank
 from torchao_masquant.solver.compensation import whitening
 from torchao_masquant.solver.gauge import gauge
+from torchao_masquant.solver.shared_weight import round_to_nearest
 from torchao_masquant.statistics.input_statistics import Moments
-from torchao_masquant.tensor_subclasses import (
-    dequantize_smoothed_weight,
-    quantize_smoothed_weight,
-)
 
 __all__ = [
     "GAUGED",
@@ -61,15 +58,7 @@ def shared_weight(
     weight: torch.Tensor, base_factor: torch.Tensor, scheme: Scheme
 ) -> torch.Tensor:
     """(N, K) float32, ``Q(W s_base)`` by round-to-nearest, dequantized."""
-    qdata, scale, zero_point = quantize_smoothed_weight(
-        weight,
-        # The integers are made from the float32 factor, as they will be at convert.
-        base_factor.float().reciprocal(),
-        scheme.weight_bits,
-        scheme.group_size,
-        symmetric=scheme.symmetric,
-    )
-    return dequantize_smoothed_weight(qdata, scale, zero_point=zero_point)
+    return round_to_nearest(weight, base_factor, scheme).dequantize().float()
 
 
 def compensation_curves(

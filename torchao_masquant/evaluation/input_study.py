@@ -80,6 +80,7 @@ def study_input(
                 own[index],
                 unified,
                 scheme.act_bits,
+                scheme.act_format,
             )
             for index, modality in enumerate(statistics.modalities)
         }

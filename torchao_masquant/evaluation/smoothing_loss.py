@@ -26,12 +26,14 @@ from the measured loss.
 """
 
 import math
+from typing import Optional
 
 import torch
 
 from torchao_masquant import kernels  # noqa: F401 -- defines the operators
 from torchao_masquant.evaluation.analysis import SmoothingLoss
 from torchao_masquant.evaluation.decibel import decibel
+from torchao_masquant.kernels.number_formats import number_format
 
 __all__ = ["activation_sqnr", "smoothing_loss"]
 
@@ -42,6 +44,7 @@ def smoothing_loss(
     own: torch.Tensor,
     unified: torch.Tensor,
     act_bits: int,
+    act_format: Optional[str] = None,
 ) -> SmoothingLoss:
     """Loss of one modality at one input.
 
@@ -51,6 +54,7 @@ def smoothing_loss(
         own: (K,) its own smoothing factor.
         unified: (K,) the factor of all modalities together.
         act_bits: 2 to 8.
+        act_format: of activations that are no integers.
     """
     used = absmax > 0
     own_used, unified_used = own[used].double(), unified[used].double()
@@ -61,7 +65,7 @@ def smoothing_loss(
         per_token = decibel(
             _noise(absmax[used], unified_used), _noise(absmax[used], own_used)
         )
-    ratios = [activation_sqnr(tokens, factor, act_bits) for factor in (own, unified)]
+    ratios = [activation_sqnr(tokens, f, act_bits, act_format) for f in (own, unified)]
     return SmoothingLoss(
         predicted=predicted,
         predicted_per_token=per_token,
@@ -79,7 +83,10 @@ def _noise(absmax: torch.Tensor, factor: torch.Tensor) -> float:
 
 
 def activation_sqnr(
-    tokens: torch.Tensor, smoothing_factor: torch.Tensor, act_bits: int
+    tokens: torch.Tensor,
+    smoothing_factor: torch.Tensor,
+    act_bits: int,
+    act_format: Optional[str] = None,
 ) -> float:
     """SQNR of smoothed, quantized and unsmoothed activations, in dB.
 
@@ -87,6 +94,7 @@ def activation_sqnr(
         tokens: (T, K) floating point.
         smoothing_factor: (K,) positive.
         act_bits: 2 to 8.
+        act_format: of activations that are no integers.
 
     Returns:
         ``10 log10(sum |x|^2 / sum |x_hat - x|^2)``, quantized by the operator that
@@ -94,9 +102,13 @@ def activation_sqnr(
     """
     x = tokens.float()
     pre_scale = smoothing_factor.to(x.device, torch.float32).reciprocal()
-    qdata, scale = torch.ops.masquant.smooth_quantize(
-        x, pre_scale[None], None, act_bits
-    )
-    x_hat = qdata.double() * scale.double() / pre_scale.double()
+    if act_format is not None:
+        smoothed = number_format(act_format).rounded(x * pre_scale).double()
+    else:
+        qdata, scale = torch.ops.masquant.smooth_quantize(
+            x, pre_scale[None], None, act_bits
+        )
+        smoothed = qdata.double() * scale.double()
+    x_hat = smoothed / pre_scale.double()
     noise = (x_hat - x.double()).square().sum().item()
     return decibel(x.double().square().sum().item(), noise)

@@ -13,6 +13,7 @@ from torch import nn
 from torchao_masquant.linear import MASQuantLinear
 from torchao_masquant.models.experts import expert_weights
 from torchao_masquant.models.parts import decoder_path, heads_of
+from torchao_masquant.options import scheme_of_numbers
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["method_of", "quantized_linears", "scheme_of", "weight_bytes"]
@@ -55,7 +56,12 @@ def scheme_of(model: nn.Module) -> Optional[str]:
         "mixed" where they differ; None where there are none.
     """
     found = {
-        (parameter.data.weight_bits, parameter.data.act_bits)
+        scheme_of_numbers(
+            parameter.data.weight_bits,
+            parameter.data.act_bits,
+            parameter.data.weight_format,
+            parameter.data.act_format,
+        )
         for parameter in model.parameters()
         if isinstance(parameter.data, MASQuantTensor)
     }
@@ -63,8 +69,7 @@ def scheme_of(model: nn.Module) -> Optional[str]:
         return None
     if len(found) > 1:
         return "mixed"
-    weight_bits, act_bits = found.pop()
-    return f"w{weight_bits}a{act_bits}"
+    return found.pop()
 
 
 def method_of(model: nn.Module) -> Optional[str]:

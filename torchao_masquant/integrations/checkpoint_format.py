@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Format versions 1 to 4 of a quantized checkpoint.
+"""Format versions 1 to 5 of a quantized checkpoint.
 
 Each quantized weight ``X.weight`` is stored as plain tensors ``X._weight_qdata``,
 ``X._weight_scale``, ..., named as torchao names them; all other tensors are stored as
@@ -28,6 +28,10 @@ what torchao says of its tensor.
 Version 4, which is written where a weight is rotated and else as 3, has the block of the
 rotation in that weight's format. Without it the integers would be taken for those of other
 channels, so that readers of 3 are to refuse it.
+
+Version 5, which is written where activations have a number format and else as 4, has the
+names of formats in that weight's format: its tensors may be of float8_e4m3fn and
+float8_e8m0fnu.
 """
 
 import dataclasses
@@ -65,10 +69,12 @@ __all__ = [
     "stored_part",
 ]
 
-#: The version that is written; where a weight is rotated, the one after it is.
+#: The version that is written; where a weight is rotated, the one after it is, and where
+#: there are floats the one after that.
 FORMAT_VERSION = 3
 _ROTATED_VERSION = 4
-_KNOWN_VERSIONS = (1, 2, FORMAT_VERSION, _ROTATED_VERSION)
+_FLOAT_VERSION = 5
+_KNOWN_VERSIONS = (1, 2, FORMAT_VERSION, _ROTATED_VERSION, _FLOAT_VERSION)
 
 _OF_EXPERTS = tuple(f".{name}" for name in PROJECTIONS)
 
@@ -185,11 +191,15 @@ class CheckpointFormat:
                 "format": _index(formats, layer),
                 "options": None if option is None else _index(options, option),
             }
-        rotated = any(layer.hadamard_size is not None for layer in formats)
+        version = FORMAT_VERSION
+        if any(layer.hadamard_size is not None for layer in formats):
+            version = _ROTATED_VERSION
+        if any(layer.act_format is not None for layer in formats):
+            version = _FLOAT_VERSION
         about = {"description": self.description} if self.description else {}
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": _ROTATED_VERSION if rotated else FORMAT_VERSION,
+            "format_version": version,
             "dtype": self.dtype,
             **about,
             "formats": [entry.to_json() for entry in formats],

@@ -88,6 +88,16 @@ class QuantizingLoading:
 
     def nbytes_of(self, name: str, weight: torch.Tensor) -> float:
         """Bytes of a linear's weight once it is quantized."""
+        if self.recipe.options.number_format.floats:
+            return (
+                self._layers[name]
+                .layout(
+                    self.recipe.options.number_format,
+                    len(self.recipe.modalities),
+                    self.recipe.options.low_rank_bits,
+                )
+                .nbytes
+            )
         packed = self.recipe.options.number_format.weight_bits <= 4
         integers = weight.numel() * (0.5 if packed else 1)
         parts = self._layers[name].tensors()

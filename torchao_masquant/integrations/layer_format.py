@@ -10,6 +10,7 @@ from typing import Any, Mapping, Optional
 
 import torch
 
+from torchao_masquant.kernels.number_formats import FORMATS
 from torchao_masquant.recipe import LARGEST_DIMENSION
 from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
 from torchao_masquant.tensor_subclasses.given_parts import check_rules
@@ -23,6 +24,10 @@ from torchao_masquant.tensor_subclasses.weight_layout import (
 __all__ = ["LayerFormat"]
 
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
+_SMALL_FLOATS = ("float8_e4m3fn", "float8_e8m0fnu")
+
+# Fields that a format has where they are not None.
+_UNSAID = ("hadamard_size", "weight_format", "act_format")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class LayerFormat:
         parts: name of each stored part to its type.
         own_shift: whether each expert has a shift of its own; not said of linears.
         hadamard_size: of the rotation; None, which is not said: there is none.
+        weight_format: of the weight; None, which is not said: integers.
+        act_format: of the activations; None, which is not said: integers, or 16 bits.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +61,8 @@ class LayerFormat:
     parts: tuple[tuple[str, str], ...]
     own_shift: bool = False
     hadamard_size: Optional[int] = None
+    weight_format: Optional[str] = None
+    act_format: Optional[str] = None
 
     @classmethod
     def of(cls, weight: MASQuantTensor) -> "LayerFormat":
@@ -70,6 +79,8 @@ class LayerFormat:
             parts=tuple((n, _type_name(t.dtype)) for n, t in weight.parts().items()),
             own_shift=weight.weight_layout.own_shift,
             hadamard_size=weight.hadamard_size,
+            weight_format=weight.weight_format,
+            act_format=weight.act_format,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -87,8 +98,9 @@ class LayerFormat:
         }
         if len(self.shape) == 3:
             entry["own_shift"] = self.own_shift
-        if self.hadamard_size is not None:
-            entry["hadamard_size"] = self.hadamard_size
+        for name in _UNSAID:
+            if getattr(self, name) is not None:
+                entry[name] = getattr(self, name)
         return entry
 
     @classmethod
@@ -103,7 +115,7 @@ class LayerFormat:
         of_experts = isinstance(entry.get("shape"), list) and len(entry["shape"]) == 3
         rotated = "hadamard_size" in entry
         unsaid = [] if of_experts else ["own_shift"]
-        unsaid += [] if rotated else ["hadamard_size"]
+        unsaid += [name for name in _UNSAID if name not in entry]
         names = [n for n in cls.__dataclass_fields__ if n not in unsaid]
         if sorted(entry) != sorted(names):
             raise ValueError(f"a format has the fields {names}, got {sorted(entry)}")
@@ -135,6 +147,8 @@ class LayerFormat:
             parts=_parts(entry["parts"]),
             own_shift=own_shift,
             hadamard_size=_integer(entry, "hadamard_size") if rotated else None,
+            weight_format=_format(entry, "weight_format"),
+            act_format=_format(entry, "act_format"),
         )
         found._check()
         return found
@@ -149,6 +163,7 @@ class LayerFormat:
             modalities=self.modalities,
             ranks=self.ranks,
             hadamard_size=self.hadamard_size,
+            act_format=self.act_format,
         )
         if layout.pair_dtype not in PAIR_DTYPES:
             raise ValueError(f"a low-rank pair is not of type {layout.pair_dtype}")
@@ -176,6 +191,7 @@ class LayerFormat:
             bias="modality_bias" in parts,
             shift="act_shift" in parts,
             own_shift=self.own_shift,
+            weight_format=self.weight_format,
         )
 
     def build(
@@ -201,6 +217,8 @@ class LayerFormat:
             ranks=self.ranks,
             dtype=getattr(torch, self.dtype) if dtype is None else dtype,
             hadamard_size=self.hadamard_size,
+            weight_format=self.weight_format,
+            act_format=self.act_format,
             **parts,
         )
 
@@ -229,10 +247,22 @@ def _integer(entry: Mapping[str, Any], name: str, least: int = 0) -> int:
     return _integers({name: [entry[name]]}, name, least)[0]
 
 
+def _format(entry: Mapping[str, Any], name: str) -> Optional[str]:
+    found = entry.get(name)
+    if name in entry and found not in FORMATS:
+        raise ValueError(f"{name} is one of {', '.join(FORMATS)}, got {found!r}")
+    return found
+
+
 def _parts(entry: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(entry, dict):
         raise ValueError(f"parts is a dict of names and types, got {entry!r}")
     for name, dtype in entry.items():
-        if name not in PARTS or dtype not in (*_FLOATING, "int8", "uint8"):
+        if name not in PARTS or dtype not in (
+            *_FLOATING,
+            *_SMALL_FLOATS,
+            "int8",
+            "uint8",
+        ):
             raise ValueError(f"there is no part {name!r} of type {dtype!r}")
     return tuple((name, entry[name]) for name in PARTS if name in entry)

@@ -14,6 +14,7 @@ from typing import Any, Mapping, Optional
 from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.hub import read_config
 from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
+from torchao_masquant.options import scheme_of_numbers
 
 __all__ = ["CARD", "add_scores", "is_model_card", "write_model_card"]
 
@@ -122,7 +123,8 @@ def _text(
     about = checkpoint.description
     layers = checkpoint.layers
     schemes = collections.Counter(
-        f"w{x.weight_bits}a{x.act_bits}" for x in layers.values()
+        scheme_of_numbers(x.weight_bits, x.act_bits, x.weight_format, x.act_format)
+        for x in layers.values()
     )
     kinds = [entry for entry in checkpoint.options.values()]
     methods = sorted({str(entry.get("method")) for entry in kinds}) or ["unknown"]

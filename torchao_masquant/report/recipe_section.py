@@ -73,12 +73,18 @@ def _options(recipe: Recipe) -> Table:
     activations = "not quantized"
     if not bits.weight_only:
         activations = f"{bits.act_bits} bits, one scale per token"
+        if bits.act_format is not None:
+            activations = f"floats, {bits.act_format}"
         if options.procedure.shift:
             activations += ", less each modality's mean"
-    weights = f"{bits.weight_bits} bits"
+    symmetry = "symmetric" if bits.symmetric else "asymmetric"
+    weights = f"{bits.weight_bits} bits, {symmetry}"
+    if bits.weight_format is not None:
+        weights = f"floats, {bits.weight_format}"
     if options.budget:
         weights = (
-            f"chosen for each input, {options.budget} with all that goes with them"
+            f"chosen for each input, {options.budget} with all that goes with them, "
+            f"{symmetry}"
         )
         group = "output channel, or group of neighbours in one"
     rounding = _ROUNDINGS[options.procedure.rounding]
@@ -87,8 +93,7 @@ def _options(recipe: Recipe) -> Table:
     values = {
         "scheme": options.scheme,
         "method": method_name(options.method),
-        "weights": f"{weights}, "
-        f"{'symmetric' if bits.symmetric else 'asymmetric'}, one scale per {group}",
+        "weights": f"{weights}, one scale per {group}",
         "rounding of the weights": rounding,
         "activations": activations,
         "alpha": _choice(options.alphas, options.procedure.smooth),

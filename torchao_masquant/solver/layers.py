@@ -281,10 +281,18 @@ class _PerModality:
         noise = torch.zeros_like(self.factors[0][0])
         if self.options.number_format.weight_only:
             return noise
+        size, act_format = (
+            self.problem.hadamard_size,
+            self.options.number_format.act_format,
+        )
+        if act_format is not None:
+            for modality, factor, share in zip(self.inputs, self.factors, self.shares):
+                noise += share * modality.rounding_error(factor, size, act_format)
+            return noise
         quant_max = 2 ** (self.options.number_format.act_bits - 1) - 1
         for modality, factor, share in zip(self.inputs, self.factors, self.shares):
             # The variance of what is uniform over a step.
-            step = modality.squared_step(factor, self.problem.hadamard_size)
+            step = modality.squared_step(factor, size)
             noise += share * step / quant_max**2 / 12
         return noise
 
@@ -412,6 +420,9 @@ class _PerModality:
             scale=shared.scale.cpu() if ready else None,
             zero_point=shared.zero_point.cpu()
             if ready and shared.zero_point is not None
+            else None,
+            row_scale=shared.row_scale.cpu()
+            if ready and shared.row_scale is not None
             else None,
             hadamard_size=self.problem.hadamard_size,
         )

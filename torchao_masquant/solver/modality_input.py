@@ -19,6 +19,7 @@ from typing import Optional
 
 import torch
 
+from torchao_masquant.kernels.number_formats import number_format
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.solver.rotation import rotated
 from torchao_masquant.statistics.input_statistics import InputStatistics, Moments
@@ -80,6 +81,25 @@ class ModalityInput:
             return torch.zeros_like(factor[0])
         seen = rotated((self.tokens - self.shift) / factor, hadamard_size)
         return seen.abs().amax(1).square().mean()
+
+    def rounding_error(
+        self, factor: torch.Tensor, hadamard_size: Optional[int], act_format: str
+    ) -> torch.Tensor:
+        """Mean square of what rounding to a number format changes.
+
+        Scalar, of a channel of a shifted, smoothed and rotated token, over ordinary tokens
+        and channels; zero without a token.
+
+        Args:
+            factor: (K,) smoothing factor.
+            hadamard_size: of the rotation; None for none.
+            act_format: name of the format.
+        """
+        if not len(self.tokens):
+            return torch.zeros_like(factor[0])
+        seen = rotated((self.tokens - self.shift) / factor, hadamard_size).float()
+        error = number_format(act_format).rounded(seen) - seen
+        return error.square().mean().double()
 
 
 def ordinary(tokens: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,8 @@
 
 import torch
 
+from torchao_masquant.kernels.number_formats import Grid
+
 __all__ = ["damped_factor", "round_by_factor", "rounding_order"]
 
 _BLOCK = 64
@@ -45,8 +47,7 @@ def round_by_factor(
     order: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
-    quant_min: int,
-    quant_max: int,
+    grid: Grid,
 ) -> torch.Tensor:
     """GPTQ of a target T for a Hessian ``L L^T``.
 
@@ -63,11 +64,10 @@ def round_by_factor(
         order: (K,) which channel of the weight each of the factor is.
         scale: (N, G), each for K / G neighbours.
         zero_point: (N, G).
-        quant_min: smallest integer.
-        quant_max: largest integer.
+        grid: what is rounded to, times a scale.
 
     Returns:
-        (N, K) int8, channels in the order of the weight.
+        (N, K) int8 codes, channels in the order of the weight.
     """
     k = target.shape[1]
     places = order.tolist()
@@ -76,15 +76,15 @@ def round_by_factor(
     # Channels as rows: they are worked on one by one. What is rounded turns into errors.
     errors = target.t().contiguous()
     scale, zero_point = scale.t().contiguous(), zero_point.t().contiguous()
-    q = torch.empty_like(errors, dtype=torch.int8)
+    q = torch.empty_like(errors)
     for end in range(k, 0, -_BLOCK):
         start = max(end - _BLOCK, 0)
         moved = lower[end:, start:end].t() @ errors[end:]
         for at in range(end - 1, start - 1, -1):
             step, zero = scale[places[at] // width], zero_point[places[at] // width]
             wanted = errors[at] + moved[at - start] / pivots[at]
-            levels = (wanted / step + zero).round().clamp(quant_min, quant_max)
+            levels = grid.nearest(wanted / step + zero)
             errors[at] -= (levels - zero) * step
             moved[: at - start].addr_(lower[at, start:at], errors[at])
-            q[places[at]] = levels.to(torch.int8)
-    return q.t().contiguous()
+            q[places[at]] = levels
+    return grid.encode(q).t().contiguous()

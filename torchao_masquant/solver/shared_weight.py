@@ -5,12 +5,17 @@
 # LICENSE file in the root directory of this source tree.
 """The one set of integers that all modalities of a linear share."""
 
-from dataclasses import dataclass
-from typing import Optional, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Optional, Sequence
 
 import torch
 
 from torchao_masquant.kernels.hadamard import hadamard_rotate
+from torchao_masquant.kernels.number_formats import (
+    NumberFormat,
+    grid_of,
+    number_format,
+)
 from torchao_masquant.options import Scheme
 from torchao_masquant.solver.in_place import on_both_sides
 from torchao_masquant.solver.rounding import (
@@ -22,6 +27,14 @@ from torchao_masquant.tensor_subclasses import (
     dequantize_smoothed_weight,
     quantize_smoothed_weight,
 )
+from torchao_masquant.tensor_subclasses.float_weight import (
+    dequantize_codes,
+    float_scales,
+    of_row_blocks,
+    rounded_codes,
+    steps,
+)
+from torchao_masquant.tensor_subclasses.weight_layout import group_count
 
 __all__ = ["JointHessian", "SharedWeight", "round_to_nearest"]
 
@@ -41,20 +54,31 @@ _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 @dataclass
 class SharedWeight:
-    """Integers for ``W * s_base``, or for it in rotated channels, and what they stand for.
+    """Integers, or codes of a number format, for ``W * s_base``, or for it in rotated channels, and what they stand for.
 
     Attributes:
         qdata: (N, K) int8.
         scale: (N, G) float32.
         zero_point: (N, G) int8, None where symmetric.
+        row_scale: (N,) float32, None where the format has none.
+        weight_format: of the codes; None: integers.
     """
 
     qdata: torch.Tensor
     scale: torch.Tensor
     zero_point: Optional[torch.Tensor]
+    row_scale: Optional[torch.Tensor] = None
+    weight_format: Optional[str] = None
 
     def dequantize(self) -> torch.Tensor:
         """(N, K) float64, of rotated channels where there is a rotation."""
+        if self.weight_format is not None:
+            return dequantize_codes(
+                self.qdata,
+                number_format(self.weight_format),
+                self.scale,
+                self.row_scale,
+            ).double()
         return dequantize_smoothed_weight(
             self.qdata, self.scale, zero_point=self.zero_point
         ).double()
@@ -62,25 +86,32 @@ class SharedWeight:
     @classmethod
     def cat(cls, parts: "Sequence[SharedWeight]") -> "SharedWeight":
         """Of weights one below the other."""
-        zero_points = [part.zero_point for part in parts]
-        known = [zero for zero in zero_points if zero is not None]
+
+        def joined(tensors: Sequence[Optional[torch.Tensor]]) -> Optional[torch.Tensor]:
+            known = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(known) if known else None
+
         return cls(
             torch.cat([part.qdata for part in parts]),
             torch.cat([part.scale for part in parts]),
-            torch.cat(known) if known else None,
+            joined([part.zero_point for part in parts]),
+            joined([part.row_scale for part in parts]),
+            parts[0].weight_format,
         )
 
     def split(self, rows: Sequence[int]) -> "list[SharedWeight]":
         """What :meth:`cat` put together, of so many rows each."""
-        zero_points = (
-            [None] * len(rows)
-            if self.zero_point is None
-            else self.zero_point.split(list(rows))
-        )
+
+        def shared_out(tensor: Optional[torch.Tensor]) -> Sequence[Any]:
+            return [None] * len(rows) if tensor is None else tensor.split(list(rows))
+
         return [
-            SharedWeight(*part)
+            SharedWeight(*part, self.weight_format)
             for part in zip(
-                self.qdata.split(list(rows)), self.scale.split(list(rows)), zero_points
+                shared_out(self.qdata),
+                shared_out(self.scale),
+                shared_out(self.zero_point),
+                shared_out(self.row_scale),
             )
         ]
 
@@ -97,15 +128,19 @@ def round_to_nearest(
     Args:
         weight: (N, K) floating point.
         base_factor: (K,) ``s_base``; in float32, as it will be held.
-        bits: integer formats.
+        bits: number formats.
         importance: (K,) float64, how much the square of an error of a channel of what is
             rounded weighs; if given, each scale is made for that share of its range that
-            makes the weighted error least (a search over 0.6 to 1). None: the whole
-            range.
+            makes the weighted error least (a search over 0.6 to 1, or over what the
+            number format tries). None: the whole range.
         hadamard_size: of the rotation of the smoothed weight; None for none.
     """
     pre_scale = base_factor.float().reciprocal()
     rows = max(1, _AT_A_TIME // weight.shape[1])
+    if bits.weight_format is not None:
+        # Rows that share scales stay together.
+        together = number_format(bits.weight_format).rows
+        rows = max(together, rows - rows % together)
     return SharedWeight.cat(
         [
             _rows_to_nearest(part, pre_scale, bits, importance, hadamard_size)
@@ -137,6 +172,9 @@ def _rows_to_nearest(
         )
 
     target = hadamard_rotate(weight.float() / pre_scale, hadamard_size or 1)
+    if bits.weight_format is not None:
+        form = number_format(bits.weight_format)
+        return _floats_to_nearest(target, form, bits.group_size, importance)
     ones = torch.ones_like(pre_scale)
     if importance is None:
         return rounded(None)
@@ -151,6 +189,34 @@ def _rows_to_nearest(
             torch.where(better, loss, best),
             torch.where(better, clip, chosen),
         )
+    return rounded(chosen)
+
+
+def _floats_to_nearest(
+    target: torch.Tensor,
+    form: NumberFormat,
+    group_size: Optional[int],
+    importance: Optional[torch.Tensor],
+) -> SharedWeight:
+    groups = group_count(group_size, target.shape[1])
+
+    def rounded(factor: Optional[torch.Tensor]) -> SharedWeight:
+        scale, row_scale = float_scales(target, form, group_size, factor)
+        codes = rounded_codes(target, form, scale, row_scale)
+        return SharedWeight(codes, scale, None, row_scale, form.name)
+
+    if importance is None or len(form.trials) == 1:
+        return rounded(None)
+    best = torch.full_like(target[:, :groups], float("inf"))
+    chosen = torch.ones_like(best)
+    for trial in form.trials:
+        tried = rounded(torch.full_like(chosen, trial))
+        error = (tried.dequantize().float() - target).square()
+        loss = (error * importance.float()).unflatten(1, (groups, -1)).sum(-1)
+        loss = of_row_blocks(loss, form.rows, torch.sum)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        chosen = torch.where(better, trial, chosen)
     return rounded(chosen)
 
 
@@ -236,20 +302,17 @@ class JointHessian:
         Args:
             target: (N, K) float64 T.
             start: whose scales are kept.
-            bits: integer formats.
+            bits: number formats.
         """
-        zero_point = start.zero_point
+        zero_point, scale = start.zero_point, steps(start.scale, start.row_scale)
         # Integers need no more than float32; what they are found from was solved for in
         # float64.
         qdata = round_by_factor(
             target[:, self.order].float(),
             self._lower.float(),
             self.order,
-            start.scale.float(),
-            torch.zeros_like(start.scale, dtype=torch.float32)
-            if zero_point is None
-            else zero_point.float(),
-            -(2 ** (bits.weight_bits - 1)),
-            2 ** (bits.weight_bits - 1) - 1,
+            scale,
+            torch.zeros_like(scale) if zero_point is None else zero_point.float(),
+            grid_of(bits.weight_bits, bits.weight_format),
         )
-        return SharedWeight(qdata, start.scale, zero_point)
+        return replace(start, qdata=qdata)
