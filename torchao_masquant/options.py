@@ -9,7 +9,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence, Union
 
-from torchao_masquant.kernels.number_formats import FORMATS, number_format
 from torchao_masquant.modality import TEXT
 from torchao_masquant.option_fields import (
     check_options,
@@ -113,29 +112,6 @@ class Scheme:
     weight_format: Optional[str] = None
     act_format: Optional[str] = None
 
-    @classmethod
-    def of_floats(
-        cls, name: str, act_format: str, weight_format: Optional[str]
-    ) -> "Scheme":
-        """One whose activations are in a number format.
-
-        Args:
-            weight_format: None for integers of 4 bits.
-        """
-        bits, group_size = 4, None
-        if weight_format is not None:
-            form = number_format(weight_format)
-            bits, group_size = form.grid.bits, form.group_size
-        act_bits = number_format(act_format).grid.bits
-        return cls(
-            name,
-            bits,
-            act_bits,
-            group_size,
-            weight_format=weight_format,
-            act_format=act_format,
-        )
-
     @property
     def floats(self) -> bool:
         """Whether activations are rounded to floats."""
@@ -144,8 +120,7 @@ class Scheme:
     @property
     def has_own_groups(self) -> bool:
         """Whether its number formats leave no choice of a group size."""
-        form = FORMATS.get(self.weight_format or "")
-        return form is not None and form.group_size is not None
+        return self.weight_format is not None and self.group_size is not None
 
     @property
     def weight_only(self) -> bool:
@@ -163,12 +138,13 @@ SCHEMES = {
         # Simulated: see Scheme.weight_bits.
         Scheme("w3a3", 3, 3),
         Scheme("w4a16", 4, 16, group_size=128, symmetric=False),
-        Scheme.of_floats("fp8", "e4m3", "e4m3"),
-        Scheme.of_floats("fp8-block", "e4m3-128", "e4m3-128"),
-        Scheme.of_floats("w4a8-fp8", "e4m3", None),
-        Scheme.of_floats("nvfp4", "nvfp4", "nvfp4"),
-        Scheme.of_floats("mxfp4", "mxfp4", "mxfp4"),
-        Scheme.of_floats("mxfp8", "mxfp8", "mxfp8"),
+        # Bits and groups are those of the formats, which torch is needed to read.
+        Scheme("fp8", 8, 8, None, True, "e4m3", "e4m3"),
+        Scheme("fp8-block", 8, 8, 128, True, "e4m3-128", "e4m3-128"),
+        Scheme("w4a8-fp8", 4, 8, None, True, None, "e4m3"),
+        Scheme("nvfp4", 4, 4, 16, True, "nvfp4", "nvfp4"),
+        Scheme("mxfp4", 4, 4, 32, True, "mxfp4", "mxfp4"),
+        Scheme("mxfp8", 8, 8, 32, True, "mxfp8", "mxfp8"),
     )
 }
 

@@ -19,6 +19,7 @@ from torchao_masquant.kernels.number_formats import (
     INTEGERS,
     number_format,
 )
+from torchao_masquant.options import SCHEMES
 
 E4M3, E2M1 = FORMATS["e4m3"].grid, FORMATS["nvfp4"].grid
 GRIDS = [(E4M3, oracle.E4M3), (E2M1, oracle.E2M1)]
@@ -140,3 +141,15 @@ def test_what_is_not_finite_makes_its_scale_nan(name: str, value: float) -> None
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown number format 'fp3': choose one of"):
         number_format("fp3")
+
+
+def test_schemes_say_what_their_formats_do() -> None:
+    """Where torch is not at hand, a scheme says bits and groups itself."""
+    named = [scheme for scheme in SCHEMES.values() if scheme.floats]
+    assert len(named) == 6
+    for scheme in named:
+        assert scheme.act_bits == number_format(scheme.act_format).grid.bits
+        if scheme.weight_format is not None:
+            weight = number_format(scheme.weight_format)
+            found = (scheme.weight_bits, scheme.group_size)
+            assert found == (weight.grid.bits, weight.group_size), scheme.name
