@@ -433,6 +433,7 @@ void split_numbers(const float* v, int64_t length, int count, int8_t* data, Plan
   // Planes of 127 each, less what a product with a reciprocal may be too large by.
   constexpr float kMost[] = {127.0f, 32638.0f, 8355000.0f};
   const float s = absmax / kMost[count - 1];
+  // What is so small that its steps would be subnormal is zero beside any rounding.
   const __m512 reciprocal = _mm512_set1_ps(!finite || s < 1e-36f ? 0.0f : 1.0f / s);
   __m512i sums[3] = {};
   for (int64_t i = 0; i < length; i += 16) {

@@ -195,7 +195,7 @@ struct Planes {
   float scale;
 };
 
-// Makes numbers planes, 1 to 3. A scale that is not finite if one of them is not.
+// Makes numbers planes, 1 to 3. The scale is nan if one of them is not finite.
 void split_numbers(const float* v, int64_t length, int count, int8_t* data, Planes* planes);
 
 void finish_integers(const Finish& finish, const int32_t* c, const Token* tokens,

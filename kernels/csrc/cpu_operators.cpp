@@ -600,6 +600,35 @@ Tensor low_rank_down(const Tensor& qdata, const Tensor& scale, const Tensor& l1,
 
 // ---- int_linear ----
 
+// Few tokens: multiply(n, finish, products, sums) writes those of the columns from n to the
+// one or the other, which are the same memory: integers, and their scale to finish, or floats.
+template <class Multiply>
+void multiply_few(const Weights& weights, const Results& results, const Multiply& multiply) {
+  const int64_t tokens = static_cast<int64_t>(results.token.size());
+  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
+  const int64_t grain = panels_of_thread(tokens, weights.in_features);
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    float* arrays = scratch<float>(kArrays, results.array_size());
+    int32_t* products = scratch<int32_t>(kProducts, kFewTokens * kColumns);
+    float* sums = reinterpret_cast<float*>(products);
+    Token tile[kRows];
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t n = p * kColumns;
+      Finish finish = results.finish(n, arrays);
+      multiply(n, finish, products, sums);
+      for (int64_t t = 0; t < tokens; t += kRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRows, tokens - t));
+        results.place(t, rows, n, tile);
+        if (finish.scale != nullptr) {
+          finish_integers(finish, products + t * kColumns, tile, rows);
+        } else {
+          finish_floats(finish, sums + t * kColumns, tile, rows);
+        }
+      }
+    }
+  });
+}
+
 // Few tokens, which read the weights as they are stored.
 void few_tokens(const int8_t* q, const Weights& weights, const float* scale, int64_t groups,
                 Results& results) {
@@ -629,37 +658,21 @@ void few_tokens(const int8_t* q, const Weights& weights, const float* scale, int
       results.token[t].sum = sum_row(to, padded);
     }
   }
-  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
-  at::parallel_for(0, panels, panels_of_thread(tokens, in_features), [&](int64_t begin, int64_t end) {
+  if (in_blocks) {
+    multiply_few(weights, results, [&](int64_t n, Finish& finish, int32_t*, float* sums) {
+      multiply_stored_blocks(weights, n, finish.columns, scale, nullptr, groups, 1,
+                             blocked.data(), static_cast<int>(tokens), sums);
+    });
+    return;
+  }
+  multiply_few(weights, results, [&](int64_t n, Finish& finish, int32_t* products, float*) {
     float* scales = scratch<float>(kFloats, kColumns);
-    float* arrays = scratch<float>(kArrays, results.array_size());
-    int32_t* products = scratch<int32_t>(kProducts, kFewTokens * kColumns);
-    float* sums = reinterpret_cast<float*>(products);
-    Token tile[kRows];
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t n = p * kColumns;
-      Finish finish = results.finish(n, arrays);
-      if (in_blocks) {
-        multiply_stored_blocks(weights, n, finish.columns, scale, nullptr, groups, 1,
-                               blocked.data(), static_cast<int>(tokens), sums);
-      } else {
-        std::memset(scales, 0, kColumns * sizeof(float));
-        std::memcpy(scales, scale + n, finish.columns * sizeof(float));
-        finish.scale = scales;
-        finish.offset = weights.offset();
-        multiply_stored(weights, n, finish.columns, pointers.data(), static_cast<int>(tokens),
-                        products);
-      }
-      for (int64_t t = 0; t < tokens; t += kRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kRows, tokens - t));
-        results.place(t, rows, n, tile);
-        if (in_blocks) {
-          finish_floats(finish, sums + t * kColumns, tile, rows);
-        } else {
-          finish_integers(finish, products + t * kColumns, tile, rows);
-        }
-      }
-    }
+    std::memset(scales, 0, kColumns * sizeof(float));
+    std::memcpy(scales, scale + n, finish.columns * sizeof(float));
+    finish.scale = scales;
+    finish.offset = weights.offset();
+    multiply_stored(weights, n, finish.columns, pointers.data(), static_cast<int>(tokens),
+                    products);
   });
 }
 
@@ -830,22 +843,9 @@ bool few_floats(const Smooth& smooth, int planes, const Weights& weights, const 
     }
   });
   if (!finite) return false;
-  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
-  at::parallel_for(0, panels, panels_of_thread(tokens, in_features), [&](int64_t begin, int64_t end) {
-    float* arrays = scratch<float>(kArrays, results.array_size());
-    float* products = scratch<float>(kProducts, kFewTokens * kColumns);
-    Token tile[kRows];
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t n = p * kColumns;
-      const Finish finish = results.finish(n, arrays);
-      multiply_stored_blocks(weights, n, finish.columns, scale, zero, groups, planes,
-                             blocked.data(), static_cast<int>(tokens), products);
-      for (int64_t t = 0; t < tokens; t += kRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kRows, tokens - t));
-        results.place(t, rows, n, tile);
-        finish_floats(finish, products + t * kColumns, tile, rows);
-      }
-    }
+  multiply_few(weights, results, [&](int64_t n, Finish& finish, int32_t*, float* products) {
+    multiply_stored_blocks(weights, n, finish.columns, scale, zero, groups, planes,
+                           blocked.data(), static_cast<int>(tokens), products);
   });
   return true;
 }

@@ -290,44 +290,23 @@ void start_blocks(const int8_t* split, int64_t in_features, int32_t* start) {
 
 bool split_planes(const float* v, int64_t in_features, int planes, int8_t* out,
                   float* scale, float* sums, int32_t* start) {
-  // Planes of 127 each, less what a product with a reciprocal may be too large by.
-  const float most = planes == 2 ? 32638.0f : 8355000.0f;
-  alignas(64) int8_t bytes[3][kBlock];
+  alignas(64) int8_t bytes[3 * kBlock];
   for (int64_t k = 0; k < in_features; k += kBlock) {
-    __m512 largest = _mm512_setzero_ps();
-    for (int i = 0; i < kBlock; i += 16) {
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(v + k + i)));
-    }
-    // A maximum drops a nan, a sum keeps it.
-    __m512 total = _mm512_setzero_ps();
-    for (int i = 0; i < kBlock; i += 16) {
-      total = _mm512_add_ps(total, _mm512_loadu_ps(v + k + i));
-    }
-    const float absmax = _mm512_reduce_max_ps(largest);
-    if (!std::isfinite(absmax) || std::isnan(_mm512_reduce_add_ps(total))) return false;
-    const float s = absmax / most;
-    // What is so small that its steps would be subnormal is zero beside any rounding.
-    const __m512 reciprocal = _mm512_set1_ps(s < 1e-36f ? 0.0f : 1.0f / s);
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = 0; i < kBlock; i += 16) {
-      __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(v + k + i), reciprocal));
-      sum = _mm512_add_epi32(sum, value);
-      // From the last plane on, each leaves a multiple of 256 to those before it.
-      for (int p = planes - 1; p >= 0; --p) {
-        const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(value, 24), 24);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes[p] + i), _mm512_cvtepi32_epi8(low));
-        value = _mm512_srai_epi32(_mm512_sub_epi32(value, low), 8);
-      }
-    }
+    const int64_t block = k / kBlock;
+    Planes numbers;
+    split_numbers(v + k, kBlock, planes, bytes, &numbers);
+    if (std::isnan(numbers.scale)) return false;
+    int32_t sum = 0;
     __m512i excess = _mm512_setzero_si512();
     for (int p = 0; p < planes; ++p) {
       int8_t* to = out + p * in_features + k;
-      split_block(_mm512_load_si512(bytes[p]), _mm512_load_si512(bytes[p] + 64), to);
+      const int8_t* from = bytes + p * kBlock;
+      split_block(_mm512_load_si512(from), _mm512_load_si512(from + 64), to);
       excess = _mm512_add_epi32(_mm512_slli_epi32(excess, 8), excess_of_block(to));
+      sum = 256 * sum + numbers.sums[p];
     }
-    const int64_t block = k / kBlock;
-    scale[block] = s;
-    sums[block] = static_cast<float>(_mm512_reduce_add_epi32(sum)) * s;
+    scale[block] = numbers.scale;
+    sums[block] = static_cast<float>(sum) * numbers.scale;
     _mm512_storeu_si512(start + block * 16, _mm512_sub_epi32(_mm512_setzero_si512(), excess));
   }
   return true;
