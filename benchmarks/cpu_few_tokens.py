@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import torch
-from cpu_linear import processor
+from cpu_linear import processor, write_report
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.kernels import cpu_lowering
 
 K, N = 2048, 11008
@@ -183,18 +182,12 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, dict[int, float]]:
     title = f"{processor()}, {options.threads} threads"
     _print(found, title)
     if options.json is not None:
-        report = {
-            "processor": processor(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "load": load,
-            "seconds": found,
-            "GB/s": {
-                name: {count: gigabytes(name, s) for count, s in times.items()}
-                for name, times in found.items()
-            },
+        rates = {
+            name: {count: gigabytes(name, s) for count, s in times.items()}
+            for name, times in found.items()
         }
-        write_whole(options.json, json.dumps(report, indent=1) + "\n")
+        told = {"seconds": found, "GB/s": rates}
+        write_report(options.json, options.threads, load, **told)
     return found
 
 

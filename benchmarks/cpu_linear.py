@@ -28,7 +28,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 from rich import box
@@ -110,6 +110,21 @@ def processor() -> str:
                 flags = set(value.split())
     known = ["avx2", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"]
     return f"{name} ({', '.join(f for f in known if f in flags) or 'no vectors known'})"
+
+
+def write_report(path: Path, threads: int, load: float, **found: Any) -> None:
+    """Write what was found, after what it was found on.
+
+    Args:
+        load: average of the machine.
+    """
+    machine = {
+        "processor": processor(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "load": load,
+    }
+    write_whole(path, json.dumps({**machine, **found}, indent=1) + "\n")
 
 
 def masquant_weight(weight: torch.Tensor, scheme_name: str) -> MASQuantTensor:
@@ -318,16 +333,14 @@ def main(arguments: Optional[list[str]] = None) -> list[Row]:
         table.add_row(*(str(value) for value in entry.values()))
     Console(width=200).print(table)
     if options.json is not None:
-        report = {
-            "processor": processor(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "engine": cpu_lowering.engine().engine.value,
-            "load": os.getloadavg()[0],
-            "ratios": found,
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        write_whole(options.json, json.dumps(report, indent=1) + "\n")
+        write_report(
+            options.json,
+            options.threads,
+            os.getloadavg()[0],
+            engine=cpu_lowering.engine().engine.value,
+            ratios=found,
+            rows=[dataclasses.asdict(row) for row in rows],
+        )
     return rows
 
 

@@ -23,7 +23,6 @@ text and image, and a generation of 64 tokens.
 import argparse
 import ctypes
 import gc
-import json
 import multiprocessing
 import os
 import statistics
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from cpu_linear import RANK, processor
+from cpu_linear import RANK, processor, write_report
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +45,6 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from torchao_masquant import MASQuantConfig, Recipe, masquant_config
-from torchao_masquant.atomic_files import write_whole
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
@@ -410,15 +408,13 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, dict[str, Any]]:
     title = f"{processor()}, {options.threads} threads; (x: faster, or share of memory)"
     _print(found, title)
     if options.json is not None:
-        report = {
-            "processor": processor(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "load": os.getloadavg()[0],
-            "ratios": ratios(found),
-            "candidates": found,
-        }
-        write_whole(options.json, json.dumps(report, indent=1) + "\n")
+        write_report(
+            options.json,
+            options.threads,
+            os.getloadavg()[0],
+            ratios=ratios(found),
+            candidates=found,
+        )
     return found
 
 

@@ -42,7 +42,14 @@ from torchao_masquant.kernels.number_formats import (
     grid_of,
     number_format,
 )
-from torchao_masquant.kernels.reference import add_biases, low_rank_of, smooth_tokens
+from torchao_masquant.kernels.reference import (
+    add_biases,
+    add_low_rank,
+    hidden_like,
+    low_rank_of,
+    product_like,
+    smooth_tokens,
+)
 
 __all__ = ["float_linear", "float_low_rank_down", "float_smooth_quantize"]
 
@@ -133,11 +140,7 @@ def _of_token(
     return x_scale if form.group_size is None else token_scale
 
 
-@operator(
-    lambda qdata, l1: qdata.new_empty(
-        (qdata.shape[0], l1.shape[1]), dtype=torch.float32
-    )
-)
+@operator(hidden_like)
 def float_low_rank_down(
     qdata: torch.Tensor,
     scale: torch.Tensor,
@@ -172,11 +175,7 @@ def float_low_rank_down(
     return low_rank_of(tokens, l1, modality_ids, ranks, low_rank_scale)
 
 
-@operator(
-    lambda qx, qdata, out_dtype: qx.new_empty(
-        (qx.shape[0], qdata.shape[0]), dtype=out_dtype
-    )
-)
+@operator(product_like)
 def float_linear(
     qx: torch.Tensor,
     x_scale: torch.Tensor,
@@ -218,8 +217,8 @@ def float_linear(
         (T, N) ``out_dtype``.
     """
     warn_of_emulation(qx.device)
-    in_features = qx.shape[1] * number_format(act_format).grid.per_byte
     form, grid = number_format(act_format), grid_of(weight_bits, weight_format)
+    in_features = qx.shape[1] * form.grid.per_byte
     weight = grid.decode(grid.unpack(qdata, in_features))
     if scale.shape[1] > 1:
         weight = _scaled(weight, scale)
@@ -231,7 +230,5 @@ def float_linear(
     of_token = _of_token(x_scale, token_scale, form)
     if of_token is not None:
         y = y * of_token
-    if low_rank_hidden is not None:
-        assert l2 is not None
-        y = y + low_rank_hidden @ l2.float()
+    y = add_low_rank(y, low_rank_hidden, l2)
     return add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)

@@ -85,11 +85,12 @@ def smooth_quantize(
     return qdata.to(torch.int8, memory_format=torch.contiguous_format), scale
 
 
-@operator(
-    lambda qdata, l1: qdata.new_empty(
-        (qdata.shape[0], l1.shape[1]), dtype=torch.float32
-    )
-)
+def hidden_like(qdata: torch.Tensor, l1: torch.Tensor) -> torch.Tensor:
+    """An empty result of an operator that projects down."""
+    return qdata.new_empty((qdata.shape[0], l1.shape[1]), dtype=torch.float32)
+
+
+@operator(hidden_like)
 def low_rank_down(
     qdata: torch.Tensor,
     scale: torch.Tensor,
@@ -141,11 +142,14 @@ def _int_matmul(qx: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:
     return (qx.double() @ qdata.double().t()).to(torch.int32)
 
 
-@operator(
-    lambda qx, qdata, out_dtype: qx.new_empty(
-        (qx.shape[0], qdata.shape[0]), dtype=out_dtype
-    )
-)
+def product_like(
+    qx: torch.Tensor, qdata: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """An empty result of an operator that multiplies quantized tokens."""
+    return qx.new_empty((qx.shape[0], qdata.shape[0]), dtype=out_dtype)
+
+
+@operator(product_like)
 def int_linear(
     qx: torch.Tensor,
     x_scale: torch.Tensor,
@@ -191,11 +195,18 @@ def int_linear(
             columns = slice(g * width, (g + 1) * width)
             partial = _int_matmul(qx[:, columns], qdata[:, columns])
             y += partial.float() * scale[:, g]
-    y = y * x_scale
-    if low_rank_hidden is not None:
-        assert l2 is not None
-        y = y + low_rank_hidden @ l2.float()
+    y = add_low_rank(y * x_scale, low_rank_hidden, l2)
     return add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)
+
+
+def add_low_rank(
+    y: torch.Tensor, low_rank_hidden: Optional[torch.Tensor], l2: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """(T, N) float32 ``y + h L2``, arguments as of :func:`int_linear`."""
+    if low_rank_hidden is None:
+        return y
+    assert l2 is not None
+    return y + low_rank_hidden @ l2.float()
 
 
 def add_biases(
@@ -273,7 +284,6 @@ def weight_only_linear(
     )
     y = smoothed @ weight.t()
     if l1 is not None and modality_ids is not None:
-        assert l2 is not None
         hidden = low_rank_of(smoothed, l1, modality_ids, ranks, low_rank_scale)
-        y = y + hidden @ l2.float()
+        y = add_low_rank(y, hidden, l2)
     return add_biases(y, modality_bias, modality_ids, bias).to(out_dtype)
