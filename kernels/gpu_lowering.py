@@ -25,9 +25,16 @@ from typing import Any, Callable, Optional
 
 import torch
 
-from torchao_masquant.kernels import reference
+# These define the operators.
+from torchao_masquant.kernels import float_reference as float_reference
+from torchao_masquant.kernels import reference as reference
 from torchao_masquant.kernels.gpu.operators import GpuOperator, operators
-from torchao_masquant.kernels.library import _LIB, LOWERED
+from torchao_masquant.kernels.library import (
+    _LIB,
+    LOWERED,
+    LOWERED_ON_GPUS,
+    function_of,
+)
 
 __all__ = ["register", "why_reference"]
 
@@ -80,7 +87,7 @@ def _eager(name: str) -> Callable[..., Any]:
         reason = why_reference(device)
         if reason is not None:
             _warn(reason)
-            return getattr(reference, name)(*args)
+            return function_of(name)(*args)
         operator = operators()[name]
         operator.check(*args)
         # Triton launches on the current device, whichever the tensors are on.
@@ -117,7 +124,7 @@ def _functional(name: str) -> Callable[..., Any]:
 
 def register() -> None:
     """Give the operators their kernels for CUDA, which is the name of ROCm too."""
-    for name in LOWERED:
+    for name in (*LOWERED, *LOWERED_ON_GPUS):
         _LIB.impl(name, _eager(name), "CUDA")
         torch.library.register_torch_dispatch(
             f"masquant::{name}",

@@ -39,8 +39,13 @@ from torchao_masquant.kernels.no_gradient import without_gradient
 
 _LIB = torch.library.Library("masquant", "DEF")
 
-#: the operators on plain tensors that have kernels of their own for a device
+#: the operators on plain tensors that have kernels of their own for CPUs and GPUs
 LOWERED = ("smooth_quantize", "low_rank_down", "int_linear", "weight_only_linear")
+
+#: those that have kernels of their own for GPUs alone
+LOWERED_ON_GPUS = ("float_smooth_quantize", "float_low_rank_down", "float_linear")
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -66,6 +71,7 @@ def operator(
         if returns is not None:
             schema = f"{schema.partition(' -> ')[0]} -> {returns}"
         name = function.__name__
+        _FUNCTIONS[name] = function
         _LIB.define(name + schema)
         _LIB.impl(name, function, "CompositeExplicitAutograd")
         if fake is None:
@@ -75,6 +81,15 @@ def operator(
         return function
 
     return define
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """The function that an operator was defined by, which runs on every device.
+
+    Args:
+        name: of the operator, without the namespace.
+    """
+    return _FUNCTIONS[name]
 
 
 def _register_fake(

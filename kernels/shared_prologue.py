@@ -24,7 +24,8 @@ _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 _EMPTY = torch.ops.aten.empty.memory_format
 # Of the kernels that read an input, smooth it, and write it for a product.
 _KERNELS = tuple(
-    f"torchao_masquant.kernels.gpu.{name}" for name in ("smooth_quantize", "smooth")
+    f"torchao_masquant.kernels.gpu.{name}"
+    for name in ("smooth_quantize", "float_smooth_quantize", "smooth")
 )
 
 

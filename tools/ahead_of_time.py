@@ -6,8 +6,8 @@
 """The Triton kernels compiled ahead of time, for GPUs that are not there.
 
 Triton compiles a kernel to machine code for a named target without its driver. What
-comes out tells before any run whether a tiling is sound: whether the integer matrix
-instruction was taken, whether registers were spilled to memory, and whether the shared
+comes out tells before any run whether a tiling is sound: whether the matrix instruction
+of its numbers was taken, whether registers were spilled to memory, and whether the shared
 memory fits. :func:`compile_all` does so for every case of ``aot_cases()`` of every
 module of ``kernel_cases``, each in one of a few processes of its own: a kernel is made for
 Triton's interpreter or for its compiler when it is defined, and which of the two this
@@ -29,7 +29,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
     "TARGETS",
@@ -53,25 +53,56 @@ class Target:
         arch: as Triton names it: compute capability times 10, or "gfx942".
         warp_size: threads.
         shared_memory: most bytes of a program.
-        int8_dot: regular expression of its matrix instruction for int8.
+        products: regular expression of its matrix instruction for each of the numbers
+            that it multiplies as they are, and for bfloat16.
     """
 
     backend: str
     arch: Any
     warp_size: int
     shared_memory: int
-    int8_dot: str
+    products: Mapping[str, str]
 
 
-_MMA = r"mma\.sync\S*\.s32\.s8\.s8\.s32"
+_AMPERE = {
+    "int8": r"mma\.sync\S*\.s32\.s8\.s8\.s32",
+    "bfloat16": r"mma\.sync\S*\.f32\.bf16\.bf16\.f32",
+}
+_ADA = {**_AMPERE, "e4m3": r"mma\.sync\S*\.f32\.e4m3\.e4m3\.f32"}
+_HOPPER = {
+    "int8": r"wgmma\.mma_async\S*\.s32\.s8\.s8",
+    "bfloat16": r"wgmma\.mma_async\S*\.f32\.bf16\.bf16",
+    "e4m3": r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3",
+}
+_BLACKWELL = {
+    "int8": r"tcgen05\.mma\S*kind::i8",
+    "bfloat16": r"tcgen05\.mma\S*kind::f16",
+    "e4m3": r"tcgen05\.mma\S*kind::f8f6f4",
+    "mxfp8": r"tcgen05\.mma\S*kind::mxf8f6f4\.block_scale",
+    "mxfp4": r"tcgen05\.mma\S*kind::mxf4\.block_scale",
+    "nvfp4": r"tcgen05\.mma\S*kind::mxf4nvf4\.block_scale",
+}
+_CDNA3 = {
+    "int8": r"v_mfma_i32_\S*_i8",
+    "bfloat16": r"v_mfma_f32_\S*_bf16",
+    "e4m3": r"v_mfma_f32_\S*_fp8_fp8",
+}
+# Operands of the one instruction say which of the formats it multiplies.
+_CDNA4 = {
+    **_CDNA3,
+    "e4m3": r"v_mfma_f32_\S*_f8f6f4",
+    "mxfp8": r"v_mfma_scale_f32_\S*_f8f6f4",
+    "mxfp4": r"v_mfma_scale_f32_\S*_f8f6f4",
+}
 # CUDA C++ programming guide, "Technical specifications per compute capability"; CDNA 3
-# instruction set architecture, "Local data share".
+# and CDNA 4 instruction set architectures, "Local data share".
 TARGETS: dict[str, Target] = {
-    "sm_80": Target("cuda", 80, 32, 163 * _KIB, _MMA),
-    "sm_89": Target("cuda", 89, 32, 99 * _KIB, _MMA),
-    "sm_90": Target("cuda", 90, 32, 227 * _KIB, r"wgmma\.mma_async\S*\.s32\.s8\.s8"),
-    "sm_100": Target("cuda", 100, 32, 227 * _KIB, r"tcgen05\.mma\S*kind::i8"),
-    "gfx942": Target("hip", "gfx942", 64, 64 * _KIB, r"v_mfma_i32_\S*_i8"),
+    "sm_80": Target("cuda", 80, 32, 163 * _KIB, _AMPERE),
+    "sm_89": Target("cuda", 89, 32, 99 * _KIB, _ADA),
+    "sm_90": Target("cuda", 90, 32, 227 * _KIB, _HOPPER),
+    "sm_100": Target("cuda", 100, 32, 227 * _KIB, _BLACKWELL),
+    "gfx942": Target("hip", "gfx942", 64, 64 * _KIB, _CDNA3),
+    "gfx950": Target("hip", "gfx950", 64, 160 * _KIB, _CDNA4),
 }
 # Columns of Blackwell's tensor memory.
 _TENSOR_MEMORY = 512
@@ -114,7 +145,7 @@ class Compiled:
         shared_memory: bytes of a program.
         tensor_memory: columns, on Blackwell.
         matrix: matrix instructions and how often each stands in the code.
-        int8_dot: whether one of int8 is asked for.
+        multiplies: which of them is asked for.
         error: why it did not compile, else empty.
     """
 
@@ -125,7 +156,7 @@ class Compiled:
     shared_memory: int = 0
     tensor_memory: int = 0
     matrix: tuple[tuple[str, int], ...] = ()
-    int8_dot: bool = False
+    multiplies: str = ""
     error: str = ""
 
     def problems(self) -> list[str]:
@@ -134,9 +165,10 @@ class Compiled:
             return [f"does not compile: {self.error}"]
         found = []
         target = TARGETS[self.target]
-        int8 = re.compile(target.int8_dot)
-        if self.int8_dot and not any(int8.search(name) for name, _ in self.matrix):
-            found.append("has no matrix instruction of int8")
+        if self.multiplies and not any(
+            re.search(target.products[self.multiplies], name) for name, _ in self.matrix
+        ):
+            found.append(f"has no matrix instruction of {self.multiplies}")
         if self.spills:
             found.append(f"spills {self.spills} registers")
         if self.shared_memory > target.shared_memory:
@@ -297,7 +329,9 @@ def _compile(name: CaseName) -> Compiled:
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[-1] if lines else ''}"
-        return Compiled(name.target, name.case, int8_dot=case.int8_dot, error=reason)
+        return Compiled(
+            name.target, name.case, multiplies=case.multiplies, error=reason
+        )
     finally:
         shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
 
@@ -343,7 +377,7 @@ def _inspected(name: CaseName, case: Any, kernel: Any) -> Compiled:
         kernel.metadata.shared,
         getattr(kernel.metadata, "tmem_size", None) or 0,
         tuple(sorted(matrix.items())),
-        case.int8_dot,
+        case.multiplies,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 
 from torchao_masquant.kernels.hadamard import check_hadamard_size
+from torchao_masquant.kernels.number_formats import NumberFormat, number_format
 
 __all__ = ["check_operands"]
 
@@ -37,13 +38,15 @@ _BIASES: dict[str, _Operand] = {
     "modality_ids": (_IDS, (None,)),
     "bias": (_FLOATS, ("N",)),
 }
+_SMOOTHED: dict[str, _Operand] = {
+    "x": (_FLOATS, (None, "K")),
+    "act_pre_scale": (_FLOAT32, ("M", "K")),
+    "act_shift": (_FLOAT32, ("M", "K")),
+    "modality_ids": (_IDS, (None,)),
+}
 _OPERANDS: dict[str, dict[str, _Operand]] = {
-    "smooth_quantize": {
-        "x": (_FLOATS, (None, "K")),
-        "act_pre_scale": (_FLOAT32, ("M", "K")),
-        "act_shift": (_FLOAT32, ("M", "K")),
-        "modality_ids": (_IDS, (None,)),
-    },
+    "smooth_quantize": _SMOOTHED,
+    "float_smooth_quantize": _SMOOTHED,
     "low_rank_down": {
         "qdata": (_INT8, (None, "K")),
         "scale": (_FLOAT32, (None, "1")),
@@ -55,6 +58,26 @@ _OPERANDS: dict[str, dict[str, _Operand]] = {
         "qx": (_INT8, (None, "K")),
         "x_scale": (_FLOAT32, (None, "1")),
         **_WEIGHT,
+        "l2": (_PAIR, ("R", "N")),
+        "low_rank_hidden": (_FLOAT32, (None, "R")),
+        **_BIASES,
+    },
+    # "P" are bytes of a token, "X" scales of its groups; types are those of the formats.
+    "float_low_rank_down": {
+        "qdata": ((), (None, "P")),
+        "scale": ((), (None, "X")),
+        "token_scale": (_FLOAT32, (None, "1")),
+        "l1": (_PAIR, ("K", "R")),
+        "modality_ids": (_IDS, (None,)),
+        "low_rank_scale": (_FLOAT32, ("R",)),
+    },
+    "float_linear": {
+        "qx": ((), (None, "P")),
+        "x_scale": ((), (None, "X")),
+        "token_scale": (_FLOAT32, (None, "1")),
+        "qdata": ((), ("N", "B")),
+        "scale": ((), ("N", "G")),
+        "row_scale": (_FLOAT32, ("N",)),
         "l2": (_PAIR, ("R", "N")),
         "low_rank_hidden": (_FLOAT32, (None, "R")),
         **_BIASES,
@@ -71,7 +94,16 @@ _OPERANDS: dict[str, dict[str, _Operand]] = {
     },
 }
 # What goes up needs a matrix to go up by.
-_UP = {"int_linear": "low_rank_hidden", "weight_only_linear": "l1"}
+_UP = {
+    "int_linear": "low_rank_hidden",
+    "float_linear": "low_rank_hidden",
+    "weight_only_linear": "l1",
+}
+# What is held in the tokens' number format, and in the weight's.
+_OF_TOKENS = {
+    "float_low_rank_down": ("qdata", "scale"),
+    "float_linear": ("qx", "x_scale"),
+}
 
 
 def check_operands(operator: str, given: Mapping[str, Any]) -> None:
@@ -94,17 +126,29 @@ def check_operands(operator: str, given: Mapping[str, Any]) -> None:
         _check_bits(name, "activations", "act_bits", given["act_bits"])
     if given.get("hadamard_size", 1) != 1:
         check_hadamard_size(given["hadamard_size"], first.shape[-1])
+    held: dict[str, torch.dtype] = {}
+    width = first.shape[-1]
+    form = number_format(given["act_format"]) if "act_format" in given else None
+    if form is not None:
+        held, width = _held_tokens(operator, form, width)
+        groups = width // (form.group_size or width)
+        if width % (form.group_size or 1):
+            raise ValueError(
+                f"{name}: groups of {form.group_size} do not divide {width} features, as "
+                f"{form.name!r} asks for."
+            )
+        sizes.update(K=width, P=width // form.grid.per_byte, X=groups)
     weight_bits = given.get("weight_bits")
     if weight_bits is not None:
         _check_bits(name, "weights", "weight_bits", weight_bits)
-        width = first.shape[-1]
-        sizes["B"] = (width + 1) // 2 if weight_bits <= 4 else width
+        held |= _held_weight(weight_bits, given.get("weight_format"))
+        sizes["B"] = (width + 1) // 2 if held["qdata"] == torch.uint8 else width
     for operand, (dtypes, shape) in operands.items():
         tensor = given.get(operand)
         if tensor is None:
             continue
-        if weight_bits is not None and operand == "qdata":
-            dtypes = (torch.uint8 if weight_bits <= 4 else torch.int8,)
+        if operand in held:
+            dtypes = (held[operand],)
         if tensor.dtype not in dtypes:
             wanted = " or ".join(map(str, dtypes))
             raise TypeError(f"{name}: {operand} is {tensor.dtype}, must be {wanted}.")
@@ -137,6 +181,26 @@ def check_operands(operator: str, given: Mapping[str, Any]) -> None:
             f"{name}: a result is float16, bfloat16, float32 or float64, got "
             f"{given['out_dtype']}."
         )
+
+
+def _held_tokens(
+    operator: str, form: NumberFormat, width: int
+) -> tuple[dict[str, torch.dtype], int]:
+    """Types of what is held in the tokens' format, and K of what is first."""
+    if operator not in _OF_TOKENS:
+        return {}, width
+    codes, scale = _OF_TOKENS[operator]
+    types = {codes: form.grid.dtype, scale: form.scale_dtype}
+    return types, width * form.grid.per_byte
+
+
+def _held_weight(bits: int, weight_format: Optional[str]) -> dict[str, torch.dtype]:
+    """Types of a weight in a number format, or of integers."""
+    if weight_format is None:
+        integers = torch.uint8 if bits <= 4 else torch.int8
+        return {"qdata": integers, "scale": torch.float32}
+    form = number_format(weight_format)
+    return {"qdata": form.grid.dtype, "scale": form.scale_dtype}
 
 
 def _check_bits(name: str, what: str, argument: str, bits: int) -> None:

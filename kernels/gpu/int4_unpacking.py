@@ -10,6 +10,8 @@ with no sign to extend. A sum of products is 16 times as large, and is divided b
 exactly. It fits in int32 as long as that of 8-bit weights does: to
 ``K * 127 * 128 < 2**31``.
 
+To themselves, for floats of 4 bits and what is made of them.
+
 To 16 bits: as numbers that are larger by an offset, which is free to take away together
 with the zero point.
 
@@ -21,7 +23,7 @@ are left is any number, and is to be multiplied by zeros.
 import triton
 import triton.language as tl
 
-__all__ = ["UNPACK_BF16", "UNPACK_FP16", "load_half", "load_upper"]
+__all__ = ["UNPACK_BF16", "UNPACK_FP16", "load_half", "load_nibbles", "load_upper"]
 
 # A byte below an exponent's is a number of 16 bits: 0x43nn is 128 + nn in bfloat16 and
 # 0x64nn is 1024 + nn in float16. prmt puts two nibbles below two of them at once. The
@@ -72,6 +74,28 @@ def _pair_of_each(
         rows + ((k + inner) // 2)[None, :], mask=(inner < left)[None, :], other=0
     )
     return pairs, ((k + inner) & 1 == 1)[None, :]
+
+
+@triton.jit
+def load_nibbles(
+    rows: tl.tensor,
+    k: tl.tensor,
+    left: tl.tensor,
+    inner: tl.tensor,
+    inner_bytes: tl.tensor,
+    WIDTH: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """(BLOCK_N, BLOCK_K) uint8, as they are, with zeros above."""
+    if WIDTH % 2 == 0:
+        pairs = _pairs(rows, k, left, inner_bytes, EVEN_K)
+        nibbles = tl.join(pairs & 0xF, pairs >> 4).reshape(BLOCK_N, BLOCK_K)
+    else:
+        pairs, odd = _pair_of_each(rows, k, left, inner)
+        nibbles = tl.where(odd, pairs >> 4, pairs & 0xF)
+    return nibbles
 
 
 @triton.jit

@@ -104,12 +104,15 @@ def load_block(
     EVEN_K: tl.constexpr,
 ) -> tl.tensor:
     """Columns k + inner of rows; zeros past what is left."""
+    at = rows + (k + inner)[None, :]
+    inside = (inner < left)[None, :]
     if EVEN_K:
-        block = tl.load(rows + (k + inner)[None, :])
+        block = tl.load(at)
+    elif rows.dtype.element_ty == tl.float8e4nv:
+        # No integer is converted to it.
+        block = tl.load(at, mask=inside, other=0.0)
     else:
-        block = tl.load(
-            rows + (k + inner)[None, :], mask=(inner < left)[None, :], other=0
-        )
+        block = tl.load(at, mask=inside, other=0)
     return block
 
 

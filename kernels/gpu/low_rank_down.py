@@ -19,6 +19,10 @@ scale of nan) stays in its row. What is summed are products of ``q`` and L1 them
   cores. (Where IEEE precision is asked for, Triton 3.7 multiplies float32 matrices in
   TF32 on Blackwell all the same, and Triton 3.9 not on tensor cores.)
 
+Tokens in number formats of floats (``masquant::float_low_rank_down``) become bfloat16 times
+the 8 bits of their groups' scales, which it holds, and L1 one to three bfloat16 numbers.
+float32 scales of groups multiply the sums of a block of K, which lies within one.
+
 Why this is a launch of its own, and not further rows of the integer product or a part of
 the quantize pass, ``benchmarks/gpu_bench/roofline.py`` says, in numbers.
 
@@ -34,6 +38,16 @@ import triton
 import triton.language as tl
 
 from torchao_masquant.kernels.gpu import tuning
+from torchao_masquant.kernels.gpu.float_codes import (
+    FLOAT32,
+    NONE,
+    Operand,
+    as_bytes,
+    decoded,
+    load_scale,
+    spread,
+)
+from torchao_masquant.kernels.gpu.int4_unpacking import load_nibbles
 from torchao_masquant.kernels.gpu.launching import (
     TileConfig,
     launch,
@@ -41,8 +55,17 @@ from torchao_masquant.kernels.gpu.launching import (
     shares_of,
     size_hint,
 )
+from torchao_masquant.kernels.gpu.linear_tiles import load_block
 
-__all__ = ["CONFIGS", "REDUCE_BLOCKS", "choose", "fitted", "low_rank_down"]
+__all__ = [
+    "CONFIGS",
+    "REDUCE_BLOCKS",
+    "choose",
+    "fitted",
+    "float_low_rank_down",
+    "low_rank_down",
+    "token_flags",
+]
 
 
 def _config(
@@ -102,15 +125,47 @@ def _scaled(
     scale: tl.tensor,
     low_rank_scale: tl.tensor,
     stride_scale: tl.tensor,
+    HAS_SCALE: tl.constexpr,
     HAS_LOW_RANK_SCALE: tl.constexpr,
 ) -> tl.tensor:
     """What is stored of a tile of sums."""
-    s = tl.load(scale + rows * stride_scale, mask=rows < tokens, other=0.0)
-    hidden = total.to(tl.float32) * s[:, None]
+    hidden = total.to(tl.float32)
+    if HAS_SCALE:
+        s = tl.load(scale + rows * stride_scale, mask=rows < tokens, other=0.0)
+        hidden *= s[:, None]
     if HAS_LOW_RANK_SCALE:
         s_r = tl.load(low_rank_scale + columns, mask=columns < last, other=0.0)
         hidden *= s_r.to(tl.float32)[None, :]
     return tl.where(own, hidden, 0.0)
+
+
+@triton.jit
+def _float_tokens(
+    q_rows: tl.tensor,
+    group_rows: tl.tensor,
+    k: tl.tensor,
+    left: tl.tensor,
+    MANTISSA: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """(BLOCK_M, BLOCK_K) float32 from k on, zeros past what is left.
+
+    They are times the scales of their groups but for those of float32.
+    """
+    inner = tl.arange(0, BLOCK_K)
+    if MANTISSA == 1:
+        halves = tl.arange(0, BLOCK_K // 2)
+        codes = load_nibbles(q_rows, k, left, inner, halves, 0, False, BLOCK_M, BLOCK_K)
+    else:
+        codes = load_block(q_rows, k, left, inner, False)
+    values = decoded(codes, MANTISSA)
+    if SCALE > FLOAT32:
+        scale = load_scale(group_rows, k, left, SCALE, GROUP, False, BLOCK_K)
+        values = values * spread(scale, GROUP)
+    return values
 
 
 @triton.jit
@@ -121,6 +176,7 @@ def low_rank_down_kernel(
     scale: tl.tensor,
     low_rank_scale: tl.tensor,
     ids: tl.tensor,
+    groups: tl.tensor,
     tokens: tl.tensor,
     rank: tl.tensor,
     in_features: tl.tensor,
@@ -135,16 +191,25 @@ def low_rank_down_kernel(
     stride_l1_r: tl.tensor,
     stride_scale: tl.tensor,
     stride_ids: tl.tensor,
+    stride_groups: tl.tensor,
+    HAS_SCALE: tl.constexpr,
     HAS_LOW_RANK_SCALE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     L1_PARTS: tl.constexpr,
     BF16_DOT: tl.constexpr,
+    FLOATS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ) -> None:
-    """Columns [first, last) of the result; of SPLIT_K > 1, of one share's sums."""
+    """Columns [first, last) of the result; of SPLIT_K > 1, of one share's sums.
+
+    FLOATS: tokens are codes of what MANTISSA, SCALE and GROUP say, see ``float_codes``.
+    """
     split = tl.program_id(2)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = first + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -158,10 +223,12 @@ def low_rank_down_kernel(
         end = tl.minimum(begin + share, in_features)
         inner = tl.arange(0, BLOCK_K)
         # Rows past the end read the last one, and are not stored.
-        q_rows = qdata + tl.minimum(rows, tokens - 1)[:, None] * stride_q
+        read = tl.minimum(rows, tokens - 1)[:, None]
+        q_rows = qdata + read * stride_q
+        group_rows = groups + read * stride_groups
         l1_columns = l1 + columns.to(tl.int64)[None, :] * stride_l1_r
         column_inside = (columns < last)[None, :]
-        is_int8: tl.constexpr = l1.dtype.element_ty == tl.int8
+        is_int8: tl.constexpr = l1.dtype.element_ty == tl.int8 and not FLOATS
         sum_type: tl.constexpr = tl.int32 if is_int8 else tl.float32
         if TRANSPOSED:
             total = tl.zeros((BLOCK_R, BLOCK_M), dtype=sum_type)
@@ -169,14 +236,31 @@ def low_rank_down_kernel(
             total = tl.zeros((BLOCK_M, BLOCK_R), dtype=sum_type)
         for k in range(begin, end, BLOCK_K):
             inside = k + inner < end
-            q = tl.load(q_rows + (k + inner)[None, :], mask=inside[None, :], other=0)
+            if FLOATS:
+                q = _float_tokens(
+                    q_rows,
+                    group_rows,
+                    k,
+                    end - k,
+                    MANTISSA,
+                    SCALE,
+                    GROUP,
+                    BLOCK_M,
+                    BLOCK_K,
+                )
+            else:
+                q = tl.load(
+                    q_rows + (k + inner)[None, :], mask=inside[None, :], other=0
+                )
             down = tl.load(
                 l1_columns + (k + inner).to(tl.int64)[:, None] * stride_l1_k,
                 mask=inside[:, None] & column_inside,
                 other=0,
             )
+            if FLOATS:
+                down = down.to(tl.float32)
             for part in tl.static_range(L1_PARTS):
-                if l1.dtype.element_ty == tl.float32:
+                if down.dtype == tl.float32:
                     right = down.to(tl.bfloat16)
                     down -= right.to(tl.float32)
                 else:
@@ -184,7 +268,10 @@ def low_rank_down_kernel(
                 if right.dtype == tl.bfloat16 and not BF16_DOT:
                     right = right.to(tl.float32)
                 left = q.to(right.dtype)
-                if TRANSPOSED:
+                if SCALE == FLOAT32:
+                    s = tl.load(group_rows + k // GROUP)
+                    total += tl.dot(left, right, out_dtype=tl.float32) * s
+                elif TRANSPOSED:
                     total = tl.dot(
                         tl.trans(right), tl.trans(left), total, out_dtype=sum_type
                     )
@@ -205,6 +292,7 @@ def low_rank_down_kernel(
                 scale,
                 low_rank_scale,
                 stride_scale,
+                HAS_SCALE,
                 HAS_LOW_RANK_SCALE,
             )
             tl.store(at, hidden, mask=stored)
@@ -229,6 +317,7 @@ def reduce_kernel(
     modality: tl.tensor,
     stride_scale: tl.tensor,
     stride_ids: tl.tensor,
+    HAS_SCALE: tl.constexpr,
     HAS_LOW_RANK_SCALE: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -255,6 +344,7 @@ def reduce_kernel(
         scale,
         low_rank_scale,
         stride_scale,
+        HAS_SCALE,
         HAS_LOW_RANK_SCALE,
     )
     tl.store(out + element, hidden, mask=stored)
@@ -264,7 +354,12 @@ REDUCE_BLOCKS = {"BLOCK_M": 16, "BLOCK_R": 64}
 
 
 def choose(
-    tokens: int, rank: int, in_features: int, dtype: torch.dtype, device: torch.device
+    tokens: int,
+    rank: int,
+    in_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    operator: str = "low_rank_down",
 ) -> TileConfig:
     """The tiling for (T, K) tokens by (K, R): a measured one, else by these sizes.
 
@@ -274,10 +369,11 @@ def choose(
         in_features: K.
         dtype: of L1.
         device: of the call.
+        operator: whose table is looked into, and the tokens' format.
     """
     name = {torch.int8: "int8", torch.float32: "fp32"}.get(dtype, "16 bits")
     return tuning.choose(
-        f"low_rank_down {name}",
+        f"{operator} {name}",
         tuning.tuning_key(tokens, rank, in_features),
         CONFIGS,
         _fallback(size_hint(tokens)),
@@ -326,25 +422,101 @@ def low_rank_down(
     Raises:
         ValueError: ``ranks`` do not sum to R.
     """
-    tokens, in_features = qdata.shape
-    rank = l1.shape[1]
+    if config is None:
+        tokens, in_features = qdata.shape
+        config = choose(tokens, l1.shape[1], in_features, l1.dtype, qdata.device)
+    return _low_rank_down(
+        rows_contiguous(qdata),
+        scale,
+        scale,
+        None,
+        l1,
+        modality_ids,
+        ranks,
+        low_rank_scale,
+        config,
+    )
+
+
+def float_low_rank_down(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    token_scale: Optional[torch.Tensor],
+    l1: torch.Tensor,
+    modality_ids: torch.Tensor,
+    ranks: Sequence[int],
+    act_format: str,
+    low_rank_scale: Optional[torch.Tensor] = None,
+    config: Optional[TileConfig] = None,
+) -> torch.Tensor:
+    """``h = x L1 * s_r``, the columns of other modalities set to zero.
+
+    Arguments and result are those of
+    :func:`torchao_masquant.kernels.float_reference.float_low_rank_down`, but that the
+    columns of an id that names no modality are zeros. Without a tiling ``config`` that of
+    the tables is taken.
+
+    Raises:
+        ValueError: ``ranks`` do not sum to R.
+    """
+    in_features = l1.shape[0]
+    tokens = Operand.of(act_format, 8, scale, in_features)
+    if config is None:
+        config = choose(
+            qdata.shape[0],
+            l1.shape[1],
+            in_features,
+            l1.dtype,
+            qdata.device,
+            f"float_low_rank_down {act_format}",
+        )
+    of_token = scale if tokens.scale == NONE.value else token_scale
+    if tokens.scale != FLOAT32.value:
+        scale = as_bytes(scale) if tokens.scale != NONE.value else scale
+    return _low_rank_down(
+        as_bytes(rows_contiguous(qdata)),
+        of_token,
+        rows_contiguous(scale),
+        tokens,
+        l1,
+        modality_ids,
+        ranks,
+        low_rank_scale,
+        config,
+    )
+
+
+def _low_rank_down(
+    qdata: torch.Tensor,
+    of_token: Optional[torch.Tensor],
+    groups: torch.Tensor,
+    floats: Optional[Operand],
+    l1: torch.Tensor,
+    modality_ids: torch.Tensor,
+    ranks: Sequence[int],
+    low_rank_scale: Optional[torch.Tensor],
+    config: TileConfig,
+) -> torch.Tensor:
+    """(T, R) float32, of tokens that are numbers, or codes of ``floats``."""
+    tokens, (in_features, rank) = qdata.shape[0], l1.shape
     if sum(ranks) != rank:
         raise ValueError(
             f"ranks {list(ranks)} sum to {sum(ranks)}, but l1 has {rank} columns: give "
             "the columns of every modality but the base."
         )
     hidden = torch.empty((tokens, rank), dtype=torch.float32, device=qdata.device)
-    if config is None:
-        config = choose(tokens, rank, in_features, l1.dtype, qdata.device)
     config = fitted(config, l1.dtype == torch.float32)
     split_k = config["SPLIT_K"]
-    is_int8 = l1.dtype == torch.int8
+    is_int8 = l1.dtype == torch.int8 and floats is None
     out = shares_of(hidden, config, torch.int32 if is_int8 else torch.float32)
-    qdata = rows_contiguous(qdata)
-    # scale stands for what there is not.
-    factors = scale if low_rank_scale is None else low_rank_scale.contiguous()
+    # groups stand for what there is not.
+    scale = groups if of_token is None else of_token
+    factors = groups if low_rank_scale is None else low_rank_scale.contiguous()
     terms = (scale, factors, modality_ids)
-    has_factors = low_rank_scale is not None
+    flags = {
+        "HAS_SCALE": of_token is not None,
+        "HAS_LOW_RANK_SCALE": low_rank_scale is not None,
+    }
     last = 0
     for skipped in range(0, len(ranks), _MODALITIES):
         first = last
@@ -368,6 +540,7 @@ def low_rank_down(
             l1,
             out,
             *terms,
+            groups,
             tokens,
             rank,
             in_features,
@@ -376,12 +549,13 @@ def low_rank_down(
             l1.stride(0),
             l1.stride(1),
             *strides,
-            HAS_LOW_RANK_SCALE=has_factors,
+            groups.stride(0),
             TRANSPOSED=is_int8,
-            L1_PARTS=3 if l1.dtype == torch.float32 else 1,
             # Triton's interpreter multiplies no bfloat16 matrices.
             BF16_DOT=qdata.device.type != "cpu",
             config=config,
+            **flags,
+            **token_flags(floats, l1.dtype),
         )
         if split_k > 1:
             reduce = TileConfig.of(4, 1, SPLIT_K=split_k, **REDUCE_BLOCKS)
@@ -398,7 +572,29 @@ def low_rank_down(
                 rank,
                 *columns,
                 *strides,
-                HAS_LOW_RANK_SCALE=has_factors,
                 config=reduce,
+                **flags,
             )
     return hidden
+
+
+def token_flags(floats: Optional[Operand], l1: torch.dtype) -> dict[str, int]:
+    """Constexprs that say what tokens are, and of how many parts L1 is.
+
+    Args:
+        floats: None for numbers.
+        l1: its type.
+    """
+    if floats is None:
+        parts = {torch.float32: 3}
+        mantissa, scale, group = 0, NONE.value, 0
+    else:
+        parts = {torch.float32: 3, torch.float16: 2}
+        mantissa, scale, group = floats
+    return {
+        "FLOATS": floats is not None,
+        "MANTISSA": mantissa,
+        "SCALE": scale,
+        "GROUP": group,
+        "L1_PARTS": parts.get(l1, 1),
+    }

@@ -9,8 +9,8 @@ import functools
 import inspect
 from typing import Any, Callable, NamedTuple
 
-from torchao_masquant.kernels import reference
 from torchao_masquant.kernels.gpu.checks import check_operands
+from torchao_masquant.kernels.library import function_of
 
 __all__ = ["GpuOperator", "operators"]
 
@@ -39,7 +39,7 @@ class GpuOperator(NamedTuple):
 
 @functools.lru_cache(maxsize=None)
 def _arguments(name: str) -> tuple[str, ...]:
-    return tuple(inspect.signature(getattr(reference, name)).parameters)
+    return tuple(inspect.signature(function_of(name)).parameters)
 
 
 @functools.lru_cache(maxsize=None)
@@ -50,10 +50,17 @@ def operators() -> dict[str, GpuOperator]:
         ImportError: Triton is not installed.
     """
     # Not at import: kernels ask for Triton where they are defined.
+    from torchao_masquant.kernels.gpu.float_linear import float_linear
+    from torchao_masquant.kernels.gpu.float_smooth_quantize import float_smooth_quantize
     from torchao_masquant.kernels.gpu.int_linear import int_linear
-    from torchao_masquant.kernels.gpu.low_rank_down import low_rank_down
+    from torchao_masquant.kernels.gpu.low_rank_down import (
+        float_low_rank_down,
+        low_rank_down,
+    )
     from torchao_masquant.kernels.gpu.smooth_quantize import smooth_quantize
     from torchao_masquant.kernels.gpu.weight_only_linear import weight_only_linear
 
-    launches = (smooth_quantize, low_rank_down, int_linear, weight_only_linear)
+    integers = (smooth_quantize, low_rank_down, int_linear, weight_only_linear)
+    floats = (float_smooth_quantize, float_low_rank_down, float_linear)
+    launches: tuple[Callable[..., Any], ...] = (*integers, *floats)
     return {f.__name__: GpuOperator(f.__name__, f) for f in launches}

@@ -43,7 +43,16 @@ from torchao_masquant.kernels.gpu.rotation import (
     stages_of,
 )
 
-__all__ = ["CONFIGS", "SHARED", "SINGLE", "choose", "fitted", "smooth_quantize"]
+__all__ = [
+    "CONFIGS",
+    "SHARED",
+    "SINGLE",
+    "choose",
+    "fitted",
+    "largest_bits",
+    "smooth_quantize",
+    "smoothed_block",
+]
 
 # A token each, and no more of a block than a row needs: few tokens, or long rows.
 SINGLE = (
@@ -63,7 +72,7 @@ CONFIGS: tuple[TileConfig, ...] = SINGLE + SHARED
 
 
 @triton.jit
-def _smoothed(
+def smoothed_block(
     x_rows: tl.tensor,
     pre_scale: tl.tensor,
     shift: tl.tensor,
@@ -88,7 +97,7 @@ def _smoothed(
 
 
 @triton.jit
-def _largest_bits(smoothed: tl.tensor) -> tl.tensor:
+def largest_bits(smoothed: tl.tensor) -> tl.tensor:
     """Of each row the largest magnitude, as the integer of the same bits.
 
     Magnitudes are ordered as these integers are, and nan comes after infinity: their
@@ -98,10 +107,8 @@ def _largest_bits(smoothed: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _row_scale(
-    largest_bits: tl.tensor, known: tl.tensor, QUANT_MAX: tl.constexpr
-) -> tl.tensor:
-    largest = largest_bits.to(tl.float32, bitcast=True)
+def _row_scale(bits: tl.tensor, known: tl.tensor, QUANT_MAX: tl.constexpr) -> tl.tensor:
+    largest = bits.to(tl.float32, bitcast=True)
     scale = tl.div_rn(largest, float(QUANT_MAX))
     tiny = 1.1754943508222875e-38
     # A comparison with nan is false, so a nan stays.
@@ -173,23 +180,23 @@ def smooth_quantize_kernel(
         shift += modality * stride_shift
     inner = tl.arange(0, BLOCK_K)[None, :]
     if ONE_BLOCK:
-        smoothed = _smoothed(
+        smoothed = smoothed_block(
             x_rows, pre_scale, shift, inner, in_features, one, HAS_SHIFT, STAGES
         )
-        row_scale = _row_scale(_largest_bits(smoothed), known, QUANT_MAX)
+        row_scale = _row_scale(largest_bits(smoothed), known, QUANT_MAX)
         _store_levels(qdata, smoothed, row_scale, rows, inner, stored, in_features)
     else:
         largest = tl.zeros((BLOCK_M,), dtype=tl.int32)
         for start in range(0, in_features, BLOCK_K):
             columns = start + inner
-            smoothed = _smoothed(
+            smoothed = smoothed_block(
                 x_rows, pre_scale, shift, columns, in_features, one, HAS_SHIFT, STAGES
             )
-            largest = tl.maximum(largest, _largest_bits(smoothed))
+            largest = tl.maximum(largest, largest_bits(smoothed))
         row_scale = _row_scale(largest, known, QUANT_MAX)
         for start in range(0, in_features, BLOCK_K):
             columns = start + inner
-            smoothed = _smoothed(
+            smoothed = smoothed_block(
                 x_rows, pre_scale, shift, columns, in_features, one, HAS_SHIFT, STAGES
             )
             _store_levels(
@@ -198,16 +205,22 @@ def smooth_quantize_kernel(
     tl.store(scale + row, row_scale, mask=stored)
 
 
-def choose(tokens: int, in_features: int, device: torch.device) -> TileConfig:
+def choose(
+    tokens: int,
+    in_features: int,
+    device: torch.device,
+    operator: str = "smooth_quantize",
+) -> TileConfig:
     """The tiling for (T, K) tokens: a measured one, else by these sizes.
 
     Args:
         tokens: T, which may be symbolic.
         in_features: K.
         device: of the call.
+        operator: whose table is looked into.
     """
     return tuning.choose(
-        "smooth_quantize",
+        operator,
         tuning.tuning_key(tokens, in_features),
         CONFIGS,
         _fallback(size_hint(tokens), in_features),
@@ -225,6 +238,7 @@ def _fallback(tokens: int, in_features: int) -> TileConfig:
 
 
 def fitted(config: TileConfig, one_block: bool, hadamard_size: int = 1) -> TileConfig:
+    """A tiling that has registers for its loops, and holds blocks of the rotation."""
     # The two loops over a long row need registers of their own: half a block at a time.
     if not one_block:
         blocks = {**dict(config.blocks), "BLOCK_K": config["BLOCK_K"] // 2}

@@ -180,6 +180,10 @@ class Triton(Backend):
         finally:
             self.config = None
 
+    def options(self) -> dict[str, Any]:
+        """Of a launch, beside the operator's arguments."""
+        return {"config": self.config}
+
     def run(self, operator: str, *args: Any) -> Any:
         found = operators()[operator]
         args = tuple(
@@ -187,7 +191,7 @@ class Triton(Backend):
             for a in args
         )
         found.check(*args)
-        y = found.launch(*args, config=self.config)
+        y = found.launch(*args, **self.options())
         return tuple(t.cpu() for t in y) if isinstance(y, tuple) else y.cpu()
 
     def tolerance(

@@ -24,7 +24,8 @@ class AotCase:
             type, such as "*bf16" or "i32".
         constexprs: name to value of the others, without those of ``config``.
         config: the tiling.
-        int8_dot: whether the kernel multiplies int8 matrices.
+        multiplies: which matrix instruction it is to have, by a name that a target has
+            one under, such as "int8" or "mxfp4"; empty for any or none.
         divisible: arguments that are multiples of 16, as most sizes and strides of
             real models are.
     """
@@ -34,5 +35,5 @@ class AotCase:
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     config: TileConfig
-    int8_dot: bool = False
+    multiplies: str = ""
     divisible: tuple[str, ...] = field(default=())

@@ -97,7 +97,7 @@ def _case(
     constexprs: dict[str, Any],
     config: TileConfig,
     variant: str,
-    int8_dot: bool,
+    multiplies: str,
 ) -> AotCase:
     types, values = _VARIANTS.get(variant, ({}, {}))
     # Triton compiles arguments that are 1, as strides of vectors are, for that value.
@@ -115,7 +115,7 @@ def _case(
         signature,
         constexprs,
         config,
-        int8_dot,
+        multiplies,
         tuple(n for n in signature if n not in odd),
     )
 
@@ -155,7 +155,7 @@ def _gemm_case(
         },
         config,
         variant,
-        True,
+        "int8",
     )
 
 
@@ -181,5 +181,5 @@ def _reduce_case(width: int, split_k: int, variant: str) -> AotCase:
         },
         REDUCE,
         variant,
-        False,
+        "",
     )

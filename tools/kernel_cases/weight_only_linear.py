@@ -120,6 +120,6 @@ def _case(
             **ones,
         },
         config,
-        False,
+        "",
         (*tensors, *(size for size in sizes if size not in odd)),
     )

@@ -94,7 +94,7 @@ def test_kernels_are_sound_on_every_target(monkeypatch: pytest.MonkeyPatch) -> N
     for compiled in found:
         assert compiled.registers > 0, compiled
         # A product has a shared tile on every target, and instructions to multiply it.
-        if compiled.int8_dot:
+        if compiled.multiplies:
             assert compiled.shared_memory > 0 and compiled.matrix, compiled
     for compiled in found:
         if compiled.target == "sm_80":
@@ -111,11 +111,11 @@ def test_the_int8_instruction_is_told_from_others(target: str) -> None:
         right,
         wrong,
     ]
-    sound = Compiled(target, "kernel", matrix=((right, 2),), int8_dot=True)
+    sound = Compiled(target, "kernel", matrix=((right, 2),), multiplies="int8")
     assert sound.problems() == []
-    other = Compiled(target, "kernel", matrix=((wrong, 2),), int8_dot=True)
+    other = Compiled(target, "kernel", matrix=((wrong, 2),), multiplies="int8")
     assert other.problems() == ["has no matrix instruction of int8"]
-    assert Compiled(target, "kernel", int8_dot=False).problems() == []
+    assert Compiled(target, "kernel").problems() == []
 
 
 def test_problems_name_what_is_wrong() -> None:
@@ -183,7 +183,7 @@ def test_a_kernel_that_does_not_compile_is_reported(
     (name, *_) = case_names(["sm_90"], ["int_linear w8"])
     compiled = ahead_of_time._compile(name)
     assert compiled.error == "RuntimeError: ptxas fatal: no such thing"
-    assert compiled.int8_dot and len(compiled.problems()) == 1
+    assert compiled.multiplies and len(compiled.problems()) == 1
 
 
 def test_command_prints_what_it_found_and_what_is_wrong(

@@ -211,7 +211,9 @@ def test_cases_to_compile_name_every_argument(architecture: Optional[str]) -> No
             assert sorted(named) == sorted(case.kernel.arg_names), case.name
             assert set(case.divisible) <= set(case.signature)
             if operator == DOWN:
-                assert case.int8_dot == (case.signature.get("l1") == "*i8")
+                numbers = case.signature.get("qdata") == "*i8"
+                is_int8 = numbers and case.signature.get("l1") == "*i8"
+                assert (case.multiplies == "int8") == is_int8
         found = {case.config for case in cases}
         if (operator, architecture) in ((PRODUCT, "sm_90"), (WEIGHT_ONLY, None)):
             assert set(CONFIGS[operator]) <= found
