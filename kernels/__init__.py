@@ -14,7 +14,7 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
   lowering is tested;
 - ``number_formats``: floats of 8 and 4 bits, and how scales for them are made;
 - ``float_reference``: the operators for tokens in such floats, likewise;
-- ``float_instructions``: which devices multiply such floats;
+- ``float_instructions``: which devices multiply such floats, and how;
 - ``hadamard``: rotations of neighbouring channels;
 - ``expert_operators``: those of mixture-of-experts weights, made of the others;
 - ``int4_packing``: two 4-bit integers per byte;

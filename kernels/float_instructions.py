@@ -64,9 +64,7 @@ def product_on(architecture: Optional[str], act_format: str) -> Product:
         return Product.E4M3 if newer else Product.DECODED
     capability = int(architecture.removeprefix("sm_"))
     if scaled:
-        # What there is from Jetson Thor's on, Triton does not name.
-        found = 100 <= capability < 110 or capability >= 120
-        return Product.SCALED if found else Product.DECODED
+        return Product.SCALED if capability >= 100 else Product.DECODED
     return Product.E4M3 if capability >= 89 else Product.DECODED
 
 

@@ -26,9 +26,9 @@ gives the same codes and scales. A product is as exact as float32 sums are:
   ``|y - exact| <= (K + 6) 2^-24 sum_k |x_k w_k|`` to first order, in whichever order a
   matmul adds. A GPU's matrix instruction adds to no more bits (Hopper's e4m3 to about 14).
 
-No instruction of CPUs multiplies such floats, and none is used elsewhere by these
-functions: they decode both sides to float32 and multiply these, and say so once
-(:mod:`~torchao_masquant.kernels.float_instructions`).
+No instruction of CPUs multiplies such floats: these functions decode both sides to float32
+and multiply these, and say so once (:mod:`~torchao_masquant.kernels.float_instructions`).
+GPUs have kernels (:mod:`torchao_masquant.kernels.gpu.float_linear`).
 """
 
 from typing import Optional, Sequence

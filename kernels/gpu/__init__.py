@@ -7,10 +7,12 @@
 
 - ``smooth_quantize``, ``low_rank_down``, ``int_linear``, ``weight_only_linear``: a kernel or
   two each, and the function that launches them, with the arguments of the operator;
+- ``float_smooth_quantize``, ``float_linear``: likewise, of tokens in number formats of
+  floats, which ``low_rank_down`` reads, too; ``float_codes``: their codes, made and read;
 - ``linear_tiles``, ``int4_unpacking``, ``linear_epilogue``: what the products of both kinds
   of linear are made of; ``smooth``: the pass before the weight-only one; ``rotation``: of
   what is smoothed;
-- ``int_linear_tilings``, ``weight_only_tilings``: the tilings of each;
+- ``int_linear_tilings``, ``float_linear_tilings``, ``weight_only_tilings``: the tilings of each;
 - ``launching``: tilings, and launches that tracers can record;
 - ``tuning``, ``measuring``: the tables that tilings are chosen by, and what writes them;
 - ``library_products``: what is called in place of a kernel that a table says loses;

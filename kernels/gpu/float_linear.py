@@ -468,20 +468,21 @@ def float_linear(
     in_features = qx.shape[1] * (2 if qx.dtype == torch.uint8 else 1)
     x = Operand.of(act_format, 8, x_scale, in_features)
     weight = Operand.of(weight_format, weight_bits, scale, in_features)
+    architecture = tuning.table_name(qx.device)
     if product is None:
-        architecture = tuning.table_name(qx.device)
         product = product_on(architecture, act_format)
         if architecture is not None and product is Product.DECODED:
             warn_of_decoding(qx.device, act_format)
     product = product_of(product, x, weight)
     width = width_of(x, weight)
     if config is None:
+        configs = fitting(width, architecture)
         config = tuning.choose(
             f"float_linear {act_format} {weight_format or f'int{weight_bits}'} "
             f"{product.name.lower()}{' group' if width else ''}",
             tuning.tuning_key(tokens, out_features, in_features),
-            fitting(width),
-            fallback(size_hint(tokens), width),
+            configs,
+            fallback(size_hint(tokens), configs),
             qx.device,
         )
     config = fitted(config, product, width)

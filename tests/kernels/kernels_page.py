@@ -162,8 +162,14 @@ def _compiled() -> str:
                 forms.setdefault(form, []).append(row)
         for form, found in forms.items():
             registers = [row["registers"] for row in found]
-            int8 = re.compile(TARGETS[target].int8_dot)
-            names = {n for row in found for n in row["matrix"] if int8.search(n)}
+            products = TARGETS[target].products
+            names = {
+                name
+                for row in found
+                if row["multiplies"]
+                for name in row["matrix"]
+                if re.search(products[row["multiplies"]], name)
+            }
             rows.append(
                 (
                     target,
@@ -177,7 +183,7 @@ def _compiled() -> str:
                 )
             )
     head = ("target", "kernel", "cases", "registers", "spill", "KiB shared")
-    return f"Triton {record['triton']}:\n\n" + _table((*head, "int8 product"), rows)
+    return f"Triton {record['triton']}:\n\n" + _table((*head, "product"), rows)
 
 
 def _shortest(names: Iterable[str]) -> set[str]:

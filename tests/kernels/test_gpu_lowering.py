@@ -19,6 +19,7 @@ from operator_cases import DOWN, OPERATORS, PRODUCT, QUANTIZE, WEIGHT_ONLY, oper
 
 from torchao_masquant.kernels import gpu_lowering, reference
 from torchao_masquant.kernels.gpu.operators import GpuOperator, operators
+from torchao_masquant.kernels.library import LOWERED_ON_GPUS
 
 # Of 21 tokens, 48 channels, 13 outputs, pairs of 2 and 3 columns.
 GIVEN = operands("plain")
@@ -192,7 +193,7 @@ def test_calls_are_measured_only_where_that_is_asked_for(
 
 
 def test_operators_have_an_implementation_for_cuda() -> None:
-    for name in OPERATORS:
+    for name in (*OPERATORS, *LOWERED_ON_GPUS):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(
             f"masquant::{name}", "CUDA"
         )

@@ -88,12 +88,13 @@ def aot_cases(architecture: Optional[str] = None) -> list[AotCase]:
         x, weight = _SCHEMES[scheme].operands()
         wanted = product_on(architecture, _SCHEMES[scheme].act_format)
         product, width = product_of(wanted, x, weight), width_of(x, weight)
+        configs = fitting(width, architecture)
         for dtype in _FULL:
-            for config in fitting(width):
+            for config in configs:
                 # Parts of a pair are in an epilogue.
                 if dtype == "bf16" or config["SPLIT_K"] == 1:
                     cases.append(_case(scheme, product, config, dtype, True))
-        cases.append(_case(scheme, product, fitting(width)[-1], "bf16", False))
+        cases.append(_case(scheme, product, configs[-1], "bf16", False))
     return cases
 
 

@@ -118,7 +118,7 @@ def _gemm_case(
             **token_flags(floats, _DTYPES[dtype]),
         },
         config,
-        "int8" if is_int8 else "bfloat16" if act_format is not None else "",
+        "int8" if is_int8 else "",
     )
 
 

@@ -25,6 +25,7 @@ from torchao_masquant.kernels.cpu_build import (
 )
 from torchao_masquant.kernels.cpu_engine import CpuEngine
 from torchao_masquant.kernels.float_instructions import why_no_instruction
+from torchao_masquant.kernels.gpu_lowering import why_reference
 from torchao_masquant.options import SCHEMES, Scheme
 
 __all__ = ["Diagnosis", "KernelRow", "diagnose"]
@@ -199,12 +200,14 @@ def _look_at_gpus(found: Diagnosis) -> None:
 
 
 def _gpu_floats(scheme: str, act_format: str) -> KernelRow:
-    lacking = why_no_instruction(act_format, torch.device("cuda"))
-    kernel, reason = _EMULATED, lacking or "no kernel is registered for the device"
-    if torch._C._dispatch_has_kernel_for_dispatch_key("masquant::float_linear", "CUDA"):
-        kernel, reason = "masquant::float_linear", "registered for the device"
-    elif lacking is None:
-        reason += ", which has the instruction"
+    device = torch.device("cuda")
+    missing = why_reference(device)
+    if missing is not None:
+        return KernelRow("cuda", scheme, _EMULATED, _EMULATED, missing)
+    lacking = why_no_instruction(act_format, device)
+    kernel, reason = "masquant::float_linear", "registered for the device"
+    if lacking is not None:
+        kernel, reason = f"{kernel}: decoded to bfloat16", lacking
     return KernelRow("cuda", scheme, kernel, kernel, reason)
 
 

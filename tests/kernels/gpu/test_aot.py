@@ -44,6 +44,7 @@ INSTRUCTIONS = {
         "tcgen05.mma.cta_group::1.kind::f16",
     ),
     "gfx942": ("v_mfma_i32_32x32x16_i8", "v_mfma_f32_32x32x8_bf16"),
+    "gfx950": ("v_mfma_i32_32x32x32_i8", "v_mfma_f32_32x32x16_bf16"),
 }
 INSTRUCTIONS["sm_89"] = INSTRUCTIONS["sm_80"]
 
@@ -55,14 +56,31 @@ PRODUCTS = (
     "low_rank_down bf16",
     "weight_only_linear w4 group 128",
 )
-# Forms that are compiled for a target; for sm_90 all are. sm_89 has the tilings and the
-# instructions of sm_80, and less shared memory.
+# Forms that are compiled for a target; for sm_90 all of integers are. sm_89 has the tilings
+# and the instructions of sm_80, and less shared memory. Of floats every instruction.
 FORMS = {
     "sm_80": (*PRODUCTS, "weight_only_linear w8"),
-    "sm_89": PRODUCTS[:1],
-    "sm_90": tuple({n.form: None for n in case_names(["sm_90"])}),
-    "sm_100": PRODUCTS,
-    "gfx942": PRODUCTS,
+    "sm_89": (*PRODUCTS[:1], "float_linear w4a8-fp8 by e4m3"),
+    "sm_90": (
+        *{
+            n.form: None
+            for n in case_names(["sm_90"])
+            if not n.form.startswith("float")
+        },
+        "float_linear fp8 by e4m3",
+        "float_linear nvfp4 by decoded",
+        "float_smooth_quantize nvfp4 bf16",
+        "float_low_rank_down nvfp4 bf16",
+    ),
+    "sm_100": (
+        *PRODUCTS,
+        "float_linear fp8-block by e4m3",
+        "float_linear nvfp4 by scaled",
+        "float_linear mxfp4 by scaled",
+        "float_linear mxfp8 by scaled",
+    ),
+    "gfx942": (*PRODUCTS, "float_linear fp8 by fnuz"),
+    "gfx950": ("float_linear fp8 by e4m3", "float_linear mxfp4 by scaled"),
 }
 
 
@@ -116,6 +134,34 @@ def test_the_int8_instruction_is_told_from_others(target: str) -> None:
     other = Compiled(target, "kernel", matrix=((wrong, 2),), multiplies="int8")
     assert other.problems() == ["has no matrix instruction of int8"]
     assert Compiled(target, "kernel").problems() == []
+
+
+# Of floats, likewise: what Triton compiled, and what it compiles to where it decodes, or
+# to another format's.
+FLOATS = [
+    ("sm_89", "e4m3", "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
+    ("sm_90", "e4m3", "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"),
+    ("sm_90", "bfloat16", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"),
+    ("sm_100", "e4m3", "tcgen05.mma.cta_group::1.kind::f8f6f4"),
+    ("sm_100", "mxfp8", "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale.block32"),
+    ("sm_100", "mxfp4", "tcgen05.mma.cta_group::1.kind::mxf4.block_scale.block32"),
+    ("sm_100", "nvfp4", "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16"),
+    ("gfx942", "e4m3", "v_mfma_f32_32x32x16_fp8_fp8"),
+    ("gfx950", "e4m3", "v_mfma_f32_32x32x64_f8f6f4"),
+    ("gfx950", "mxfp4", "v_mfma_scale_f32_32x32x64_f8f6f4"),
+]
+
+
+@pytest.mark.parametrize("target, numbers, right", FLOATS)
+def test_instructions_of_floats_are_told_from_each_other(
+    target: str, numbers: str, right: str
+) -> None:
+    assert ahead_of_time._MATRIX.findall(f"\t{right} x;") == [right]
+    for other in (found for at, _, found in FLOATS if at == target):
+        matrix = ((other, 1),)
+        compiled = Compiled(target, "kernel", matrix=matrix, multiplies=numbers)
+        missing = [f"has no matrix instruction of {numbers}"]
+        assert compiled.problems() == ([] if other == right else missing)
 
 
 def test_problems_name_what_is_wrong() -> None:

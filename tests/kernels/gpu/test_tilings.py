@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import kernel_cases.float_linear
+import kernel_cases.float_smooth_quantize
 import kernel_cases.int_linear
 import kernel_cases.low_rank_down
 import kernel_cases.smooth
@@ -190,6 +192,9 @@ def test_a_product_that_is_not_rounded_shows() -> None:
     assert (contracted != x * pre_scale[ids] - shift[ids]).float().mean() > 0.5
 
 
+FLOATS = ("float_smooth_quantize", "float_linear")
+
+
 def aot_cases(architecture: Optional[str]) -> list[list[AotCase]]:
     return [
         kernel_cases.smooth_quantize.aot_cases(),
@@ -199,12 +204,14 @@ def aot_cases(architecture: Optional[str]) -> list[list[AotCase]]:
             *kernel_cases.smooth.aot_cases(),
             *kernel_cases.weight_only_linear.aot_cases(architecture),
         ],
+        kernel_cases.float_smooth_quantize.aot_cases(),
+        kernel_cases.float_linear.aot_cases(architecture),
     ]
 
 
 @pytest.mark.parametrize("architecture", [None, "sm_80", "sm_90", "gfx942"])
 def test_cases_to_compile_name_every_argument(architecture: Optional[str]) -> None:
-    for operator, cases in zip(OPERATORS, aot_cases(architecture)):
+    for operator, cases in zip((*OPERATORS, *FLOATS), aot_cases(architecture)):
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
             named = [*case.signature, *case.constexprs, *dict(case.config.blocks)]
