@@ -252,16 +252,14 @@ def product(
 
 @every_format
 @every_backend
-def test_a_broken_token_shows_and_stays_alone(backend: Backend, name: str) -> None:
+def test_broken_tokens_show_and_stay_alone(backend: Backend, name: str) -> None:
     x, weight = tokens(), tokens()
     clean = product(backend, name, x, weight)
-    rest = [t for t in range(T) if t != 3]
-    for value in (math.inf, -math.inf, math.nan):
-        broken = x.clone()
-        broken[3, 5] = value
-        y = product(backend, name, broken, weight)
-        assert y[3].isnan().all()
-        assert torch.equal(y[rest], clean[rest])
+    x[3:6, 5] = torch.tensor([math.inf, -math.inf, math.nan])
+    y = product(backend, name, x, weight)
+    assert y[3:6].isnan().all()
+    rest = [0, 1, 2, 6]
+    assert torch.equal(y[rest], clean[rest])
 
 
 @every_format

@@ -24,12 +24,16 @@ def aot_cases() -> list[AotCase]:
     for act_format in FORMATS:
         form = number_format(act_format)
         of_token = form.two_levels or form.group_size is None
-        for config in (SINGLE[0], SINGLE[4], SHARED[1], SHARED[2]):
+        for config, hadamard_size in (
+            (SINGLE[0], 1),
+            (SINGLE[4], 1),
+            (SHARED[2], 1),
+            (SHARED[1], 128),
+        ):
             for one_block in (True, False) if of_token else (True,):
-                for hadamard_size in (1, 128):
-                    cases.append(
-                        _aot_case(act_format, config, "bf16", one_block, hadamard_size)
-                    )
+                cases.append(
+                    _aot_case(act_format, config, "bf16", one_block, hadamard_size)
+                )
         for dtype in ("fp16", "fp32"):
             cases.append(_aot_case(act_format, SHARED[1], dtype, True, 1))
     return cases
