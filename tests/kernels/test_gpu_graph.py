@@ -110,12 +110,11 @@ def test_rotations_are_shared_too(graphs: dict[str, Any]) -> None:
     assert found == layer(SMOOTH, WEIGHT_ONLY, SUM)
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
-def test_floats(graphs: dict[str, Any], scheme: str) -> None:
+def test_floats(graphs: dict[str, Any]) -> None:
     """As integers, with other kernels before and in the product."""
     quantize = "float_smooth_quantize.float_smooth_quantize_kernel"
     product = "float_linear.float_linear_kernel"
-    assert graphs[scheme]["kernels"] == layer(quantize, *DOWN, product)
+    assert graphs["floats"]["kernels"] == layer(quantize, *DOWN, product)
 
 
 def test_an_export_keeps_the_operators(graphs: dict[str, Any]) -> None:
