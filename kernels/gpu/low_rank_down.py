@@ -391,14 +391,18 @@ def _fallback(tokens: int) -> TileConfig:
     return _LONG[0]
 
 
-def fitted(config: TileConfig, wide: bool) -> TileConfig:
-    # Elements of four bytes: half as many in a block fit where two bytes do. Their three
-    # parts leave no registers for the sums of the largest tile.
-    if not wide:
+def fitted(config: TileConfig, wide: bool, floats: bool = False) -> TileConfig:
+    """A tiling for L1 of float32, where ``wide``, and for tokens in floats."""
+    if not wide and not floats:
         return config
+    # Neither three parts of L1 nor tokens that are decoded leave registers for the sums of
+    # the largest tile.
     blocks = dict(config.blocks)
-    blocks["BLOCK_K"] //= 2
     blocks["BLOCK_M"] = min(blocks["BLOCK_M"], 64)
+    if not wide:
+        return TileConfig.of(config.num_warps, config.num_stages, **blocks)
+    # Elements of four bytes: half as many in a block fit where two bytes do.
+    blocks["BLOCK_K"] //= 2
     return TileConfig.of(4, config.num_stages, **blocks)
 
 
@@ -505,7 +509,7 @@ def _low_rank_down(
             "the columns of every modality but the base."
         )
     hidden = torch.empty((tokens, rank), dtype=torch.float32, device=qdata.device)
-    config = fitted(config, l1.dtype == torch.float32)
+    config = fitted(config, l1.dtype == torch.float32, floats is not None)
     split_k = config["SPLIT_K"]
     is_int8 = l1.dtype == torch.int8 and floats is None
     out = shares_of(hidden, config, torch.int32 if is_int8 else torch.float32)
