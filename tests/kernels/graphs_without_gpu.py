@@ -63,10 +63,14 @@ def fake(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def kernel_of(node: torch.fx.Node) -> str:
-    kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+def function_of(kernel: Any) -> Any:
     while hasattr(kernel, "fn"):
         kernel = kernel.fn
+    return kernel
+
+
+def kernel_of(node: torch.fx.Node) -> str:
+    kernel = function_of(kernel_side_table.get_kernel(node.kwargs["kernel_idx"]))
     return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
 
 
@@ -126,7 +130,7 @@ def _remembered(identify: Callable[..., Any]) -> Callable[..., Any]:
             (n, a.dtype if isinstance(a, torch.Tensor) else str(a))
             for n, a in sorted(kwargs.items())
         )
-        key = kernel, *parts
+        key = function_of(kernel), *parts
         if key not in found:
             found[key] = identify(kernel, kwargs, *rest)
         return found[key]
