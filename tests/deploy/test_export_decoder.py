@@ -80,9 +80,9 @@ with open(folder + "/decoder.json", "w") as file:
 
 
 def positions(length: int) -> torch.Tensor:
-    """Neither all alike nor one after the other, as those of an image."""
+    """Neither all alike nor one after the other, as those of an image: fewer than tokens."""
     steps = torch.arange(length)
-    return torch.stack((steps, steps // 2, steps - steps // 3))[:, None]
+    return torch.stack((steps - steps // 4, steps // 2, steps - steps // 3))[:, None]
 
 
 def call_of(parts: list[Any]) -> dict[str, Any]:
