@@ -31,11 +31,12 @@ What the kernels do, for T tokens, K channels and N output channels:
 
 import threading
 import warnings
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
 
-from torchao_masquant.kernels import reference
+from torchao_masquant.kernels import expert_operators, reference
 from torchao_masquant.kernels.cpu_build import (
     BuildError,
     build_library,
@@ -48,9 +49,13 @@ from torchao_masquant.kernels.cpu_engine import (
     choose_engine,
     multiplies_bfloat16,
 )
-from torchao_masquant.kernels.library import _LIB, LOWERED
+from torchao_masquant.kernels.library import _LIB, LOWERED_ON_CPU
 
 __all__ = ["engine", "kernel_of", "prepare", "register", "report"]
+
+
+#: the operators in plain PyTorch
+_REFERENCE = SimpleNamespace(**{**vars(reference), **vars(expert_operators)})
 
 
 class _State:
@@ -62,7 +67,7 @@ class _State:
         #: None until the first call, or :func:`prepare`, has to know
         self.operators: Optional[Any] = None
         if self.choice.engine is CpuEngine.REFERENCE:
-            self.operators = reference
+            self.operators = _REFERENCE
 
 
 _state = _State()
@@ -84,7 +89,7 @@ def _load(path: Any) -> Any:
 
 def _check_schemas() -> None:
     """Raise OSError where a package has brought kernels of other operators than ours."""
-    for name in LOWERED:
+    for name in LOWERED_ON_CPU:
         found, ours = (
             getattr(library, name).default._schema
             for library in (torch.ops.masquant_cpu, torch.ops.masquant)
@@ -114,7 +119,7 @@ def _fall_back(error: Exception) -> None:
     if isinstance(error, BuildError):
         summary, remedy = error.reason, f"{error.remedy}, or set"
     _state.choice = EngineChoice(CpuEngine.REFERENCE, summary)
-    _state.operators = reference
+    _state.operators = _REFERENCE
     warnings.warn(
         "masquant's kernels for this CPU cannot be built, so the plain and slower "
         f"PyTorch path runs: {summary}. {remedy} "
@@ -203,7 +208,7 @@ def register() -> None:
             return
         torch.ops.masquant_cpu.install()
         return
-    for name in LOWERED:
+    for name in LOWERED_ON_CPU:
         _LIB.impl(name, _trampoline(name), "CPU")
 
 
