@@ -176,11 +176,23 @@ Experts one_expert(int64_t rows) {
   return rows > 0 ? Experts{{0, 0, rows}} : Experts();
 }
 
-Tensor of_one(const Tensor& t) { return t.unsqueeze(0); }
+// How many experts tensors are of. Those of a linear lack the dimension.
+struct Stack {
+  int64_t count;
+  size_t leading;
 
-MaybeTensor of_one(const MaybeTensor& t) {
-  return t ? MaybeTensor(t->unsqueeze(0)) : MaybeTensor();
-}
+  // The shape of what each expert has.
+  at::IntArrayRef own_shape(const Tensor& t) const {
+    return t.sizes().slice(std::min(leading, t.sizes().size()));
+  }
+
+  bool fits(const Tensor& t, at::IntArrayRef own) const {
+    return t.dim() == static_cast<int64_t>(own.size() + leading) &&
+           (leading == 0 || t.size(0) == count) && own_shape(t) == own;
+  }
+};
+
+constexpr Stack kLinear{1, 0};
 
 Experts experts_of(const Tensor& ends, int64_t count, int64_t rows) {
   TORCH_CHECK(ends.dim() == 1 && ends.size(0) == count && !ends.is_floating_point(),
@@ -199,49 +211,50 @@ Experts experts_of(const Tensor& ends, int64_t count, int64_t rows) {
   return experts;
 }
 
-// The shape of what each expert has.
-at::IntArrayRef own_shape(const Tensor& t) {
-  return t.sizes().slice(std::min<size_t>(1, t.sizes().size()));
-}
-
-// Weights (E, N, ...), which are not copied where each expert's are contiguous.
-struct Matrices {
-  Matrices(const Tensor& qdata, int64_t in_features, int64_t weight_bits)
-      : tensor(qdata.size(0) == 0 || qdata.select(0, 0).is_contiguous() ? qdata
-                                                                       : qdata.contiguous()) {
+// The weights of experts, which are not copied where each expert's are contiguous.
+class Matrices {
+ public:
+  Matrices(const Stack& stack, const Tensor& qdata, int64_t in_features, int64_t weight_bits)
+      : stack(stack) {
     const bool packed = weight_bits <= 4;
     const int64_t row_bytes = packed ? (in_features + 1) / 2 : in_features;
-    TORCH_CHECK(qdata.dim() == 3 && qdata.size(2) == row_bytes, "masquant: ", in_features,
-                " channels of ", weight_bits, " bits take ", row_bytes,
-                " bytes a row, the weight has shape ", own_shape(qdata), ".");
+    const at::IntArrayRef shape = stack.own_shape(qdata);
+    TORCH_CHECK(shape.size() == 2 && stack.fits(qdata, {shape[0], row_bytes}), "masquant: ",
+                in_features, " channels of ", weight_bits, " bits take ", row_bytes,
+                " bytes a row, the weight has shape ", shape, ".");
     TORCH_CHECK(qdata.scalar_type() == (packed ? at::kByte : at::kChar),
                 "masquant: weights of ", weight_bits, " bits are ",
                 packed ? "uint8" : "int8", ", not ", qdata.scalar_type(), ".");
-    first = {static_cast<const uint8_t*>(tensor.const_data_ptr()), packed, in_features,
-             tensor.size(1), row_bytes};
+    const bool apart = stack.leading == 1 && stack.count > 0;
+    tensor_ = apart && qdata.select(0, 0).is_contiguous() ? qdata : qdata.contiguous();
+    stride_ = apart ? tensor_.stride(0) : 0;
+    first = {static_cast<const uint8_t*>(tensor_.const_data_ptr()), packed, in_features, shape[0],
+             row_bytes};
   }
 
   Weights operator[](int64_t expert) const {
     Weights weights = first;
-    weights.data += expert * tensor.stride(0);
+    weights.data += expert * stride_;
     return weights;
   }
 
-  int64_t count() const { return tensor.size(0); }
-
-  Tensor tensor;
+  Stack stack;
   Weights first;
+
+ private:
+  Tensor tensor_;
+  int64_t stride_;
 };
 
 int64_t checked_groups(const Tensor& scale, const Matrices& weights) {
   const int64_t out_features = weights.first.out_features;
   const int64_t in_features = weights.first.in_features;
-  TORCH_CHECK(scale.dim() == 3 && scale.size(0) == weights.count() &&
-                  scale.size(1) == out_features && scale.size(2) > 0 &&
-                  in_features % scale.size(2) == 0,
-              "masquant: scales of shape ", own_shape(scale), " do not fit a weight of ",
-              out_features, " by ", in_features, ".");
-  return scale.size(2);
+  const at::IntArrayRef shape = weights.stack.own_shape(scale);
+  TORCH_CHECK(shape.size() == 2 && weights.stack.fits(scale, {out_features, shape[1]}) &&
+                  shape[1] > 0 && in_features % shape[1] == 0,
+              "masquant: scales of shape ", shape, " do not fit a weight of ", out_features,
+              " by ", in_features, ".");
+  return shape[1];
 }
 
 void check_rotation(int64_t hadamard_size, int64_t in_features) {
@@ -295,7 +308,7 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
 
 class Results {
  public:
-  // Of experts: l2 (E, R, N), modality_bias (E, M, N), bias (E, N).
+  // Of each expert: l2 (R, N), modality_bias (M, N), bias (N,).
   Results(const Experts& experts, int64_t tokens, const Matrices& weights,
           at::ScalarType out_dtype, const Tensor& like, const MaybeTensor& hidden,
           const MaybeTensor& l2, const MaybeTensor& modality_bias, const MaybeTensor& ids,
@@ -305,7 +318,7 @@ class Results {
         wanted_(out_dtype),
         order(tokens),
         token(tokens) {
-    const int64_t count = weights.count();
+    const Stack& stack = weights.stack;
     const bool direct =
         out_dtype == at::kFloat || out_dtype == at::kBFloat16 || out_dtype == at::kHalf;
     out_ = at::empty({tokens, out_features_},
@@ -313,29 +326,28 @@ class Results {
     std::iota(order.begin(), order.end(), 0);
     if (hidden) {
       TORCH_CHECK(l2, "masquant: a low-rank hidden state comes with up-projections.");
-      TORCH_CHECK(hidden->dim() == 2 && hidden->size(0) == tokens && l2->dim() == 3 &&
-                      l2->size(0) == count && l2->size(1) == hidden->size(1) &&
-                      l2->size(2) == out_features_,
+      TORCH_CHECK(hidden->dim() == 2 && hidden->size(0) == tokens &&
+                      stack.fits(*l2, {hidden->size(1), out_features_}),
                   "masquant: a hidden state of shape ", hidden->sizes(),
-                  " and up-projections of shape ", own_shape(*l2), " do not fit ", tokens,
+                  " and up-projections of shape ", stack.own_shape(*l2), " do not fit ", tokens,
                   " tokens and ", out_features_, " output channels.");
       hidden_ = floats(*hidden);
       l2_ = readable(*l2, true);
     }
     if (bias) {
-      TORCH_CHECK(bias->dim() == 2 && bias->size(0) == count && bias->size(1) == out_features_,
-                  "masquant: ", out_features_, " output channels have a bias of shape ",
-                  own_shape(*bias), ".");
+      TORCH_CHECK(stack.fits(*bias, {out_features_}), "masquant: ", out_features_,
+                  " output channels have a bias of shape ", stack.own_shape(*bias), ".");
       bias_ = readable(*bias, false);
     }
     if (modality_bias) {
-      TORCH_CHECK(modality_bias->dim() == 3 && modality_bias->size(0) == count &&
-                      modality_bias->size(1) > 0 && modality_bias->size(2) == out_features_,
+      const at::IntArrayRef shape = stack.own_shape(*modality_bias);
+      TORCH_CHECK(shape.size() == 2 && shape[0] > 0 &&
+                      stack.fits(*modality_bias, {shape[0], out_features_}),
                   "masquant: ", out_features_,
-                  " output channels have modality biases of shape ",
-                  own_shape(*modality_bias), ".");
+                  " output channels have modality biases of shape ", shape, ".");
+      modalities_ = shape[0];
       modality_bias_ = readable(*modality_bias, false);
-      if (ids) ids_ = checked_ids(*ids, tokens, modality_bias_.size(1));
+      if (ids) ids_ = checked_ids(*ids, tokens, modalities_);
     }
     describe_tokens(experts);
   }
@@ -353,14 +365,14 @@ class Results {
       arrays += kColumns;
     }
     if (modality_bias_.defined()) {
-      const int64_t modalities = modality_bias_.size(1), used = ids_.defined() ? modalities : 1;
+      const int64_t used = ids_.defined() ? modalities_ : 1;
       float_panel(modality_bias_.const_data_ptr(), type_of(modality_bias_), out_features_,
-                  expert * modalities, used, n, f.columns, arrays);
+                  expert * modalities_, used, n, f.columns, arrays);
       f.modality_bias = arrays;
       arrays += used * kColumns;
     }
     if (!any_hidden_) return f;
-    const int64_t rank = l2_.size(1);
+    const int64_t rank = hidden_.size(1);
     if (in_planes()) {
       uint8_t* bytes = reinterpret_cast<uint8_t*>(arrays);
       byte_panel(l2_.const_data_ptr<int8_t>(), out_features_, expert * rank, rank, n, f.columns,
@@ -375,8 +387,8 @@ class Results {
   }
 
   int64_t array_size() const {
-    return kColumns * (1 + (modality_bias_.defined() ? modality_bias_.size(1) : 0) +
-                       (any_hidden_ ? round_up(l2_.size(1), 4) : 0));
+    return kColumns *
+           (1 + modalities_ + (any_hidden_ ? round_up(hidden_.size(1), 4) : 0));
   }
 
   // Tokens [first, first + rows) of the order, at column n.
@@ -448,7 +460,7 @@ class Results {
 
   //: whether tokens are quantized
   bool of_integers_;
-  int64_t out_features_;
+  int64_t out_features_, modalities_ = 0;
   at::ScalarType wanted_;
   std::vector<int8_t> bytes_;
   std::vector<Planes> planes_;
@@ -515,46 +527,47 @@ struct Down {
   const float* column_scale;  // (R,) or null
 };
 
-// Those of experts: l1 (E, K, R), low_rank_scale (E, R).
+// Those of experts: l1 (K, R) and low_rank_scale (R,) of each.
 class Downs {
  public:
-  Downs(const Tensor& l1, int64_t in_features, const Tensor& modality_ids, int64_t tokens,
-        at::IntArrayRef ranks, const MaybeTensor& low_rank_scale)
-      : ranks_(ranks) {
-    TORCH_CHECK(l1.dim() == 3 && l1.size(1) == in_features,
-                "masquant: down-projections of shape ", own_shape(l1), " do not fit ",
-                in_features, " channels.");
-    const int64_t rank = l1.size(2);
+  Downs(const Stack& stack, const Tensor& l1, int64_t in_features, const Tensor& modality_ids,
+        int64_t tokens, at::IntArrayRef ranks, const MaybeTensor& low_rank_scale)
+      : in_features_(in_features), ranks_(ranks) {
+    const at::IntArrayRef shape = stack.own_shape(l1);
+    TORCH_CHECK(shape.size() == 2 && stack.fits(l1, {in_features, shape[1]}),
+                "masquant: down-projections of shape ", shape, " do not fit ", in_features,
+                " channels.");
+    rank_ = shape[1];
     const bool fit =
         std::all_of(ranks.begin(), ranks.end(), [](int64_t r) { return r >= 0; }) &&
-        std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank;
-    TORCH_CHECK(fit, "masquant: ranks ", ranks, " do not add up to ", rank, ".");
+        std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank_;
+    TORCH_CHECK(fit, "masquant: ranks ", ranks, " do not add up to ", rank_, ".");
     TORCH_CHECK(modality_ids.dim() == 1 && modality_ids.size(0) == tokens, "masquant: ",
                 tokens, " tokens have modality ids of shape ", modality_ids.sizes(), ".");
-    TORCH_CHECK(!low_rank_scale || low_rank_scale->numel() == l1.size(0) * rank, "masquant: ",
-                rank, " columns have low-rank scales of shape ",
-                low_rank_scale ? own_shape(*low_rank_scale) : at::IntArrayRef(), ".");
+    TORCH_CHECK(!low_rank_scale || low_rank_scale->numel() == stack.count * rank_, "masquant: ",
+                rank_, " columns have low-rank scales of shape ",
+                low_rank_scale ? stack.own_shape(*low_rank_scale) : at::IntArrayRef(), ".");
     l1_ = readable(l1, true);
     ids_ = modality_ids.to(at::kInt).contiguous();
     if (low_rank_scale) scale_ = floats(*low_rank_scale);
   }
 
   Down operator[](int64_t expert) const {
-    const int64_t in_features = l1_.size(1), rank = l1_.size(2);
     const char* data = static_cast<const char*>(l1_.const_data_ptr());
-    return {data + expert * in_features * rank * static_cast<int64_t>(l1_.element_size()),
-            type_of(l1_), in_features, rank, ranks_,
-            scale_.defined() ? scale_.const_data_ptr<float>() + expert * rank : nullptr};
+    return {data + expert * in_features_ * rank_ * static_cast<int64_t>(l1_.element_size()),
+            type_of(l1_), in_features_, rank_, ranks_,
+            scale_.defined() ? scale_.const_data_ptr<float>() + expert * rank_ : nullptr};
   }
 
   const int32_t* ids() const { return ids_.const_data_ptr<int32_t>(); }
 
   // Hidden states (T, R).
   Tensor zeros(int64_t tokens) const {
-    return at::zeros({tokens, l1_.size(2)}, l1_.options().dtype(at::kFloat));
+    return at::zeros({tokens, rank_}, l1_.options().dtype(at::kFloat));
   }
 
  private:
+  int64_t in_features_, rank_ = 0;
   at::IntArrayRef ranks_;
   Tensor l1_, ids_, scale_;
 };
@@ -715,7 +728,7 @@ Tensor low_rank_down(const Tensor& qdata, const Tensor& scale, const Tensor& l1,
   check_quantized(qdata, scale);
   const Tensor q = qdata.contiguous(), s = floats(scale);
   const int64_t tokens = q.size(0);
-  const Downs down(of_one(l1), q.size(1), modality_ids, tokens, ranks, of_one(low_rank_scale));
+  const Downs down(kLinear, l1, q.size(1), modality_ids, tokens, ranks, low_rank_scale);
   Tensor hidden = down.zeros(tokens);
   project_quantized_down(down[0], q.const_data_ptr<int8_t>(), s.const_data_ptr<float>(),
                          down.ids(), tokens, hidden.mutable_data_ptr<float>());
@@ -750,15 +763,15 @@ void multiply_few(const Results& results, const Expert& expert, int64_t n,
 // Quantized tokens by the matrices of their experts.
 class IntegerProduct {
  public:
-  // scale (E, N, G), contiguous as q is; both outlive this.
+  // scale: (N, G) of each, contiguous as q is; both outlive this.
   IntegerProduct(const Experts& experts, const Tensor& q, const Matrices& weights,
-                 const Tensor& scale, Results& results)
+                 const Tensor& scale, int64_t groups, Results& results)
       : experts_(experts),
         q_(q.const_data_ptr<int8_t>()),
         weights_(weights),
         scale_(scale.const_data_ptr<float>()),
         in_features_(q.size(1)),
-        groups_(scale.size(2)),
+        groups_(groups),
         width_(in_features_ / groups_),
         padded_(round_up(width_, 4)),
         brgemm_(multiplies_by_brgemm(groups_)),
@@ -1004,23 +1017,24 @@ class IntegerProduct {
   std::vector<BlockedToken> blocked_;
 };
 
-// q (S, K) int8 and token_scale (S,), contiguous; all else as expert_int_linear has it.
-Tensor multiply_quantized(const Experts& experts, const Tensor& q, const Tensor& token_scale,
-                          const Tensor& qdata, const Tensor& scale, const MaybeTensor& hidden,
-                          const MaybeTensor& l2, const MaybeTensor& modality_bias,
-                          const MaybeTensor& modality_ids, const MaybeTensor& bias,
-                          int64_t weight_bits, at::ScalarType out_dtype) {
+// q (S, K) int8 and token_scale (S,), contiguous; all else as the operators have it.
+Tensor multiply_quantized(const Stack& stack, const Experts& experts, const Tensor& q,
+                          const Tensor& token_scale, const Tensor& qdata, const Tensor& scale,
+                          const MaybeTensor& hidden, const MaybeTensor& l2,
+                          const MaybeTensor& modality_bias, const MaybeTensor& modality_ids,
+                          const MaybeTensor& bias, int64_t weight_bits,
+                          at::ScalarType out_dtype) {
   const int64_t tokens = q.size(0);
   const Tensor channel_scale = floats(scale);
-  const Matrices weights(qdata, q.size(1), weight_bits);
-  checked_groups(channel_scale, weights);
+  const Matrices weights(stack, qdata, q.size(1), weight_bits);
+  const int64_t groups = checked_groups(channel_scale, weights);
   Results results(experts, tokens, weights, out_dtype, q, hidden, l2, modality_bias,
                   modality_ids, bias);
   if (experts.empty() || weights.first.out_features == 0) return results.take();
   for (int64_t t = 0; t < tokens; ++t) {
     results.token[t].scale = token_scale.const_data_ptr<float>()[t];
   }
-  IntegerProduct(experts, q, weights, channel_scale, results).run();
+  IntegerProduct(experts, q, weights, channel_scale, groups, results).run();
   return results.take();
 }
 
@@ -1031,10 +1045,9 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
                   int64_t weight_bits, at::ScalarType out_dtype) {
   check_processor();
   check_quantized(qx, x_scale);
-  return multiply_quantized(one_expert(qx.size(0)), qx.contiguous(), floats(x_scale),
-                            of_one(qdata), of_one(scale), low_rank_hidden, of_one(l2),
-                            of_one(modality_bias), modality_ids, of_one(bias), weight_bits,
-                            out_dtype);
+  return multiply_quantized(kLinear, one_expert(qx.size(0)), qx.contiguous(), floats(x_scale),
+                            qdata, scale, low_rank_hidden, l2, modality_bias, modality_ids,
+                            bias, weight_bits, out_dtype);
 }
 
 // ---- expert_int_linear ----
@@ -1049,12 +1062,11 @@ Tensor expert_int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& 
   check_quantized(qx, x_scale);
   const Tensor q = qx.contiguous(), token_scale = floats(x_scale);
   const int64_t tokens = q.size(0), in_features = q.size(1);
-  const Experts experts = experts_of(ends, qdata.size(0), tokens);
+  const Stack stack{qdata.size(0), 1};
+  const Experts experts = experts_of(ends, stack.count, tokens);
   MaybeTensor hidden;
   if (l1 && l2 && modality_ids) {
-    TORCH_CHECK(l1->size(0) == qdata.size(0), "masquant: ", qdata.size(0),
-                " experts have down-projections of shape ", l1->sizes(), ".");
-    const Downs downs(*l1, in_features, *modality_ids, tokens, ranks, low_rank_scale);
+    const Downs downs(stack, *l1, in_features, *modality_ids, tokens, ranks, low_rank_scale);
     hidden = downs.zeros(tokens);
     float* out = hidden->mutable_data_ptr<float>();
     const auto project = [&](const Expert& expert) {
@@ -1075,7 +1087,7 @@ Tensor expert_int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& 
       }
     });
   }
-  return multiply_quantized(experts, q, token_scale, qdata, scale, hidden, l2, modality_bias,
+  return multiply_quantized(stack, experts, q, token_scale, qdata, scale, hidden, l2, modality_bias,
                             modality_ids, bias, weight_bits, out_dtype);
 }
 
@@ -1135,8 +1147,8 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
   const int64_t tokens = x.size(0), in_features = x.size(1);
   check_rotation(hadamard_size, in_features);
   const Tensor rows_of_x = readable_rows(x), pre_scale = floats(act_pre_scale),
-               channel_scale = floats(of_one(scale));
-  const Matrices matrices(of_one(qdata), in_features, weight_bits);
+               channel_scale = floats(scale);
+  const Matrices matrices(kLinear, qdata, in_features, weight_bits);
   const Weights& weights = matrices.first;
   const int64_t groups = checked_groups(channel_scale, matrices);
   const int64_t width = in_features / groups;
@@ -1155,8 +1167,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
   };
   MaybeTensor hidden;
   if (l1 && modality_ids) {
-    const Downs down(of_one(*l1), in_features, *modality_ids, tokens, ranks,
-                     of_one(low_rank_scale));
+    const Downs down(kLinear, *l1, in_features, *modality_ids, tokens, ranks, low_rank_scale);
     hidden = down.zeros(tokens);
     project_down(
         down[0], down.ids(), tokens, hadamard_size,
@@ -1167,8 +1178,8 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
         },
         [](int64_t) { return 1.0f; }, hidden->mutable_data_ptr<float>());
   }
-  Results results(one_expert(tokens), tokens, matrices, out_dtype, x, hidden, of_one(l2),
-                  of_one(modality_bias), modality_ids, of_one(bias));
+  Results results(one_expert(tokens), tokens, matrices, out_dtype, x, hidden, l2, modality_bias,
+                  modality_ids, bias);
   if (tokens == 0 || weights.out_features == 0) return results.take();
 
   const auto smooth = [&](int64_t t, float* out) {
