@@ -87,14 +87,17 @@ def _load(path: Any) -> Any:
     return torch.ops.masquant_cpu
 
 
+def _schema(library: Any, name: str) -> str:
+    """What an operator takes and gives; nothing of one that the library lacks."""
+    if not hasattr(library, name):
+        return ""
+    return str(getattr(library, name).default._schema).partition("::")[2]
+
+
 def _check_schemas() -> None:
     """Raise OSError where a package has brought kernels of other operators than ours."""
     for name in LOWERED_ON_CPU:
-        found, ours = (
-            getattr(library, name).default._schema
-            for library in (torch.ops.masquant_cpu, torch.ops.masquant)
-        )
-        if str(found).partition("::")[2] != str(ours).partition("::")[2]:
+        if _schema(torch.ops.masquant_cpu, name) != _schema(torch.ops.masquant, name):
             raise OSError(
                 "a package that was exported by another version of torchao_masquant has "
                 f"brought its own kernels into this process, and their {name} is not "
