@@ -45,12 +45,15 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from torchao_masquant import MASQuantConfig, Recipe, masquant_config
+from torchao_masquant.head_recipe import head_layers
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 
 DENSE = "bf16"
-CANDIDATES = [DENSE, "w8a8", "w4a8", "w4a16"]
+#: With the output head in 8 bits, too.
+HEAD = "+head"
+CANDIDATES = [DENSE, "w8a8", "w4a8", f"w4a8{HEAD}", "w4a16"]
 LENGTHS = [256, 1024]
 NEW_TOKENS = 17
 _IMAGE, _START, _END, _WORD = 3, 1, 2, 4
@@ -106,9 +109,15 @@ def build(layers: int) -> Qwen2_5_VLForConditionalGeneration:
         torch.set_default_dtype(before)
 
 
-def random_recipe(model: nn.Module, scheme: str) -> Recipe:
+def random_recipe(model: nn.Module, candidate: str) -> Recipe:
     """Two modalities with random smoothing factors and pairs for every decoder linear."""
-    layers = {}
+    modalities = ("text", "vision")
+    options = SolverOptions(
+        scheme=candidate.removesuffix(HEAD),
+        rank=RANK,
+        head_bits=8 if candidate.endswith(HEAD) else 16,
+    )
+    layers = head_layers(model, options, modalities)
     for name, linear in model.named_modules():
         if type(linear) is not nn.Linear or "language_model" not in name:
             continue
@@ -123,11 +132,7 @@ def random_recipe(model: nn.Module, scheme: str) -> Recipe:
             l2=torch.randn(rank, n) * 1e-2,
             modality_bias=torch.randn(2, n) * 1e-2,
         )
-    return Recipe(
-        options=SolverOptions(scheme=scheme, rank=RANK),
-        modalities=("text", "vision"),
-        layers=layers,
-    )
+    return Recipe(options=options, modalities=modalities, layers=layers)
 
 
 def prompt(length: int, image: bool) -> dict[str, torch.Tensor]:
@@ -247,7 +252,8 @@ def work(connection: Connection, candidate: str, layers: int, options: Any) -> N
     elif candidate != DENSE:
         config = MASQuantConfig(
             step="prepare_for_loading",
-            scheme=candidate,
+            scheme=candidate.removesuffix(HEAD),
+            head_bits=8 if candidate.endswith(HEAD) else 16,
             modalities=["text", "vision"],
         )
         quantize_(model, config)
