@@ -271,7 +271,7 @@ class LayerRecipe:
             rows = len(weight)
             if not self.ranks and self.modality_bias is None:
                 rows = max(1, _VALUES_AT_ONCE // weight.shape[-1])
-            pieces = [
+            pieces: list[torch.Tensor] = [
                 MASQuantTensor.from_hp(
                     piece,
                     group_size=scheme.group_size,
@@ -280,7 +280,9 @@ class LayerRecipe:
                 )
                 for piece in weight.split(rows)
             ]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            assert isinstance(whole, MASQuantTensor)
+            return whole
         if self.scale is None:
             raise ValueError("its recipe has integers without a scale.")
         return MASQuantTensor.from_integers(

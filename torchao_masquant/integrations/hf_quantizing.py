@@ -59,11 +59,12 @@ class QuantizingLoading:
         if left_out:
             self._leave_out(left_out)
         #: the head, where it is quantized: its weight may be that of the embeddings
-        self._head = {head_name(model)} & self._layers.keys()
+        head = head_name(model)
+        self._head = head if head in self._layers else None
         self._named = {
             parameter_of(name, layer.shape): name
             for name, layer in self._layers.items()
-            if name not in self._head
+            if name != self._head
         }
         self.router = Router.for_model(model, recipe.modalities)
 
@@ -140,9 +141,10 @@ class QuantizingLoading:
         Raises:
             ValueError: a weight could not be quantized, or was not in the checkpoint.
         """
-        for name in self._head:
-            self.load(model, name, model.get_submodule(name).weight.data)
-            stands_alone(model, name)
+        if self._head is not None:
+            head: Any = model.get_submodule(self._head)
+            self.load(model, self._head, head.weight.data)
+            stands_alone(model, self._head)
         if self.error is not None:
             raise self.error
         missing = [name for name in self._layers if name not in self.done]

@@ -60,7 +60,8 @@ def stands_alone(model: nn.Module, name: str) -> None:
         if isinstance(known, dict):
             known.pop(weight[len(own) :], None)
         config: Any = getattr(module, "config", None)
-        text = getattr(config, "get_text_config", lambda: None)()
-        for one in (config, text):
-            if getattr(one, "tie_word_embeddings", False):
-                one.tie_word_embeddings = False
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+        text: Any = getattr(config, "get_text_config", lambda: None)()
+        if getattr(text, "tie_word_embeddings", False):
+            text.tie_word_embeddings = False
