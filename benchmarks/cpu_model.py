@@ -199,11 +199,11 @@ def memory(what: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {what}.")
 
 
-def _weight_bytes(model: nn.Module) -> int:
-    """Bytes of the decoder's linears, all that belongs to them counted."""
+def _weight_bytes(model: nn.Module, part: str) -> int:
+    """Bytes of the linears of a part, all that belongs to them counted."""
     total = 0
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "language_model" in name:
+        if isinstance(module, nn.Linear) and part in name:
             stored = getattr(module.weight.data, "nbytes_stored", None)
             total += module.weight.nbytes if stored is None else stored
     return total
@@ -263,7 +263,8 @@ def work(connection: Connection, candidate: str, layers: int, options: Any) -> N
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     facts["load s"] = time.perf_counter() - started
-    facts["linears MiB"] = _weight_bytes(model) / 2**20
+    facts["linears MiB"] = _weight_bytes(model, "language_model") / 2**20
+    facts["head MiB"] = _weight_bytes(model, "lm_head") / 2**20
     del state
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
