@@ -29,7 +29,7 @@ from operator_cases import (
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.kernels.cpu_build import library_path
 from torchao_masquant.kernels.cpu_engine import multiplies_bfloat16
-from torchao_masquant.kernels.library import LOWERED
+from torchao_masquant.kernels.library import LOWERED_ON_CPU
 
 CPU = Cpu()
 if CPU.why_not():
@@ -166,13 +166,13 @@ def test_kernels_of_another_version_are_not_taken(
     """A package exported by it may have brought them, with fewer arguments."""
     library = library_path()
     cpu_lowering._load(library)
-    brought = {name: getattr(ops, name) for name in LOWERED}
-    brought["smooth_quantize"] = ops.low_rank_down
-    monkeypatch.setattr(torch.ops, "masquant_cpu", SimpleNamespace(**brought))
-    with pytest.raises(
-        OSError, match="another version .* their smooth_quantize is not"
-    ):
-        cpu_lowering._load(library)
+    brought = {name: getattr(ops, name) for name in LOWERED_ON_CPU}
+    fewer = {**brought, "smooth_quantize": ops.low_rank_down}
+    none = {n: brought[n] for n in brought if n != "expert_int_linear"}
+    for found, name in ((fewer, "smooth_quantize"), (none, "expert_int_linear")):
+        monkeypatch.setattr(torch.ops, "masquant_cpu", SimpleNamespace(**found))
+        with pytest.raises(OSError, match=f"another version .* their {name} is not"):
+            cpu_lowering._load(library)
 
 
 def test_kernels_have_names() -> None:
