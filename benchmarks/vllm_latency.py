@@ -9,7 +9,8 @@
         [--only ROW ...] [--json PATH]
 
 What ``vllm bench latency`` measures, of engines that take turns, call by call: each has a
-process of its own, and medians count. A first token is that of a prompt of 512; what a
+process of its own, and medians count. GB/s are the bytes of the weights that a token is
+multiplied by over what it takes. A first token is that of a prompt of 512; what a
 token takes later is of 32 more. Rows that see have one more prompt, of which half is an
 image: the tower, which is tiny, and the image's preprocessing are part of its time.
 
@@ -30,7 +31,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from vllm_bench.folders import CANDIDATES, IMAGE_TOKENS, OURS, PEERS, make
+from vllm_bench.folders import CANDIDATES, IMAGE_TOKENS, OURS, PEERS, make, token_bytes
 
 from torchao_masquant.atomic_files import write_whole
 
@@ -107,6 +108,10 @@ def main() -> None:
         for seeing in (False, True):
             group = {row: of for row, of in rows.items() if sees(of[1]) == seeing}
             results |= take_turns(group, folder, args.threads, args.rounds)
+        for row, (_, name) in rows.items():
+            took = results[row]["a token, ms"]
+            read = token_bytes(make(name, folder))
+            results[row]["GB/s"] = round(read / took / 1e6, 1)
     facts = {
         "threads": args.threads,
         "rounds": args.rounds,

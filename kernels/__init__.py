@@ -9,14 +9,15 @@ Importing this package registers the ``masquant::`` operator library. It knows
 plain tensors only: nothing here knows of models, modules or tensor subclasses.
 
 - ``library``: the operators' library, and how one is defined;
-- ``autocast``: what ``masquant::linear`` does under ``torch.autocast``;
+- ``autocast``: what linears and experts do under ``torch.autocast``;
 - ``reference``: the operators and their plain implementation, against which every
   lowering is tested;
 - ``number_formats``: floats of 8 and 4 bits, and how scales for them are made;
 - ``float_reference``: the operators for tokens in such floats, likewise;
 - ``float_instructions``: which devices multiply such floats, and how;
 - ``hadamard``: rotations of neighbouring channels;
-- ``expert_operators``: those of mixture-of-experts weights, made of the others;
+- ``expert_operators``: those of mixture-of-experts weights, made of the others where
+  a device has no kernels for them;
 - ``int4_packing``: two 4-bit integers per byte;
 - ``cpu_lowering``: C++ kernels for x86, which are in ``csrc``; ``cpu_engine`` chooses
   among them, and ``cpu_build`` compiles them at their first use;

@@ -31,11 +31,12 @@ What the kernels do, for T tokens, K channels and N output channels:
 
 import threading
 import warnings
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
 
-from torchao_masquant.kernels import reference
+from torchao_masquant.kernels import expert_operators, reference
 from torchao_masquant.kernels.cpu_build import (
     BuildError,
     build_library,
@@ -48,9 +49,13 @@ from torchao_masquant.kernels.cpu_engine import (
     choose_engine,
     multiplies_bfloat16,
 )
-from torchao_masquant.kernels.library import _LIB, LOWERED
+from torchao_masquant.kernels.library import _LIB, LOWERED_ON_CPU
 
 __all__ = ["engine", "kernel_of", "prepare", "register", "report"]
+
+
+#: the operators in plain PyTorch
+_REFERENCE = SimpleNamespace(**{**vars(reference), **vars(expert_operators)})
 
 
 class _State:
@@ -62,7 +67,7 @@ class _State:
         #: None until the first call, or :func:`prepare`, has to know
         self.operators: Optional[Any] = None
         if self.choice.engine is CpuEngine.REFERENCE:
-            self.operators = reference
+            self.operators = _REFERENCE
 
 
 _state = _State()
@@ -82,14 +87,17 @@ def _load(path: Any) -> Any:
     return torch.ops.masquant_cpu
 
 
+def _schema(library: Any, name: str) -> str:
+    """What an operator takes and gives; nothing of one that the library lacks."""
+    if not hasattr(library, name):
+        return ""
+    return str(getattr(library, name).default._schema).partition("::")[2]
+
+
 def _check_schemas() -> None:
     """Raise OSError where a package has brought kernels of other operators than ours."""
-    for name in LOWERED:
-        found, ours = (
-            getattr(library, name).default._schema
-            for library in (torch.ops.masquant_cpu, torch.ops.masquant)
-        )
-        if str(found).partition("::")[2] != str(ours).partition("::")[2]:
+    for name in LOWERED_ON_CPU:
+        if _schema(torch.ops.masquant_cpu, name) != _schema(torch.ops.masquant, name):
             raise OSError(
                 "a package that was exported by another version of torchao_masquant has "
                 f"brought its own kernels into this process, and their {name} is not "
@@ -114,7 +122,7 @@ def _fall_back(error: Exception) -> None:
     if isinstance(error, BuildError):
         summary, remedy = error.reason, f"{error.remedy}, or set"
     _state.choice = EngineChoice(CpuEngine.REFERENCE, summary)
-    _state.operators = reference
+    _state.operators = _REFERENCE
     warnings.warn(
         "masquant's kernels for this CPU cannot be built, so the plain and slower "
         f"PyTorch path runs: {summary}. {remedy} "
@@ -203,7 +211,7 @@ def register() -> None:
             return
         torch.ops.masquant_cpu.install()
         return
-    for name in LOWERED:
+    for name in LOWERED_ON_CPU:
         _LIB.impl(name, _trampoline(name), "CPU")
 
 

@@ -41,6 +41,8 @@ _LIB = torch.library.Library("masquant", "DEF")
 
 #: the operators on plain tensors that have kernels of their own for CPUs and GPUs
 LOWERED = ("smooth_quantize", "low_rank_down", "int_linear", "weight_only_linear")
+#: those that have them on a CPU
+LOWERED_ON_CPU = (*LOWERED, "expert_int_linear")
 
 #: those that have kernels of their own for GPUs alone
 LOWERED_ON_GPUS = ("float_smooth_quantize", "float_low_rank_down", "float_linear")

@@ -19,6 +19,7 @@ from torchao_masquant.calibration.request import (
 )
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.conductor.conductor import Conductor
+from torchao_masquant.head_recipe import head_layers
 from torchao_masquant.learning import learn
 from torchao_masquant.learning.published import PublishedTask
 from torchao_masquant.models.wrappers import check_in_memory, unwrapped
@@ -89,6 +90,7 @@ def calibrate(
     router = Router.for_model(model, met)
     router.skip_padding = True
     check_request(model, selected, router.modalities, options)
+    heads = head_layers(model, options, router.modalities)
     with threads_for(widest(selected.weights.values())):
         iterator = iter(samples)
         first = next(iterator, None)
@@ -147,7 +149,10 @@ def calibrate(
         return Recipe(
             options=options,
             modalities=router.modalities,
-            layers={name: layers[name] for name in selected.layers if name in layers},
+            layers={
+                **{name: layers[name] for name in selected.layers if name in layers},
+                **heads,
+            },
             versions=library_versions(),
             description={"samples": count, "tokens": conductor.tokens},
         )

@@ -49,6 +49,7 @@ __all__ = [
     "STOCK",
     "SolverOptions",
     "get_scheme",
+    "largest_rotation",
     "resolve_rank",
     "scheme_of_numbers",
 ]
@@ -281,6 +282,16 @@ def resolve_rank(rank: Union[int, float], n: int, k: int) -> int:
     return max(1, round(rank * full)) if rank > 0 else 0
 
 
+def largest_rotation(in_features: int) -> Optional[int]:
+    """Block of the rotation of an input of K channels; None where K is odd.
+
+    Args:
+        in_features: K.
+    """
+    size = min(in_features & -in_features, _LARGEST_BLOCK)
+    return size if size > 1 else None
+
+
 class _SchemeName(Values):
     """Names of schemes, in small or capital letters."""
 
@@ -460,6 +471,18 @@ class SolverOptions:
         kw_only=True,
     )
 
+    head_bits: int = option(
+        16,
+        "8 rounds the output head (lm_head) too, to 8 bits of weights and activations; "
+        "16 leaves it as it is",
+        OneOf((8, 16)),
+        "Its channels are rotated and then rounded to nearest, whatever the method: that "
+        "takes no data, and its tokens are of no modality. Of a model whose head shares its "
+        "weight with the token embeddings these stay, and the head is stored beside them.",
+        later=True,
+        kw_only=True,
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
         # Files and reports compare it: as SCHEMES has it, however it was written.
@@ -548,6 +571,7 @@ class SolverOptions:
             "hadamard_size": self.hadamard_size not in (None, 1),
             "group_size": self.scheme == "w8a8" and self.group_size is not None,
             "budget": self.budget is not None,
+            "head_bits": self.head_bits != 16,
         }
         given = [name for name, is_stray in strays.items() if is_stray]
         if given:
@@ -641,8 +665,7 @@ class SolverOptions:
             return self.hadamard_size if self.hadamard_size > 1 else None
         if not self.procedure.rotation:
             return None
-        size = min(in_features & -in_features, _LARGEST_BLOCK)
-        return size if size > 1 else None
+        return largest_rotation(in_features)
 
     @property
     def number_format(self) -> Scheme:

@@ -28,8 +28,12 @@ from torchao_masquant.conversion.fitting import (
 )
 from torchao_masquant.conversion.listeners import tell
 from torchao_masquant.conversion.observing import plan_observed, plan_prepare
-from torchao_masquant.conversion.placeholders import placeholder_weight
+from torchao_masquant.conversion.placeholders import (
+    placeholder_of,
+    placeholder_weight,
+)
 from torchao_masquant.conversion.solution import OBSERVED
+from torchao_masquant.head_recipe import head_layers
 from torchao_masquant.models.experts import layers_of_model
 from torchao_masquant.models.wrappers import check_in_memory, unwrapped
 from torchao_masquant.options import NamePatterns, QuantizationOptions
@@ -187,6 +191,7 @@ def rounding_recipe(model: nn.Module, asked: QuantizationOptions) -> Recipe:
 
     selected = selected_of(model, asked, made(model, is_made))
     layers = {n: LayerRecipe.rounded(w.shape) for n, w in selected.weights.items()}
+    layers |= head_layers(model, options, met)
     return Recipe(options, met, layers, library_versions())
 
 
@@ -222,4 +227,13 @@ def plan_loading(model: nn.Module, asked: QuantizationOptions) -> Changes:
     router.detach(model)
     router.attach(model)
     tell(model)
-    return replacing(model, selected.layers, placeholder, router)
+    heads = head_layers(model, options, met)
+    head = {n: layer for n, layer in layers_of_model(model).items() if n in heads}
+
+    def head_placeholder(name: str, weight: torch.Tensor) -> MASQuantTensor:
+        return placeholder_of(heads[name], weight, options, met)
+
+    return {
+        **replacing(model, selected.layers, placeholder, router),
+        **replacing(model, head, head_placeholder, router),
+    }

@@ -62,6 +62,9 @@ _INTEGERS = ("qdata", "zero_point")
 #: enough for sizes to be multiplied before anything is allocated.
 LARGEST_DIMENSION = 2**24
 
+# Of a weight, that are rounded: an output head has some hundred thousand rows.
+_VALUES_AT_ONCE = 2**26
+
 
 def weight_fingerprint(weight: torch.Tensor) -> str:
     """16 hex digits that tell a weight from a changed one.
@@ -105,7 +108,7 @@ class LayerRecipe:
         hadamard_size: of the rotation of the smoothed weight and its input, see
             :mod:`torchao_masquant.kernels.hadamard`; ``l1`` and ``qdata`` are of rotated
             channels. None: there is no rotation.
-        scheme: name of its own, whose integers ``qdata`` are; None: that of the recipe.
+        scheme: name of its own, which ``qdata`` is or will be of; None: that of the recipe.
         row_scale: (N,) float32, which ``scale`` is to be multiplied by in a number
             format of two levels.
     """
@@ -160,8 +163,6 @@ class LayerRecipe:
                 raise ValueError(f"{name}: {error}") from error
         if self.scheme is not None:
             get_scheme(self.scheme)
-            if self.qdata is None:
-                raise ValueError(f"{name} has a scheme of its own without integers")
         rank = sum(self.ranks)
         if rank and len(self.ranks) != modalities - 1:
             raise ValueError(
@@ -267,12 +268,21 @@ class LayerRecipe:
             act_format=scheme.act_format,
         )
         if self.qdata is None:
-            return MASQuantTensor.from_hp(
-                weight,
-                group_size=scheme.group_size,
-                symmetric=scheme.symmetric,
-                **parts,
-            )
+            rows = len(weight)
+            if not self.ranks and self.modality_bias is None:
+                rows = max(1, _VALUES_AT_ONCE // weight.shape[-1])
+            pieces: list[torch.Tensor] = [
+                MASQuantTensor.from_hp(
+                    piece,
+                    group_size=scheme.group_size,
+                    symmetric=scheme.symmetric,
+                    **parts,
+                )
+                for piece in weight.split(rows)
+            ]
+            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            assert isinstance(whole, MASQuantTensor)
+            return whole
         if self.scale is None:
             raise ValueError("its recipe has integers without a scale.")
         return MASQuantTensor.from_integers(
@@ -323,11 +333,19 @@ class LayerRecipe:
         )
 
     @classmethod
-    def rounded(cls, shape: Sequence[int]) -> "LayerRecipe":
+    def rounded(
+        cls,
+        shape: Sequence[int],
+        *,
+        scheme: Optional[str] = None,
+        hadamard_size: Optional[int] = None,
+    ) -> "LayerRecipe":
         """The part that needs no data: neither smoothed nor compensated.
 
         Args:
             shape: (N, K) or (E, N, K) of a weight.
+            scheme: name of its own; None for that of the recipe.
+            hadamard_size: of the rotation of its channels; None for none.
         """
         return cls(
             shape=tuple(shape),
@@ -336,6 +354,8 @@ class LayerRecipe:
             smoothing_factor=torch.ones(
                 1, shape[-1], device="cpu", dtype=torch.float32
             ),
+            scheme=scheme,
+            hadamard_size=hadamard_size,
         )
 
     def expert(self, index: int) -> "LayerRecipe":

@@ -67,6 +67,16 @@ _METHODS: dict[str, tuple[str, str | None, Mapping[str, Any]]] = {
         None,
         {"rank": 0, "group_size": 64},
     ),
+    "masquant, no pair, head of 8 bits": (
+        "**ours, no pair, head of 8 bits**",
+        None,
+        {"rank": 0, "head_bits": 8},
+    ),
+    "masquant, pairs of 8 bits": (
+        "**ours, pairs of 8 bits**",
+        None,
+        {"low_rank_bits": 8},
+    ),
     "masquant, exported": (
         "**ours, exported**",
         None,

@@ -58,8 +58,7 @@ def _call(model: Any, sample: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Ten
 class Reference:
     """What the dense model says of the held-out data: its last hidden states.
 
-    The head stays in high precision in every copy, so it makes the same logits of them
-    again, in a hundredth of their memory.
+    Its head makes the same logits of them again, in a hundredth of their memory.
 
     Args:
         model: the dense one.
@@ -68,6 +67,7 @@ class Reference:
 
     def __init__(self, model: Any, tasks: Tasks):
         self.tasks = tasks
+        self._head = model.lm_head
         self.hidden = {
             task: [_call(model, sample)[0] for sample in samples]
             for task, samples in tasks.items()
@@ -82,7 +82,7 @@ class Reference:
             for sample, hidden in zip(samples, self.hidden[task]):
                 _, logits, labels = _call(model, sample)
                 none = torch.zeros_like(labels, dtype=torch.bool)
-                exact = model.lm_head(hidden)
+                exact = self._head(hidden)
                 found.append(score_tokens(logits, exact, labels, none, task))
             scores[task] = _summary(found)
         return scores

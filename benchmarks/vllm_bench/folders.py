@@ -16,29 +16,38 @@ from unittest import mock
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import Recipe, masquant_config, save_quantized
-from torchao_masquant.options import Scheme, SolverOptions
+from torchao_masquant.head_recipe import head_layers
+from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.testing import model_folders
 
-__all__ = ["CANDIDATES", "IMAGE_TOKENS", "OURS", "PEERS", "make"]
+__all__ = ["CANDIDATES", "IMAGE_TOKENS", "OURS", "PEERS", "make", "token_bytes"]
 
 RANK = 0.05
 #: An image of 224 x 224 in patches of 14.
 IMAGE_TOKENS = 256
-#: Name of a row to the scheme, whether it sees images, and the rank of its pairs.
-OURS = {
-    "w8a8": ("w8a8", False, 0.0),
-    "w4a8": ("w4a8", False, 0.0),
-    "w4a16": ("w4a16", False, 0.0),
-    "w4a8 that sees": ("w4a8", True, 0.0),
-    "w4a8 that sees, pairs": ("w4a8", True, RANK),
-    "w8a8 that sees": ("w8a8", True, 0.0),
-    "w8a8 that sees, pairs": ("w8a8", True, RANK),
+_PAIRS: dict[str, Any] = {"rank": RANK}
+_PAIRS_OF_8_BITS = {"rank": RANK, "low_rank_bits": 8}
+_HEAD = {"head_bits": 8}
+#: Name of a row to the scheme, whether it sees images, and other options.
+OURS: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "w8a8": ("w8a8", False, {}),
+    "w8a8, head of 8 bits": ("w8a8", False, _HEAD),
+    "w4a8": ("w4a8", False, {}),
+    "w4a8, head of 8 bits": ("w4a8", False, _HEAD),
+    "w4a16": ("w4a16", False, {}),
+    "w4a8 that sees": ("w4a8", True, {}),
+    "w4a8 that sees, pairs": ("w4a8", True, _PAIRS),
+    "w4a8 that sees, pairs of 8 bits": ("w4a8", True, _PAIRS_OF_8_BITS),
+    "w8a8 that sees": ("w8a8", True, {}),
+    "w8a8 that sees, pairs": ("w8a8", True, _PAIRS),
+    "w8a8 that sees, pairs of 8 bits": ("w8a8", True, _PAIRS_OF_8_BITS),
 }
 PEERS = {"int8": 8, "int4": 4}
 CANDIDATES = ("bf16", *OURS, *PEERS)
@@ -81,6 +90,19 @@ def make(candidate: str, folder: Path) -> Path:
     return made
 
 
+def token_bytes(folder: Path) -> int:
+    """Bytes of the weights that every token is multiplied by: decoder and head."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if not any(
+                    part in name for part in ("embed_tokens", "vision", "project")
+                ):
+                    total += tensors.get_tensor(name).nbytes
+    return total
+
+
 def _halve(folder: Path) -> None:
     """Weights in bfloat16."""
     for file in folder.glob("*.safetensors"):
@@ -90,7 +112,9 @@ def _halve(folder: Path) -> None:
     path.write_text(path.read_text().replace('"float32"', '"bfloat16"'))
 
 
-def _ours(dense: Path, folder: Path, scheme: str, sees: bool, rank: float) -> None:
+def _ours(
+    dense: Path, folder: Path, scheme: str, sees: bool, given: dict[str, Any]
+) -> None:
     loader = (
         transformers.AutoModelForMultimodalLM
         if sees
@@ -98,27 +122,28 @@ def _ours(dense: Path, folder: Path, scheme: str, sees: bool, rank: float) -> No
     )
     model = loader.from_pretrained(dense, dtype=torch.bfloat16)
     modalities = ("text", "vision") if sees else ("text",)
-    options = SolverOptions(scheme=scheme, rank=rank)
+    options = SolverOptions(scheme=scheme, **{"rank": 0.0, **given})
     torch.manual_seed(0)
     layers = {
-        name: _layer(linear.weight, len(modalities), rank, options.number_format)
+        name: _layer(linear.weight, len(modalities), options)
         for name, linear in model.named_modules()
         if type(linear) is nn.Linear
         and "lm_head" not in name
         and "vision" not in name
         and "projector" not in name
     }
+    layers |= head_layers(model, options, modalities)
     quantize_(model, masquant_config(Recipe(options, modalities, layers)))
     save_quantized(model, folder, beside=dense)
 
 
 def _layer(
-    weight: torch.Tensor, modalities: int, share: float, scheme: Scheme
+    weight: torch.Tensor, modalities: int, options: SolverOptions
 ) -> LayerRecipe:
     n, k = weight.shape
-    rank = round(share * min(n, k))
+    rank = options.average_rank(n, k)
     parts: dict[str, Any] = {}
-    if scheme.act_bits < 16:
+    if not options.number_format.weight_only:
         parts["act_shift"] = torch.randn(modalities, k) * 1e-2
         parts["modality_bias"] = torch.randn(modalities, n) * 1e-2
     if rank:

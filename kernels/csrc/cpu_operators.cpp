@@ -51,6 +51,39 @@ int64_t panels_of_thread(int64_t tokens, int64_t in_features) {
   return 1 + 65536 / (tokens * in_features * kColumns + 1);
 }
 
+// Calls f(begin, end) until all of [0, items) is done. Each thread has a range of its own,
+// which it finds in its caches at the next call, and takes it piece by piece; one that is
+// through takes from the others, which may be waiting for a processor.
+template <class F>
+void share(int64_t items, int64_t grain, const F& f) {
+  const int64_t workers =
+      std::min<int64_t>(at::get_num_threads(), (items + grain - 1) / grain);
+  if (workers <= 1 || at::in_parallel_region()) {
+    if (items > 0) f(0, items);
+    return;
+  }
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Range> ranges(workers);
+  for (int64_t w = 0; w < workers; ++w) {
+    ranges[w].next = items * w / workers;
+    ranges[w].end = items * (w + 1) / workers;
+  }
+  const int64_t piece = std::max<int64_t>(1, items / (8 * workers));
+  at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      for (int64_t i = 0; i < workers; ++i) {
+        Range& range = ranges[(w + i) % workers];
+        for (int64_t at; (at = range.next.fetch_add(piece)) < range.end;) {
+          f(at, std::min(at + piece, range.end));
+        }
+      }
+    }
+  });
+}
+
 // Memory that a thread keeps between calls: a fresh block would cost a page fault for
 // each 4 KiB, which is more than it takes to fill it.
 template <class T>
@@ -128,25 +161,100 @@ const char* row_of(const Tensor& t, int64_t row) {
          row * t.stride(0) * static_cast<int64_t>(t.element_size());
 }
 
-Weights weights_of(const Tensor& qdata, int64_t in_features, int64_t weight_bits) {
-  const bool packed = weight_bits <= 4;
-  const int64_t row_bytes = packed ? (in_features + 1) / 2 : in_features;
-  TORCH_CHECK(qdata.dim() == 2 && qdata.size(1) == row_bytes, "masquant: ", in_features,
-              " channels of ", weight_bits, " bits take ", row_bytes,
-              " bytes a row, the weight has shape ", qdata.sizes(), ".");
-  TORCH_CHECK(qdata.scalar_type() == (packed ? at::kByte : at::kChar),
-              "masquant: weights of ", weight_bits, " bits are ",
-              packed ? "uint8" : "int8", ", not ", qdata.scalar_type(), ".");
-  return {static_cast<const uint8_t*>(qdata.const_data_ptr()), packed, in_features,
-          qdata.size(0), row_bytes};
+// ---- matrices, and which rows meet which ----
+
+// Rows [begin, end) meet a matrix of their own.
+struct Expert {
+  int64_t number, begin, end;
+  int64_t rows() const { return end - begin; }
+};
+
+// Those that have rows, one behind the other from row 0 on. A linear is one expert.
+using Experts = std::vector<Expert>;
+
+Experts one_expert(int64_t rows) {
+  return rows > 0 ? Experts{{0, 0, rows}} : Experts();
 }
 
-int64_t checked_groups(const Tensor& scale, const Weights& weights) {
-  TORCH_CHECK(scale.dim() == 2 && scale.size(0) == weights.out_features &&
-                  scale.size(1) > 0 && weights.in_features % scale.size(1) == 0,
-              "masquant: scales of shape ", scale.sizes(), " do not fit a weight of ",
-              weights.out_features, " by ", weights.in_features, ".");
-  return scale.size(1);
+// How many experts tensors are of. Those of a linear lack the dimension.
+struct Stack {
+  int64_t count;
+  size_t leading;
+
+  // The shape of what each expert has.
+  at::IntArrayRef own_shape(const Tensor& t) const {
+    return t.sizes().slice(std::min(leading, t.sizes().size()));
+  }
+
+  bool fits(const Tensor& t, at::IntArrayRef own) const {
+    return t.dim() == static_cast<int64_t>(own.size() + leading) &&
+           (leading == 0 || t.size(0) == count) && own_shape(t) == own;
+  }
+};
+
+constexpr Stack kLinear{1, 0};
+
+Experts experts_of(const Tensor& ends, int64_t count, int64_t rows) {
+  TORCH_CHECK(ends.dim() == 1 && ends.size(0) == count && !ends.is_floating_point(),
+              "masquant: ends must say of each of ", count,
+              " experts where its rows end, got ", ends.sizes(), " ", ends.scalar_type(), ".");
+  const Tensor places = ends.to(at::kLong).contiguous();
+  Experts experts;
+  int64_t begin = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    const int64_t end = places.const_data_ptr<int64_t>()[e];
+    TORCH_CHECK_INDEX(begin <= end && end <= rows, "masquant: expert ", e, " has the rows from ",
+                      begin, " to ", end, ", and there are ", rows, ".");
+    if (begin < end) experts.push_back({e, begin, end});
+    begin = end;
+  }
+  return experts;
+}
+
+// The weights of experts, which are not copied where each expert's are contiguous.
+class Matrices {
+ public:
+  Matrices(const Stack& stack, const Tensor& qdata, int64_t in_features, int64_t weight_bits)
+      : stack(stack) {
+    const bool packed = weight_bits <= 4;
+    const int64_t row_bytes = packed ? (in_features + 1) / 2 : in_features;
+    const at::IntArrayRef shape = stack.own_shape(qdata);
+    TORCH_CHECK(shape.size() == 2 && stack.fits(qdata, {shape[0], row_bytes}), "masquant: ",
+                in_features, " channels of ", weight_bits, " bits take ", row_bytes,
+                " bytes a row, the weight has shape ", shape, ".");
+    TORCH_CHECK(qdata.scalar_type() == (packed ? at::kByte : at::kChar),
+                "masquant: weights of ", weight_bits, " bits are ",
+                packed ? "uint8" : "int8", ", not ", qdata.scalar_type(), ".");
+    const bool apart = stack.leading == 1 && stack.count > 0;
+    tensor_ = apart && qdata.select(0, 0).is_contiguous() ? qdata : qdata.contiguous();
+    stride_ = apart ? tensor_.stride(0) : 0;
+    first = {static_cast<const uint8_t*>(tensor_.const_data_ptr()), packed, in_features, shape[0],
+             row_bytes};
+  }
+
+  Weights operator[](int64_t expert) const {
+    Weights weights = first;
+    weights.data += expert * stride_;
+    return weights;
+  }
+
+  Stack stack;
+  Weights first;
+
+ private:
+  Tensor tensor_;
+  int64_t stride_;
+};
+
+int64_t checked_groups(const Tensor& scale, const Matrices& weights) {
+  const int64_t out_features = weights.first.out_features;
+  const int64_t in_features = weights.first.in_features;
+  const at::IntArrayRef shape = weights.stack.own_shape(scale);
+  TORCH_CHECK(shape.size() == 2 && weights.stack.fits(scale, {out_features, shape[1]}) &&
+                  shape[1] > 0 && in_features % shape[1] == 0,
+              "masquant: scales of shape ", shape, " do not fit a weight of ", out_features,
+              " by ", in_features, ".");
+  return shape[1];
 }
 
 void check_rotation(int64_t hadamard_size, int64_t in_features) {
@@ -200,72 +308,78 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
 
 class Results {
  public:
-  Results(int64_t tokens, int64_t out_features, at::ScalarType out_dtype,
-          const Tensor& like, const MaybeTensor& hidden, const MaybeTensor& l2,
-          const MaybeTensor& modality_bias, const MaybeTensor& ids,
+  // Of each expert: l2 (R, N), modality_bias (M, N), bias (N,).
+  Results(const Experts& experts, int64_t tokens, const Matrices& weights,
+          at::ScalarType out_dtype, const Tensor& like, const MaybeTensor& hidden,
+          const MaybeTensor& l2, const MaybeTensor& modality_bias, const MaybeTensor& ids,
           const MaybeTensor& bias)
       : of_integers_(like.scalar_type() == at::kChar),
-        out_features_(out_features),
+        out_features_(weights.first.out_features),
         wanted_(out_dtype),
         order(tokens),
         token(tokens) {
+    const Stack& stack = weights.stack;
     const bool direct =
         out_dtype == at::kFloat || out_dtype == at::kBFloat16 || out_dtype == at::kHalf;
-    out_ = at::empty({tokens, out_features},
+    out_ = at::empty({tokens, out_features_},
                      like.options().dtype(direct ? out_dtype : at::kFloat));
     std::iota(order.begin(), order.end(), 0);
     if (hidden) {
       TORCH_CHECK(l2, "masquant: a low-rank hidden state comes with up-projections.");
-      TORCH_CHECK(hidden->dim() == 2 && hidden->size(0) == tokens && l2->dim() == 2 &&
-                      l2->size(0) == hidden->size(1) && l2->size(1) == out_features,
+      TORCH_CHECK(hidden->dim() == 2 && hidden->size(0) == tokens &&
+                      stack.fits(*l2, {hidden->size(1), out_features_}),
                   "masquant: a hidden state of shape ", hidden->sizes(),
-                  " and up-projections of shape ", l2->sizes(), " do not fit ", tokens,
-                  " tokens and ", out_features, " output channels.");
+                  " and up-projections of shape ", stack.own_shape(*l2), " do not fit ", tokens,
+                  " tokens and ", out_features_, " output channels.");
       hidden_ = floats(*hidden);
       l2_ = readable(*l2, true);
     }
     if (bias) {
-      TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, "masquant: ",
-                  out_features, " output channels have a bias of shape ", bias->sizes(),
-                  ".");
+      TORCH_CHECK(stack.fits(*bias, {out_features_}), "masquant: ", out_features_,
+                  " output channels have a bias of shape ", stack.own_shape(*bias), ".");
       bias_ = readable(*bias, false);
     }
     if (modality_bias) {
-      TORCH_CHECK(modality_bias->dim() == 2 && modality_bias->size(0) > 0 &&
-                      modality_bias->size(1) == out_features,
-                  "masquant: ", out_features,
-                  " output channels have modality biases of shape ",
-                  modality_bias->sizes(), ".");
+      const at::IntArrayRef shape = stack.own_shape(*modality_bias);
+      TORCH_CHECK(shape.size() == 2 && shape[0] > 0 &&
+                      stack.fits(*modality_bias, {shape[0], out_features_}),
+                  "masquant: ", out_features_,
+                  " output channels have modality biases of shape ", shape, ".");
+      modalities_ = shape[0];
       modality_bias_ = readable(*modality_bias, false);
-      if (ids) ids_ = checked_ids(*ids, tokens, modality_bias_.size(0));
+      if (ids) ids_ = checked_ids(*ids, tokens, modalities_);
     }
-    describe_tokens();
+    describe_tokens(experts);
   }
 
-  // Puts the columns [n, n + kColumns) into place; arrays holds array_size() floats.
-  Finish finish(int64_t n, float* arrays) const {
+  // Puts the columns [n, n + kColumns) of an expert into place; arrays holds array_size()
+  // floats.
+  Finish finish(int64_t expert, int64_t n, float* arrays) const {
     Finish f;
     f.columns = static_cast<int>(std::min<int64_t>(kColumns, out_features_ - n));
     f.out_type = type_of(out_);
     if (bias_.defined()) {
-      float_panel(bias_.const_data_ptr(), type_of(bias_), 0, 0, 1, n, f.columns, arrays);
+      float_panel(bias_.const_data_ptr(), type_of(bias_), out_features_, expert, 1, n, f.columns,
+                  arrays);
       f.bias = arrays;
       arrays += kColumns;
     }
     if (modality_bias_.defined()) {
-      const int64_t used = ids_.defined() ? modality_bias_.size(0) : 1;
+      const int64_t used = ids_.defined() ? modalities_ : 1;
       float_panel(modality_bias_.const_data_ptr(), type_of(modality_bias_), out_features_,
-                  0, used, n, f.columns, arrays);
+                  expert * modalities_, used, n, f.columns, arrays);
       f.modality_bias = arrays;
       arrays += used * kColumns;
     }
-    if (any_hidden_ && in_planes()) {
+    if (!any_hidden_) return f;
+    const int64_t rank = hidden_.size(1);
+    if (in_planes()) {
       uint8_t* bytes = reinterpret_cast<uint8_t*>(arrays);
-      byte_panel(l2_.const_data_ptr<int8_t>(), out_features_, 0, l2_.size(0), n, f.columns,
+      byte_panel(l2_.const_data_ptr<int8_t>(), out_features_, expert * rank, rank, n, f.columns,
                  bytes);
       f.up_bytes = bytes;
-    } else if (any_hidden_) {
-      float_panel(l2_.const_data_ptr(), type_of(l2_), out_features_, 0, l2_.size(0), n,
+    } else {
+      float_panel(l2_.const_data_ptr(), type_of(l2_), out_features_, expert * rank, rank, n,
                   f.columns, arrays);
       f.up = arrays;
     }
@@ -273,8 +387,8 @@ class Results {
   }
 
   int64_t array_size() const {
-    return kColumns * (1 + (modality_bias_.defined() ? modality_bias_.size(0) : 0) +
-                       (any_hidden_ ? round_up(l2_.size(0), 4) : 0));
+    return kColumns *
+           (1 + modalities_ + (any_hidden_ ? round_up(hidden_.size(1), 4) : 0));
   }
 
   // Tokens [first, first + rows) of the order, at column n.
@@ -288,7 +402,7 @@ class Results {
   Tensor take() { return wanted_ == out_.scalar_type() ? out_ : out_.to(wanted_); }
 
  private:
-  void describe_tokens() {
+  void describe_tokens(const Experts& experts) {
     const int64_t tokens = static_cast<int64_t>(token.size());
     const int64_t rank = hidden_.defined() ? hidden_.size(1) : 0;
     const float* hidden = hidden_.defined() ? hidden_.const_data_ptr<float>() : nullptr;
@@ -308,10 +422,16 @@ class Results {
         while (bits[at.end - 1] == 0) --at.end;
       }
     }
+    // Rows behind the last expert's are of experts elsewhere.
+    const int64_t known = experts.empty() ? 0 : experts.back().end;
+    const int64_t row_bytes = out_features_ * out_.element_size();
+    if (known < tokens) std::memset(out + known * row_bytes, 0, (tokens - known) * row_bytes);
     if (any_hidden_ && in_planes()) split_hidden(rank);
-    if (any_hidden_) {
+    for (const Expert& expert : experts) {
+      if (!any_hidden_) break;
       // Tokens of one modality side by side: a tile does its modalities' work only.
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      const auto begin = order.begin();
+      std::stable_sort(begin + expert.begin, begin + expert.end, [&](int64_t a, int64_t b) {
         const auto rank_of = [&](int64_t t) {
           return token[t].begin < token[t].end ? token[t].begin : -1;
         };
@@ -340,7 +460,7 @@ class Results {
 
   //: whether tokens are quantized
   bool of_integers_;
-  int64_t out_features_;
+  int64_t out_features_, modalities_ = 0;
   at::ScalarType wanted_;
   std::vector<int8_t> bytes_;
   std::vector<Planes> planes_;
@@ -350,19 +470,6 @@ class Results {
  public:
   std::vector<int64_t> order;
   std::vector<Token> token;
-};
-
-// Panels of columns by chunks of tokens: enough tasks for all threads, and no more
-// chunks than that, as each unpacks its panel anew.
-struct Tasks {
-  Tasks(int64_t tokens, int64_t out_features, int64_t least_chunk) {
-    panels = (out_features + kColumns - 1) / kColumns;
-    const int64_t wanted = (2 * at::get_num_threads() + panels - 1) / panels;
-    const int64_t most = std::max<int64_t>(1, tokens / least_chunk);
-    chunk = round_up((tokens + std::min(wanted, most) - 1) / std::min(wanted, most), kRows);
-    chunks = (tokens + chunk - 1) / chunk;
-  }
-  int64_t panels, chunk, chunks;
 };
 
 // ---- smooth_quantize ----
@@ -411,63 +518,93 @@ std::tuple<Tensor, Tensor> smooth_quantize(const Tensor& x, const Tensor& act_pr
 
 // ---- low_rank_down ----
 
-void check_down(int64_t tokens, int64_t in_features, const Tensor& l1, const Tensor& modality_ids,
-                at::IntArrayRef ranks, const MaybeTensor& low_rank_scale) {
-  TORCH_CHECK(l1.dim() == 2 && l1.size(0) == in_features, "masquant: down-projections of shape ",
-              l1.sizes(), " do not fit ", in_features, " channels.");
-  const int64_t rank = l1.size(1);
-  const bool fit = std::all_of(ranks.begin(), ranks.end(), [](int64_t r) { return r >= 0; }) &&
-                   std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank;
-  TORCH_CHECK(fit, "masquant: ranks ", ranks, " do not add up to ", rank, ".");
-  TORCH_CHECK(modality_ids.dim() == 1 && modality_ids.size(0) == tokens, "masquant: ",
-              tokens, " tokens have modality ids of shape ", modality_ids.sizes(), ".");
-  TORCH_CHECK(!low_rank_scale || low_rank_scale->numel() == rank, "masquant: ", rank,
-              " columns have low-rank scales of shape ",
-              low_rank_scale ? low_rank_scale->sizes() : at::IntArrayRef(), ".");
-}
+// What projects the tokens of a matrix down: the modalities' columns side by side.
+struct Down {
+  const void* l1;  // (K, R)
+  Type type;
+  int64_t in_features, rank;
+  at::IntArrayRef ranks;
+  const float* column_scale;  // (R,) or null
+};
+
+// Those of experts: l1 (K, R) and low_rank_scale (R,) of each.
+class Downs {
+ public:
+  Downs(const Stack& stack, const Tensor& l1, int64_t in_features, const Tensor& modality_ids,
+        int64_t tokens, at::IntArrayRef ranks, const MaybeTensor& low_rank_scale)
+      : in_features_(in_features), ranks_(ranks) {
+    const at::IntArrayRef shape = stack.own_shape(l1);
+    TORCH_CHECK(shape.size() == 2 && stack.fits(l1, {in_features, shape[1]}),
+                "masquant: down-projections of shape ", shape, " do not fit ", in_features,
+                " channels.");
+    rank_ = shape[1];
+    const bool fit =
+        std::all_of(ranks.begin(), ranks.end(), [](int64_t r) { return r >= 0; }) &&
+        std::accumulate(ranks.begin(), ranks.end(), int64_t{0}) == rank_;
+    TORCH_CHECK(fit, "masquant: ranks ", ranks, " do not add up to ", rank_, ".");
+    TORCH_CHECK(modality_ids.dim() == 1 && modality_ids.size(0) == tokens, "masquant: ",
+                tokens, " tokens have modality ids of shape ", modality_ids.sizes(), ".");
+    TORCH_CHECK(!low_rank_scale || low_rank_scale->numel() == stack.count * rank_, "masquant: ",
+                rank_, " columns have low-rank scales of shape ",
+                low_rank_scale ? stack.own_shape(*low_rank_scale) : at::IntArrayRef(), ".");
+    l1_ = readable(l1, true);
+    ids_ = modality_ids.to(at::kInt).contiguous();
+    if (low_rank_scale) scale_ = floats(*low_rank_scale);
+  }
+
+  Down operator[](int64_t expert) const {
+    const char* data = static_cast<const char*>(l1_.const_data_ptr());
+    return {data + expert * in_features_ * rank_ * static_cast<int64_t>(l1_.element_size()),
+            type_of(l1_), in_features_, rank_, ranks_,
+            scale_.defined() ? scale_.const_data_ptr<float>() + expert * rank_ : nullptr};
+  }
+
+  const int32_t* ids() const { return ids_.const_data_ptr<int32_t>(); }
+
+  // Hidden states (T, R).
+  Tensor zeros(int64_t tokens) const {
+    return at::zeros({tokens, rank_}, l1_.options().dtype(at::kFloat));
+  }
+
+ private:
+  int64_t in_features_, rank_ = 0;
+  at::IntArrayRef ranks_;
+  Tensor l1_, ids_, scale_;
+};
 
 // Tokens of each modality but the base.
-std::vector<std::vector<int64_t>> tokens_of_each(const Tensor& ids, size_t modalities) {
+std::vector<std::vector<int64_t>> tokens_of_each(const int32_t* id, int64_t tokens,
+                                                 size_t modalities) {
   std::vector<std::vector<int64_t>> rows(modalities);
-  const int32_t* id = ids.const_data_ptr<int32_t>();
-  for (int64_t t = 0; t < ids.size(0); ++t) {
+  for (int64_t t = 0; t < tokens; ++t) {
     if (id[t] >= 1 && id[t] <= static_cast<int64_t>(modalities)) rows[id[t] - 1].push_back(t);
   }
   return rows;
 }
 
-// hidden (T, R), zeros where a token is of another modality. source(t, k, count, out)
-// gives a token's channels as floats, blocks of a multiple of least_depth, a power of two;
-// token_scale(t) what multiplies its products.
+// Writes to out (T, R), which is zeros, what belongs to a token's modality. source(t, k,
+// count, out) gives a token's channels as floats, blocks of a multiple of least_depth, a
+// power of two; token_scale(t) what multiplies its products.
 template <class Source, class TokenScale>
-Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
-                    const Tensor& modality_ids, at::IntArrayRef ranks,
-                    const MaybeTensor& low_rank_scale, int64_t least_depth,
-                    const Source& source, const TokenScale& token_scale) {
-  check_down(tokens, in_features, l1_, modality_ids, ranks, low_rank_scale);
-  const int64_t rank = l1_.size(1);
-  const Tensor l1 = readable(l1_, true), ids = modality_ids.to(at::kInt).contiguous();
-  Tensor column_scale;
-  if (low_rank_scale) column_scale = floats(*low_rank_scale);
-  Tensor hidden = at::zeros({tokens, rank}, l1.options().dtype(at::kFloat));
-  float* out = hidden.mutable_data_ptr<float>();
-  const auto rows_of_each = tokens_of_each(ids, ranks.size());
+void project_down(const Down& of, const int32_t* ids, int64_t tokens, int64_t least_depth,
+                  const Source& source, const TokenScale& token_scale, float* out) {
+  const int64_t in_features = of.in_features, rank = of.rank;
+  const auto rows_of_each = tokens_of_each(ids, tokens, of.ranks.size());
 
   constexpr int64_t kTokensOfTask = 8 * kRows, kDepth = 128;
   int64_t start = 0;
-  for (size_t m = 0; m < ranks.size(); start += ranks[m], ++m) {
+  for (size_t m = 0; m < of.ranks.size(); start += of.ranks[m], ++m) {
     const std::vector<int64_t>& rows = rows_of_each[m];
-    if (rows.empty() || ranks[m] == 0) continue;
-    const int64_t columns = ranks[m], panels = (columns + kColumns - 1) / kColumns;
+    if (rows.empty() || of.ranks[m] == 0) continue;
+    const int64_t columns = of.ranks[m], panels = (columns + kColumns - 1) / kColumns;
     // [panel][K][kColumns]
     float* down = scratch<float>(kShared, panels * in_features * kColumns);
     const int64_t blocks = (in_features + kDepth - 1) / kDepth;
     at::parallel_for(0, panels * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t p = task / blocks, k = task % blocks * kDepth;
-        float_panel(l1.const_data_ptr(), type_of(l1), rank, k,
-                    std::min(kDepth, in_features - k), start + p * kColumns,
-                    std::min<int64_t>(kColumns, columns - p * kColumns),
+        float_panel(of.l1, of.type, rank, k, std::min(kDepth, in_features - k),
+                    start + p * kColumns, std::min<int64_t>(kColumns, columns - p * kColumns),
                     down + (p * in_features + k) * kColumns);
       }
     });
@@ -490,7 +627,8 @@ Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
             }
             for (int64_t p = 0; p < panels; ++p) {
               multiply_float_panel(pointers, n, down + (p * in_features + k) * kColumns, depth,
-                                   std::min<int64_t>(kColumns, columns - p * kColumns), k > 0, c + ((t - first) * panels + p * kRows) * kColumns);
+                                   std::min<int64_t>(kColumns, columns - p * kColumns), k > 0,
+                                   c + ((t - first) * panels + p * kRows) * kColumns);
             }
           }
         }
@@ -501,36 +639,25 @@ Tensor project_down(int64_t tokens, int64_t in_features, const Tensor& l1_,
           for (int64_t j = 0; j < columns; ++j) {
             const int64_t p = j / kColumns;
             float v = c[(tile * panels + p * kRows + r) * kColumns + j % kColumns] * s;
-            if (column_scale.defined()) v *= column_scale.const_data_ptr<float>()[start + j];
+            if (of.column_scale != nullptr) v *= of.column_scale[start + j];
             out[row * rank + start + j] = v;
           }
         }
       }
     });
   }
-  return hidden;
 }
 
 // The same of int8 by int8, K a multiple of 4: sums are exact, and rounded once.
-Tensor project_integers_down(const Tensor& q, const Tensor& scale, const Tensor& l1,
-                             const Tensor& modality_ids, at::IntArrayRef ranks,
-                             const MaybeTensor& low_rank_scale) {
-  const int64_t tokens = q.size(0), in_features = q.size(1);
-  check_down(tokens, in_features, l1, modality_ids, ranks, low_rank_scale);
-  const int64_t rank = l1.size(1);
-  Tensor column_scale;
-  if (low_rank_scale) column_scale = floats(*low_rank_scale);
-  Tensor hidden = at::zeros({tokens, rank}, l1.options().dtype(at::kFloat));
-  float* out = hidden.mutable_data_ptr<float>();
-  const auto rows_of_each =
-      tokens_of_each(modality_ids.to(at::kInt).contiguous(), ranks.size());
-  const int8_t* data = q.const_data_ptr<int8_t>();
-  const float* scales = scale.const_data_ptr<float>();
+void project_integers_down(const Down& of, const int8_t* q, const float* scales,
+                           const int32_t* ids, int64_t tokens, float* out) {
+  const int64_t in_features = of.in_features, rank = of.rank;
+  const auto rows_of_each = tokens_of_each(ids, tokens, of.ranks.size());
   int64_t start = 0;
-  for (size_t m = 0; m < ranks.size(); start += ranks[m], ++m) {
+  for (size_t m = 0; m < of.ranks.size(); start += of.ranks[m], ++m) {
     const std::vector<int64_t>& rows = rows_of_each[m];
-    if (rows.empty() || ranks[m] == 0) continue;
-    const int64_t columns = ranks[m], panels = (columns + kColumns - 1) / kColumns;
+    if (rows.empty() || of.ranks[m] == 0) continue;
+    const int64_t columns = of.ranks[m], panels = (columns + kColumns - 1) / kColumns;
     const int64_t count = static_cast<int64_t>(rows.size());
     // [panel][K / 4][kColumns][4]
     uint8_t* down = scratch<uint8_t>(kShared, panels * in_features * kColumns);
@@ -539,7 +666,7 @@ Tensor project_integers_down(const Tensor& q, const Tensor& scale, const Tensor&
     at::parallel_for(0, panels * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t p = task / blocks, k = task % blocks * kDepth;
-        byte_panel(l1.const_data_ptr<int8_t>(), rank, k, std::min(kDepth, in_features - k),
+        byte_panel(static_cast<const int8_t*>(of.l1), rank, k, std::min(kDepth, in_features - k),
                    start + p * kColumns, std::min<int64_t>(kColumns, columns - p * kColumns),
                    down + (p * in_features + k) * kColumns);
       }
@@ -551,7 +678,7 @@ Tensor project_integers_down(const Tensor& q, const Tensor& scale, const Tensor&
       for (int64_t tile = begin; tile < end; ++tile) {
         const int n = static_cast<int>(std::min<int64_t>(kRows, count - tile * kRows));
         for (int r = 0; r < n; ++r) {
-          pointers[r] = data + rows[tile * kRows + r] * in_features;
+          pointers[r] = q + rows[tile * kRows + r] * in_features;
           // In 32 bits that wrap around: only the exact product has to fit.
           excess[r] = static_cast<int32_t>(
               128u * static_cast<uint32_t>(sum_row(pointers[r], in_features)));
@@ -565,115 +692,350 @@ Tensor project_integers_down(const Tensor& q, const Tensor& scale, const Tensor&
               const auto exact = static_cast<int32_t>(
                   static_cast<uint32_t>(c[r * kColumns + j]) - static_cast<uint32_t>(excess[r]));
               const float v = static_cast<float>(exact) * scales[t];
-              out[t * rank + at] =
-                  column_scale.defined() ? v * column_scale.const_data_ptr<float>()[at] : v;
+              out[t * rank + at] = of.column_scale != nullptr ? v * of.column_scale[at] : v;
             }
           }
         }
       }
     });
   }
-  return hidden;
+}
+
+// Of quantized tokens.
+void project_quantized_down(const Down& of, const int8_t* q, const float* scales,
+                            const int32_t* ids, int64_t tokens, float* out) {
+  const int64_t width = of.in_features;
+  if (of.type == Type::kInt8 && width % 4 == 0) {
+    return project_integers_down(of, q, scales, ids, tokens, out);
+  }
+  project_down(
+      of, ids, tokens, 1,
+      [=](int64_t t, int64_t k, int64_t count, float* channels) {
+        to_float(q + t * width + k, count, channels);
+      },
+      [=](int64_t t) { return scales[t]; }, out);
+}
+
+void check_quantized(const Tensor& q, const Tensor& scale) {
+  TORCH_CHECK(q.dim() == 2 && q.scalar_type() == at::kChar && scale.numel() == q.size(0),
+              "masquant: quantized tokens are (T, K) int8 with T scales, got ", q.sizes(), " ",
+              q.scalar_type(), " and ", scale.sizes(), ".");
 }
 
 Tensor low_rank_down(const Tensor& qdata, const Tensor& scale, const Tensor& l1,
                      const Tensor& modality_ids, at::IntArrayRef ranks,
                      const MaybeTensor& low_rank_scale) {
-  TORCH_CHECK(qdata.dim() == 2 && qdata.scalar_type() == at::kChar &&
-                  scale.numel() == qdata.size(0),
-              "masquant: quantized tokens are (T, K) int8 with T scales, got ",
-              qdata.sizes(), " ", qdata.scalar_type(), " and ", scale.sizes(), ".");
+  check_quantized(qdata, scale);
   const Tensor q = qdata.contiguous(), s = floats(scale);
-  const int64_t width = q.size(1);
-  if (l1.scalar_type() == at::kChar && width % 4 == 0) {
-    return project_integers_down(q, s, l1.contiguous(), modality_ids, ranks, low_rank_scale);
-  }
-  const int8_t* data = q.const_data_ptr<int8_t>();
-  const float* scales = s.const_data_ptr<float>();
-  return project_down(
-      q.size(0), width, l1, modality_ids, ranks, low_rank_scale, 1,
-      [=](int64_t t, int64_t k, int64_t count, float* out) {
-        to_float(data + t * width + k, count, out);
-      },
-      [=](int64_t t) { return scales[t]; });
+  const int64_t tokens = q.size(0);
+  const Downs down(kLinear, l1, q.size(1), modality_ids, tokens, ranks, low_rank_scale);
+  Tensor hidden = down.zeros(tokens);
+  project_quantized_down(down[0], q.const_data_ptr<int8_t>(), s.const_data_ptr<float>(),
+                         down.ids(), tokens, hidden.mutable_data_ptr<float>());
+  return hidden;
 }
 
 // ---- int_linear ----
 
-// Few tokens: multiply(n, finish, products, sums) writes those of the columns from n to the
-// one or the other, which are the same memory: integers, and their scale to finish, or floats.
+// Few tokens of an expert, at the columns from n: multiply(finish, products, sums) writes
+// to the one or the other, which are the same memory: integers, and their scale to finish,
+// or floats.
 template <class Multiply>
-void multiply_few(const Weights& weights, const Results& results, const Multiply& multiply) {
-  const int64_t tokens = static_cast<int64_t>(results.token.size());
-  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
-  const int64_t grain = panels_of_thread(tokens, weights.in_features);
-  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    float* arrays = scratch<float>(kArrays, results.array_size());
-    int32_t* products = scratch<int32_t>(kProducts, kFewTokens * kColumns);
-    float* sums = reinterpret_cast<float*>(products);
-    Token tile[kRows];
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t n = p * kColumns;
-      Finish finish = results.finish(n, arrays);
-      multiply(n, finish, products, sums);
-      for (int64_t t = 0; t < tokens; t += kRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kRows, tokens - t));
-        results.place(t, rows, n, tile);
-        if (finish.scale != nullptr) {
-          finish_integers(finish, products + t * kColumns, tile, rows);
+void multiply_few(const Results& results, const Expert& expert, int64_t n,
+                  const Multiply& multiply) {
+  float* arrays = scratch<float>(kArrays, results.array_size());
+  int32_t* products = scratch<int32_t>(kProducts, kFewTokens * kColumns);
+  float* sums = reinterpret_cast<float*>(products);
+  Token tile[kRows];
+  Finish finish = results.finish(expert.number, n, arrays);
+  multiply(finish, products, sums);
+  for (int64_t t = 0; t < expert.rows(); t += kRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kRows, expert.rows() - t));
+    results.place(expert.begin + t, rows, n, tile);
+    if (finish.scale != nullptr) {
+      finish_integers(finish, products + t * kColumns, tile, rows);
+    } else {
+      finish_floats(finish, sums + t * kColumns, tile, rows);
+    }
+  }
+}
+
+// Quantized tokens by the matrices of their experts.
+class IntegerProduct {
+ public:
+  // scale: (N, G) of each, contiguous as q is; both outlive this.
+  IntegerProduct(const Experts& experts, const Tensor& q, const Matrices& weights,
+                 const Tensor& scale, int64_t groups, Results& results)
+      : experts_(experts),
+        q_(q.const_data_ptr<int8_t>()),
+        weights_(weights),
+        scale_(scale.const_data_ptr<float>()),
+        in_features_(q.size(1)),
+        groups_(groups),
+        width_(in_features_ / groups_),
+        padded_(round_up(width_, 4)),
+        brgemm_(multiplies_by_brgemm(groups_)),
+        results_(results) {}
+
+  void run() {
+    prepare();
+    const std::vector<Task> tasks = split();
+    const int64_t count = static_cast<int64_t>(tasks.size());
+    const int64_t columns = weights_.first.out_features;
+    const int64_t rows = experts_.back().end * ((columns + kColumns - 1) / kColumns) / count;
+    share(count, panels_of_thread(rows, in_features_), [&](int64_t begin, int64_t end) {
+      Panel panel;
+      for (int64_t i = begin; i < end; ++i) {
+        if (reads_stored(*tasks[i].expert)) {
+          multiply_as_stored(tasks[i]);
         } else {
-          finish_floats(finish, sums + t * kColumns, tile, rows);
+          if (i == begin || !tasks[i].same_panel(tasks[i - 1])) unpack(tasks[i], panel);
+          multiply_unpacked(tasks[i], panel);
+        }
+      }
+      if (brgemm_) at::native::cpublas::brgemm_release();
+    });
+  }
+
+ private:
+  // Columns from n by tokens [first, last) of the order.
+  struct Task {
+    const Expert* expert;
+    int64_t n, first, last;
+    bool same_panel(const Task& other) const {
+      return expert == other.expert && n == other.n;
+    }
+  };
+
+  // Columns of a matrix that tiles of tokens share, in the thread's scratch.
+  struct Panel {
+    uint8_t* integers;  // [G][panel_bytes()]
+    float* scales;      // [G][kColumns]
+    alignas(64) int32_t column_excess[kColumns];
+    Finish finish;
+  };
+
+  int64_t panel_bytes() const { return round_up(width_, 64) * kColumns; }
+
+  bool reads_stored(const Expert& expert) const {
+    return masquant::reads_stored(expert.rows(), weights_.first.packed, in_features_, groups_);
+  }
+
+  // Enough tasks for all threads, and no more chunks of tokens than that, as each unpacks
+  // its panel anew.
+  std::vector<Task> split() const {
+    const int64_t columns = weights_.first.out_features;
+    const int64_t panels = (columns + kColumns - 1) / kColumns;
+    const int64_t all = panels * static_cast<int64_t>(experts_.size());
+    const int64_t wanted = (2 * at::get_num_threads() + all - 1) / all;
+    constexpr int64_t kLeastChunk = 96;
+    std::vector<Task> tasks;
+    tasks.reserve(all * wanted);
+    for (const Expert& expert : experts_) {
+      const int64_t most = std::max<int64_t>(1, expert.rows() / kLeastChunk);
+      const int64_t chunks = reads_stored(expert) ? 1 : std::min(wanted, most);
+      const int64_t chunk = round_up((expert.rows() + chunks - 1) / chunks, kRows);
+      for (int64_t n = 0; n < columns; n += kColumns) {
+        for (int64_t t = expert.begin; t < expert.end; t += chunk) {
+          tasks.push_back({&expert, n, t, std::min(expert.end, t + chunk)});
         }
       }
     }
-  });
-}
+    return tasks;
+  }
 
-// Few tokens, which read the weights as they are stored.
-void few_tokens(const int8_t* q, const Weights& weights, const float* scale, int64_t groups,
-                Results& results) {
-  const int64_t tokens = static_cast<int64_t>(results.token.size());
-  const int64_t in_features = weights.in_features, padded = round_up(in_features, kBlock);
-  const bool in_blocks = groups > 1;
-  int8_t* prepared = scratch<int8_t>(kTokens, tokens * padded);
-  int32_t* starts =
-      in_blocks ? scratch<int32_t>(kShared, tokens * padded / kBlock * 16) : nullptr;
-  std::vector<const int8_t*> pointers(tokens);
-  std::vector<BlockedToken> blocked(tokens);
-  for (int64_t i = 0; i < tokens; ++i) {
-    const int64_t t = results.order[i];
-    int8_t* to = prepared + i * padded;
-    pointers[i] = to;
-    if (weights.packed) {
-      split_even_odd(q + t * in_features, in_features, to);
-    } else {
-      std::memcpy(to, q + t * in_features, in_features);
-      std::memset(to + in_features, 0, padded - in_features);
+  // Makes of tokens what their products read: padded, those of packed weights as stored
+  // with even channels first; as they are, where that serves. In the results' order.
+  void prepare() {
+    const auto is_stored = [&](const Expert& expert) { return reads_stored(expert); };
+    const bool stored = std::any_of(experts_.begin(), experts_.end(), is_stored);
+    const bool unpacked = !std::all_of(experts_.begin(), experts_.end(), is_stored);
+    copied_ = brgemm_ || padded_ != width_;
+    const int64_t tokens = experts_.back().end, blocks = (in_features_ + kBlock - 1) / kBlock;
+    stride_ = std::max(stored ? blocks * kBlock : 0, unpacked && copied_ ? groups_ * padded_ : 0);
+    copy_ = scratch<int8_t>(kTokens, tokens * stride_);
+    token_.resize(tokens);
+    if (unpacked) sums_.resize(tokens * groups_);
+    if (stored && groups_ > 1) {
+      starts_ = scratch<int32_t>(kShared, tokens * blocks * 16);
+      blocked_.resize(tokens);
     }
-    if (in_blocks) {
-      int32_t* start = starts + i * padded / kBlock * 16;
-      start_blocks(to, in_features, start);
-      blocked[i] = {to, nullptr, nullptr, start};
-    } else {
-      results.token[t].sum = sum_row(to, padded);
-    }
-  }
-  if (in_blocks) {
-    multiply_few(weights, results, [&](int64_t n, Finish& finish, int32_t*, float* sums) {
-      multiply_stored_blocks(weights, n, finish.columns, scale, nullptr, groups, 1,
-                             blocked.data(), static_cast<int>(tokens), sums);
+    at::parallel_for(0, tokens, 1 + 262144 / (in_features_ + 1), [&](int64_t begin, int64_t end) {
+      auto expert = experts_.begin();
+      for (int64_t i = begin; i < end; ++i) {
+        while (expert->end <= i) ++expert;
+        if (reads_stored(*expert)) {
+          prepare_stored(i);
+        } else {
+          prepare_unpacked(i);
+        }
+      }
     });
-    return;
   }
-  multiply_few(weights, results, [&](int64_t n, Finish& finish, int32_t* products, float*) {
-    float* scales = scratch<float>(kFloats, kColumns);
-    std::memset(scales, 0, kColumns * sizeof(float));
-    std::memcpy(scales, scale + n, finish.columns * sizeof(float));
-    finish.scale = scales;
-    finish.offset = weights.offset();
-    multiply_stored(weights, n, finish.columns, pointers.data(), static_cast<int>(tokens),
-                    products);
-  });
+
+  void prepare_stored(int64_t i) {
+    const int64_t t = results_.order[i], padded = round_up(in_features_, kBlock);
+    const int8_t* from = q_ + t * in_features_;
+    int8_t* to = copy_ + i * stride_;
+    token_[i] = to;
+    if (weights_.first.packed) {
+      split_even_odd(from, in_features_, to);
+    } else {
+      std::memcpy(to, from, in_features_);
+      std::memset(to + in_features_, 0, padded - in_features_);
+    }
+    if (groups_ > 1) {
+      int32_t* start = starts_ + i * padded / kBlock * 16;
+      start_blocks(to, in_features_, start);
+      blocked_[i] = {to, nullptr, nullptr, start};
+    } else {
+      results_.token[t].sum = sum_row(to, padded);
+    }
+  }
+
+  void prepare_unpacked(int64_t i) {
+    const int64_t t = results_.order[i];
+    const int8_t* token = q_ + t * in_features_;
+    token_[i] = copied_ ? copy_ + i * stride_ : token;
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int8_t* from = token + g * width_;
+      sums_[i * groups_ + g] = sum_row(from, width_);
+      if (!copied_) continue;
+      int8_t* to = copy_ + i * stride_ + g * padded_;
+      std::memcpy(to, from, width_);
+      std::memset(to + width_, 0, padded_ - width_);
+      if (brgemm_) {
+        for (int64_t k = 0; k < padded_; ++k) to[k] ^= -128;
+      }
+    }
+    results_.token[t].sum = sums_[i * groups_];
+  }
+
+  void multiply_as_stored(const Task& task) const {
+    const Expert& expert = *task.expert;
+    const Weights weights = weights_[expert.number];
+    const float* scale = scale_ + expert.number * weights.out_features * groups_;
+    const int64_t n = task.n;
+    const int rows = static_cast<int>(expert.rows());
+    multiply_few(results_, expert, n, [&](Finish& finish, int32_t* products, float* sums) {
+      if (groups_ > 1) {
+        multiply_stored_blocks(weights, n, finish.columns, scale, nullptr, groups_, 1,
+                               blocked_.data() + expert.begin, rows, sums);
+        return;
+      }
+      float* scales = scratch<float>(kFloats, kColumns);
+      std::memset(scales, 0, kColumns * sizeof(float));
+      std::memcpy(scales, scale + n, finish.columns * sizeof(float));
+      finish.scale = scales;
+      finish.offset = weights.offset();
+      multiply_stored(weights, n, finish.columns, token_.data() + expert.begin, rows, products);
+    });
+  }
+
+  void unpack(const Task& task, Panel& panel) const {
+    const int64_t expert = task.expert->number, n = task.n;
+    const Weights weights = weights_[expert];
+    const float* scale = scale_ + expert * weights.out_features * groups_;
+    panel.integers = scratch<uint8_t>(kPanel, groups_ * panel_bytes());
+    panel.scales = scratch<float>(kFloats, groups_ * kColumns);
+    float* arrays = scratch<float>(kArrays, results_.array_size());
+    panel.finish = results_.finish(expert, n, arrays);
+    for (int64_t g = 0; g < groups_; ++g) {
+      for (int c = 0; c < kColumns; ++c) {
+        panel.scales[g * kColumns + c] =
+            c < panel.finish.columns ? scale[(n + c) * groups_ + g] : 0.0f;
+      }
+      pack_panel(weights, n, g * width_, width_, brgemm_, panel.integers + g * panel_bytes());
+    }
+    if (groups_ == 1) {
+      panel.finish.scale = panel.scales;
+      panel.finish.offset = brgemm_ ? 0 : weights.offset();
+    }
+    if (brgemm_) {
+      sum_columns(reinterpret_cast<int8_t*>(panel.integers), width_, panel.column_excess);
+      panel.finish.column_excess = panel.column_excess;
+    }
+  }
+
+  void multiply_unpacked(const Task& task, const Panel& panel) const {
+    constexpr int64_t kProductRows = 96;
+    int32_t* products = scratch<int32_t>(kProducts, kProductRows * kColumns);
+    alignas(64) float sum[kRows * kColumns];
+    Token tile[kRows];
+    for (int64_t t = task.first; t < task.last; t += kRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kRows, task.last - t));
+      results_.place(t, rows, task.n, tile);
+      if (groups_ > 1) {
+        add_groups(panel, t, rows, products, sum);
+        finish_floats(panel.finish, sum, tile, rows);
+        continue;
+      }
+      int32_t* c = products;
+      if (brgemm_) {
+        const int64_t at = (t - task.first) % kProductRows;
+        if (at == 0) {
+          at::native::cpublas::brgemm(
+              std::min(kProductRows, task.last - t), kColumns, padded_, stride_, kColumns,
+              kColumns, false, reinterpret_cast<const unsigned char*>(token_[t]),
+              reinterpret_cast<const signed char*>(panel.integers), products);
+        }
+        c += at * kColumns;
+      } else {
+        multiply_panel(token_.data() + t, rows, panel.integers, padded_, c);
+      }
+      finish_integers(panel.finish, c, tile, rows);
+    }
+  }
+
+  void add_groups(const Panel& panel, int64_t t, int rows, int32_t* products,
+                  float* sum) const {
+    const int8_t* pointers[kRows];
+    int32_t sums[kRows];
+    std::memset(sum, 0, kRows * kColumns * sizeof(float));
+    for (int64_t g = 0; g < groups_; ++g) {
+      for (int r = 0; r < rows; ++r) {
+        pointers[r] = token_[t + r] + g * padded_;
+        sums[r] = sums_[(t + r) * groups_ + g];
+      }
+      multiply_panel(pointers, rows, panel.integers + g * panel_bytes(), padded_, products);
+      add_group(products, rows, weights_.first.offset(), sums, panel.scales + g * kColumns, sum);
+    }
+  }
+
+  const Experts& experts_;
+  const int8_t* q_;
+  const Matrices& weights_;
+  const float* scale_;
+  int64_t in_features_, groups_, width_, padded_, stride_ = 0;
+  bool brgemm_, copied_ = false;
+  Results& results_;
+  int8_t* copy_ = nullptr;
+  int32_t* starts_ = nullptr;
+  //: in the results' order, as are sums_ [T][G] and blocked_
+  std::vector<const int8_t*> token_;
+  std::vector<int32_t> sums_;
+  std::vector<BlockedToken> blocked_;
+};
+
+// q (S, K) int8 and token_scale (S,), contiguous; all else as the operators have it.
+Tensor multiply_quantized(const Stack& stack, const Experts& experts, const Tensor& q,
+                          const Tensor& token_scale, const Tensor& qdata, const Tensor& scale,
+                          const MaybeTensor& hidden, const MaybeTensor& l2,
+                          const MaybeTensor& modality_bias, const MaybeTensor& modality_ids,
+                          const MaybeTensor& bias, int64_t weight_bits,
+                          at::ScalarType out_dtype) {
+  const int64_t tokens = q.size(0);
+  const Tensor channel_scale = floats(scale);
+  const Matrices weights(stack, qdata, q.size(1), weight_bits);
+  const int64_t groups = checked_groups(channel_scale, weights);
+  Results results(experts, tokens, weights, out_dtype, q, hidden, l2, modality_bias,
+                  modality_ids, bias);
+  if (experts.empty() || weights.first.out_features == 0) return results.take();
+  for (int64_t t = 0; t < tokens; ++t) {
+    results.token[t].scale = token_scale.const_data_ptr<float>()[t];
+  }
+  IntegerProduct(experts, q, weights, channel_scale, groups, results).run();
+  return results.take();
 }
 
 Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
@@ -682,137 +1044,51 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
                   const MaybeTensor& modality_ids, const MaybeTensor& bias,
                   int64_t weight_bits, at::ScalarType out_dtype) {
   check_processor();
-  TORCH_CHECK(qx.dim() == 2 && qx.scalar_type() == at::kChar && x_scale.numel() == qx.size(0),
-              "masquant: quantized tokens are (T, K) int8 with T scales, got ", qx.sizes(),
-              " ", qx.scalar_type(), " and ", x_scale.sizes(), ".");
-  const int64_t tokens = qx.size(0), in_features = qx.size(1);
-  const Tensor q = qx.contiguous(), token_scale = floats(x_scale), w = qdata.contiguous(),
-               channel_scale = floats(scale);
-  const Weights weights = weights_of(w, in_features, weight_bits);
-  const int64_t groups = checked_groups(channel_scale, weights);
-  const int64_t width = in_features / groups;
-  Results results(tokens, weights.out_features, out_dtype, qx, low_rank_hidden, l2,
-                  modality_bias, modality_ids, bias);
-  if (tokens == 0 || weights.out_features == 0) return results.take();
+  check_quantized(qx, x_scale);
+  return multiply_quantized(kLinear, one_expert(qx.size(0)), qx.contiguous(), floats(x_scale),
+                            qdata, scale, low_rank_hidden, l2, modality_bias, modality_ids,
+                            bias, weight_bits, out_dtype);
+}
 
-  for (int64_t t = 0; t < tokens; ++t) {
-    results.token[t].scale = token_scale.const_data_ptr<float>()[t];
-  }
-  if (reads_stored(tokens, weights.packed, in_features, groups)) {
-    few_tokens(q.const_data_ptr<int8_t>(), weights, channel_scale.const_data_ptr<float>(), groups,
-               results);
-    return results.take();
-  }
+// ---- expert_int_linear ----
 
-  const bool brgemm = multiplies_by_brgemm(groups);
-  // Tokens as the product wants them: [T][G][padded]; as they are, where that serves.
-  const int64_t padded = round_up(width, 4);
-  const int64_t stride = groups * padded;
-  const int8_t* source = q.const_data_ptr<int8_t>();
-  const bool copied = brgemm || padded != width;
-  int8_t* copy = copied ? scratch<int8_t>(kTokens, tokens * stride) : nullptr;
-  const int8_t* prepared = copied ? copy : source;
-  std::vector<int32_t> sums(tokens * groups);
-  at::parallel_for(0, tokens, 1 + 65536 / (in_features + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t g = 0; g < groups; ++g) {
-        const int8_t* from = source + t * in_features + g * width;
-        sums[t * groups + g] = sum_row(from, width);
-        if (!copied) continue;
-        int8_t* to = copy + t * stride + g * padded;
-        std::memcpy(to, from, width);
-        std::memset(to + width, 0, padded - width);
-        if (brgemm) {
-          for (int64_t i = 0; i < padded; ++i) to[i] ^= -128;
-        }
-      }
-      results.token[t].sum = sums[t * groups];
+Tensor expert_int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& ends,
+                         const Tensor& qdata, const Tensor& scale, const MaybeTensor& l1,
+                         const MaybeTensor& l2, const MaybeTensor& modality_bias,
+                         const MaybeTensor& modality_ids, const MaybeTensor& bias,
+                         at::IntArrayRef ranks, int64_t weight_bits,
+                         at::ScalarType out_dtype, const MaybeTensor& low_rank_scale) {
+  check_processor();
+  check_quantized(qx, x_scale);
+  const Tensor q = qx.contiguous(), token_scale = floats(x_scale);
+  const int64_t tokens = q.size(0), in_features = q.size(1);
+  const Stack stack{qdata.size(0), 1};
+  const Experts experts = experts_of(ends, stack.count, tokens);
+  MaybeTensor hidden;
+  if (l1 && l2 && modality_ids) {
+    const Downs downs(stack, *l1, in_features, *modality_ids, tokens, ranks, low_rank_scale);
+    hidden = downs.zeros(tokens);
+    float* out = hidden->mutable_data_ptr<float>();
+    const auto project = [&](const Expert& expert) {
+      const Down down = downs[expert.number];
+      const int64_t first = expert.begin;
+      project_quantized_down(down, q.const_data_ptr<int8_t>() + first * in_features,
+                             token_scale.const_data_ptr<float>() + first, downs.ids() + first,
+                             expert.rows(), out + first * down.rank);
+    };
+    // Experts of many rows by all threads, one after the other, then the rest side by side.
+    constexpr int64_t kMany = 96;
+    for (const Expert& expert : experts) {
+      if (expert.rows() > kMany) project(expert);
     }
-  });
-
-  const Tasks split(tokens, weights.out_features, 96);
-  const int64_t panel_bytes = round_up(width, 64) * kColumns;
-  const int32_t offset = brgemm ? 0 : weights.offset();
-  const int64_t grain = panels_of_thread(split.chunk, in_features);
-  at::parallel_for(0, split.panels * split.chunks, grain, [&](int64_t begin, int64_t end) {
-    uint8_t* panel = scratch<uint8_t>(kPanel, groups * panel_bytes);
-    float* scales = scratch<float>(kFloats, (groups + 1) * kColumns);
-    float* arrays = scratch<float>(kArrays, results.array_size());
-    constexpr int64_t kProductRows = 96;
-    int32_t* products = scratch<int32_t>(kProducts, kProductRows * kColumns);
-    alignas(64) int32_t column_excess[kColumns];
-    alignas(64) float sum[kRows * kColumns];
-    Token tile[kRows];
-    const int8_t* pointers[kRows];
-    int32_t tile_sums[kRows];
-    Finish finish;
-    int64_t unpacked = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t p = task / split.chunks, n = p * kColumns;
-      if (p != unpacked) {
-        unpacked = p;
-        finish = results.finish(n, arrays);
-        for (int64_t g = 0; g < groups; ++g) {
-          for (int c = 0; c < kColumns; ++c) {
-            scales[g * kColumns + c] =
-                c < finish.columns ? channel_scale.const_data_ptr<float>()[(n + c) * groups + g]
-                                   : 0.0f;
-          }
-          pack_panel(weights, n, g * width, width, brgemm, panel + g * panel_bytes);
-        }
-        if (groups == 1) {
-          finish.scale = scales;
-          finish.offset = offset;
-        }
-        if (brgemm) {
-          sum_columns(reinterpret_cast<int8_t*>(panel), width, column_excess);
-          finish.column_excess = column_excess;
-        }
+    share(static_cast<int64_t>(experts.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (experts[i].rows() <= kMany) project(experts[i]);
       }
-      const int64_t first = task % split.chunks * split.chunk;
-      const int64_t last = std::min(tokens, first + split.chunk);
-      for (int64_t t = first; t < last; t += kRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kRows, last - t));
-        results.place(t, rows, n, tile);
-        int32_t* c = products;
-        if (brgemm) {
-          const int64_t at = (t - first) % kProductRows;
-          if (at == 0) {
-            // The order is that of memory unless tokens were sorted: runs of neighbours.
-            const int64_t stop = std::min(last, t + kProductRows);
-            for (int64_t run = t; run < stop;) {
-              int64_t after = run + 1;
-              while (after < stop && results.order[after] == results.order[after - 1] + 1) ++after;
-              at::native::cpublas::brgemm(
-                  after - run, kColumns, padded, stride, kColumns, kColumns, false,
-                  reinterpret_cast<const unsigned char*>(prepared + results.order[run] * stride),
-                  reinterpret_cast<const signed char*>(panel), products + (run - t) * kColumns);
-              run = after;
-            }
-          }
-          c += at * kColumns;
-        } else if (groups == 1) {
-          for (int r = 0; r < rows; ++r) pointers[r] = prepared + results.order[t + r] * stride;
-          multiply_panel(pointers, rows, panel, padded, c);
-        } else {
-          std::memset(sum, 0, sizeof sum);
-          for (int64_t g = 0; g < groups; ++g) {
-            for (int r = 0; r < rows; ++r) {
-              pointers[r] = prepared + results.order[t + r] * stride + g * padded;
-              tile_sums[r] = sums[results.order[t + r] * groups + g];
-            }
-            multiply_panel(pointers, rows, panel + g * panel_bytes, padded, c);
-            add_group(c, rows, weights.offset(), tile_sums, scales + g * kColumns, sum);
-          }
-          finish_floats(finish, sum, tile, rows);
-          continue;
-        }
-        finish_integers(finish, c, tile, rows);
-      }
-    }
-    if (brgemm) at::native::cpublas::brgemm_release();
-  });
-  return results.take();
+    });
+  }
+  return multiply_quantized(stack, experts, q, token_scale, qdata, scale, hidden, l2, modality_bias,
+                            modality_ids, bias, weight_bits, out_dtype);
 }
 
 // ---- weight_only_linear ----
@@ -823,7 +1099,8 @@ Tensor int_linear(const Tensor& qx, const Tensor& x_scale, const Tensor& qdata,
 template <class Smooth>
 bool few_floats(const Smooth& smooth, int planes, const Weights& weights, const float* scale,
                 const int8_t* zero, int64_t groups, Results& results) {
-  const int64_t tokens = static_cast<int64_t>(results.token.size());
+  const Expert all{0, 0, static_cast<int64_t>(results.token.size())};
+  const int64_t tokens = all.rows();
   const int64_t in_features = weights.in_features, blocks = in_features / kBlock;
   int8_t* integers = scratch<int8_t>(kTokens, tokens * planes * in_features);
   int32_t* starts = scratch<int32_t>(kShared, tokens * blocks * (16 + 2));
@@ -843,9 +1120,14 @@ bool few_floats(const Smooth& smooth, int planes, const Weights& weights, const 
     }
   });
   if (!finite) return false;
-  multiply_few(weights, results, [&](int64_t n, Finish& finish, int32_t*, float* products) {
-    multiply_stored_blocks(weights, n, finish.columns, scale, zero, groups, planes,
-                           blocked.data(), static_cast<int>(tokens), products);
+  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
+  share(panels, panels_of_thread(tokens, in_features), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kColumns; n < end * kColumns; n += kColumns) {
+      multiply_few(results, all, n, [&](Finish& finish, int32_t*, float* products) {
+        multiply_stored_blocks(weights, n, finish.columns, scale, zero, groups, planes,
+                               blocked.data(), static_cast<int>(tokens), products);
+      });
+    }
   });
   return true;
 }
@@ -865,9 +1147,10 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
   const int64_t tokens = x.size(0), in_features = x.size(1);
   check_rotation(hadamard_size, in_features);
   const Tensor rows_of_x = readable_rows(x), pre_scale = floats(act_pre_scale),
-               w = qdata.contiguous(), channel_scale = floats(scale);
-  const Weights weights = weights_of(w, in_features, weight_bits);
-  const int64_t groups = checked_groups(channel_scale, weights);
+               channel_scale = floats(scale);
+  const Matrices matrices(kLinear, qdata, in_features, weight_bits);
+  const Weights& weights = matrices.first;
+  const int64_t groups = checked_groups(channel_scale, matrices);
   const int64_t width = in_features / groups;
   Tensor zero, ids;
   if (zero_point) {
@@ -884,16 +1167,18 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
   };
   MaybeTensor hidden;
   if (l1 && modality_ids) {
-    hidden = project_down(
-        tokens, in_features, *l1, *modality_ids, ranks, low_rank_scale, hadamard_size,
+    const Downs down(kLinear, *l1, in_features, *modality_ids, tokens, ranks, low_rank_scale);
+    hidden = down.zeros(tokens);
+    project_down(
+        down[0], down.ids(), tokens, hadamard_size,
         [&](int64_t t, int64_t k, int64_t count, float* out) {
           smooth_row(row_of(rows_of_x, t) + k * rows_of_x.element_size(), type, factors(t) + k,
                      count, out);
           rotate_row(out, count, hadamard_size);
         },
-        [](int64_t) { return 1.0f; });
+        [](int64_t) { return 1.0f; }, hidden->mutable_data_ptr<float>());
   }
-  Results results(tokens, weights.out_features, out_dtype, x, hidden, l2, modality_bias,
+  Results results(one_expert(tokens), tokens, matrices, out_dtype, x, hidden, l2, modality_bias,
                   modality_ids, bias);
   if (tokens == 0 || weights.out_features == 0) return results.take();
 
@@ -955,7 +1240,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
       Token tile[kRows];
       for (int64_t p = begin; p < end; ++p) {
         const int64_t n = p * kColumns;
-        const Finish finish = results.finish(n, arrays);
+        const Finish finish = results.finish(0, n, arrays);
         for (int64_t g = 0; g < groups; ++g) {
           for (int c = 0; c < kColumns; ++c) {
             const bool inside = c < finish.columns;
@@ -1013,6 +1298,7 @@ void implement(Library& library) {
   library.impl("low_rank_down", TORCH_FN(low_rank_down));
   library.impl("int_linear", TORCH_FN(int_linear));
   library.impl("weight_only_linear", TORCH_FN(weight_only_linear));
+  library.impl("expert_int_linear", TORCH_FN(expert_int_linear));
 }
 
 // Makes these the masquant:: operators' kernels for the CPU, once and for all.
@@ -1043,6 +1329,10 @@ TORCH_LIBRARY(masquant_cpu, m) {
         " Tensor? modality_ids, Tensor? bias, int[] ranks, int weight_bits,"
         " ScalarType out_dtype, Tensor? low_rank_scale=None, int hadamard_size=1)"
         " -> Tensor");
+  m.def("expert_int_linear(Tensor qx, Tensor x_scale, Tensor ends, Tensor qdata,"
+        " Tensor scale, Tensor? l1, Tensor? l2, Tensor? modality_bias,"
+        " Tensor? modality_ids, Tensor? bias, int[] ranks, int weight_bits,"
+        " ScalarType out_dtype, Tensor? low_rank_scale=None) -> Tensor");
   m.def("install() -> ()", &install);
   m.def("kernel_of(int weight_bits, int act_bits, int tokens, int in_features,"
         " int groups) -> str", &kernel_of);

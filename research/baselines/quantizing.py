@@ -27,6 +27,7 @@ from torchao_masquant.calibration.foldable import foldable_channels, showing_all
 from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.conductor.conductor import solve
+from torchao_masquant.head_recipe import head_layers
 from torchao_masquant.learning import learn
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, library_versions
@@ -99,8 +100,9 @@ class Quantizing:
     def by_options(self, scheme: str, given: Mapping[str, Any]) -> nn.Module:
         """A copy quantized by the package, with these options."""
         options = SolverOptions(scheme=scheme, **given)
+        heads = head_layers(self.model, options, self.modalities)
         if options.learns_factors:
-            return self._convert(options, self.published(options))
+            return self._convert(options, self.published(options) | heads)
         foldable = None
         if options.procedure.folded:
             router = self.session.router
@@ -115,7 +117,7 @@ class Quantizing:
             router = Router.for_model(self.model)
             router.skip_padding = True
             layers = learn(self.model, self.samples, layers, router, options)
-        return self._convert(options, layers)
+        return self._convert(options, layers | heads)
 
     def by_baseline(
         self, scheme: str, method: str, given: Mapping[str, Any]

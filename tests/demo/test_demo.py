@@ -23,16 +23,16 @@ from torchao_masquant.testing import digits
 
 @pytest.mark.slow
 def test_the_whole_demonstration(tmp_path, monkeypatch, capsys):
-    # Half of the calibration data, and of the held-out examples; a few for the linears.
-    samples = digits.calibration_samples(64)
+    # A part of the calibration data, and of the held-out examples; a few for the linears.
+    samples = digits.calibration_samples(48)
     monkeypatch.setattr(digits, "calibration_samples", lambda: samples)
-    monkeypatch.setattr(compare, "_SQNR_EXAMPLES", 12)
-    half = {
-        task: examples.select(slice(0, len(examples) // 2))
+    monkeypatch.setattr(compare, "_SQNR_EXAMPLES", 6)
+    some = {
+        task: examples.select(slice(0, len(examples) // 4))
         for task, examples in digits.heldout().items()
     }
     monkeypatch.setattr(
-        digits, "evaluate", functools.partial(digits.evaluate, examples=half)
+        digits, "evaluate", functools.partial(digits.evaluate, examples=some)
     )
     assert main(["demo", "--json", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())

@@ -3,9 +3,8 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""A quantized decoder, compiled ahead, in a process that has torch alone."""
+"""The tutorial's decoder, compiled ahead, in a process that has torch alone."""
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -15,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import PlainModel, batch, quantized, qwen25_vl, recipe_of, token_row
+from packaging.version import Version
+from pages import ROOT, run_blocks
+from tiny_models import PlainModel, batch, quantized, qwen25_vl, token_row
 from torch import nn
 
 from torchao_masquant import token_modalities
@@ -79,14 +80,16 @@ with open(folder + "/decoder.json", "w") as file:
 
 
 def positions(length: int) -> torch.Tensor:
-    """Neither all alike nor one after the other, as those of an image."""
+    """Neither all alike nor one after the other, as those of an image: fewer than tokens."""
     steps = torch.arange(length)
-    return torch.stack((steps, steps // 2, steps - steps // 3))[:, None]
+    return torch.stack((steps - steps // 4, steps // 2, steps - steps // 3))[:, None]
 
 
 def call_of(parts: list[Any]) -> dict[str, Any]:
     ids = torch.tensor([token_row(parts)])
-    features = torch.randn(int(((ids == 5) | (ids == 6)).sum()), 64)
+    features = torch.randn(int((ids == 5).sum()), 64)
+    # Images are loud, so that it shows where they are taken for text.
+    features[:, [3, 11]] = torch.tensor([30.0, -20.0])
     return {
         "input_ids": ids,
         "features": features if len(features) else None,
@@ -134,26 +137,27 @@ def run(folder: Path, calls: list[dict[str, Any]], scratch: Path) -> tuple[Any, 
 
 
 @pytest.mark.slow
-def test_a_process_with_torch_alone_gives_the_model_s_results(tmp_path):
-    options = dict(rounding="nearest", clip=False, alpha=0.5, separation=1.0)
-    recipe = recipe_of(qwen25_vl(layers=1), scheme="w4a8", rank=4, **options)
-    # Rotated ones, which share their input with each other, beside ones that are not.
-    for name, layer in recipe.layers.items():
-        if "self_attn" in name:
-            recipe.layers[name] = dataclasses.replace(layer, hadamard_size=16)
-    model = quantized(qwen25_vl(layers=1), recipe)
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"),
+    reason="torch.export finds no bounds for the cache before 2.13",
+)
+def test_a_process_with_torch_alone_gives_the_model_s_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = run_blocks(ROOT / "tutorials" / "deploy_with_aotinductor.md")
+    model, folder = made["model"], tmp_path / "package"
+    # Linears that share their rotated input with others, and ones that do not.
+    assert {layer.hadamard_size for layer in made["recipe"].layers.values()} != {None}
     torch.manual_seed(0)
     calls = [call_of(parts) for parts in PROMPTS]
     wanted = [eager(model, call) for call in calls]
-    folder = export_decoder(model, batch(PROMPTS[0]), tmp_path / "package")
     found, said = run(folder, calls, tmp_path)
     for ours, theirs in zip(found, wanted):
         assert torch.equal(ours["embeds"], theirs["embeds"])
         assert torch.equal(ours["ids"], theirs["ids"])
         assert len(ours["logits"]) == len(theirs["logits"]) == len(ANSWER) + 1
         for a, b in zip(ours["logits"], theirs["logits"]):
-            # Rounding flips of single activations: see the design's measured 3e-2.
-            assert (a - b).norm() <= 2e-2 * b.norm()
+            # Single activations may be rounded otherwise.
+            assert (a - b).norm() <= 2e-3 * b.norm()
         assert ours["tokens"][0, 0] == ours["logits"][0].argmax()
     # The bound means something: with its images taken for text a prompt is far off.
     confused = dict(calls[0], input_ids=torch.where(calls[0]["input_ids"] == 5, 21, 22))
@@ -163,7 +167,7 @@ def test_a_process_with_torch_alone_gives_the_model_s_results(tmp_path):
             inputs_embeds=wanted[0]["embeds"], position_ids=calls[0]["position_ids"]
         ).logits[:, -1:]
     right = wanted[0]["logits"][0]
-    assert (wrong - right).norm() > 0.1 * right.norm()
+    assert (wrong - right).norm() > 1e-2 * right.norm()
     assert "there are 29 slots: make the Decoder with more" in said
     assert "token [5] stands for an image or a sound: give it to prefill" in said
     assert re.search("4 placeholders .* there are 3 features", said)
@@ -179,7 +183,8 @@ def test_a_process_with_torch_alone_gives_the_model_s_results(tmp_path):
     linears = [m for m in model.get_decoder().modules() if hasattr(m, "routed")]
     assert integers == sum(linear.weight.qdata.numel() for linear in linears)
     # Nothing half made is left beside it.
-    assert {p.name for p in tmp_path.iterdir()} == {"package", "calls.pt", "r.pt"}
+    files = {p.name for p in tmp_path.iterdir() if p.suffix != ".pt"}
+    assert files == {"package"}
 
 
 class Wide(nn.Module):

@@ -7,38 +7,23 @@
 
 import inspect
 import re
-import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config
 from packaging.version import Version
+from pages import HUB_MODEL, ROOT, has_blocks, run_blocks
 
 from torchao_masquant import calibrate
-from torchao_masquant.__main__ import main
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.testing import digits, model_folders
 
-ROOT = Path(__file__).parents[2]
 PAGES_OF_FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ALL_PAGES = [*PAGES_OF_FILES, *sorted((ROOT / "tutorials").glob("*.md"))]
-BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = [
-    p for p in ALL_PAGES if re.search(r"^(```python|masquant )", p.read_text(), re.M)
-]
-
-#: Of the hub; in its place stands a tiny random model that is made on the spot.
-HUB_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
-
-
-def _run_commands(block, page):
-    """The masquant commands of a bash block; others are for the reader's machine."""
-    for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words and words[0] == "masquant":
-            assert main(words[1:]) == 0, f"{page.name}: {line}"
+# What this one deploys, tests/deploy runs and looks at.
+ELSEWHERE = ("deploy_with_aotinductor.md",)
+PAGES = [p for p in ALL_PAGES if has_blocks(p) and p.name not in ELSEWHERE]
 
 
 @pytest.fixture
@@ -59,30 +44,18 @@ def _what_a_reader_has(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page, tmp_path, monkeypatch, request):
-    text = page.read_text()
     if page.name == "digits.md":
         request.getfixturevalue("smaller_digits")
-    if HUB_MODEL in text:
+    if HUB_MODEL in page.read_text():
         _what_a_reader_has(tmp_path)
     monkeypatch.chdir(tmp_path)
     # Where tests before this one compiled a class more often than Dynamo's limit allows,
     # Dynamo compiles it no more in this process.
     torch._dynamo.reset()
     if Version(torch.__version__) < Version("2.13"):
-        if page.name == "deploy_with_aotinductor.md":
-            pytest.skip("torch.export finds no bounds for the cache before 2.13")
         # As docs/digits.md says.
         monkeypatch.setattr(torch._inductor.config, "assert_indirect_indexing", False)
-    scope: dict[str, object] = {"__name__": "readme"}
-    for block in BLOCK.finditer(text):
-        language, source = block.groups()
-        source = source.replace(HUB_MODEL, "model")
-        if language == "bash":
-            _run_commands(source, page)
-            continue
-        line = text[: block.start()].count("\n") + 1
-        # Blank lines in front, so that a traceback names the page's own line.
-        exec(compile("\n" * line + source, str(page), "exec"), scope)
+    run_blocks(page)
 
 
 def test_every_make_target_that_a_page_names_exists():

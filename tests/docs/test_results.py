@@ -143,9 +143,24 @@ def test_table_of_latencies_in_vllm_is_the_committed_result():
             cells += [
                 "" if half is None else f"{half:.0f}",
                 f"{row['a token, ms']:.1f}",
+                f"{row['GB/s']:.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     assert _rows(_shown("docs/serving.md", "vllm_latency.json")) == lines
+
+
+def test_table_of_a_whole_decoder_is_the_committed_result():
+    lines = []
+    found = json.loads((RESULTS / "cpu_model.json").read_text())["candidates"]
+    for name, row in found.items():
+        cells = [name.replace("+head", ", head of 8 bits")]
+        cells += [f"{1e3 * row[f'first token s, {n}']:.0f}" for n in (256, 1024)]
+        cells += [f"{row[f'tokens/s after {n}']:.1f}" for n in (256, 1024)]
+        read = (row["linears MiB"] + row["head MiB"]) * 2**20
+        gigabytes = read * row["tokens/s after 256"] / 1e9
+        cells += [f"{read / 2**20:.0f}", f"{gigabytes:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    assert _rows(_shown("docs/results.md", "cpu_model.json")) == lines
 
 
 def test_plan_table_is_the_committed_result():
@@ -197,15 +212,16 @@ def test_table_of_linears_on_a_cpu_is_the_committed_result():
     assert shown == list(_cpu_lines())
 
 
-def test_table_of_few_tokens_is_the_committed_result():
-    found = json.loads((RESULTS / "cpu_few_tokens.json").read_text())["seconds"]
-    for line, (name, times) in zip(
-        _rows(_shown("docs/results.md", "cpu_few_tokens.json")), found.items()
-    ):
+@pytest.mark.parametrize("name", ["cpu_few_tokens.json", "cpu_experts.json"])
+def test_tables_of_milliseconds_are_the_committed_results(name: str):
+    found = json.loads((RESULTS / name).read_text())["seconds"]
+    lines = []
+    for candidate, times in found.items():
         cells = (
             f"{1e3 * s:.2f}" if s < 0.01 else f"{1e3 * s:.1f}" for s in times.values()
         )
-        assert line == f"| {name} | {' | '.join(cells)} |"
+        lines.append(f"| {candidate} | {' | '.join(cells)} |")
+    assert _rows(_shown("docs/results.md", name)) == lines
 
 
 # Of SmolLM2-135M: q and o, k and v, gate, up and down of thirty layers, in bfloat16.

@@ -268,7 +268,10 @@ def test_decoders_of_one_class():
     ids=lambda f: f.name,
 )
 def test_compiled_without_a_graph_break(w4a8):
-    """One graph for all mixed calls; tests/routing has those of text alone."""
+    """One graph for all mixed calls; tests/routing has those of text alone.
+
+    What Inductor makes of a graph, tests/demo has, and of experts, tests/experts.
+    """
     decoder = w4a8.family.decoder
     whole = w4a8.family.compiles == "language model"
     model = copy.deepcopy(w4a8.model)
@@ -293,13 +296,6 @@ def test_what_does_not_compile_does_not_before_quantization_either(family):
     model.get_submodule(family.decoder).compile(fullgraph=True, backend="eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="Data-dependent branching"):
         model(**family.mixed())
-
-
-@pytest.mark.slow
-def test_a_layer_compiled_by_inductor():
-    """Experts that are compiled are in tests/experts."""
-    both = quantize(named("Phi-4-multimodal"), "w4a8", 2, alpha=0.5, separation=1.0)
-    compare_compiled(both, f"{both.family.decoder}.layers.0", "inductor")
 
 
 @torch.no_grad()

@@ -5,11 +5,22 @@
 # LICENSE file in the root directory of this source tree.
 """Registers the operators, and leaves out what does not run on this machine."""
 
-from typing import Any
+import importlib.util
+import os
+from typing import Any, Iterator
 
 import pytest
+from quick_interpreter import spare_repeated_patches
 
 import torchao_masquant  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+            spare_repeated_patches(monkeypatch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,21 @@
 """Operators of experts: what the operators for one matrix give, matrix by matrix."""
 
 import itertools
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 import numpy as np
 import pytest
 import torch
-from operator_cases import INT8, PRODUCT, WEIGHT_ONLY, WEIGHTS, Case, Operands
+from operator_cases import (
+    BF16,
+    FP16,
+    INT8,
+    PRODUCT,
+    WEIGHT_ONLY,
+    WEIGHTS,
+    Case,
+    Operands,
+)
 from operator_oracle import (
     UNIT,
     assert_within,
@@ -19,6 +28,10 @@ from operator_oracle import (
     low_rank_down_f64,
     weight_only_linear_f64,
 )
+
+from torchao_masquant.kernels import cpu_lowering
+from torchao_masquant.kernels.cpu_engine import CpuEngine
+from torchao_masquant.kernels.expert_operators import expert_int_linear
 
 E = 3
 # Where each expert's rows end: an expert without rows (the first, one in the middle, the
@@ -110,6 +123,52 @@ def test_every_row_meets_its_expert(where: str) -> None:
                 assert_within(y[own], *expected(operator, made, own, expert))
             start = end
         assert not y[start:].any(), kind
+
+
+#: experts with few rows, and with so many that they share what is unpacked of a weight
+MANY = ([16, 33, 34], [1, 1, 240], [0, 130, 200])
+SIZES = {
+    "w8": dict(dtype=BF16, in_features=96),
+    "w4": dict(weight_bits=4, dtype=FP16),
+    "w4 groups": dict(weight_bits=4, groups=2, in_features=256),
+    "odd": dict(weight_bits=4, groups=5, in_features=15, out_features=3, pair=INT8),
+    "int8 pair": dict(weight_bits=8, in_features=68, pair=INT8, ids_dtype=torch.int32),
+}
+
+
+@pytest.fixture(params=[1, 2], ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kind", SIZES)
+def test_bits_are_those_of_one_expert_after_the_other(kind: str) -> None:
+    for ends, mixed in itertools.product(MANY, (True, False)):
+        made = experts(ends[-1] + 1, mixed, **{"out_features": 130, **SIZES[kind]})
+        args = list(arguments(PRODUCT, made, ends))
+        expected = expert_int_linear(*args)
+        assert torch.equal(torch.ops.masquant.expert_int_linear(*args), expected)
+        # Of whatever layout: tokens column by column, every second expert's weights.
+        qdata = args[3]
+        args[0] = args[0].t().contiguous().t()
+        args[2] = args[2].int()
+        args[3] = torch.stack((qdata, qdata), 1).flatten(0, 1)[::2]
+        args[4] = args[4].transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(torch.ops.masquant.expert_int_linear(*args), expected)
+
+
+@pytest.mark.parametrize("ends", [[2, 1, 4], [1, 2, 10], [1, 2]], ids=str)
+def test_ends_that_no_rows_have(ends: list[int]) -> None:
+    if cpu_lowering.prepare().engine is CpuEngine.REFERENCE:
+        pytest.skip("they are the caller's to keep there")
+    args = list(arguments(PRODUCT, experts(9, False), [3, 6, 9]))
+    args[2] = torch.tensor(ends)
+    with pytest.raises((RuntimeError, IndexError), match="masquant: "):
+        torch.ops.masquant.expert_int_linear(*args)
 
 
 @pytest.mark.parametrize("operator", WEIGHTS)

@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
         *("expert_modules", "decoder_blocks"),
     },
     "what is quantized": {"selection"},
+    "what is rounded without data": {"head_recipe"},
     "three that do not know one another": {"calibration", "solver", "learning"},
     "who knows the three": {"conductor"},
     "in memory, and as torchao does it": {"calibrate_in_memory", "conversion"},

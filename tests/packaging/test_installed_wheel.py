@@ -6,14 +6,12 @@
 """The built wheel alone, in an environment and a folder without the checkout."""
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from checkout import ROOT, source_files
 
 pytestmark = pytest.mark.slow
 
@@ -57,24 +55,17 @@ print("used")
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Path:
+def environment(wheel, tmp_path_factory) -> Path:
     """A virtual environment with our wheel, which sees this one's other packages."""
     folder = tmp_path_factory.mktemp("installed")
-    for file in source_files():
-        target = folder / "source" / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, target)
-    pip = [sys.executable, "-m", "pip"]
-    offline = ["--no-deps", "--no-index", "--quiet"]
-    _run(
-        [*pip, "wheel", *offline, "--no-build-isolation", "-w", "..", "."],
-        folder / "source",
-    )
-    (wheel,) = folder.glob("*.whl")
     made = folder / "environment"
     _run([sys.executable, "-m", "venv", "--without-pip", str(made)], folder)
     python = made / "bin" / "python"
-    _run([*pip, "--python", str(python), "install", *offline, str(wheel)], folder)
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    _run(
+        [*pip, "install", "--no-deps", "--no-index", "--quiet", str(wheel)],
+        folder,
+    )
     # An editable install of ours in one of them has no effect: the .pth files in a
     # folder that a .pth file names are not read.
     others = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -23,37 +22,10 @@ from checkout import FOLDERS, PACKAGES, PYPROJECT, ROOT, installed_path, source_
 import torchao_masquant
 
 
-def _build(command: list[str], folder: Path) -> None:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def _build_wheel(source: Path, output: Path) -> list[str]:
-    """Names of the files in a wheel built of a source folder."""
-    _build(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-        + ["--no-index", "--wheel-dir", str(output), "."],
-        source,
-    )
-    (wheel,) = output.glob("*.whl")
+@pytest.fixture(scope="module")
+def wheel_files(wheel):
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A copy of the checkout: a build leaves its own folders where it runs."""
-    folder = tmp_path_factory.mktemp("source")
-    for file in source_files():
-        target = folder / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, target)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wheel_files(source, tmp_path_factory):
-    return _build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel_files):
@@ -84,19 +56,6 @@ def test_the_wheel_holds_the_licence_and_the_notice(wheel_files):
     assert names == {"LICENSE", "NOTICE"}
 
 
-def test_a_wheel_of_the_source_archive_is_the_same(
-    source, wheel_files, tmp_path_factory
-):
-    output = tmp_path_factory.mktemp("sdist")
-    script = "import sys; from setuptools.build_meta import build_sdist as build; "
-    _build([sys.executable, "-c", f"{script}build(sys.argv[1])", str(output)], source)
-    (archive,) = output.glob("*.tar.gz")
-    shutil.unpack_archive(archive, output)
-    (unpacked,) = (path for path in output.iterdir() if path.is_dir())
-    wheel = _build_wheel(unpacked, tmp_path_factory.mktemp("wheel_of_sdist"))
-    assert set(wheel) == set(wheel_files)
-
-
 def test_every_package_folder_is_listed():
     folders = {
         PurePosixPath(installed).parent
@@ -120,23 +79,17 @@ print(json.dumps([kernels and kernels.origin, files]))
 """
 
 
-def _imported_from(folder: Path) -> tuple[str, list[str]]:
-    """Origin of a bare ``kernels``, and the packages' files, as seen from a folder."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+def test_imports_from_inside_and_outside_of_the_checkout_find_the_same(tmp_path):
+    inside = [importlib.import_module(package).__file__ for package in PACKAGES]
     result = subprocess.run(
         [sys.executable, "-c", _PACKAGE_FILES],
-        cwd=folder,
-        env=environment,
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         check=True,
         capture_output=True,
         text=True,
     )
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def test_imports_from_inside_and_outside_of_the_checkout_find_the_same(tmp_path):
-    _, inside = _imported_from(ROOT)
-    bare_kernels, outside = _imported_from(tmp_path)
+    bare_kernels, outside = json.loads(result.stdout.splitlines()[-1])
     assert inside == outside
     folders = {package: folder for folder, package in FOLDERS.items()}
     for package, file in zip(PACKAGES, inside):

@@ -55,7 +55,7 @@ def in_memory(folder, samples, output, **options):
         {"low_rank_bits": 8, "exclude": ["*.layers.1.*", "*.down_proj"]},
         {"max_statistics_bytes": 200_000, "alpha": None, "include": "*.layers.1.*"},
         {"base_modality": "vision", "modality_weights": {"text": 0.5}},
-        {"epochs": 1, "lr": 3e-3},
+        {"epochs": 1, "lr": 3e-3, "head_bits": 8},
     ],
     ids=lambda o: " ".join(o),
 )

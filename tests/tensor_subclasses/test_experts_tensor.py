@@ -142,6 +142,21 @@ def test_types_of_16_bits(dtype):
     assert y.dtype == dtype and torch.equal(y, wide.to(dtype))
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+def test_under_autocast_input_and_result_are_of_its_type(scheme):
+    """As of a linear: float64 is left alone."""
+    weight = MASQuantTensor.stack(experts(**SCHEMES[scheme]))
+    _, rows, ends = routing(7, 2)
+    ids, call = torch.arange(7) % 3, torch.ops.masquant.expert_linear
+    for given in (torch.float32, torch.float16, torch.float64):
+        x = torch.randn(7, K, generator=torch.Generator().manual_seed(0)).to(given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = call(x, weight, ends, rows, ids)
+        cast = x if given == torch.float64 else x.bfloat16()
+        assert torch.equal(y, call(cast, weight, ends, rows, ids))
+        assert y.dtype == cast.dtype
+
+
 @pytest.mark.parametrize("scheme", ["w4a6", "rotation"])
 def test_each_expert_may_have_a_shift_of_its_own(scheme):
     apart = experts(**SCHEMES[scheme])

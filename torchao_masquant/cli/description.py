@@ -273,9 +273,10 @@ def _recipe_line(
     routed = own[f"{name}.smoothing_factor"][1][0] > 1
     scheme, group_size = options.scheme, options.number_format.group_size
     if "scheme" in entry:
-        # Chosen for a budget; its integers tell its groups.
+        # Its integers tell its groups; where there are none yet it has no groups.
         scheme = get_scheme(entry["scheme"]).name
-        groups = own[f"{name}.scale"][1][-1]
+        scale = own.get(f"{name}.scale")
+        groups = 1 if scale is None else scale[1][-1]
         group_size = None if groups == 1 else int(entry["shape"][-1]) // groups
     return LinearLine(
         name=name,

@@ -23,6 +23,8 @@ from torchao_masquant.conversion.quantized_modules import (
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.linear import share_smoothing
 from torchao_masquant.models.experts import Layer, by_module
+from torchao_masquant.models.output_head import stands_alone
+from torchao_masquant.models.parts import head_of
 from torchao_masquant.options import QuantizationOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
@@ -109,6 +111,8 @@ def replace(
     weights = {name: make(name, layer.weight.data) for name, layer in layers.items()}
     module = replace_weights(layers, weights, router)
     if isinstance(module, nn.Linear):
+        if module is head_of(model):
+            stands_alone(model, module.fqn)
         share_smoothing(model.get_submodule(module.fqn.rpartition(".")[0]))
     if next(module.parameters()).device.type == "cpu":
         cpu_lowering.prepare()

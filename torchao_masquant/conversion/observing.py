@@ -18,12 +18,19 @@ from torchao_masquant.conversion.changes import (
     modalities_of,
     needs_router,
     replace,
+    replacing,
     selected_of,
 )
 from torchao_masquant.conversion.fitting import quantized_weight
 from torchao_masquant.conversion.listeners import tell
 from torchao_masquant.conversion.solution import OBSERVED, solution_of
-from torchao_masquant.models.experts import ExpertWeight, Layer, by_module
+from torchao_masquant.head_recipe import head_layers
+from torchao_masquant.models.experts import (
+    ExpertWeight,
+    Layer,
+    by_module,
+    layers_of_model,
+)
 from torchao_masquant.models.wrappers import check_in_memory, is_hooked
 from torchao_masquant.options import QuantizationOptions, SolverOptions
 from torchao_masquant.recipe import LayerRecipe, library_versions
@@ -98,7 +105,25 @@ def plan_observed(model: nn.Module, options: SolverOptions) -> Changes:
     changes: Changes = {}
     for session in sessions:
         changes |= _Conversion(model, session, options).changes()
+        changes |= _head_changes(model, session.router, options)
     return changes
+
+
+def _head_changes(model: nn.Module, router: Router, options: SolverOptions) -> Changes:
+    """What rounds the output head, where that is asked for and not done."""
+    modalities = router.modalities
+    layers = head_layers(model, options, modalities)
+    held = layers_of_model(model)
+    left = {
+        name: held[name]
+        for name in layers
+        if not isinstance(held[name].weight.data, MASQuantTensor)
+    }
+
+    def quantized(name: str, weight: torch.Tensor) -> MASQuantTensor:
+        return quantized_weight(name, weight, layers[name], options, modalities)
+
+    return replacing(model, left, quantized, router)
 
 
 class _Conversion:

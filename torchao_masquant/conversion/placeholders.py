@@ -11,6 +11,7 @@ import torch
 
 from torchao_masquant.kernels.hadamard import check_hadamard_size
 from torchao_masquant.options import SolverOptions
+from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
     check_group_size,
@@ -18,7 +19,7 @@ from torchao_masquant.tensor_subclasses import (
 )
 from torchao_masquant.tensor_subclasses.weight_layout import WeightLayout, group_count
 
-__all__ = ["placeholder_weight"]
+__all__ = ["placeholder_of", "placeholder_weight"]
 
 
 def placeholder_weight(
@@ -78,6 +79,36 @@ def placeholder_weight(
         ranks=ranks,
         dtype=weight.dtype,
         hadamard_size=hadamard_size,
+        weight_format=scheme.weight_format,
+        act_format=scheme.act_format,
+    )
+
+
+def placeholder_of(
+    layer: LayerRecipe,
+    weight: torch.Tensor,
+    options: SolverOptions,
+    modalities: Sequence[str],
+) -> MASQuantTensor:
+    """A quantized weight of zeros, of the layout that a part of a recipe gives.
+
+    Args:
+        layer: without pairs.
+        weight: (N, K), also on the meta device: its values are not touched.
+        options: of the recipe.
+        modalities: names, base first.
+    """
+    scheme = layer.number_format(options.number_format)
+    layout = layer.layout(scheme, len(modalities))
+    return MASQuantTensor(
+        **layout.neutral(weight.device),
+        in_features=weight.shape[-1],
+        weight_bits=scheme.weight_bits,
+        act_bits=scheme.act_bits,
+        modalities=modalities,
+        ranks=(),
+        dtype=weight.dtype,
+        hadamard_size=layer.hadamard_size,
         weight_format=scheme.weight_format,
         act_format=scheme.act_format,
     )

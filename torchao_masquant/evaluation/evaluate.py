@@ -24,7 +24,7 @@ from torchao_masquant.evaluation.weights import (
     scheme_of,
     weight_bytes,
 )
-from torchao_masquant.models.parts import token_reader
+from torchao_masquant.models.parts import head_of
 from torchao_masquant.models.wrappers import unwrapped
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.routing import Router, router_of
@@ -223,6 +223,5 @@ def check_reference(model: nn.Module, reference: nn.Module) -> None:
 
 
 def _vocabulary(model: nn.Module) -> Optional[int]:
-    get_head = getattr(token_reader(model), "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
+    head: Any = head_of(model)
     return None if head is None else head.weight.shape[0]

@@ -20,6 +20,7 @@ from torchao_masquant.freed_memory import return_freed_memory
 from torchao_masquant.integrations.checkpoint_format import parameter_of
 from torchao_masquant.integrations.hf_loading import finish_modules, set_parameter
 from torchao_masquant.models.experts import experts_of
+from torchao_masquant.models.output_head import head_name, stands_alone
 from torchao_masquant.quantize import rounding_recipe
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import check_whole
@@ -57,9 +58,13 @@ class QuantizingLoading:
         self.recipe = recipe
         if left_out:
             self._leave_out(left_out)
+        #: the head, where it is quantized: its weight may be that of the embeddings
+        head = head_name(model)
+        self._head = head if head in self._layers else None
         self._named = {
             parameter_of(name, layer.shape): name
             for name, layer in self._layers.items()
+            if name != self._head
         }
         self.router = Router.for_model(model, recipe.modalities)
 
@@ -136,6 +141,10 @@ class QuantizingLoading:
         Raises:
             ValueError: a weight could not be quantized, or was not in the checkpoint.
         """
+        if self._head is not None:
+            head: Any = model.get_submodule(self._head)
+            self.load(model, self._head, head.weight.data)
+            stands_alone(model, self._head)
         if self.error is not None:
             raise self.error
         missing = [name for name in self._layers if name not in self.done]

@@ -10,6 +10,7 @@ from typing import Mapping, Optional, TypeVar
 from torch import nn
 
 from torchao_masquant.models.experts import experts_of
+from torchao_masquant.models.output_head import head_name
 from torchao_masquant.models.parts import decoder_path
 
 __all__ = ["named_here"]
@@ -18,7 +19,7 @@ _T = TypeVar("_T")
 
 
 def named_here(model: nn.Module, saved: Mapping[str, _T]) -> dict[str, _T]:
-    """What was saved of a model's decoder, by the names that its parts have here.
+    """What was saved of a model's decoder and head, by the names that they have here.
 
     Where the decoder lies in a model differs between classes, with a head and without,
     and between releases of transformers: that of Qwen2.5-Omni's thinker was ``model``
@@ -38,8 +39,11 @@ def named_here(model: nn.Module, saved: Mapping[str, _T]) -> dict[str, _T]:
     inside = {name[len(here) :] for name in known if name.startswith(here)}
 
     there: Optional[str] = None
+    head = head_name(model)
     renamed = {}
     for name, value in saved.items():
+        if name not in known and head is not None and _last(name) == _last(head):
+            name = head
         if name not in known:
             if there is None:
                 there = _prefix(name, inside)
@@ -48,6 +52,10 @@ def named_here(model: nn.Module, saved: Mapping[str, _T]) -> dict[str, _T]:
                 name = here + rest if rest in inside else name
         renamed[name] = value
     return renamed
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _prefix(name: str, inside: set[str]) -> Optional[str]:

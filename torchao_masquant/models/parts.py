@@ -16,7 +16,14 @@ from typing import Any, Iterator, Optional
 
 from torch import nn
 
-__all__ = ["Decoder", "decoder_path", "find_decoder", "heads_of", "token_reader"]
+__all__ = [
+    "Decoder",
+    "decoder_path",
+    "find_decoder",
+    "head_of",
+    "heads_of",
+    "token_reader",
+]
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,11 @@ def heads_of(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if (head := _given(module, "get_output_embeddings")) is not None
     ]
+
+
+def head_of(model: nn.Module) -> Optional[nn.Module]:
+    """What makes logits of the hidden states of the part that reads tokens."""
+    return _given(token_reader(model), "get_output_embeddings")
 
 
 def find_decoder(model: nn.Module) -> Optional[Decoder]:

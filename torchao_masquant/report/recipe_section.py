@@ -30,6 +30,8 @@ from torchao_masquant.wording import (
 
 __all__ = ["recipe_section"]
 
+_HEAD = "8 bits, its channels rotated and rounded to nearest"
+
 _ROUNDINGS = {
     "gptq": "by the error that it makes for all modalities together (GPTQ)",
     "nearest": "to nearest",
@@ -102,6 +104,7 @@ def _options(recipe: Recipe) -> Table:
         ),
         "low-rank pairs": _pairs(options),
         **_modality_weights(options),
+        **({"output head": _HEAD} if options.head_bits == 8 else {}),
         "modalities": f"{joined(recipe.modalities)} (base: {recipe.modalities[0]})",
         "linears": str(len(recipe.layers)),
         **{f"made with {name}": version for name, version in recipe.versions.items()},

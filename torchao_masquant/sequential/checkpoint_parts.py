@@ -12,6 +12,7 @@ from typing import Any, Mapping, Sequence
 
 import safetensors
 import torch
+from torch import nn
 
 from torchao_masquant.atomic_files import sync
 from torchao_masquant.hub import write_index
@@ -161,7 +162,7 @@ def assemble(
         size += (folder / name).stat().st_size
     write_index(folder, weight_map, size)
     model = disk.model
-    formats = store.formats(parts)
+    formats = _in_order_of(model, store.formats(parts))
     known = {name: options for name in formats}
     checkpoint = CheckpointFormat.described(model.dtype, formats, known)
     checkpoint.description = {"versions": library_versions(), **description}
@@ -179,6 +180,18 @@ def assemble(
         sync(path)
     sync(folder)
     return folder
+
+
+def _in_order_of(
+    model: nn.Module, formats: Mapping[str, LayerFormat]
+) -> dict[str, LayerFormat]:
+    """As a model in memory lists them: its head is behind the blocks."""
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+
+    def place(name: str) -> int:
+        return places[name] if name in places else places[name.rpartition(".")[0]]
+
+    return {name: formats[name] for name in sorted(formats, key=place)}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -81,7 +81,8 @@ class DiskModel:
         self.names: dict[str, list[str]] = stored_to_model_names(
             self.model, list(self.stored)
         )
-        self._tied: dict[str, str] = dict(
+        #: name of a weight to the one that it shares its values with
+        self.tied: dict[str, str] = dict(
             getattr(self.model, "all_tied_weights_keys", None) or {}
         )
         self._check_complete()
@@ -119,8 +120,8 @@ class DiskModel:
         covered = {name for names in self.names.values() for name in names}
         ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
         for name in state:
-            partners = {self._tied.get(name)} | {
-                k for k, v in self._tied.items() if v == name
+            partners = {self.tied.get(name)} | {
+                k for k, v in self.tied.items() if v == name
             }
             if name not in covered | ignored and not partners & covered:
                 raise ValueError(
@@ -181,14 +182,14 @@ class DiskModel:
         """
         state = self.model.state_dict()
         # The source of a tied weight brings it along.
-        wanted = {self._tied.get(n, n) if state[n].is_meta else n for n in names}
+        wanted = {self.tied.get(n, n) if state[n].is_meta else n for n in names}
         wanted = {name for name in wanted if state[name].is_meta}
         keys = [key for key, to in self.names.items() if wanted & set(to)]
         if keys:
             self._load(keys)
         for name in wanted:
             _get(self.model, name).requires_grad_(False)
-        tied = {t: s for t, s in self._tied.items() if s in wanted}
+        tied = {t: s for t, s in self.tied.items() if s in wanted}
         for target, source in tied.items():
             _set(self.model, target, _get(self.model, source))
 
@@ -227,13 +228,14 @@ class DiskModel:
     @contextlib.contextmanager
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
         """Some weights, inside; those that were there before stay."""
-        state = self.model.state_dict()
-        missing = [name for name in names if state[name].is_meta]
+        before = self.model.state_dict()
         try:
-            self.load(missing)
+            self.load(name for name in names if before[name].is_meta)
             yield
         finally:
-            self.free(missing)
+            # What shares its values with another has come with it.
+            now = self.model.state_dict()
+            self.free(n for n, v in before.items() if v.is_meta and not now[n].is_meta)
 
     def in_files(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors of a part of the model as transformers would save them.

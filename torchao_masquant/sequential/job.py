@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchao_masquant.conductor.team import Team
+from torchao_masquant.head_recipe import head_layers
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected
@@ -51,6 +52,8 @@ class Job:
     progress: bool
 
     def __post_init__(self) -> None:
+        #: parts of the recipe that need no data
+        self.heads = head_layers(self.disk.model, self.options, self.router.modalities)
         #: names of the weights of each block
         self.names = [self.disk.names_under(name) for name in self.walk.names]
         #: numbers of the samples of this process

@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """The way through the blocks of a model on disk, from the last finished one on."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,10 @@ class Run:
             block_bytes=[disk.bytes_of(names) for names in job.names],
             conversion_bytes=max(map(disk.bytes_of_conversion, job.names)),
             front_bytes=disk.bytes_of(self.front.names),
-            other_bytes=disk.bytes_of(others) + disk.unloaded_bytes,
+            other_bytes=disk.bytes_of(others)
+            + disk.unloaded_bytes
+            # Beside the embeddings, whose weight it may have had.
+            + sum(math.prod(layer.shape) for layer in job.heads.values()),
             hidden=disk.model.config.get_text_config().hidden_size,
             itemsize=disk.dtype.itemsize,
             tokens=[job.summary.tokens[index] or 0 for index in job.mine],

@@ -6,11 +6,12 @@
 """Writing what was found: a part for each block, and the results in the end."""
 
 import json
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import torch
 
 from torchao_masquant.atomic_files import move_folder, replacing, sync
+from torchao_masquant.models.output_head import stands_alone
 from torchao_masquant.recipe import LayerRecipe, Recipe, join_recipes, library_versions
 from torchao_masquant.selection import Selected
 from torchao_masquant.sequential.block_store import BlockStore
@@ -22,6 +23,7 @@ from torchao_masquant.sequential.checkpoint_parts import (
 )
 from torchao_masquant.sequential.job import Job
 from torchao_masquant.sequential.outputs import ORIGIN
+from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["Writer"]
 
@@ -53,7 +55,10 @@ class Writer:
             found = Recipe(
                 job.options,
                 job.router.modalities,
-                {name: layers[name] for name in chosen.layers if name in layers},
+                {
+                    **{name: layers[name] for name in chosen.layers if name in layers},
+                    **(job.heads if index == len(job.names) - 1 else {}),
+                },
                 library_versions(),
             )
             self.store.save_recipe(index, found)
@@ -98,7 +103,9 @@ class Writer:
             for part, names in others.items():
                 if not store.finished(part):
                     with job.disk.loaded(names):
-                        write_part(job.disk, store, part, names, {})
+                        write_part(job.disk, store, part, names, self._heads(names))
+            for name in job.heads:
+                stands_alone(job.disk.model, name)
             unloaded = write_unloaded(job.disk, store)
             folder = assemble(
                 job.disk,
@@ -112,3 +119,20 @@ class Writer:
             move_folder(folder, target, store.folder / "replaced")
             sync(target.parent)
         store.remove()
+
+    def _heads(self, names: Sequence[str]) -> dict[str, MASQuantTensor]:
+        """The output head, where it is quantized and its weight is among these.
+
+        Args:
+            names: of weights that are loaded; the head's may be that of embeddings.
+        """
+        job = self.job
+        state = job.disk.model.state_dict()
+        found = {}
+        for name, layer in job.heads.items():
+            weight = f"{name}.weight"
+            if weight in names or job.disk.tied.get(weight) in names:
+                found[name] = layer.quantize(
+                    state[weight], job.options.number_format, job.router.modalities
+                )
+        return found

@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""A linear of vLLM whose weights are quantized: how they are loaded, and that it is run."""
+"""A linear of vLLM, or a head, whose weights are quantized: how they are loaded and run."""
 
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Union
 
@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
 from torchao_masquant.integrations.layer_format import LayerFormat
@@ -26,6 +27,7 @@ from torchao_masquant.vllm_plugin.loading import (
     columns_of_rank,
     loaded_before,
     own_copy,
+    rows_of_head,
 )
 from torchao_masquant.vllm_plugin.shards import QuantizedShards
 from torchao_masquant.vllm_plugin.token_ids import TokenIds
@@ -94,6 +96,9 @@ class MASQuantLinearMethod(LinearMethodBase):
         if len(self.formats) == len(sizes) > 1 and isinstance(layer, QKVParallelLinear):
             # They count heads that tensor parallelism has to repeat.
             sizes = [f.shape[0] for f in self.formats.values()]
+        elif isinstance(layer, ParallelLMHead):
+            # Without the rows that vLLM fills it up with.
+            sizes = [layer.org_vocab_size]
         elif len(self.formats) == 1:
             sizes = [output_size]
         for (name, known), size in zip(self.formats.items(), sizes):
@@ -207,6 +212,8 @@ class _Loading:
     def _piece(self, weight: MASQuantTensor, shard: int) -> MASQuantTensor:
         """What this process keeps of a shard's weight."""
         layer = self._layer
+        if isinstance(layer, ParallelLMHead):
+            return rows_of_head(layer, weight)
         rank, pieces = layer.tp_rank, layer.tp_size
         if isinstance(layer, ReplicatedLinear):
             pieces = 1

@@ -5,14 +5,21 @@
 # LICENSE file in the root directory of this source tree.
 """From what vLLM hands on of a checkpoint to the weight that a process keeps."""
 
-from typing import Mapping
+from typing import Any, Mapping
 
 import torch
 
 from torchao_masquant.integrations.layer_format import LayerFormat
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["built", "check_shape", "columns_of_rank", "loaded_before", "own_copy"]
+__all__ = [
+    "built",
+    "check_shape",
+    "columns_of_rank",
+    "loaded_before",
+    "own_copy",
+    "rows_of_head",
+]
 
 
 def check_shape(name: str, known: LayerFormat, shape: tuple[int, ...]) -> None:
@@ -66,6 +73,22 @@ def columns_of_rank(
     piece = weight[..., rank * size : (rank + 1) * size]
     assert isinstance(piece, MASQuantTensor)
     return piece
+
+
+def rows_of_head(layer: Any, weight: MASQuantTensor) -> MASQuantTensor:
+    """The tokens that one process keeps of an output head.
+
+    Args:
+        layer: of vLLM, which has a multiple of some number of tokens in each process. Any
+            rows will do for those that are none: their logits are not looked at.
+        weight: of all tokens.
+    """
+    mine, size = layer.shard_indices, layer.num_embeddings_per_partition
+    rows = weight[mine.org_vocab_start_index : mine.org_vocab_end_index]
+    while len(rows) < size:
+        rows = torch.cat([rows, weight[: size - len(rows)]])
+    assert isinstance(rows, MASQuantTensor)
+    return rows
 
 
 def own_copy(piece: MASQuantTensor, device: torch.device) -> MASQuantTensor:

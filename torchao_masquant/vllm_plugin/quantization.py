@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.version import __version__ as vllm_version
@@ -197,7 +198,7 @@ class MASQuantVllmConfig(QuantizationConfig):
         self._unclaimed -= found.keys()
         if not found:
             return _PlainLinearMethod(self) if isinstance(layer, LinearBase) else None
-        if not isinstance(layer, LinearBase):
+        if not isinstance(layer, (LinearBase, ParallelLMHead)):
             raise ValueError(
                 f"{prefix} is quantized in the checkpoint, and vLLM's "
                 f"{type(layer).__name__} there is none that this plugin runs: exclude it "

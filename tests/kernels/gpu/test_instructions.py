@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """What a GPU would run where the interpreter runs something else: its instructions."""
 
+import json
 import os
 import re
 import subprocess
@@ -20,49 +21,65 @@ import torch
 
 from torchao_masquant.kernels.gpu.int4_unpacking import UNPACK_BF16, UNPACK_FP16
 
+Counts = dict[str, tuple[int, int]]
+
 _COMPILE = """
+import json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernel_cases.smooth_quantize import aot_cases
 
-case = next(c for c in aot_cases() if c.constexprs["HAS_SHIFT"] and {condition})
-names = case.kernel.arg_names
-source = ASTSource(
-    case.kernel,
-    {{name: case.signature.get(name, "constexpr") for name in names}},
-    {{**case.constexprs, **{changes}, **dict(case.config.blocks)}},
-)
-options = dict(num_warps=case.config.num_warps, num_stages=case.config.num_stages)
-print(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"])
+def ptx(is_it, **changes):
+    case = next(c for c in aot_cases() if c.constexprs["HAS_SHIFT"] and is_it(c))
+    names = case.kernel.arg_names
+    source = ASTSource(
+        case.kernel,
+        {name: case.signature.get(name, "constexpr") for name in names},
+        {**case.constexprs, **changes, **dict(case.config.blocks)},
+    )
+    options = dict(num_warps=case.config.num_warps, num_stages=case.config.num_stages)
+    return triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"]
+
+def rotates(case):
+    return case.constexprs["STAGES"] and case.constexprs["ONE_BLOCK"]
+
+shifted = ptx(lambda case: not case.constexprs["STAGES"])
+print(json.dumps({"shifted": shifted, "rotated": ptx(rotates, HAS_SHIFT=False)}))
 """
 
 
-def products_and_fused(condition: str, changes: str = "{}") -> tuple[int, int]:
+@pytest.fixture(scope="module")
+def products_and_fused() -> Counts:
     """How many of them are in what a GPU would run; the interpreter contracts nothing."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    code = _COMPILE.format(condition=condition, changes=changes)
-    ptx = subprocess.run(
-        [sys.executable, "-c", code],
+    run = subprocess.run(
+        [sys.executable, "-c", _COMPILE],
         env=environment,
         check=True,
         capture_output=True,
         text=True,
-    ).stdout
-    products = re.findall(r"\bmul(?:\.rn)?\.f32", ptx)
-    return len(products), len(re.findall(r"\bfma\.rn\.f32", ptx))
+    )
+    return {
+        name: (
+            len(re.findall(r"\bmul(?:\.rn)?\.f32", ptx)),
+            len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        )
+        for name, ptx in json.loads(run.stdout).items()
+    }
 
 
-def test_a_gpu_rounds_the_product_before_the_shift() -> None:
-    products, fused = products_and_fused("not c.constexprs['STAGES']")
+def test_a_gpu_rounds_the_product_before_the_shift(products_and_fused: Counts) -> None:
+    products, fused = products_and_fused["shifted"]
     # Contracted, a product and a difference would be a single fma.
     assert products == fused > 0
 
 
-def test_a_gpu_rounds_the_product_before_the_rotation() -> None:
-    rotated = "c.constexprs['STAGES'] and c.constexprs['ONE_BLOCK']"
-    products, fused = products_and_fused(rotated, "{'HAS_SHIFT': False}")
+def test_a_gpu_rounds_the_product_before_the_rotation(
+    products_and_fused: Counts,
+) -> None:
+    products, fused = products_and_fused["rotated"]
     # Of each value its factor's, the rotation's, and one addition of the first stage.
     assert products == 2 * fused > 0
 

@@ -1,0 +1,46 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Spares Triton's interpreter work that it repeats at every call.
+
+A third of its time goes into putting its own functions in the place of the language's
+again at each call of a helper of a kernel, where a launch has done so already.
+"""
+
+import functools
+from typing import Any, Callable
+
+import pytest
+
+
+def spare_repeated_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a launch replace each module's functions once, whatever helpers it calls."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    replaced: set[frozenset[str]] = set()
+
+    @functools.lru_cache(maxsize=None)
+    def languages(function: Callable[..., Any]) -> frozenset[str]:
+        # The language or its core: the two that functions are replaced in.
+        return frozenset(
+            value.__name__
+            for value in function.__globals__.values()
+            if value is language or value is language.core
+        )
+
+    def patch_once(function: Callable[..., Any]) -> Any:
+        if languages(function) in replaced:
+            return None
+        replaced.add(languages(function))
+        return patch(function)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced.clear()
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
