@@ -162,7 +162,7 @@ class Run:
                 "set of samples": job.summary.digest,
                 **options,
                 "choice of modalities": job.router.modalities,
-                "choice of linears": list(job.selected.layers),
+                "choice of linears": [*job.selected.layers, *job.heads],
                 "dtype": str(job.disk.dtype),
                 "kind of device": job.disk.device.type,
                 "number of processes": job.team.size,
