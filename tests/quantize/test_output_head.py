@@ -16,7 +16,7 @@ from checkpoints import assert_same_logits, assert_same_state, logits
 from linear_oracle import assert_routed, literal, recorded
 from torch import nn
 from torchao.quantization import quantize_
-from transformers import AutoModelForImageTextToText, TorchAoConfig
+from transformers import AutoModel, AutoModelForImageTextToText, TorchAoConfig
 
 from torchao_masquant import (
     MASQuantConfig,
@@ -175,6 +175,18 @@ def test_excluded_it_stays(original: Path, tmp_path: Path) -> None:
         assert_same_state(
             {HEAD: model.lm_head.weight}, {HEAD: load(original).lm_head.weight}
         )
+
+
+def test_a_class_without_a_head_loads_the_rest(
+    original: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    model = tiny_models.quantized(load(original), recipe)
+    model.save_pretrained(tmp_path)
+    inputs = tiny_models.samples(audio=False, count=1)[0]
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(tmp_path)(**inputs).last_hidden_state
+        expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(found, expected)
 
 
 def test_dense_again(original: Path, recipe: Recipe, tmp_path: Path) -> None:

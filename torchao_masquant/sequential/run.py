@@ -162,13 +162,14 @@ class Run:
                 "set of samples": job.summary.digest,
                 **options,
                 "choice of modalities": job.router.modalities,
-                "choice of linears": [*job.selected.layers, *job.heads],
+                "choice of linears": list(job.selected.layers),
                 "dtype": str(job.disk.dtype),
                 "kind of device": job.disk.device.type,
                 "number of processes": job.team.size,
                 "version of a library": library_versions(),
                 "output": job.outputs.checkpoint is not None,
                 "recipe": job.outputs.recipe is not None,
+                **({"output head": list(job.heads)} if job.heads else {}),
             },
         )
         if not store.finished(store.part_of(0)):
