@@ -137,7 +137,8 @@ def low_rank_of(
 
 def _int_matmul(qx: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:
     """(T, K) int8 by (N, K) int8 -> (T, N) int32, exact."""
-    if qx.device.type == "cpu":
+    # Of a single channel torch._int_mm gives numbers that are none of its product.
+    if qx.device.type == "cpu" and qx.shape[1] > 1:
         return torch._int_mm(qx.contiguous(), qdata.t())
     return (qx.double() @ qdata.double().t()).to(torch.int32)
 

@@ -104,6 +104,11 @@ CASES = (
         **dict(tokens=1, in_features=1, out_features=1, ids="none", ties=1.0),
     ),
     Case(
+        "one-channel",
+        "torch._int_mm gives no product of these.",
+        **dict(tokens=20, in_features=1, out_features=16, ties=1.0),
+    ),
+    Case(
         "odd-sizes",
         "Nothing is a multiple of anything, and half a byte is left over.",
         **dict(tokens=7, in_features=33, out_features=5, weight_bits=4),

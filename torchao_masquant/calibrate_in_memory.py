@@ -90,7 +90,7 @@ def calibrate(
     router = Router.for_model(model, met)
     router.skip_padding = True
     check_request(model, selected, router.modalities, options)
-    heads = head_layers(model, options, router.modalities)
+    heads = head_layers(model, options, router.modalities, given.exclude)
     with threads_for(widest(selected.weights.values())):
         iterator = iter(samples)
         first = next(iterator, None)

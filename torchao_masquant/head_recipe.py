@@ -15,9 +15,9 @@ from typing import Sequence
 from torch import nn
 
 from torchao_masquant.models.output_head import output_head
-from torchao_masquant.options import SolverOptions, largest_rotation
+from torchao_masquant.options import NamePatterns, SolverOptions, largest_rotation
 from torchao_masquant.recipe import LayerRecipe
-from torchao_masquant.selection import check_plain
+from torchao_masquant.selection import check_plain, is_named
 
 __all__ = ["head_layers"]
 
@@ -25,7 +25,10 @@ _SCHEME = "w8a8"
 
 
 def head_layers(
-    model: nn.Module, options: SolverOptions, modalities: Sequence[str]
+    model: nn.Module,
+    options: SolverOptions,
+    modalities: Sequence[str],
+    exclude: NamePatterns = None,
 ) -> dict[str, LayerRecipe]:
     """Name of the head to its part; empty where it stays as it is.
 
@@ -33,6 +36,7 @@ def head_layers(
         model: on any device.
         options: with ``head_bits``.
         modalities: that the model is quantized for, base first.
+        exclude: patterns of full names to leave out, which may be the head's.
 
     Raises:
         ValueError: there is no head, it is no plain linear, or it is quantized in another
@@ -41,6 +45,8 @@ def head_layers(
     if options.head_bits == 16:
         return {}
     name, head = output_head(model)
+    if is_named(name, exclude):
+        return {}
     layer = LayerRecipe.rounded(
         tuple(head.weight.shape),
         scheme=_SCHEME,

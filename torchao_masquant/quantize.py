@@ -191,14 +191,14 @@ def rounding_recipe(model: nn.Module, asked: QuantizationOptions) -> Recipe:
 
     selected = selected_of(model, asked, made(model, is_made))
     layers = {n: LayerRecipe.rounded(w.shape) for n, w in selected.weights.items()}
-    layers |= head_layers(model, options, met)
+    layers |= head_layers(model, options, met, asked.exclude)
     return Recipe(options, met, layers, library_versions())
 
 
 def plan_convert(model: nn.Module, asked: QuantizationOptions) -> Changes:
     """See :func:`convert`."""
     if any(isinstance(module, OBSERVED) for module in model.modules()):
-        return plan_observed(model, asked.options)
+        return plan_observed(model, asked)
     if not asked.options.procedure.smooth:
         return plan_recipe(model, rounding_recipe(model, asked))
     raise ValueError(
@@ -227,7 +227,7 @@ def plan_loading(model: nn.Module, asked: QuantizationOptions) -> Changes:
     router.detach(model)
     router.attach(model)
     tell(model)
-    heads = head_layers(model, options, met)
+    heads = head_layers(model, options, met, asked.exclude)
     head = {n: layer for n, layer in layers_of_model(model).items() if n in heads}
 
     def head_placeholder(name: str, weight: torch.Tensor) -> MASQuantTensor:

@@ -33,6 +33,7 @@ __all__ = [
     "check_plain",
     "check_whole",
     "decoder_of",
+    "is_named",
     "match_names",
     "select",
     "select_linears",
@@ -52,11 +53,7 @@ def _matching(names: Sequence[str], patterns: NamePatterns, option: str) -> set[
     if not isinstance(given, Iterable) or not all(isinstance(p, str) for p in given):
         raise TypeError(f"{option} must be patterns of names, got {patterns!r}.")
     for pattern in given:
-        if pattern.startswith("re:"):
-            regex = compiled(pattern)
-            hits = [n for n in names if regex.fullmatch(n)]
-        else:
-            hits = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+        hits = [n for n in names if _matches(n, pattern)]
         if not hits:
             raise ValueError(
                 f"{option} pattern {pattern!r} matches no linear of the model; its "
@@ -67,6 +64,18 @@ def _matching(names: Sequence[str], patterns: NamePatterns, option: str) -> set[
             )
         matched.update(hits)
     return matched
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return compiled(pattern).fullmatch(name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def is_named(name: str, patterns: NamePatterns) -> bool:
+    """Whether a full name matches one of these patterns."""
+    given = [patterns] if isinstance(patterns, str) else patterns or ()
+    return any(_matches(name, pattern) for pattern in given)
 
 
 def match_names(

@@ -16,9 +16,15 @@ from checkpoints import assert_same_logits, assert_same_state, logits
 from linear_oracle import assert_routed, literal, recorded
 from torch import nn
 from torchao.quantization import quantize_
-from transformers import AutoModelForImageTextToText, TorchAoConfig
+from transformers import AutoModel, AutoModelForImageTextToText, TorchAoConfig
 
-from torchao_masquant import MASQuantConfig, MASQuantLinear, Recipe, masquant_config
+from torchao_masquant import (
+    MASQuantConfig,
+    MASQuantLinear,
+    Recipe,
+    calibrate,
+    masquant_config,
+)
 from torchao_masquant.models.names import named_here
 from torchao_masquant.sequential import calibrate_sequential
 
@@ -146,6 +152,41 @@ def test_a_recipe_narrowed_to_the_rest(original: Path, recipe: Recipe) -> None:
     assert_same_state(
         {HEAD: model.lm_head.weight}, {HEAD: load(original).lm_head.weight}
     )
+
+
+def test_excluded_it_stays(original: Path, tmp_path: Path) -> None:
+    """In whatever way the rest is quantized."""
+    options: dict[str, Any] = {"scheme": "w4a8", "head_bits": 8, "exclude": f"*{HEAD}"}
+    samples = tiny_models.samples(audio=False)
+    assert HEAD not in calibrate(load(original), samples, **options).layers
+    calibrate_sequential(
+        original, samples, output=tmp_path / "on disk", progress=False, **options
+    )
+    in_steps, rounded, empty = load(original), load(original), load(original)
+    quantize_(in_steps, MASQuantConfig(step="prepare", **options))
+    for sample in samples:
+        in_steps(**sample)
+    quantize_(in_steps, MASQuantConfig(step="convert", **options))
+    quantize_(rounded, MASQuantConfig(step="convert", method="rtn", **options))
+    quantize_(empty, MASQuantConfig(step="prepare_for_loading", **options))
+    empty.load_state_dict(in_steps.state_dict())
+    for model in (load(tmp_path / "on disk"), in_steps, rounded, empty):
+        assert type(model.lm_head) is nn.Linear
+        assert_same_state(
+            {HEAD: model.lm_head.weight}, {HEAD: load(original).lm_head.weight}
+        )
+
+
+def test_a_class_without_a_head_loads_the_rest(
+    original: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    model = tiny_models.quantized(load(original), recipe)
+    model.save_pretrained(tmp_path)
+    inputs = tiny_models.samples(audio=False, count=1)[0]
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(tmp_path)(**inputs).last_hidden_state
+        expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(found, expected)
 
 
 def test_dense_again(original: Path, recipe: Recipe, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def _observe(session: CalibrationSession, layers: Mapping[str, Layer]) -> None:
             session.attach_linear(name, layer)
 
 
-def plan_observed(model: nn.Module, options: SolverOptions) -> Changes:
+def plan_observed(model: nn.Module, asked: QuantizationOptions) -> Changes:
     """What quantizes all that is observed.
 
     A session is solved for when the first of its modules is changed: where several have
@@ -104,15 +104,17 @@ def plan_observed(model: nn.Module, options: SolverOptions) -> Changes:
     )
     changes: Changes = {}
     for session in sessions:
-        changes |= _Conversion(model, session, options).changes()
-        changes |= _head_changes(model, session.router, options)
+        changes |= _Conversion(model, session, asked.options).changes()
+        changes |= _head_changes(model, session.router, asked)
     return changes
 
 
-def _head_changes(model: nn.Module, router: Router, options: SolverOptions) -> Changes:
+def _head_changes(
+    model: nn.Module, router: Router, asked: QuantizationOptions
+) -> Changes:
     """What rounds the output head, where that is asked for and not done."""
-    modalities = router.modalities
-    layers = head_layers(model, options, modalities)
+    options, modalities = asked.options, router.modalities
+    layers = head_layers(model, options, modalities, asked.exclude)
     held = layers_of_model(model)
     left = {
         name: held[name]

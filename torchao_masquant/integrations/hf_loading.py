@@ -31,6 +31,7 @@ from torchao_masquant.models.experts import (
     layers_of_model,
 )
 from torchao_masquant.models.names import named_here
+from torchao_masquant.models.output_head import head_name
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import check_whole
 from torchao_masquant.tensor_subclasses import MASQuantTensor
@@ -91,7 +92,12 @@ class CheckpointLoading:
         layers = layers_of_model(model)
         routers: dict[tuple[str, ...], Router] = {}
         self._routers: dict[str, Router] = {}
+        #: name of a head that the checkpoint has, and this class has not
+        self._left_out: set[str] = set()
         for name, layer in named_here(model, checkpoint.layers).items():
+            if name not in layers and self._is_left_out_head(model, layer):
+                self._left_out.add(name)
+                continue
             kind = ExpertWeight if len(layer.shape) == 3 else nn.Linear
             if type(layers.get(name)) is not kind:
                 raise ValueError(
@@ -118,6 +124,12 @@ class CheckpointLoading:
             raise ValueError(
                 f"the checkpoint's config.json is damaged: {error}"
             ) from error
+
+    def _is_left_out_head(self, model: Any, layer: LayerFormat) -> bool:
+        """Whether it can be the output head, which another class has and this has not."""
+        if self._is_saved_class or head_name(model) is not None:
+            return False
+        return layer.shape == tuple(model.get_input_embeddings().weight.shape)
 
     def _parameter_in(self, state: Mapping[str, Any], saved_name: str) -> str:
         """The same for a parameter that is torchao's."""
@@ -195,7 +207,7 @@ class CheckpointLoading:
                     self._check_plain(names[0], kind)
             elif found[0] in parts:
                 parts[found[0]][found[1]] = kind
-            else:
+            elif found[0] not in self._left_out:
                 raise ValueError(
                     f"the checkpoint has a part of a quantized weight, {in_file}, "
                     "that its config.json does not know: download or save it again."

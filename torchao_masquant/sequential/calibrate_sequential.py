@@ -14,6 +14,7 @@ from torchao_masquant.budget import check_budget
 from torchao_masquant.calibration.request import base_first, check_request
 from torchao_masquant.conductor.team import Team
 from torchao_masquant.decoder_blocks import decoder_blocks
+from torchao_masquant.head_recipe import head_layers
 from torchao_masquant.option_fields import takes_options
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import select
@@ -125,6 +126,7 @@ def calibrate_sequential(
     job = Job(
         disk,
         selected,
+        head_layers(disk.model, options, router.modalities, given.exclude),
         DecoderWalk(disk.model, blocks, router, disk.device),
         router,
         options,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchao_masquant.conductor.team import Team
-from torchao_masquant.head_recipe import head_layers
 from torchao_masquant.options import SolverOptions
+from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected
 from torchao_masquant.sequential.decoder_walk import DecoderWalk
@@ -28,6 +28,7 @@ class Job:
     Attributes:
         disk: the model.
         selected: what is quantized of it.
+        heads: parts of the recipe that need no data.
         walk: through its decoder.
         router: that tells the modalities of the tokens.
         options: of the solution.
@@ -41,6 +42,7 @@ class Job:
 
     disk: DiskModel
     selected: Selected
+    heads: dict[str, LayerRecipe]
     walk: DecoderWalk
     router: Router
     options: SolverOptions
@@ -52,8 +54,6 @@ class Job:
     progress: bool
 
     def __post_init__(self) -> None:
-        #: parts of the recipe that need no data
-        self.heads = head_layers(self.disk.model, self.options, self.router.modalities)
         #: names of the weights of each block
         self.names = [self.disk.names_under(name) for name in self.walk.names]
         #: numbers of the samples of this process

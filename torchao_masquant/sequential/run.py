@@ -169,6 +169,7 @@ class Run:
                 "version of a library": library_versions(),
                 "output": job.outputs.checkpoint is not None,
                 "recipe": job.outputs.recipe is not None,
+                **({"output head": list(job.heads)} if job.heads else {}),
             },
         )
         if not store.finished(store.part_of(0)):
