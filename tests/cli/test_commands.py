@@ -97,7 +97,9 @@ def test_a_model_that_reads_needs_no_data_of_its_own(tmp_path, capsys):
 
 def test_rounding_to_nearest_needs_no_recipe(tmp_path, capsys):
     out = tmp_path / "quantized"
-    told = printed(capsys, "quantize", "digits", "--rtn", "w8a8", "-o", out)
+    told = printed(
+        capsys, "quantize", "digits", "--rtn", "w8a8", "--head-bits", "8", "-o", out
+    )
     assert told["methods"] == ["rtn"] and told["schemes"] == ["w8a8"]
     told = printed(capsys, "eval", out, "digits", "--max-samples", 20)
     assert {name: t["examples"] for name, t in told["tasks"].items()} == {

@@ -16,7 +16,13 @@ from checkpoints import assert_same_logits, assert_same_state, logits
 from linear_oracle import assert_routed, literal, recorded
 from torch import nn
 from torchao.quantization import quantize_
-from transformers import AutoModel, AutoModelForImageTextToText, TorchAoConfig
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    BertConfig,
+    BertLMHeadModel,
+    TorchAoConfig,
+)
 
 from torchao_masquant import (
     MASQuantConfig,
@@ -197,6 +203,36 @@ def test_dense_again(original: Path, recipe: Recipe, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     inputs = tiny_models.samples(audio=False, count=1)[0]
     assert torch.equal(logits(load(tmp_path), inputs), logits(model, inputs))
+
+
+def test_a_bias_that_was_shared_with_another_part(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        is_decoder=True,
+    )
+    torch.manual_seed(0)
+    model = BertLMHeadModel(config).eval()
+    model.cls.predictions.bias.data.normal_()
+    quantize_(model, MASQuantConfig(step="convert", method="rtn", head_bits=8))
+    model.save_pretrained(tmp_path)
+    inputs = {"input_ids": torch.arange(6)[None]}
+    assert_same_logits(model, BertLMHeadModel.from_pretrained(tmp_path), inputs)
+
+
+def test_a_quantized_head_is_not_resized(original: Path, recipe: Recipe) -> None:
+    """Embeddings would have another size already when the head can't follow."""
+    model = tiny_models.quantized(load(original), recipe)
+    rows = model.get_input_embeddings().num_embeddings
+    with pytest.raises(ValueError, match="resize before you quantize, or call deq"):
+        model.resize_token_embeddings(rows + 8)
+    assert model.get_input_embeddings().num_embeddings == rows
+    model.dequantize()
+    model.resize_token_embeddings(rows + 8)
+    assert model.lm_head.out_features == rows + 8
 
 
 def test_the_head_of_a_whole_omni_is_that_of_its_thinker() -> None:

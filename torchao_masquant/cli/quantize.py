@@ -42,6 +42,8 @@ from torchao_masquant.outputs import check_folder
 
 __all__ = ["add_arguments", "main"]
 
+_HEAD_BITS = "--head-bits"
+
 _EXAMPLES = """\
 With DATA, the options are those of 'masquant calibrate', and the recipe that it would
 write is used and not kept. With --recipe or --rtn each weight is quantized as it is
@@ -162,6 +164,9 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         strays = given_options(arguments)
         if arguments.sequential:
             strays.append("--sequential")
+        # The head is rounded without data.
+        if arguments.rtn is not None and _HEAD_BITS in strays:
+            strays.remove(_HEAD_BITS)
         if strays:
             raise UsageError(f"{strays[0]} goes with DATA, not with {given[0]}.")
     if arguments.sequential and arguments.max_shard_size is not None:
@@ -180,7 +185,11 @@ def _quantize_while_loading(arguments: argparse.Namespace) -> None:
         quantization = masquant_config(arguments.recipe, **patterns)
     else:
         quantization = MASQuantConfig(
-            step="convert", scheme=arguments.rtn, method="rtn", **patterns
+            step="convert",
+            scheme=arguments.rtn,
+            method="rtn",
+            head_bits=arguments.head_bits,
+            **patterns,
         )
     config = load_config(arguments.model, arguments.trust_remote_code)
     check_dense(arguments.model, config)

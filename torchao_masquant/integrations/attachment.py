@@ -16,7 +16,12 @@ from torch.distributed.tensor import DTensor
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["attach_to_transformers", "check_savable", "saving_whole"]
+__all__ = [
+    "attach_to_transformers",
+    "check_savable",
+    "resizing_dense",
+    "saving_whole",
+]
 
 
 def attach_to_transformers(
@@ -109,6 +114,29 @@ def saving_whole(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
         return save_pretrained(self, *args, **kwargs)
 
     return save
+
+
+def resizing_dense(resize: Callable[..., Any]) -> Callable[..., Any]:
+    """``resize_token_embeddings`` of transformers, for models whose head is quantized.
+
+    It would change the embeddings, and then fail at the head.
+    """
+
+    @functools.wraps(resize)
+    def checked(
+        self: Any, new_num_tokens: Optional[int] = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        head = getattr(self, "get_output_embeddings", lambda: None)()
+        weight = getattr(getattr(head, "weight", None), "data", None)
+        if new_num_tokens is not None and isinstance(weight, MASQuantTensor):
+            raise ValueError(
+                f"the output head of {type(self).__name__} is quantized, and rows of it "
+                "can't be added or dropped: resize before you quantize, or call "
+                "dequantize() first."
+            )
+        return resize(self, new_num_tokens, *args, **kwargs)
+
+    return checked
 
 
 def check_savable(model: Any) -> None:

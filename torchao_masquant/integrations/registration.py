@@ -58,6 +58,7 @@ def _watch_models(modeling: ModuleType) -> None:
     from torchao_masquant.conversion.listeners import listen
     from torchao_masquant.integrations.attachment import (
         attach_to_transformers,
+        resizing_dense,
         saving_whole,
     )
 
@@ -66,6 +67,7 @@ def _watch_models(modeling: ModuleType) -> None:
     if kind not in _WATCHED:
         _WATCHED.append(kind)
         kind.save_pretrained = saving_whole(kind.save_pretrained)
+        kind.resize_token_embeddings = resizing_dense(kind.resize_token_embeddings)
 
 
 def _register_config(registry: ModuleType) -> None:
@@ -85,7 +87,7 @@ def _register_tensor(registry: ModuleType) -> None:
         registry.ALLOWED_TENSORS_SUBCLASSES.append(name)
 
 
-# Classes whose save_pretrained is watched: once is enough.
+# Classes whose methods are watched: once is enough.
 _WATCHED: list[type] = []
 
 

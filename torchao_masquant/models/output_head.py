@@ -45,20 +45,24 @@ def stands_alone(model: nn.Module, name: str) -> None:
     """Have a head count as one whose weight is its own, where it was that of embeddings too.
 
     transformers reads that from the config when it saves and when it loads, and keeps
-    lists of names. Without effect on a model of another library.
+    lists of names. What it reads there goes for a bias that the head shares, too: that
+    becomes a copy. Without effect on a model of another library.
 
     Args:
-        model: of which ``name`` is the head. The weights themselves are not touched.
+        model: of which ``name`` is the head, which has its own weight already.
         name: in the model.
     """
-    weight = f"{name}.weight"
     for prefix, module in model.named_modules():
         own = f"{prefix}." if prefix else ""
-        if not weight.startswith(own):
+        if not f"{name}.".startswith(own):
             continue
         known = module.__dict__.get("all_tied_weights_keys")
         if isinstance(known, dict):
-            known.pop(weight[len(own) :], None)
+            inside = name[len(own) :]
+            known.pop(f"{inside}.weight", None)
+            if known.pop(f"{inside}.bias", None) is not None:
+                head: Any = model.get_submodule(name)
+                head.bias = nn.Parameter(head.bias.data.clone(), requires_grad=False)
         config: Any = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
