@@ -20,7 +20,8 @@ from torchao_masquant.tensor_subclasses import MASQuantTensor
 linear = torch.ops.masquant.linear
 
 # A tensor has at least two channels, and no weights of 6 bits.
-WHOLE = [c for c in CASES if c.id not in ("smallest", "w6", "subnormals", "a7")]
+_NOT_OF_A_TENSOR = ("smallest", "one-channel", "w6", "subnormals", "a7")
+WHOLE = [c for c in CASES if c.id not in _NOT_OF_A_TENSOR]
 
 
 def tokens(count: int, width: int = 16, dtype: torch.dtype = FP32) -> torch.Tensor:
