@@ -7,7 +7,7 @@
 
 A head reads the tokens that logits are asked for, often the last of a call alone, so that
 it cannot know their modalities. Rotated, its input has no outliers that 8 bits would have to
-hold, and rounding to nearest is enough (``docs/results.md`` has what it costs).
+hold, and rounding to nearest is enough (``docs/method.md`` has what it costs).
 """
 
 from typing import Sequence

@@ -6,9 +6,9 @@
 """Codes of number formats in Triton: made of float32, and turned into what is multiplied.
 
 A kernel knows what codes stand for by MANTISSA, the bits of a mantissa: 3 is e4m3, 1 is
-e2m1, and of those that have none 0 is an integer of 4 bits, -1 one of 8. All that is done here is done with integers and with products of
-powers of two, so it is exact, the same on every GPU, and needs no instruction of a GPU's
-for such floats.
+e2m1, and of those that have none 0 is an integer of 4 bits, -1 one of 8. All that is done
+here is done with integers and with products of powers of two, so it is exact, the same on
+every GPU, and needs no instruction of a GPU's for such floats.
 
 Those of 4 bits fit in e4m3, without a table:
 

@@ -5,12 +5,12 @@
 # LICENSE file in the root directory of this source tree.
 """Quantized weights of zeros, which a checkpoint is loaded into."""
 
-from typing import Sequence
+from typing import Optional, Sequence
 
 import torch
 
 from torchao_masquant.kernels.hadamard import check_hadamard_size
-from torchao_masquant.options import SolverOptions
+from torchao_masquant.options import Scheme, SolverOptions
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.tensor_subclasses import (
     MASQuantTensor,
@@ -70,18 +70,7 @@ def placeholder_weight(
         own_shift=True,
         weight_format=scheme.weight_format,
     )
-    return MASQuantTensor(
-        **layout.neutral(weight.device),
-        in_features=k,
-        weight_bits=scheme.weight_bits,
-        act_bits=scheme.act_bits,
-        modalities=modalities,
-        ranks=ranks,
-        dtype=weight.dtype,
-        hadamard_size=hadamard_size,
-        weight_format=scheme.weight_format,
-        act_format=scheme.act_format,
-    )
+    return _zeros(layout, weight, scheme, modalities, ranks, hadamard_size)
 
 
 def placeholder_of(
@@ -98,17 +87,28 @@ def placeholder_of(
         options: of the recipe.
         modalities: names, base first.
     """
+    layout = layer.layout(options.number_format, len(modalities))
     scheme = layer.number_format(options.number_format)
-    layout = layer.layout(scheme, len(modalities))
+    return _zeros(layout, weight, scheme, modalities, (), layer.hadamard_size)
+
+
+def _zeros(
+    layout: WeightLayout,
+    weight: torch.Tensor,
+    scheme: Scheme,
+    modalities: Sequence[str],
+    ranks: Sequence[int],
+    hadamard_size: Optional[int],
+) -> MASQuantTensor:
     return MASQuantTensor(
         **layout.neutral(weight.device),
         in_features=weight.shape[-1],
         weight_bits=scheme.weight_bits,
         act_bits=scheme.act_bits,
         modalities=modalities,
-        ranks=(),
+        ranks=ranks,
         dtype=weight.dtype,
-        hadamard_size=layer.hadamard_size,
+        hadamard_size=hadamard_size,
         weight_format=scheme.weight_format,
         act_format=scheme.act_format,
     )
