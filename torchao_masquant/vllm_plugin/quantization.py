@@ -137,13 +137,6 @@ class MASQuantVllmConfig(QuantizationConfig):
                 has weights that vLLM can't run.
         """
         checkpoint = CheckpointFormat.from_json(config)
-        floats = [n for n, x in checkpoint.layers.items() if x.act_format is not None]
-        if floats:
-            raise ValueError(
-                f"{len(floats)} weights of the checkpoint are for activations in floats "
-                f"({floats[0]}, ...: {checkpoint.layers[floats[0]].act_format}), which is "
-                "not served by vLLM yet: quantize with a scheme of integers, or w4a16."
-            )
         if checkpoint.torchao:
             raise ValueError(
                 f"{len(checkpoint.torchao)} weights of the checkpoint are quantized by "
