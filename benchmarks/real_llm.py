@@ -21,7 +21,7 @@ from typing import Optional, Sequence
 
 from real.examples import heldout_size
 from real.llm import gguf_file
-from real.methods import MAIN, METHODS, SCHEMES
+from real.methods import INTEGERS, MAIN, METHODS, SCHEMES
 from real.page import table, with_table
 from real.rows import Results, Size, run
 
@@ -82,7 +82,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f"{arguments.json} is no JSON file with rows: {error}.")
     except ValueError as error:
         parser.error(str(error))
-    schemes, methods = arguments.schemes or SCHEMES, arguments.methods or MAIN
+    schemes, methods = arguments.schemes or INTEGERS, arguments.methods or MAIN
     for line in run(results, arguments.seeds, schemes, methods, size):
         print(line, file=sys.stderr, flush=True)
     print(table(results.rows))

@@ -7,7 +7,7 @@
 
 import dataclasses
 import math
-from typing import Mapping, Optional, Sequence
+from typing import Mapping, Sequence
 
 import torch
 
@@ -17,9 +17,20 @@ from torchao_masquant.tensor_subclasses.weight_layout import WeightLayout, group
 
 __all__ = ["budget_bytes", "check_budget", "formats"]
 
-#: Schemes that differ in the bits of weights alone. Activations stay as asked for: their
-#: bits take no memory, so that any budget would choose the most.
-_FAMILIES = (("w8a8", "w4a8"), ("w4a16",), ("w4a6",), ("w4a4",))
+#: Schemes that are chosen from where one of them is asked for. Activations of integers stay
+#: as asked for: their bits take no memory, so that any budget would choose the most. Of
+#: floats, hardware that multiplies those of 4 bits multiplies the ones of 8 beside them too,
+#: and not one of each.
+_FAMILIES = (
+    ("w8a8", "w4a8"),
+    ("w4a16",),
+    ("w4a6",),
+    ("w4a4",),
+    ("fp8", "w4a8-fp8"),
+    ("fp8", "nvfp4"),
+    ("mxfp8", "mxfp4"),
+    ("fp8-block",),
+)
 
 #: Group sizes to choose from, beside one scale for each channel. Weights of 8 bits have
 #: no others: a step of theirs is fine enough.
@@ -33,19 +44,26 @@ def formats(options: SolverOptions, k: int) -> list[SolverOptions]:
         options: with a budget. A group size that is given is that of all.
         k: K.
     """
-    family = next((f for f in _FAMILIES if options.scheme in f), ())
+    asked = SCHEMES[options.scheme]
+    given = None if asked.has_own_groups else options.group_size
     found = []
-    for name in family:
-        sizes: list[Optional[int]] = [options.group_size]
-        if options.group_size is None and SCHEMES[name].weight_bits < 8:
+    for name in _family(options):
+        scheme, sizes = SCHEMES[name], [given]
+        if scheme.has_own_groups:
+            sizes = [None] if k % (scheme.group_size or 1) == 0 else []
+        elif given is None and scheme.weight_bits < 8:
             sizes = [size for size in _GROUP_SIZES if k % size == 0]
-            if SCHEMES[name].group_size is None:
+            if scheme.group_size is None:
                 sizes.insert(0, None)
         for size in sizes:
             found.append(
                 dataclasses.replace(options, scheme=name, group_size=size, budget=None)
             )
     return found
+
+
+def _family(options: SolverOptions) -> Sequence[str]:
+    return next((f for f in _FAMILIES if options.scheme in f), ())
 
 
 def check_budget(
@@ -73,9 +91,11 @@ def check_budget(
     for name, (n, k) in shapes.items():
         found = formats(options, k)
         if not found:
+            family = [SCHEMES[scheme] for scheme in _family(options)]
+            own = {one.group_size or k for one in family if one.has_own_groups}
             raise ValueError(
-                f"a budget chooses among groups of {_listed(_GROUP_SIZES)}, and none "
-                f"divides the input width ({k}) of {name}: exclude it."
+                f"a budget chooses among groups of {_listed(sorted(own) or _GROUP_SIZES)}, "
+                f"and none divides the input width ({k}) of {name}: exclude it."
             )
         smallest += min(_bytes(n, k, modalities, one, least=True) for one in found)
         largest += max(_bytes(n, k, modalities, one, least=False) for one in found)
@@ -112,6 +132,7 @@ def _bytes(
         symmetric=scheme.symmetric,
         bias=parts.centered,
         shift=parts.shift,
+        weight_format=scheme.weight_format,
     ).nbytes
 
 
@@ -121,7 +142,8 @@ def _up(bits: float) -> float:
 
 
 def _listed(sizes: Sequence[int]) -> str:
-    return f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
+    *most, last = map(str, sizes)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def budget_bytes(options: SolverOptions, weights: int) -> int:

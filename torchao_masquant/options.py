@@ -463,7 +463,8 @@ class SolverOptions:
         "the quantized linears; what is chosen for each input then are the bits of its "
         "weights, and group size and rank where they are not given",
         Bits(),
-        "Activations have the bits of the scheme. The choices are those of least error "
+        "Activations have the bits of the scheme; where both sides of a product are floats "
+        "of 4 bits, inputs that are chosen to have 8 have them on both sides. The choices are those of least error "
         "on the sampled tokens, in one knapsack for all inputs whose statistics are there "
         "at the same time; ranks are 0.05 at most.",
         metavar="BITS",
@@ -521,11 +522,6 @@ class SolverOptions:
 
     def _check_budget(self) -> None:
         """Raise where there is nothing to choose, or no place for what is chosen."""
-        if get_scheme(self.scheme).floats:
-            raise ValueError(
-                f"a budget is for schemes of integers, and {self.scheme!r} has floats: give "
-                "no budget."
-            )
         if self.scheme == "w3a3":
             raise ValueError(
                 "a budget is of bytes, and scheme 'w3a3' is simulated: it saves none."

@@ -136,9 +136,12 @@ class LayerRecipe:
         """
         if self.scheme is None:
             return of_recipe
+        own = get_scheme(self.scheme)
+        if own.has_own_groups:
+            return own
         groups = 1 if self.scale is None else self.scale.shape[-1]
         return dataclasses.replace(
-            get_scheme(self.scheme),
+            own,
             group_size=None if groups == 1 else self.shape[-1] // groups,
         )
 

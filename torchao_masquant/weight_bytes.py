@@ -25,7 +25,7 @@ class Compensation:
         rank: of each pair, see ``resolve_rank``.
         low_rank_bits: 16 or 8, of the pairs.
         shift: whether activations are shifted where they are quantized.
-        bias: whether there is a bias per modality.
+        bias: whether there is a bias per modality, also of the only one.
     """
 
     modalities: int = 2
@@ -82,8 +82,8 @@ def weight_bytes(
         rank=resolve_rank(compensation.rank, n, k) * others,
         pair_dtype=torch.int8 if compensation.low_rank_bits == 8 else torch.bfloat16,
         symmetric=scheme.symmetric,
-        bias=compensation.bias and others > 0,
-        shift=compensation.shift and others > 0 and not scheme.weight_only,
+        bias=compensation.bias,
+        shift=compensation.shift and not scheme.weight_only,
         weight_format=scheme.weight_format,
     )
     if sharded is not None:

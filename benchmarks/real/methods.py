@@ -10,16 +10,20 @@ from typing import Any, Mapping
 from baselines.quantizing import BASELINES, Quantizing
 from torch import nn
 
-__all__ = ["MAIN", "METHODS", "SCHEMES", "TITLES", "quantize"]
+__all__ = ["INTEGERS", "MAIN", "METHODS", "SCHEMES", "TITLES", "quantize"]
 
-#: What the benchmark is about; "w3a3" is simulated, and no model of this size answers.
-SCHEMES = ("w8a8", "w4a8", "w4a6", "w4a16", "w4a4")
+#: What runs by default; "w3a3" is simulated, and no model of this size answers.
+INTEGERS = ("w8a8", "w4a8", "w4a6", "w4a16", "w4a4")
+
+SCHEMES = (*INTEGERS, "fp8", "mxfp8", "w4a8-fp8", "nvfp4", "mxfp4")
 
 #: Of each method: its title, the baseline that it is (or None), and its options.
 _METHODS: dict[str, tuple[str, str | None, Mapping[str, Any]]] = {
     "rtn": ("round-to-nearest", None, {"method": "rtn"}),
     "smoothquant": ("SmoothQuant", None, {"method": "smoothquant"}),
     "gptq": ("SmoothQuant + GPTQ", "gptq", {}),
+    "mr-gptq": ("MR-GPTQ's recipe", "mr-gptq", {}),
+    "svdquant": ("SVDQuant's form", "svdquant", {}),
     "masquant-paper": ("MASQuant, paper", None, {"method": "masquant-paper"}),
     "masquant-paper, learned": (
         "MASQuant, paper, learned",

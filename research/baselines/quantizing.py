@@ -17,6 +17,7 @@ from baselines.mr_gptq import mr_gptq
 from baselines.pooled import PooledLinear, pooled
 from baselines.published import PublishedLinear
 from baselines.search import searched_factor
+from baselines.svdquant import svdquant
 from baselines.unshared import UnsharedLinear
 from torch import nn
 from torchao.quantization import quantize_
@@ -42,6 +43,7 @@ BASELINES = (
     "pooled",
     "gptq",
     "mr-gptq",
+    "svdquant",
     "awq",
     "mbq",
     "mas-unshared",
@@ -180,6 +182,9 @@ class Quantizing:
                 layers = pooled(weights, seen, SolverOptions(scheme=scheme, **given))
                 for name, layer in layers.items():
                     modules[name] = PooledLinear(linears[name], layer, bits)
+            elif method == "svdquant":
+                own_linears = [linears[name] for name in weights]
+                modules |= zip(weights, svdquant(own_linears, seen, bits))
             elif method == "mas-unshared":
                 own = SolverOptions(scheme=scheme, alpha=0.5, separation=1.0)
                 for name, layer in factors_alone(weights, seen, own).items():

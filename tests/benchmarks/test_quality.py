@@ -21,6 +21,7 @@ from torchao_masquant import tensor_subclasses
 from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.routing import Router
 from torchao_masquant.solver.layers import solve_group
+from torchao_masquant.solver.smoothing import WeightSizes, smoothing_factor
 from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.testing import digits
 
@@ -339,6 +340,48 @@ def test_the_authors_pair_reads_what_is_not_rounded():
     ids = torch.arange(3).repeat_interleave(5)
     rows = [module.routed(x[:5], torch.full((5,), i)) for i, x in enumerate(data)]
     torch.testing.assert_close(module.routed(mixed, ids), torch.cat(rows))
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "fp8"])
+@torch.no_grad()
+def test_svdquant_rounds_what_the_largest_components_leave(scheme):
+    from baselines.svdquant import SvdQuantLinear
+
+    data, linear, _ = _problem()
+    bits, x = get_scheme(scheme), torch.cat(data)
+    factor = torch.rand(K, dtype=torch.float64) + 0.5
+    module = SvdQuantLinear(linear, factor, bits, rank=3)
+    smoothed = linear.weight.double() * factor
+    u, sizes, v = np.linalg.svd(smoothed.numpy(), full_matrices=False)
+    pair = (module.l1.double() @ module.l2.double()).t()
+    best = torch.from_numpy(u[:, :3] * sizes[:3] @ v[:3])
+    # bfloat16 halves.
+    torch.testing.assert_close(pair, best, rtol=0, atol=0.02 * sizes[0])
+    # The pair reads what is not rounded, and the rest what is.
+    rest = torch.ops.masquant.linear(x, module.weight, None, None)
+    expected = rest + (x.double() / factor) @ pair.t()
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-4, atol=1e-3)
+    met = module.weight.dequantize(torch.float32).double() * factor
+    assert (met + pair - smoothed).norm() < 0.1 * (smoothed - best).norm()
+    assert module.nbytes_stored == module.weight.nbytes_stored + 2 * 3 * (K + 16)
+
+
+@torch.no_grad()
+def test_svdquant_takes_the_exponent_of_the_least_error():
+    from baselines.svdquant import SvdQuantLinear, svdquant
+
+    data, linear, statistics = _problem()
+    bits, x = get_scheme("w4a4"), torch.cat(data)
+    ranges = x.abs().amax(0)
+    sizes = WeightSizes.of({"q": linear.weight.data})
+    exact, errors = linear(x), []
+    for exponent in (0.1, 0.3, 0.5, 0.7, 0.9):
+        factor = smoothing_factor(ranges, sizes.absmax, exponent)
+        found = SvdQuantLinear(linear, factor, bits, rank=3)
+        errors.append((found(x) - exact).norm().item())
+    assert max(errors) > 1.1 * min(errors)
+    (chosen,) = svdquant([linear], statistics, bits, rank=3)
+    assert (chosen(x) - exact).norm().item() == pytest.approx(min(errors), rel=1e-5)
 
 
 def test_search_finds_the_exponent():

@@ -21,9 +21,10 @@ from torchao_masquant import (
     masquant_config,
     save_quantized,
 )
+from torchao_masquant.budget import check_budget, formats
 from torchao_masquant.conductor.conductor import solve
 from torchao_masquant.demo.compare import collect_statistics
-from torchao_masquant.options import SolverOptions
+from torchao_masquant.options import SolverOptions, get_scheme
 from torchao_masquant.recipe import library_versions
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.testing import digits
@@ -82,13 +83,22 @@ def small():
     return _Digits()
 
 
-@pytest.mark.parametrize("budget, rank", [("5.2 bits", 0), ("8 bits", 0.05)])
-def test_no_uniform_choice_of_as_many_bytes_is_better(small, budget, rank):
+@pytest.mark.parametrize(
+    "scheme, budget, rank, group_sizes",
+    [
+        ("w4a8", "5.2 bits", 0, (None, 128)),
+        ("w4a8", "8 bits", 0.05, (None, 128)),
+        ("nvfp4", "6.5 bits", 0, (None,)),
+    ],
+)
+def test_no_uniform_choice_of_as_many_bytes_is_better(
+    small, scheme, budget, rank, group_sizes
+):
     limit = float(budget.split()[0])
-    bits, mixed = small.found(budget=budget)
+    bits, mixed = small.found(scheme=scheme, budget=budget)
     assert limit - 0.05 < bits <= limit
-    for group_size in (None, 128):
-        bits, uniform = small.found(group_size=group_size, rank=rank)
+    for group_size in group_sizes:
+        bits, uniform = small.found(scheme=scheme, group_size=group_size, rank=rank)
         assert bits <= limit
         # Of the same examples: what rounding happens to do to them tells nothing.
         more = mixed - uniform
@@ -129,6 +139,38 @@ def test_a_file_holds_every_format(tiny, samples, tmp_path):
             other = again.get_submodule(name).weight
             assert other.weight_bits == module.weight.weight_bits
             assert torch.equal(other.qdata, module.weight.qdata)
+
+
+@pytest.mark.parametrize(
+    "scheme, family",
+    [
+        ("nvfp4", {"nvfp4", "fp8"}),
+        ("mxfp4", {"mxfp4", "mxfp8"}),
+        ("w4a8-fp8", {"w4a8-fp8", "fp8"}),
+    ],
+)
+def test_of_floats_it_chooses_among_what_the_hardware_multiplies(
+    tiny, samples, tmp_path, scheme, family
+):
+    recipe = calibrate(
+        tiny, samples, scheme=scheme, budget="12 bits", rank=0, hadamard_size=1
+    )
+    assert {layer.scheme for layer in recipe.layers.values()} == family
+    recipe.save(tmp_path / "recipe.safetensors")
+    loaded = Recipe.load(tmp_path / "recipe.safetensors")
+    assert loaded.layers == recipe.layers
+    quantize_(tiny, masquant_config(loaded))
+    assert _bits(tiny) <= 12
+    save_quantized(tiny, tmp_path / "quantized")
+    again = type(tiny).from_pretrained(tmp_path / "quantized")
+    for name, module in tiny.named_modules():
+        if not isinstance(module, MASQuantLinear):
+            continue
+        of, other = get_scheme(recipe.layers[name].scheme), again.get_submodule(name)
+        for weight in (module.weight, other.weight):
+            assert weight.act_format == of.act_format
+            assert weight.weight_format == of.weight_format
+        assert torch.equal(other.weight.qdata, module.weight.qdata)
 
 
 def test_each_block_from_disk_keeps_it(tiny, samples, tmp_path):
@@ -204,6 +246,16 @@ def test_what_cannot_be_kept_is_refused_before_anything_runs(
 
     with pytest.raises(error, match=message):
         calibrate(tiny, untouched(), **options)
+
+
+def test_a_width_that_no_group_of_floats_divides_is_named():
+    options = SolverOptions(scheme="mxfp4", budget="6 bits")
+    told = r"groups of 32, and none divides the input width \(48\) of q: exclude it."
+    with pytest.raises(ValueError, match=told):
+        check_budget({"q": (64, 48)}, 2, options)
+    # Groups of 16 do not divide this one, which has one scale a row and 8 bits then.
+    (only,) = formats(SolverOptions(scheme="nvfp4", budget="9 bits"), 40)
+    assert only.scheme == "fp8"
 
 
 def test_the_least_that_a_message_names_is_enough(tiny, samples):

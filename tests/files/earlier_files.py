@@ -5,15 +5,17 @@
 # LICENSE file in the root directory of this source tree.
 """The recipes and checkpoints of earlier versions in ``data``, and how they were made.
 
-``python tests/files/earlier_files.py FOLDER [HADAMARD_SIZE]`` makes such a folder with the
-version that is installed. Those of the repository stay as they are, so that later versions
+``python tests/files/earlier_files.py FOLDER [HADAMARD_SIZE [SCHEME]]`` makes such a folder
+with the version that is installed, SCHEME being that of the linears. Those of the repository stay as they are, so that later versions
 are held to reading them:
 
 - ``format_2``: a checkpoint of format 2, and its recipes of format 2 (linears) and 3
   (experts), by commit 4f16eb3;
 - ``format_3``: a checkpoint of format 3, by commit 4883196 with a HADAMARD_SIZE of 1; its
   recipes are of the same formats as those above, and not kept;
-- ``format_4``: a checkpoint and its recipes, all of format 4, by commit 4883196.
+- ``format_4``: a checkpoint and its recipes, all of format 4, by commit 4883196;
+- ``format_5``: a checkpoint of format 5, and its recipes of format 5 (linears) and 4
+  (experts), by commit 3075b0a with a HADAMARD_SIZE of 16 and SCHEME nvfp4.
 """
 
 import sys
@@ -121,8 +123,9 @@ def inputs(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def main(folder: Path, **options: Any) -> None:
+def main(folder: Path, scheme: str = "w4a8", **options: Any) -> None:
     made = model()
+    RECIPES["linears.safetensors"]["scheme"] = scheme
     samples = [inputs(seed) for seed in range(1, 9)]
     recipes = {
         name: calibrate(
@@ -147,5 +150,5 @@ def main(folder: Path, **options: Any) -> None:
 
 
 if __name__ == "__main__":
-    sizes = {"hadamard_size": int(size) for size in sys.argv[2:]}
-    main(Path(sys.argv[1]), **sizes)
+    sizes = {"hadamard_size": int(size) for size in sys.argv[2:3]}
+    main(Path(sys.argv[1]), *sys.argv[3:], **sizes)

@@ -21,7 +21,12 @@ from torchao_masquant import MASQuantTensor, Recipe, masquant_config
 from torchao_masquant.tensor_subclasses.weight_layout import PARTS
 
 # Folder to the formats of its checkpoint, and of its recipes for linears and experts.
-FORMATS = {"format_2": (2, 2, 3), "format_3": (3,), "format_4": (4, 4, 4)}
+FORMATS = {
+    "format_2": (2, 2, 3),
+    "format_3": (3,),
+    "format_4": (4, 4, 4),
+    "format_5": (5, 5, 4),
+}
 WITH_RECIPES = [name for name, formats in FORMATS.items() if len(formats) > 1]
 
 
@@ -74,8 +79,9 @@ def test_formats_are_those_that_the_folders_are_called_after(name):
 def test_earlier_files_give_what_they_gave(name, make):
     expected = load_file(earlier_files.DATA / name / earlier_files.OUTPUTS)["logits"]
     inputs, model = earlier_files.inputs(0), make(name)
-    # Another order of sums may round a few activations to the next of 8-bit integers.
-    assert error(model, inputs, expected) < 0.01
+    # Another order of sums may round a few activations to the next integer of 8 bits, or
+    # float of 4.
+    assert error(model, inputs, expected) < (0.05 if name == "format_5" else 0.01)
     # Were a modality misread, it would show.
     swapped = inputs | {"pixel_values": inputs["pixel_values"].flip(0)}
     assert error(model, swapped, expected) > 0.1
@@ -86,8 +92,9 @@ def test_a_recipe_gives_the_weights_of_its_checkpoint(name):
     """Bit for bit, of linears and of experts."""
     stored, made = parts(from_checkpoint(name)), parts(from_recipes(name))
     assert stored.keys() == made.keys()
-    # All that integers have.
-    assert {n.rpartition(" ")[2] for n in stored} == set(PARTS) - {"row_scale"}
+    # All that integers have, and floats where there are any.
+    floats = {"row_scale"} if name == "format_5" else set()
+    assert {n.rpartition(" ")[2] for n in stored} == set(PARTS) - {"row_scale"} | floats
     for part, tensor in stored.items():
         assert tensor.dtype == made[part].dtype, part
         assert torch.equal(tensor, made[part]), part

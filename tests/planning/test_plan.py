@@ -47,7 +47,7 @@ def make(scheme: Any, n: int, k: int, compensation: Compensation) -> MASQuantTen
     rank = compensation.rank
     full = rank if isinstance(rank, int) else max(1, round(rank * min(n, k)))
     rank = full if compensation.rank and others else 0
-    shifted = compensation.shift and others and scheme.act_bits != 16
+    shifted = compensation.shift and scheme.act_bits != 16
     return MASQuantTensor.from_hp(
         torch.randn(n, k),
         weight_bits=scheme.weight_bits,
@@ -59,7 +59,7 @@ def make(scheme: Any, n: int, k: int, compensation: Compensation) -> MASQuantTen
         ranks=(rank,) * others if rank else (),
         l1=torch.randn(k, rank * others) if rank else None,
         l2=torch.randn(rank * others, n) if rank else None,
-        modality_bias=torch.zeros(len(modalities), n) if others else None,
+        modality_bias=torch.zeros(len(modalities), n) if compensation.bias else None,
         act_shift=torch.zeros(len(modalities), k) if shifted else None,
         low_rank_bits=compensation.low_rank_bits,
         weight_format=scheme.weight_format,

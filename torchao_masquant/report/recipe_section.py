@@ -77,6 +77,8 @@ def _options(recipe: Recipe) -> Table:
         activations = f"{bits.act_bits} bits, one scale per token"
         if bits.act_format is not None:
             activations = f"floats, {bits.act_format}"
+            if options.budget and bits.has_own_groups:
+                activations = "floats, in the format of the weights that they meet"
         if options.procedure.shift:
             activations += ", less each modality's mean"
     symmetry = "symmetric" if bits.symmetric else "asymmetric"
