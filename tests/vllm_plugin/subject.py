@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, Optional
 from unittest import mock
@@ -84,7 +85,11 @@ class Subject:
         self._placeholders = {
             t for known in modality_token_ids(model.config).values() for t in known
         }
-        self.expected = [self._answer(r) for r in self.requests]
+
+    @cached_property
+    def expected(self) -> list[tuple[list[int], list[int]]]:
+        """Of each request the prompt's tokens, and those that transformers writes."""
+        return [self._answer(r) for r in self.requests]
 
     @property
     def requests(self) -> list[Request]:
