@@ -102,13 +102,6 @@ def test_what_is_no_linear_of_vllms_is_refused():
         of.get_quant_method(torch.nn.Embedding(2, 2), "lm_head")
 
 
-def test_floats_are_refused():
-    weight = MASQuantTensor.from_hp(torch.randn(8, 16), act_format="e4m3")
-    entry = CheckpointFormat("float32", {"a": LayerFormat.of(weight)}).to_json()
-    with pytest.raises(ValueError, match=r"in floats \(a, ...: e4m3\).* not served"):
-        MASQuantVllmConfig.from_config(entry)
-
-
 def test_a_newer_format_is_refused():
     entry = CheckpointFormat(
         "float32", {"a": LayerFormat.of(MASQuantTensor.from_hp(torch.randn(8, 16)))}
