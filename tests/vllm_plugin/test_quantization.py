@@ -139,13 +139,6 @@ def test_experts_that_vllm_loads_one_by_one_are_refused():
         of.get_quant_method(experts, "model.layers.0.mlp.experts")
 
 
-def test_floats_are_refused():
-    weight = MASQuantTensor.from_hp(torch.randn(8, 16), act_format="e4m3")
-    entry = CheckpointFormat("float32", {"a": LayerFormat.of(weight)}).to_json()
-    with pytest.raises(ValueError, match=r"in floats \(a, ...: e4m3\).* not served"):
-        MASQuantVllmConfig.from_config(entry)
-
-
 def test_a_newer_format_is_refused():
     entry = CheckpointFormat(
         "float32", {"a": LayerFormat.of(MASQuantTensor.from_hp(torch.randn(8, 16)))}
