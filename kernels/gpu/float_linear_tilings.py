@@ -23,7 +23,7 @@ _LONG = (tiling(8, 3, 128, 128, 128),)
 # Where sums of a block are multiplied by scales, which leaves no registers for larger ones.
 _SMALL = (
     tiling(4, 3, 64, 64, 128, 2),
-    tiling(4, 3, 64, 64, 128),
+    tiling(8, 3, 64, 64, 128),
     tiling(8, 3, 64, 128, 128),
 )
 CONFIGS: tuple[TileConfig, ...] = _DECODE + _SHORT + _LONG + _SMALL
