@@ -18,7 +18,7 @@ from torchao_masquant.routing import Router
 from torchao_masquant.sample_checks import NEEDED, check_samples, no_samples
 from torchao_masquant.samples import run_samples
 
-__all__ = ["calibrate_cache"]
+__all__ = ["calibrate_cache", "center_and_factor"]
 
 
 class _ObservedLayer(DynamicLayer):
@@ -76,14 +76,29 @@ class _ObservedLayer(DynamicLayer):
             )
         if not self.squares.isfinite().all():
             raise ValueError(f"a key of layer {index} is nan or inf.")
-        counts = self.counts[:, None, None]
-        mean = self.sums / counts
-        spread = (self.squares / counts - mean.square()).clamp_min(0).sqrt()
-        # Channels without a spread, such as of a single token, divide by what others do.
-        spread = spread.clamp_min(1e-6 * spread.mean().clamp_min(1e-12))
-        factor = spread.sqrt()
-        factor = factor / factor.log().mean(-1, keepdim=True).exp()
-        return mean.float(), factor.float()
+        return center_and_factor(self.counts[:, None, None], self.sums, self.squares)
+
+
+def center_and_factor(
+    counts: torch.Tensor, sums: torch.Tensor, squares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of keys, and the root of their spread about it, relative to a head's.
+
+    Args:
+        counts: of tokens, broadcast to the others.
+        sums: (..., H, D) float64, of keys.
+        squares: likewise, of their squares.
+
+    Returns:
+        Both float32; the geometric mean of a head's factors is 1.
+    """
+    mean = sums / counts
+    spread = (squares / counts - mean.square()).clamp_min(0).sqrt()
+    # Channels without a spread, such as of a single token, divide by next to nothing else.
+    spread = spread.clamp_min(1e-6 * spread.mean().clamp_min(1e-12))
+    factor = spread.sqrt()
+    factor = factor / factor.log().mean(-1, keepdim=True).exp()
+    return mean.float(), factor.float()
 
 
 def calibrate_cache(
