@@ -22,7 +22,7 @@ from typing import Optional, Sequence
 from real.examples import heldout_size
 from real.llm import gguf_file
 from real.methods import INTEGERS, MAIN, METHODS, SCHEMES
-from real.page import table, with_table
+from real.page import RESULTS, table, with_table
 from real.rows import Results, Size, run
 
 #: Of SmolLM2.
@@ -42,7 +42,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="rows; read first, where it is there")
     parser.add_argument(
-        "--page", type=Path, help="Markdown page whose table to replace"
+        "--page",
+        type=Path,
+        help="Markdown page whose table to replace: the one behind a comment with the "
+        f"name of the JSON file, {RESULTS} where there is none",
     )
     arguments = parser.parse_args(argv)
     try:
@@ -72,12 +75,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f"--layers must be 1 to {LAYERS}, got {arguments.layers}.")
     if arguments.page and not arguments.page.is_file():
         parser.error(f"there is no page {arguments.page} to put the table into.")
+    name = arguments.json.name if arguments.json else RESULTS
     try:
         results = Results(arguments.json)
         results.check(size)
         if arguments.page:
             # Refused now, and not behind the last row.
-            with_table(arguments.page.read_text(), [])
+            with_table(arguments.page.read_text(), [], name)
     except json.JSONDecodeError as error:
         parser.error(f"{arguments.json} is no JSON file with rows: {error}.")
     except ValueError as error:
@@ -87,7 +91,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(line, file=sys.stderr, flush=True)
     print(table(results.rows))
     if arguments.page:
-        arguments.page.write_text(with_table(arguments.page.read_text(), results.rows))
+        page = with_table(arguments.page.read_text(), results.rows, name)
+        arguments.page.write_text(page)
     return 0
 
 

@@ -12,9 +12,12 @@ from typing import Any, Callable, Sequence
 from real.methods import METHODS, SCHEMES, TITLES
 from real.prompts import TASKS, TEXT
 
-__all__ = ["BEGIN", "END", "table", "with_table"]
+__all__ = ["RESULTS", "table", "with_table"]
 
-BEGIN, END = "<!-- real_llm.json -->", "<!-- end -->"
+#: The file of rows that a page's table is of, where nothing else is said.
+RESULTS = "real_llm.json"
+
+_END = "<!-- end -->"
 
 _HEAD = (
     "| scheme | method | accuracy, % | KL of the tasks, nats | text perplexity "
@@ -75,14 +78,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, rows: Sequence[Row]) -> str:
+def with_table(page: str, rows: Sequence[Row], name: str = RESULTS) -> str:
     """A page with the table of these rows in the place of its own.
+
+    Args:
+        page: Markdown, with a comment of the rows' file before the table.
+        rows: of the results.
+        name: of that file.
 
     Raises:
         ValueError: the page has no place for it.
     """
-    if page.count(BEGIN) != 1 or END not in page.partition(BEGIN)[2]:
-        raise ValueError(f"the page has no line {BEGIN} with a line {END} behind it.")
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+    begin = f"<!-- {name} -->"
+    if page.count(begin) != 1 or _END not in page.partition(begin)[2]:
+        raise ValueError(f"the page has no line {begin} with a line {_END} behind it.")
+    before, _, rest = page.partition(begin)
+    after = rest.partition(_END)[2]
+    return f"{before}{begin}\n{table(rows)}\n{_END}{after}"

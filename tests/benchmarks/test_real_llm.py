@@ -51,7 +51,7 @@ def test_quick(tmp_path, capsys, monkeypatch):
     # A third of the calibration data.
     for name, count in (("_SINGLE", 32), ("_DOUBLE", 16), ("_PIECES", 4)):
         monkeypatch.setattr(f"real.examples.{name}", count)
-    report, page = tmp_path / "real.json", tmp_path / "page.md"
+    report, page = tmp_path / "real_llm.json", tmp_path / "page.md"
     page.write_text("Before.\n<!-- real_llm.json -->\n<!-- end -->\nAfter.\n")
     arguments = ["--quick", "--layers", "1", "--examples", "8"]
     arguments += ["--json", str(report), "--page", str(page)]
@@ -180,9 +180,13 @@ def test_a_page_without_a_place_for_the_table_is_refused():
             with_table(page, [])
 
 
-def test_the_pages_table_is_the_committed_result():
+@pytest.mark.parametrize(
+    "name, page",
+    [("real_llm.json", "docs/real.md"), ("real_llm_formats.json", "docs/formats.md")],
+)
+def test_a_pages_table_is_the_committed_result(name, page):
     from real.page import with_table
 
-    rows = json.loads((BENCHMARKS / "results/real_llm.json").read_text())["rows"]
-    page = (ROOT / "docs/real.md").read_text()
-    assert page == with_table(page, rows)
+    rows = json.loads((BENCHMARKS / "results" / name).read_text())["rows"]
+    text = (ROOT / page).read_text()
+    assert text == with_table(text, rows, name)
