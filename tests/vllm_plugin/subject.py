@@ -176,15 +176,14 @@ class Subject:
                     break
         return found
 
-    def asked_of_two_processes(self, output: Path):
-        """vLLM's answers with tensor parallelism."""
+    def asked_of_two_processes(self, output: Path, **options):
+        """vLLM's answers with tensor parallelism, or with other options."""
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         }
-        return self.asked(
-            output, environment, enforce_eager=True, tensor_parallel_size=2
-        )
+        usual = {"enforce_eager": True, "tensor_parallel_size": 2}
+        return self.asked(output, environment, **(options or usual))
 
     @torch.no_grad()
     def log_probability_differences(self, answers, model=None) -> list[float]:
