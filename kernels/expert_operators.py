@@ -12,7 +12,8 @@ it::
     qx, sx = smooth_quantize(x, act_pre_scale, modality_ids, act_bits, act_shift, b)
     y      = expert_int_linear(qx[rows], sx[rows], ends, qdata, scale, l1, l2, ...)
 
-or, where activations are not quantized, to ``expert_weight_only_linear`` alone. An
+likewise to ``float_smooth_quantize`` and ``expert_float_linear`` where activations have a
+number format or, where they are not quantized, to ``expert_weight_only_linear`` alone. An
 expert's tokens are neighbours: rows ``ends[e - 1]`` to ``ends[e]`` (from 0 for the
 first) meet expert e, as in ``torch.nn.functional.grouped_mm``. So how many tokens an
 expert gets is data, not a shape, and a compiled graph holds one node for all experts.
@@ -25,7 +26,7 @@ host, once for each call. On a CPU with kernels of ours the experts of
 at a few tokens an expert, a call for each costs as much as its product.
 """
 
-from typing import Callable, Optional, Sequence
+from typing import Callable, Optional, Sequence, Union
 
 import torch
 
@@ -54,8 +55,11 @@ def expert_of_rows(ends: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.searchsorted(ends, places, right=True).clamp_max(ends.shape[0] - 1)
 
 
-def _of(tensor: Optional[torch.Tensor], expert: int) -> Optional[torch.Tensor]:
-    return None if tensor is None else tensor[expert]
+def _of(
+    tensor: Optional[torch.Tensor], part: Union[int, slice]
+) -> Optional[torch.Tensor]:
+    """An expert's, or that of some rows."""
+    return None if tensor is None else tensor[part]
 
 
 def _by_expert(
@@ -126,7 +130,7 @@ def expert_int_linear(
 
     def run(expert: int, rows: slice) -> torch.Tensor:
         tokens, steps = qx[rows], x_scale[rows]
-        ids = None if modality_ids is None else modality_ids[rows]
+        ids = _of(modality_ids, rows)
         hidden = up = None
         if l1 is not None and l2 is not None and ids is not None:
             up = l2[expert]
@@ -143,6 +147,79 @@ def expert_int_linear(
             _of(modality_bias, expert),
             ids,
             _of(bias, expert),
+            weight_bits,
+            out_dtype,
+        )
+
+    return _by_expert(ends, qx.shape[0], qdata.shape[1], qx.device, out_dtype, run)
+
+
+@operator(
+    lambda qx, qdata, out_dtype: qx.new_empty(
+        (qx.shape[0], qdata.shape[1]), dtype=out_dtype
+    )
+)
+def expert_float_linear(
+    qx: torch.Tensor,
+    x_scale: torch.Tensor,
+    token_scale: Optional[torch.Tensor],
+    ends: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    row_scale: Optional[torch.Tensor],
+    l1: Optional[torch.Tensor],
+    l2: Optional[torch.Tensor],
+    modality_bias: Optional[torch.Tensor],
+    modality_ids: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    ranks: Sequence[int],
+    act_format: str,
+    weight_format: Optional[str],
+    weight_bits: int,
+    out_dtype: torch.dtype,
+    low_rank_scale: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """``float_low_rank_down`` and ``float_linear`` with each row's expert.
+
+    Args:
+        qx: (S, K) or (S, K / 2) codes, rows in the order of their experts.
+        x_scale: (S, G) of the format's type.
+        token_scale: (S, 1) float32 where the format has two levels, or None.
+        qdata: (E, N, K) or (E, N, K / 2), what ``float_linear`` takes of each expert.
+        scale: (E, N, G) of the weight's scales.
+        row_scale: (E, N) float32 where the weight's format has two levels, or None.
+        act_format: of the activations.
+        weight_format: None: integers.
+
+    All else is as in :func:`expert_int_linear`.
+    """
+
+    def run(expert: int, rows: slice) -> torch.Tensor:
+        tokens = qx[rows], x_scale[rows], _of(token_scale, rows)
+        ids = _of(modality_ids, rows)
+        hidden = up = None
+        if l1 is not None and l2 is not None and ids is not None:
+            up = l2[expert]
+            hidden = torch.ops.masquant.float_low_rank_down(
+                *tokens,
+                l1[expert],
+                ids,
+                ranks,
+                act_format,
+                _of(low_rank_scale, expert),
+            )
+        return torch.ops.masquant.float_linear(
+            *tokens,
+            qdata[expert],
+            scale[expert],
+            _of(row_scale, expert),
+            hidden,
+            up,
+            _of(modality_bias, expert),
+            ids,
+            _of(bias, expert),
+            act_format,
+            weight_format,
             weight_bits,
             out_dtype,
         )
@@ -194,7 +271,7 @@ def expert_weight_only_linear(
             _of(l1, expert),
             _of(l2, expert),
             _of(modality_bias, expert),
-            None if modality_ids is None else modality_ids[rows],
+            _of(modality_ids, rows),
             _of(bias, expert),
             ranks,
             weight_bits,

@@ -50,8 +50,8 @@ def _quantize_by_expert(
     weight: Any,
     ends: torch.Tensor,
     row_ids: Optional[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``smooth_quantize`` of rows in the order of experts, with each expert's shift.
+) -> tuple[torch.Tensor, ...]:
+    """``smooth`` of rows in the order of experts, with each expert's shift.
 
     An expert's modality is to the operator a modality of its own.
     """
@@ -59,14 +59,8 @@ def _quantize_by_expert(
     ids = expert_of_rows(ends, x.shape[0]) * modalities
     if row_ids is not None:
         ids = ids + row_ids
-    return torch.ops.masquant.smooth_quantize(
-        x,
-        weight.act_pre_scale.expand(experts, modalities, k).reshape(-1, k),
-        ids,
-        weight.act_bits,
-        weight.act_shift.reshape(-1, k),
-        weight.hadamard_size or 1,
-    )
+    factors = weight.act_pre_scale.expand(experts, modalities, k).reshape(-1, k)
+    return smooth(weight, x, ids, factors, weight.act_shift.reshape(-1, k))
 
 
 def expert_product(
@@ -95,7 +89,12 @@ def expert_product(
     """
 
     def of_rows(tokens: torch.Tensor) -> torch.Tensor:
-        return tokens if rows is None else tokens.index_select(0, rows)
+        if rows is None:
+            return tokens
+        if tokens.element_size() == 1:
+            # Floats of 8 bits cannot be selected everywhere.
+            return tokens.view(torch.uint8).index_select(0, rows).view(tokens.dtype)
+        return tokens.index_select(0, rows)
 
     row_ids = None if modality_ids is None else of_rows(modality_ids)
     # A base-only call hands no pair on.
@@ -121,13 +120,33 @@ def expert_product(
             weight.hadamard_size or 1,
         )
     if weight.act_shift is not None and weight.act_shift.dim() == 3:
-        qx, x_scale = _quantize_by_expert(of_rows(x), weight, ends, row_ids)
+        smoothed = _quantize_by_expert(of_rows(x), weight, ends, row_ids)
     else:
         # Once for each token, however many experts read it.
-        qx, x_scale = map(of_rows, smooth(weight, x, modality_ids))
+        smoothed = tuple(of_rows(part) for part in smooth(weight, x, modality_ids))
+    if weight.act_format is not None:
+        qx, x_scale, token_scale = smoothed
+        return torch.ops.masquant.expert_float_linear(
+            qx,
+            x_scale,
+            token_scale if token_scale.shape[1] else None,
+            ends,
+            weight.qdata,
+            weight.scale,
+            weight.row_scale,
+            *pair,
+            weight.modality_bias,
+            row_ids,
+            bias,
+            weight.ranks,
+            weight.act_format,
+            weight.weight_format,
+            weight.weight_bits,
+            x.dtype,
+            low_rank_scale,
+        )
     return torch.ops.masquant.expert_int_linear(
-        qx,
-        x_scale,
+        *smoothed,
         ends,
         weight.qdata,
         weight.scale,

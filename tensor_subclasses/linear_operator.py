@@ -12,7 +12,7 @@ from torchao.utils import fill_defaults
 
 from torchao_masquant.tensor_subclasses.masquant_tensor import MASQuantTensor
 
-__all__ = ["check_ids", "integer_product", "smooth", "weight_only_product"]
+__all__ = ["check_ids", "product", "smooth", "weight_only_product"]
 
 aten = torch.ops.aten
 implements = MASQuantTensor.implements
@@ -68,40 +68,52 @@ def check_ids(modality_ids: Optional[torch.Tensor], x: torch.Tensor) -> None:
 
 
 def smooth(
-    weight: Any, tokens: torch.Tensor, modality_ids: Optional[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The integers that meet a weight, and their scales.
+    weight: Any,
+    tokens: torch.Tensor,
+    modality_ids: Optional[torch.Tensor],
+    act_pre_scale: Optional[torch.Tensor] = None,
+    act_shift: Optional[torch.Tensor] = None,
+) -> tuple[torch.Tensor, ...]:
+    """What meets a weight: a token's integers or codes of floats, and their scales.
 
     Args:
         weight: a :class:`MASQuantTensor`, or whatever has its parts and numbers as
-            attributes, as those below.
+            attributes, as those below; its activations are quantized.
         tokens: (T, K) floating point.
         modality_ids: (T,) integers, or None: all are base.
+        act_pre_scale: (M, K) in place of the weight's own.
+        act_shift: (M, K) likewise, where there is an ``act_pre_scale``.
 
     Returns:
-        (T, K) int8 and (T, 1) float32.
+        (T, K) int8 and (T, 1) float32 of integers; where activations have a number format,
+        (T, K) or (T, K / 2) codes, (T, G) scales of groups and (T, 1) or (T, 0) of tokens.
     """
-    return torch.ops.masquant.smooth_quantize(
-        tokens,
-        weight.act_pre_scale,
-        modality_ids,
-        weight.act_bits,
-        weight.act_shift,
-        weight.hadamard_size or 1,
+    if act_pre_scale is None:
+        act_pre_scale, act_shift = weight.act_pre_scale, weight.act_shift
+    rotation = weight.hadamard_size or 1
+    if weight.act_format is None:
+        return torch.ops.masquant.smooth_quantize(
+            tokens, act_pre_scale, modality_ids, weight.act_bits, act_shift, rotation
+        )
+    return torch.ops.masquant.float_smooth_quantize(
+        tokens, act_pre_scale, modality_ids, weight.act_format, act_shift, rotation
     )
 
 
-def integer_product(
+def product(
     weight: Any,
-    smoothed: tuple[torch.Tensor, torch.Tensor],
+    smoothed: tuple[torch.Tensor, ...],
     modality_ids: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """(T, N) ``dtype``, of what :func:`smooth` gives; base-only calls run no pair."""
+    paired = modality_ids is not None and weight.l1 is not None
+    if weight.act_format is not None:
+        return _float_product(weight, smoothed, modality_ids, bias, dtype, paired)
     qx, x_scale = smoothed
     hidden = None
-    if modality_ids is not None and weight.l1 is not None:
+    if paired:
         hidden = torch.ops.masquant.low_rank_down(
             qx,
             x_scale,
@@ -116,7 +128,7 @@ def integer_product(
         weight.qdata,
         weight.scale,
         hidden,
-        None if hidden is None else weight.l2,
+        weight.l2 if paired else None,
         weight.modality_bias,
         modality_ids,
         bias,
@@ -125,38 +137,20 @@ def integer_product(
     )
 
 
-def smooth_to_floats(
-    weight: Any, tokens: torch.Tensor, modality_ids: Optional[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-    """As :func:`smooth`, where activations have a number format.
-
-    Returns:
-        (T, K) or (T, K / 2) codes, (T, G) scales, and (T, 1) scales of tokens, None where
-        the format has none.
-    """
-    qx, x_scale, token_scale = torch.ops.masquant.float_smooth_quantize(
-        tokens,
-        weight.act_pre_scale,
-        modality_ids,
-        weight.act_format,
-        weight.act_shift,
-        weight.hadamard_size or 1,
-    )
-    return qx, x_scale, token_scale if token_scale.shape[1] else None
-
-
-def float_product(
+def _float_product(
     weight: Any,
-    smoothed: tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]],
+    smoothed: tuple[torch.Tensor, ...],
     modality_ids: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
     dtype: torch.dtype,
+    paired: bool,
 ) -> torch.Tensor:
-    """(T, N) ``dtype``, of what :func:`smooth_to_floats` gives."""
+    qx, x_scale, token_scale = smoothed
+    tokens = qx, x_scale, token_scale if token_scale.shape[1] else None
     hidden = None
-    if modality_ids is not None and weight.l1 is not None:
+    if paired:
         hidden = torch.ops.masquant.float_low_rank_down(
-            *smoothed,
+            *tokens,
             weight.l1,
             modality_ids,
             weight.ranks,
@@ -164,12 +158,12 @@ def float_product(
             weight.low_rank_scale,
         )
     return torch.ops.masquant.float_linear(
-        *smoothed,
+        *tokens,
         weight.qdata,
         weight.scale,
         weight.row_scale,
         hidden,
-        None if hidden is None else weight.l2,
+        weight.l2 if paired else None,
         weight.modality_bias,
         modality_ids,
         bias,
@@ -238,14 +232,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     if modality_ids is not None:
         modality_ids = modality_ids.reshape(-1) if weight.is_routed else None
     tokens = x.reshape(-1, x.shape[-1])
-    if weight.act_format is not None:
-        floats = smooth_to_floats(smoothed_by, tokens, modality_ids)
-        y = float_product(weight, floats, modality_ids, bias, x.dtype)
-    elif weight.weight_only:
+    if weight.weight_only:
         y = weight_only_product(weight, tokens, modality_ids, bias, smoothed_by)
     else:
         smoothed = smooth(smoothed_by, tokens, modality_ids)
-        y = integer_product(weight, smoothed, modality_ids, bias, x.dtype)
+        y = product(weight, smoothed, modality_ids, bias, x.dtype)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -439,11 +439,6 @@ class MASQuantTensor(FSDPGathering, TorchAOBaseTensor):
         if not weights:
             raise ValueError("MASQuantTensor.stack needs at least one weight.")
         first = weights[0]
-        if first.act_format is not None:
-            raise ValueError(
-                "experts have weights for activations in integers or 16 bits, got "
-                f"{first!r}."
-            )
         for weight in weights[1:]:
             if weight.__tensor_flatten__() != first.__tensor_flatten__() or not (
                 torch.equal(weight.act_pre_scale, first.act_pre_scale)

@@ -21,7 +21,7 @@ from tiny_models import (
 )
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-_TALKER = {
+TALKER = {
     "vocab_size": 90,
     "embedding_size": 64,
     "hidden_size": 32,
@@ -46,7 +46,7 @@ _TALKER = {
     "audio_start_token_id": AUDIO_START,
     "audio_end_token_id": AUDIO_END,
 }
-_TOKEN2WAV = {
+TOKEN2WAV = {
     "dit_config": {
         "hidden_size": 32,
         "num_hidden_layers": 1,
@@ -82,8 +82,8 @@ def whole_omni(seed: int = 0) -> transformers.Qwen2_5OmniForConditionalGeneratio
     whole = transformers.Qwen2_5OmniForConditionalGeneration(
         transformers.Qwen2_5OmniConfig(
             thinker_config=thinker.config.to_dict(),
-            talker_config=_TALKER,
-            token2wav_config=_TOKEN2WAV,
+            talker_config=TALKER,
+            token2wav_config=TOKEN2WAV,
         )
     ).eval()
     whole.thinker.load_state_dict(thinker.state_dict())

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torchao_masquant.gpu_tuning import tune_kernels
     from torchao_masquant.integrations.hf_config import MASQuantHfConfig
     from torchao_masquant.integrations.save import save_quantized
+    from torchao_masquant.kv_cache import CacheRecipe, calibrate_cache
     from torchao_masquant.linear import MASQuantLinear
     from torchao_masquant.options import SCHEMES, Scheme
     from torchao_masquant.recipe import LayerRecipe, Recipe
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "CacheRecipe",
     "Evaluation",
     "LayerRecipe",
     "MASQuantConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "Scheme",
     "analyze",
     "calibrate",
+    "calibrate_cache",
     "evaluate",
     "masquant_config",
     "modality_sensitivity",
@@ -67,6 +70,7 @@ __all__ = [
 
 _MODULES = {
     "Analysis": "evaluation",
+    "CacheRecipe": "kv_cache",
     "Evaluation": "evaluation",
     "LayerRecipe": "recipe",
     "MASQuantConfig": "config",
@@ -80,6 +84,7 @@ _MODULES = {
     "Scheme": "options",
     "analyze": "evaluation",
     "calibrate": "calibrate_in_memory",
+    "calibrate_cache": "kv_cache",
     "evaluate": "evaluation",
     "masquant_config": "config",
     "modality_sensitivity": "calibration.sensitivity",

@@ -72,10 +72,14 @@ def calibrate(
         ValueError: an option is out of range; ``samples`` is empty; a modality has no
             tokens; an activation is nan or inf; a linear is never called; a sample is
             on another device.
-        TypeError: an option or a sample is of the wrong type.
+        TypeError: an option, a sample or the model is of the wrong type.
 
     Reference: MASQuant, arXiv 2603.04800, MAS (closed form) and CMC (theorem 2).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"calibrate takes a model, a torch.nn.Module, got a {type(model).__name__}."
+        )
     check_samples(samples)
     options, progress = given.options, given.progress
     model = unwrapped(model)

@@ -756,3 +756,14 @@ class CalibrationOptions(QuantizationOptions):
         metavar="BYTES",
     )
     progress: bool = option(True, "show a bar on a terminal", NoFlag())
+
+    def __post_init__(self) -> None:
+        # Here, and not of every solution: what is stored holds a learning rate always.
+        told = {"lr": self.lr is not None, "batch_size": self.batch_size != 1}
+        if self.epochs == 0 and any(told.values()):
+            named = " and ".join(name for name, given in told.items() if given)
+            raise ValueError(
+                f"{named} would do nothing where nothing is learned: give epochs=1 or "
+                f"more, or leave {named} out."
+            )
+        super().__post_init__()

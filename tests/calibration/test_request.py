@@ -38,6 +38,8 @@ WRONG = [
     ({"low_rank_bits": 8.0}, "low_rank_bits must be 8 or 16"),
     ({"shift": "no"}, "shift must be True, False or None"),
     ({"lr": None, "batch_size": 1, "alpha": 1.5}, "alpha must lie in 0..1"),
+    ({"lr": 1e-3}, "lr would do nothing where nothing is learned: give epochs=1 or"),
+    ({"lr": 1e-3, "batch_size": 2}, "or leave lr and batch_size out"),
 ]
 
 
@@ -62,6 +64,14 @@ def model():
 def test_calibrate(model, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         calibrate(model, Samples(), progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    "model", [None, "Qwen/Qwen2.5-VL-7B-Instruct", torch.nn.Linear]
+)
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(TypeError, match="calibrate takes a model, a torch.nn.Module"):
+        calibrate(model, Samples())
 
 
 @pytest.mark.parametrize("options, message", WRONG[::4])

@@ -31,12 +31,14 @@ from torchao.quantization import quantize_
 
 from torchao_masquant import (
     MASQuantConfig,
+    MASQuantTensor,
     Router,
     calibrate,
     masquant_config,
 )
 from torchao_masquant.modality import modality_token_ids
 from torchao_masquant.models.experts import expert_weights
+from torchao_masquant.options import get_scheme
 from torchao_masquant.selection import select
 
 # Tokens that a random model must not generate: an image or a sound that is not there.
@@ -237,6 +239,22 @@ def test_eight_bits_are_close_to_dense(family):
         found, wanted = both.model(**inputs).logits, both.dense(**inputs).logits
         assert found.isfinite().all()
         assert cosine(found, wanted) > 0.99
+
+
+@pytest.mark.parametrize("scheme, least", [("fp8", 0.99), ("nvfp4", 0.9)])
+@torch.no_grad()
+def test_experts_in_floats(scheme, least, tmp_path):
+    both = quantize(named("Qwen3-VL-MoE"), scheme, 24, rank=2)
+    weights = [w for w in both.model.parameters() if w.dim() == 3 and w.numel()]
+    assert {w.act_format for w in weights if isinstance(w, MASQuantTensor)} == {
+        get_scheme(scheme).act_format
+    }
+    both.model.save_pretrained(tmp_path)
+    loaded = type(both.model).from_pretrained(tmp_path)
+    for inputs in (both.family.mixed(seed=99), both.family.text(seed=99)):
+        found, wanted = both.model(**inputs).logits, both.dense(**inputs).logits
+        assert cosine(found, wanted) > least
+        assert torch.equal(loaded(**inputs).logits, found)
 
 
 @torch.no_grad()

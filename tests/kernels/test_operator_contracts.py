@@ -65,6 +65,7 @@ def test_schemas() -> None:
     """Saved programs hold them: a change here breaks what users have exported, but for an
     argument at the end with a default."""
     names = ("linear", *OPERATORS, *(f"expert_{o}" for o in ("linear", *WEIGHTS)))
+    names = (*names, "expert_float_linear")
     assert [str(getattr(ops, name).default._schema) for name in names] == [
         "masquant::linear(Tensor x, Tensor weight, Tensor? modality_ids=None, "
         "Tensor? bias=None, Tensor? smoothed_by=None) -> Tensor",
@@ -92,4 +93,9 @@ def test_schemas() -> None:
         "Tensor? l2, Tensor? modality_bias, Tensor? modality_ids, Tensor? bias, "
         "int[] ranks, int weight_bits, ScalarType out_dtype, Tensor? "
         "low_rank_scale=None, int hadamard_size=1) -> Tensor",
+        "masquant::expert_float_linear(Tensor qx, Tensor x_scale, Tensor? token_scale, "
+        "Tensor ends, Tensor qdata, Tensor scale, Tensor? row_scale, Tensor? l1, Tensor? "
+        "l2, Tensor? modality_bias, Tensor? modality_ids, Tensor? bias, int[] ranks, str "
+        "act_format, str? weight_format, int weight_bits, ScalarType out_dtype, Tensor? "
+        "low_rank_scale=None) -> Tensor",
     ]

@@ -45,7 +45,9 @@ LAYERS: dict[str, set[str]] = {
     "what is rounded without data": {"head_recipe"},
     "three that do not know one another": {"calibration", "solver", "learning"},
     "who knows the three": {"conductor"},
-    "in memory, and as torchao does it": {"calibrate_in_memory", "conversion"},
+    "in memory, and as torchao does it; what is cached": {
+        *("calibrate_in_memory", "conversion", "kv_cache"),
+    },
     "a quantized model": {"quantize", "distributed", "gpu_tuning"},
     "as torchao calls it": {"config"},
     "what others call, and what is reckoned": {

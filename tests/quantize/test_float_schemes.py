@@ -14,7 +14,7 @@ from typing import Any
 import number_oracle as oracle
 import pytest
 import torch
-from tiny_models import qwen3_vl_moe, qwen25_vl_of_width, recipe_of, samples
+from tiny_models import qwen25_vl_of_width, recipe_of, samples
 from torch._inductor.utils import run_and_get_code
 from torchao.quantization import quantize_
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -334,17 +334,6 @@ def test_groups_that_do_not_divide_a_width() -> None:
         recipe_of(narrow, scheme="mxfp4")
     with pytest.raises(ValueError, match="'nvfp4' has groups of 16 channels, which do"):
         weight_of(SCHEMES["nvfp4"], torch.randn(4, 40))
-
-
-def test_experts_are_refused() -> None:
-    message = (
-        "model.language_model.layers.0.mlp.experts.gate_up_proj is of experts, which "
-        "have schemes of integers, and 'fp8' has floats: exclude '*.experts.*'."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        recipe_of(qwen3_vl_moe(), scheme="fp8")
-    with pytest.raises(ValueError, match="experts have weights for activations in int"):
-        MASQuantTensor.stack([full(SCHEMES["fp8"])])
 
 
 def test_exports_say_that_they_have_no_floats(model: Any, tmp_path: Path) -> None:

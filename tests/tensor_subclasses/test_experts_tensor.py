@@ -27,6 +27,24 @@ SCHEMES = {
     "pairs of 8 bits": {"weight_bits": 4, "act_bits": 8, "low_rank_bits": 8},
     "rotation": {"weight_bits": 8, "act_bits": 8, "hadamard_size": 8},
 }
+#: Of activations in floats, whose groups divide K.
+FLOATS = {
+    "fp8": {
+        "weight_bits": 8,
+        "act_bits": 8,
+        "weight_format": "e4m3",
+        "act_format": "e4m3",
+    },
+    "w4a8-fp8": {"weight_bits": 4, "act_bits": 8, "act_format": "e4m3"},
+    "nvfp4": {
+        "weight_bits": 4,
+        "act_bits": 4,
+        "group_size": 16,
+        "weight_format": "nvfp4",
+        "act_format": "nvfp4",
+        "hadamard_size": 16,
+    },
+}
 
 
 def experts(seed: int = 0, dtype: torch.dtype = torch.float32, **options):
@@ -131,6 +149,40 @@ def test_every_row_meets_its_expert(scheme):
         assert torch.equal(y, call(x[rows], weight, ends, None, own, bias))
 
 
+@pytest.mark.parametrize("own_shifts", [False, True], ids=["one shift", "own shifts"])
+@pytest.mark.parametrize("scheme", FLOATS)
+def test_every_row_meets_its_expert_in_floats(scheme, own_shifts):
+    """As its matrix alone, which tests/kernels and tests/quantize hold to float64."""
+    apart = experts(**FLOATS[scheme])
+    generator = torch.Generator().manual_seed(4)
+    if own_shifts:
+        for alone in apart:
+            alone.act_shift = torch.randn(3, K, generator=generator)
+    weight = MASQuantTensor.stack(apart)
+    assert weight.dequantize().shape == (E, N, K)
+    bias = torch.randn(E, N, generator=generator)
+    call = torch.ops.masquant.expert_linear
+    for (tokens, top_k), mixed in itertools.product(((9, 2), (0, 2)), (True, False)):
+        chosen, rows, ends = routing(tokens, top_k)
+        x = torch.randn(tokens, K, generator=generator)
+        ids = torch.randint(0, 3, (tokens,), generator=generator) if mixed else None
+        own = None if ids is None else ids[rows]
+        y = call(x, weight, ends, rows, ids, bias)
+        assert torch.equal(y, call(x[rows], weight, ends, None, own, bias))
+        for e in chosen.unique().tolist():
+            mine = chosen == e
+            alone = torch.ops.masquant.linear(
+                x[rows][mine],
+                apart[e],
+                None if own is None else own[mine],
+                bias[e],
+            )
+            # The same codes, whose products are added in another order, and as many
+            # roundings: K of a sum, and those of a pair of five and of what is added.
+            bound = 2 * (K + 5 + 8) * 2**-24 * K * alone.abs().max()
+            assert (y[mine] - alone).abs().max() <= bound
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_types_of_16_bits(dtype):
     weight = MASQuantTensor.stack(experts(dtype=dtype, **SCHEMES["w8a8"]))
@@ -174,10 +226,10 @@ def test_each_expert_may_have_a_shift_of_its_own(scheme):
         assert_rows(weight, None, x[rows], own, chosen, y)
 
 
-@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16", "nvfp4"])
 def test_one_graph_for_all_numbers_of_tokens_and_experts(scheme):
     torch._dynamo.reset()
-    weight = MASQuantTensor.stack(experts(**SCHEMES[scheme]))
+    weight = MASQuantTensor.stack(experts(**{**SCHEMES, **FLOATS}[scheme]))
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)

@@ -11,11 +11,12 @@ from unittest import mock
 
 import torch
 import transformers
+from whole_omni import SPEAKERS, TALKER, TOKEN2WAV
 
 from torchao_masquant.testing import model_folders
 
-__all__ = ["OMNI_SIGHT", "SIGHT", "SOUND", "llama", "omni", "qwen2_audio", "qwen25_vl"]
-__all__ += ["qwen2_vl"]
+__all__ = ["OMNI_SIGHT", "SIGHT", "SOUND", "llama", "omni", "omni_thinker"]
+__all__ += ["qwen2_audio", "qwen25_vl", "qwen2_vl"]
 
 #: How a prompt says where an image or a sound is.
 SIGHT = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -138,10 +139,19 @@ def qwen25_vl(folder: Path) -> Path:
     )
 
 
-def omni(folder: Path) -> Path:
-    """A whole Qwen2.5-Omni, as it is on the hub, that doesn't speak."""
+def _whole_omni() -> tuple[Any, Any]:
+    """A whole Qwen2.5-Omni that sees, hears and speaks, and its processor."""
     tokenizer = _tokenizer(_OMNI_TOKENS)
     known = {n: tokenizer.convert_tokens_to_ids(t) for n, t in _OMNI_TOKENS.items()}
+    tokens = {
+        "image_token_index": known["image_token"],
+        "video_token_index": known["video_token"],
+        "audio_token_index": known["audio_token"],
+        "vision_start_token_id": known["vision_bos_token"],
+        "vision_end_token_id": known["vision_eos_token"],
+        "audio_start_token_id": known["audio_bos_token"],
+        "audio_end_token_id": known["audio_eos_token"],
+    }
     thinker = {
         "text_config": _text(),
         "vision_config": _WINDOWED,
@@ -154,14 +164,8 @@ def omni(folder: Path) -> Path:
             "max_source_positions": 1500,
             "output_dim": 64,
         },
-        "image_token_index": known["image_token"],
-        "video_token_index": known["video_token"],
-        "audio_token_index": known["audio_token"],
-        "vision_start_token_id": known["vision_bos_token"],
-        "vision_end_token_id": known["vision_eos_token"],
-        "audio_start_token_id": known["audio_bos_token"],
-        "audio_end_token_id": known["audio_eos_token"],
         "tie_word_embeddings": False,
+        **tokens,
     }
     processor = transformers.Qwen2_5OmniProcessor(
         _images(),
@@ -172,12 +176,24 @@ def omni(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     config = transformers.Qwen2_5OmniConfig(
-        thinker_config=thinker, enable_audio_output=False
+        thinker_config=thinker,
+        talker_config={**TALKER, **tokens},
+        token2wav_config=TOKEN2WAV,
     )
-    whole = transformers.Qwen2_5OmniForConditionalGeneration(config)
-    folder = model_folders._saved(whole, processor, folder)
-    torch.save({}, folder / "spk_dict.pt")
+    return transformers.Qwen2_5OmniForConditionalGeneration(config), processor
+
+
+def omni(folder: Path) -> Path:
+    """A whole Qwen2.5-Omni, as it is on the hub, whose talker vLLM leaves out."""
+    folder = model_folders._saved(*_whole_omni(), folder)
+    torch.save(SPEAKERS, folder / "spk_dict.pt")
     return folder
+
+
+def omni_thinker(folder: Path) -> Path:
+    """Its thinker alone, as that class of transformers saves it."""
+    whole, processor = _whole_omni()
+    return model_folders._saved(whole.thinker, processor, folder)
 
 
 def qwen2_audio(folder: Path) -> Path:

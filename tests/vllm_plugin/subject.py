@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, Optional
 from unittest import mock
@@ -84,7 +85,11 @@ class Subject:
         self._placeholders = {
             t for known in modality_token_ids(model.config).values() for t in known
         }
-        self.expected = [self._answer(r) for r in self.requests]
+
+    @cached_property
+    def expected(self) -> list[tuple[list[int], list[int]]]:
+        """Of each request the prompt's tokens, and those that transformers writes."""
+        return [self._answer(r) for r in self.requests]
 
     @property
     def requests(self) -> list[Request]:
@@ -171,15 +176,14 @@ class Subject:
                     break
         return found
 
-    def asked_of_two_processes(self, output: Path):
-        """vLLM's answers with tensor parallelism."""
+    def asked_of_two_processes(self, output: Path, **options):
+        """vLLM's answers with tensor parallelism, or with other options."""
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         }
-        return self.asked(
-            output, environment, enforce_eager=True, tensor_parallel_size=2
-        )
+        usual = {"enforce_eager": True, "tensor_parallel_size": 2}
+        return self.asked(output, environment, **(options or usual))
 
     @torch.no_grad()
     def log_probability_differences(self, answers, model=None) -> list[float]:

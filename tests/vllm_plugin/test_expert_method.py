@@ -29,7 +29,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import (  # noqa: E402
     RoutedExperts,
 )
 
-from torchao_masquant.vllm_plugin import expert_method  # noqa: E402
+from torchao_masquant.vllm_plugin import expert_method, quantization  # noqa: E402
 from torchao_masquant.vllm_plugin.expert_method import (  # noqa: E402
     MASQuantExpertMethod,
 )
@@ -105,8 +105,13 @@ def asked():
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(enable_dbo=False),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=["Any"])),
     )
-    with mock.patch.object(expert_method, "get_current_vllm_config", lambda: config):
+    with (
+        mock.patch.object(expert_method, "get_current_vllm_config", lambda: config),
+        mock.patch.object(quantization, "get_current_vllm_config", lambda: config),
+        mock.patch.object(quantization, "_model_class", lambda _: torch.nn.Module),
+    ):
         yield config
 
 

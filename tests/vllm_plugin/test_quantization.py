@@ -102,11 +102,41 @@ def test_what_is_no_linear_of_vllms_is_refused():
         of.get_quant_method(torch.nn.Embedding(2, 2), "lm_head")
 
 
-def test_floats_are_refused():
-    weight = MASQuantTensor.from_hp(torch.randn(8, 16), act_format="e4m3")
-    entry = CheckpointFormat("float32", {"a": LayerFormat.of(weight)}).to_json()
-    with pytest.raises(ValueError, match=r"in floats \(a, ...: e4m3\).* not served"):
-        MASQuantVllmConfig.from_config(entry)
+def of_latent_attention(yes: bool):
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(use_mla=yes))
+    return mock.patch.object(
+        quantization, "get_current_vllm_config", lambda: vllm_config
+    )
+
+
+def test_what_latent_attention_multiplies_is_refused():
+    of = config("model.layers.0.self_attn.kv_b_proj")
+    with of_latent_attention(True):
+        with pytest.raises(ValueError, match="exclude='[*].kv_b_proj'"):
+            method(of, "model.layers.0.self_attn.kv_b_proj")
+    with of_latent_attention(False):
+        found = method(of, "model.layers.0.self_attn.kv_b_proj")
+    assert isinstance(found, MASQuantLinearMethod)
+
+
+def test_experts_that_vllm_loads_one_by_one_are_refused():
+    of = config("model.layers.0.mlp.experts.gate_up_proj")
+    of.layers["model.layers.0.mlp.experts.down_proj"] = next(iter(of.layers.values()))
+    inner = SimpleNamespace(architectures=["Inner"])
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=inner))
+    base = type("DeepseekV2ForCausalLM", (), {})
+    model_class = type("DeepseekV3ForCausalLM", (base,), {})
+    experts = quantization.RoutedExperts.__new__(quantization.RoutedExperts)
+    with (
+        mock.patch.object(quantization, "get_current_vllm_config", lambda: vllm_config),
+        mock.patch.object(
+            quantization.ModelRegistry,
+            "resolve_model_cls",
+            lambda *_, **__: (model_class, ""),
+        ),
+        pytest.raises(ValueError, match="DeepseekV3ForCausalLM loads experts one by"),
+    ):
+        of.get_quant_method(experts, "model.layers.0.mlp.experts")
 
 
 def test_a_newer_format_is_refused():

@@ -47,6 +47,7 @@ def seeing(tmp_path_factory):
         (expert_folders.qwen3_moe, "w8a8"),
         (expert_folders.qwen3_moe, "w4a16"),
         (expert_folders.mixtral, "w4a8"),
+        (expert_folders.qwen3_moe, "nvfp4"),
     ],
 )
 def test_text(tmp_path, make, scheme):

@@ -38,6 +38,14 @@ _SUBJECTS = {
         },
         _NO_VIDEO,
     ),
+    "Qwen2.5-Omni's thinker": (
+        {
+            "make": qwen_folders.omni_thinker,
+            "image": qwen_folders.OMNI_SIGHT,
+            "sound": qwen_folders.SOUND,
+        },
+        _NO_VIDEO,
+    ),
 }
 
 

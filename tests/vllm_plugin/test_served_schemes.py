@@ -22,6 +22,18 @@ def test_few_bits(tmp_path, scheme):
     assert len(subject.differences(answers)) <= 1
 
 
+@pytest.mark.parametrize(
+    "scheme, eager", [("fp8", True), ("nvfp4", True), ("w4a8-fp8", False)]
+)
+def test_floats(tmp_path, scheme, eager):
+    """With images and pairs; on a CPU what they round to is emulated."""
+    subject = Subject(tmp_path, scheme, with_images=True, rank=2, separation=1.0)
+    answers = subject.asked(tmp_path / "answers.json", enforce_eager=eager)
+    # A step of four bits is larger than one of eight.
+    assert all(d < 0.05 for d in subject.differences(answers))
+    assert len(subject.differences(answers)) <= 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
 def test_half_precision(tmp_path, scheme, dtype):

@@ -62,11 +62,6 @@ def check_request(
             f"a budget is for linears alone, and {first} is of experts: give none, or "
             "exclude '*.experts.*'."
         )
-    if options.number_format.floats and first is not None:
-        raise ValueError(
-            f"{first} is of experts, which have schemes of integers, and "
-            f"{options.scheme!r} has floats: exclude '*.experts.*'."
-        )
     if options.epochs:
         if first is not None:
             raise ValueError(

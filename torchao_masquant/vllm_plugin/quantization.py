@@ -44,10 +44,16 @@ _TRIED = ("0.32",)
 #: drafts tokens for another is below a name of vLLM's.
 _HOLDERS = ("draft_model", "thinker", "model", "language_model")
 
+#: What a folder of the thinker alone is of, which vLLM has in whole models only.
+_THINKER = "Qwen2_5OmniThinkerForConditionalGeneration"
+
 _LAYER_NUMBER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
 
 #: What Mixtral calls the mixture of a layer in vLLM and in files, and in transformers.
 _VLLM_MIXTURE = (".block_sparse_moe.", ".mlp.")
+
+#: Of whose classes the own loaders have no place for the experts of a layer in one tensor.
+_LOADS_EACH_EXPERT = "DeepseekV2ForCausalLM"
 
 #: Modality to vLLM's names of the inputs that become tokens of it.
 _KINDS = {"vision": ("image", "video"), "audio": ("audio",)}
@@ -62,6 +68,9 @@ def register_config() -> None:
             stacklevel=2,
         )
     register_quantization_config(QUANT_METHOD)(MASQuantVllmConfig)
+    if _THINKER not in ModelRegistry.get_supported_archs():
+        own = "torchao_masquant.vllm_plugin.omni_thinker:OmniThinker"
+        ModelRegistry.register_model(_THINKER, own)
 
 
 def without_holders(name: str) -> str:
@@ -76,6 +85,14 @@ def without_holders(name: str) -> str:
     while len(parts) > 1 and parts[0] in _HOLDERS:
         del parts[0]
     return ".".join(parts)
+
+
+def _model_class(architectures: list[str]) -> type[nn.Module]:
+    """vLLM's class of a model, or of the part of one that is being made."""
+    found, _ = ModelRegistry.resolve_model_cls(
+        architectures, model_config=get_current_vllm_config().model_config
+    )
+    return found
 
 
 class _PlainLinearMethod(UnquantizedLinearMethod):
@@ -137,13 +154,6 @@ class MASQuantVllmConfig(QuantizationConfig):
                 has weights that vLLM can't run.
         """
         checkpoint = CheckpointFormat.from_json(config)
-        floats = [n for n, x in checkpoint.layers.items() if x.act_format is not None]
-        if floats:
-            raise ValueError(
-                f"{len(floats)} weights of the checkpoint are for activations in floats "
-                f"({floats[0]}, ...: {checkpoint.layers[floats[0]].act_format}), which is "
-                "not served by vLLM yet: quantize with a scheme of integers, or w4a16."
-            )
         if checkpoint.torchao:
             raise ValueError(
                 f"{len(checkpoint.torchao)} weights of the checkpoint are quantized by "
@@ -204,6 +214,15 @@ class MASQuantVllmConfig(QuantizationConfig):
                 f"{type(layer).__name__} there is none that this plugin runs: exclude it "
                 "when you calibrate."
             )
+        if (
+            prefix.endswith(".kv_b_proj")
+            and get_current_vllm_config().model_config.use_mla
+        ):
+            raise ValueError(
+                f"{prefix} is quantized in the checkpoint, and vLLM multiplies its weight "
+                "into other products of latent attention (MLA), where no input is rounded: "
+                "set VLLM_MLA_DISABLE=1, or calibrate with exclude='*.kv_b_proj'."
+            )
         return MASQuantLinearMethod(self, found, self._ids_for(found))
 
     def _expert_method(
@@ -220,6 +239,14 @@ class MASQuantVllmConfig(QuantizationConfig):
                 f"vLLM runs experts with {names}, and the checkpoint has "
                 f"{sorted(known)} quantized: they are of another architecture, or not "
                 "quantized as a whole."
+            )
+        part = get_current_vllm_config().model_config.hf_config
+        model_class = _model_class(part.architectures or self._hf_config.architectures)
+        if any(base.__name__ == _LOADS_EACH_EXPERT for base in model_class.__mro__):
+            raise ValueError(
+                f"{prefix}: vLLM's {model_class.__name__} loads experts one by one, by "
+                "code of its own, and quantized ones are one tensor: calibrate with "
+                "exclude='*.experts.*'."
             )
         self._unclaimed -= known.keys()
         found = {name: known[name] for name in names}
@@ -307,9 +334,7 @@ class MASQuantVllmConfig(QuantizationConfig):
                 f"{unmet}: serve it with --limit-mm-per-prompt '{{{none}}}', or calibrate "
                 "for all modalities."
             )
-        model_class, _ = ModelRegistry.resolve_model_cls(
-            self._hf_config.architectures, model_config=config.model_config
-        )
+        model_class = _model_class(self._hf_config.architectures)
         if not supports_multimodal(model_class):
             raise ValueError(
                 f"the checkpoint was quantized for {list(modalities)}, and vLLM's "

@@ -17,7 +17,7 @@ from torch import nn
 
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.linear_operator import (
-    integer_product,
+    product,
     smooth,
     weight_only_product,
 )
@@ -69,7 +69,7 @@ class QuantizedShards(nn.Module):
                 continue
             if smoothed is None or not self.smooth_alike:
                 smoothed = smooth(shard, tokens, known)
-            outputs.append(integer_product(shard, smoothed, known, own, x.dtype))
+            outputs.append(product(shard, smoothed, known, own, x.dtype))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 

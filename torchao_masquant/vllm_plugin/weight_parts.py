@@ -28,6 +28,8 @@ class WeightParts(nn.Module):
             self.register_buffer(name, part, persistent=False)
         self.ranks = list(weight.ranks)
         self.weight_bits = weight.weight_bits
+        self.weight_format = weight.weight_format
         self.act_bits = weight.act_bits
+        self.act_format = weight.act_format
         self.hadamard_size = weight.hadamard_size
         self.is_routed = weight.is_routed

@@ -49,17 +49,17 @@ INSTRUCTIONS = {
 INSTRUCTIONS["sm_89"] = INSTRUCTIONS["sm_80"]
 
 
+# Of int8 and, in the last, of bfloat16.
 PRODUCTS = (
     "int_linear w8",
     "int_linear w4 group 128",
     "low_rank_down i8",
-    "low_rank_down bf16",
     "weight_only_linear w4 group 128",
 )
 # Forms that are compiled for a target; for sm_90 all of integers are. sm_89 has the tilings
 # and the instructions of sm_80, and less shared memory. Of floats every instruction.
 FORMS = {
-    "sm_80": (*PRODUCTS, "weight_only_linear w8"),
+    "sm_80": PRODUCTS,
     "sm_89": (*PRODUCTS[:1], "float_linear w4a8-fp8 by e4m3"),
     "sm_90": (
         *{

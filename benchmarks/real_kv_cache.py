@@ -1,0 +1,210 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What a quantized cache costs on a real LLM that sees and hears, beside others.
+
+    python benchmarks/real_kv_cache.py [--seeds 0 1] [--json PATH]
+
+The model and the data are those of ``real_llm.py``; its weights are not quantized. A cache
+shows only in what is asked of it: prompts but for their last token are put into it, and the
+answer is read from what that token attends to; of a piece of prose 64 tokens are put into it,
+and the others follow by 16, each of which attends to all before it.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
+from unittest import mock
+
+import torch
+from baselines.fingerprint import code_fingerprint
+from real.examples import TEXT, calibration_samples, heldout_samples
+from real.thinker import load_model
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+
+from torchao_masquant import CacheRecipe, Router, calibrate_cache
+from torchao_masquant.atomic_files import write_whole
+from torchao_masquant.kv_cache import rounded_tokens
+from torchao_masquant.kv_cache.observed_keys import center_and_factor
+from torchao_masquant.recipe import library_versions
+
+_PREFIX, _STEP = 64, 16
+
+
+def plain(recipe: CacheRecipe) -> CacheRecipe:
+    """No centres, no factors."""
+    found = copy.copy(recipe)
+    found.centers = [torch.zeros_like(center) for center in recipe.centers]
+    found.factors = [torch.ones_like(factor) for factor in recipe.factors]
+    return found
+
+
+@torch.no_grad()
+def pooled(
+    recipe: CacheRecipe, model: nn.Module, samples: Sequence[Mapping[str, Any]]
+) -> CacheRecipe:
+    """One centre and factor of all tokens, whatever their modality."""
+    found = copy.copy(recipe)
+    sums = [torch.zeros(c.shape[1:], dtype=torch.float64) for c in recipe.centers]
+    squares, count = [torch.zeros_like(s) for s in sums], 0
+    for sample in samples:
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**sample, past_key_values=cache, use_cache=True)
+        for layer, total, square in zip(cache.layers, sums, squares):
+            keys = layer.keys.transpose(1, 2).flatten(0, 1).double()
+            total += keys.sum(0)
+            square += keys.square().sum(0)
+        count += len(keys)
+    both = [center_and_factor(torch.tensor(count), *of) for of in zip(sums, squares)]
+    found.centers, found.factors = (
+        [part.expand_as(c) for part, c in zip(parts, recipe.centers)]
+        for parts in zip(*both)
+    )
+    return found
+
+
+@contextlib.contextmanager
+def unrotated() -> Iterator[None]:
+    """Channels are rounded as they are."""
+    with mock.patch.object(rounded_tokens, "rotation_of", lambda width: 1):
+        yield
+
+
+@torch.no_grad()
+def answers(model: nn.Module, sample: Mapping[str, Tensor], cache: Cache) -> Tensor:
+    """(B, T, V) log probabilities of what follows the tokens that are asked from a cache."""
+    ids = sample["input_ids"]
+    scored = (sample["labels"] >= 0).sum(1).max().item()
+    length = ids.shape[1]
+    start, step = (length - 2, 1) if scored == 1 else (_PREFIX, _STEP)
+    given = {n: v for n, v in sample.items() if n != "labels"}
+    given["input_ids"] = ids[:, :start]
+    given["attention_mask"] = sample["attention_mask"][:, :start]
+    model(**given, past_key_values=cache, use_cache=True)
+    found = [
+        model(
+            input_ids=ids[:, at : min(at + step, length - 1)],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        for at in range(start, length - 1, step)
+    ]
+    return torch.log_softmax(torch.cat(found, 1).double(), -1)
+
+
+class Subject:
+    """The model, held-out data, and what it says of these from an exact cache."""
+
+    def __init__(self, examples: int, pieces: int, layers: Optional[int]):
+        self.model = load_model(layers)
+        self.config = self.model.config.get_text_config()
+        self.tasks = heldout_samples(examples, pieces)
+        self.exact = {
+            task: [
+                answers(self.model, s, DynamicCache(config=self.config))
+                for s in samples
+            ]
+            for task, samples in self.tasks.items()
+        }
+
+    def scores(self, new_cache: Callable[[], Cache]) -> dict[str, dict[str, float]]:
+        """Of each task KL in nats, its standard error over examples, and accuracy 0..1."""
+        scores = {}
+        for task, samples in self.tasks.items():
+            found, right = [], []
+            for sample, exact in zip(samples, self.exact[task]):
+                told = answers(self.model, sample, new_cache())
+                found.append((exact.exp() * (exact - told)).sum(-1).mean(-1))
+                labels = sample["labels"][:, -told.shape[1] :]
+                right.append((told.argmax(-1) == labels).double().mean(-1))
+            kl, accuracy = torch.cat(found), torch.cat(right)
+            scores[task] = {
+                "kl": kl.mean().item(),
+                "kl_error": kl.std().item() / len(kl) ** 0.5,
+                "accuracy": accuracy.mean().item(),
+            }
+        return scores
+
+
+def rows(subject: Subject, seed: int) -> Iterator[dict[str, Any]]:
+    """A row of each cache."""
+    model, samples = subject.model, calibration_samples(seed)
+    recipe = calibrate_cache(model, samples, progress=False)
+    one = pooled(recipe, model, samples)
+
+    def scored(name: str, bits: int, new_cache: Callable[[], Cache]) -> dict[str, Any]:
+        scores = subject.scores(new_cache)
+        return {"seed": seed, "cache": name, "bits": bits, "tasks": scores}
+
+    if seed == 0:
+        yield scored(
+            "transformers, fp8", 8, lambda: QuantizedCache("fp8", model.config)
+        )
+    Router.for_model(model).attach(model)
+    for bits in (8, 4):
+        if seed == 0:
+            with unrotated():
+                yield scored(
+                    "as they are", bits, lambda: plain(recipe).new_cache(model, bits)
+                )
+            yield scored("rotated", bits, lambda: plain(recipe).new_cache(model, bits))
+        yield scored("one centre", bits, lambda: one.new_cache(model, bits))
+        yield scored("**ours**", bits, lambda: recipe.new_cache(model, bits))
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown: means over seeds, and the largest spread of those of a row."""
+    kinds: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in found:
+        kinds.setdefault((-row["bits"], row["cache"]), []).append(row)
+    tasks = [task for task in found[0]["tasks"] if task != TEXT]
+    lines = [
+        "| bits | keys are rounded | accuracy, % | KL of the tasks, nats | text KL, nats | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (bits, name), of in sorted(kinds.items(), key=lambda kind: kind[0][0]):
+
+        def mean(task: str, what: str, form: str, scale: float = 1) -> str:
+            return form.format(
+                scale * sum(r["tasks"][task][what] for r in of) / len(of)
+            )
+
+        accuracy = " / ".join(mean(t, "accuracy", "{:.0f}", 100) for t in tasks)
+        kl = " / ".join(mean(t, "kl", "{:.4f}") for t in tasks)
+        text = mean(TEXT, "kl", "{:.4f}")
+        lines.append(f"| {-bits} | {name} | {accuracy} | {kl} | {text} | {len(of)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--examples", type=int, default=96, help="of each task")
+    parser.add_argument("--pieces", type=int, default=8, help="of prose")
+    parser.add_argument("--layers", type=int, help="only the first so many")
+    parser.add_argument("--json", type=Path, help="rows, written as they come")
+    arguments = parser.parse_args(argv)
+    subject = Subject(arguments.examples, arguments.pieces, arguments.layers)
+    found: list[dict[str, Any]] = []
+    code = code_fingerprint(Path(__file__).parent / "real")
+    for seed in arguments.seeds:
+        for row in rows(subject, seed):
+            found.append(row)
+            kl = " / ".join(f"{t['kl']:.4f}" for t in row["tasks"].values())
+            print(f"{row['bits']} {row['cache']}: {kl}", file=sys.stderr, flush=True)
+            if arguments.json:
+                content = {"versions": library_versions(), "code": code, "rows": found}
+                write_whole(arguments.json, json.dumps(content, indent=1))
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

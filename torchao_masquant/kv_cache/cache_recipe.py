@@ -1,0 +1,145 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""What a quantized cache knows of a model's keys, and its file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from torchao_masquant.atomic_files import replacing
+from torchao_masquant.routing import Router, router_of
+
+__all__ = ["CacheRecipe", "decoder_layers"]
+
+_FORMAT = "torchao_masquant.kv_cache"
+
+
+@dataclass(eq=False)
+class CacheRecipe:
+    """How the keys of each decoder layer are rounded, of :func:`calibrate_cache`.
+
+    Attributes:
+        modalities: names, base first.
+        centers: of each layer (M, H, D) float32, the mean of each modality's keys as they
+            are cached, with their positions.
+        factors: of each layer (M, H, D) float32, positive: what keys are divided by once
+            their mean is off.
+    """
+
+    modalities: tuple[str, ...]
+    centers: list[torch.Tensor]
+    factors: list[torch.Tensor]
+
+    def new_cache(self, model: nn.Module, bits: int = 8) -> Any:
+        """An empty cache, for ``model(..., past_key_values=...)`` and ``generate``.
+
+        Calls of the model tell the cache of which modality their tokens are: one that is
+        not quantized, and so does not know, is routed from here on.
+
+        Args:
+            model: the one that was calibrated, quantized or not.
+            bits: of keys and values, 8 or 4.
+
+        Returns:
+            A :class:`transformers.Cache`.
+
+        Raises:
+            ValueError: it is another model, or one for other modalities; other bits.
+        """
+        # transformers is imported where it is needed: the command line does without.
+        from transformers.cache_utils import Cache
+
+        from torchao_masquant.kv_cache.quantized_layer import QuantizedLayer
+        from torchao_masquant.kv_cache.rounded_tokens import check_bits
+
+        check_bits(bits)
+        found = decoder_layers(model)
+        if found != len(self.centers):
+            raise ValueError(
+                f"the cache was calibrated for a decoder of {len(self.centers)} layers, "
+                f"and the model has {found}: it is another model's."
+            )
+        router = router_of(model)
+        if router is None:
+            router = Router.for_model(model, self.modalities)
+            router.attach(model)
+        if router.modalities != self.modalities:
+            raise ValueError(
+                f"the cache was calibrated for the modalities {self.modalities}, and the "
+                f"model for {router.modalities}: calibrate both for the same."
+            )
+        return Cache(
+            layers=[
+                QuantizedLayer(center, factor, router, bits)
+                for center, factor in zip(self.centers, self.factors)
+            ]
+        )
+
+    def save(self, path: Union[str, Path]) -> None:
+        """Write it to a safetensors file, whole or not at all."""
+        tensors = {
+            f"{kind}.{index}": tensor.contiguous()
+            for kind in ("centers", "factors")
+            for index, tensor in enumerate(getattr(self, kind))
+        }
+        header = {"format": _FORMAT, "modalities": json.dumps(self.modalities)}
+        with replacing(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: Union[str, Path]) -> "CacheRecipe":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is another file, or damaged.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no cache recipe {str(path)!r}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        if header.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not what calibrate_cache found of a model.")
+        layers = range(len(tensors) // 2)
+        return cls(
+            tuple(json.loads(header["modalities"])),
+            *(
+                [tensors[f"{kind}.{i}"] for i in layers]
+                for kind in ("centers", "factors")
+            ),
+        )
+
+
+def decoder_layers(model: nn.Module) -> int:
+    """How many layers a model's cache has.
+
+    Raises:
+        TypeError: it is none of transformers'.
+        ValueError: some attend to a window of tokens, or to a state.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(
+            f"a cache is for a model of transformers, got a {type(model).__name__}."
+        )
+    text = config.get_text_config(decoder=True)
+    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} has layers of {', '.join(sorted(others))}: a quantized "
+            "cache is for decoders whose every layer attends to all tokens."
+        )
+    return int(text.num_hidden_layers)

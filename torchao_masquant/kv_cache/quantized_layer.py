@@ -1,0 +1,169 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""One layer of a quantized cache, as transformers' caches call it."""
+
+from typing import Any, Callable, Optional
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from torchao_masquant.kv_cache.rounded_tokens import RoundedTokens, round_tokens
+from torchao_masquant.routing import Router
+
+__all__ = ["QuantizedLayer"]
+
+_PARTS = ("keys", "key_scale", "key_low", "values", "value_scale", "value_low", "ids")
+
+
+class QuantizedLayer(DynamicLayer):
+    """Keys and values of one decoder layer, rounded as they come.
+
+    What a call adds is attended to as it is, and rounded for the calls after it. A key is
+    held as ``H((k - center) / factor)`` with those of its token's modality, in float32.
+
+    Args:
+        center: (M, H, D), of each modality.
+        factor: (M, H, D), positive.
+        router: of the model whose keys these are.
+        bits: of a code, 8 or 4.
+    """
+
+    is_croppable = True
+
+    def __init__(
+        self, center: torch.Tensor, factor: torch.Tensor, router: Router, bits: int
+    ):
+        super().__init__()
+        self._center, self._factor = center, factor
+        self._router, self._bits = router, bits
+        self._widths = (0, 0)
+
+    def lazy_initialization(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> None:
+        """Make room for keys and values such as these."""
+        batch, heads, _, width = key_states.shape
+        if (heads, width) != self._center.shape[1:]:
+            raise ValueError(
+                f"the cache was calibrated for {self._center.shape[1]} heads of "
+                f"{self._center.shape[2]} channels, and the keys have {heads} of {width}: "
+                "it is another model's."
+            )
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self._widths = (width, value_states.shape[-1])
+        self._center = self._center.to(self.device)
+        self._factor = self._factor.to(self.device)
+        self._take(self._rounded(key_states[:, :, :0], value_states[:, :, :0], None))
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what a call has, and give all that it attends to.
+
+        Args:
+            key_states: (B, H, S, D), with their positions.
+            value_states: (B, H, S, D_v).
+
+        Returns:
+            Both with those of earlier calls before them, of the same type.
+
+        Raises:
+            RuntimeError: the modality of the call's tokens is not known.
+            ValueError: these are not the calibrated model's keys.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        # (B, S, D) is what a linear of the layer is called with.
+        ids = self._router.ids_for("the quantized cache", key_states[:, 0])
+        earlier = self._dequantized() if self.get_seq_length() else None
+        added = self._rounded(key_states, value_states, ids)
+        self._take(
+            {n: torch.cat((getattr(self, n), part), -2) for n, part in added.items()}
+        )
+        if earlier is None:
+            return key_states, value_states
+        keys, values = earlier
+        return torch.cat((keys, key_states), -2), torch.cat((values, value_states), -2)
+
+    def _rounded(
+        self, keys: torch.Tensor, values: torch.Tensor, ids: Optional[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        batch, _, tokens, _ = keys.shape
+        if ids is None:
+            ids = torch.zeros(batch, tokens, dtype=torch.uint8, device=keys.device)
+        held = ids.to(torch.uint8)[:, None, :, None]
+        center, factor = self._of_tokens(held)
+        key = round_tokens((keys.float() - center) / factor, self._bits)
+        value = round_tokens(values, self._bits)
+        return dict(zip(_PARTS, (*key, *value, held)))
+
+    def _of_tokens(self, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H, S, D) centres and factors, of (B, 1, S, 1) ids."""
+        ids = held[:, 0, :, 0].long()
+        center, factor = self._center[ids], self._factor[ids]
+        return center.transpose(1, 2), factor.transpose(1, 2)
+
+    def _dequantized(self) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [getattr(self, name) for name in _PARTS]
+        center, factor = self._of_tokens(parts[-1])
+        keys = RoundedTokens(*parts[:3]).values(self._widths[0]) * factor + center
+        values = RoundedTokens(*parts[3:6]).values(self._widths[1])
+        return keys.to(self.dtype), values.to(self.dtype)
+
+    def _take(self, parts: dict[str, torch.Tensor]) -> None:
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """All parts have the batch first, and tokens last but one."""
+        if self.is_initialized:
+            self._take({name: change(getattr(self, name)) for name in _PARTS})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held of all tokens."""
+        if not self.is_initialized:
+            return 0
+        return sum(getattr(self, name).nbytes for name in _PARTS)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget so many of the last tokens, a negative number of them."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}."
+            )
+        if tokens_to_remove:
+            self._change(lambda part: part[:, :, :tokens_to_remove])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        self._change(lambda part: part.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows of the batch."""
+        self._change(lambda part: part[indices])
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take these rows of the batch, of beams."""
+        self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def offload(self) -> None:
+        """Move all to the CPU."""
+        self._change(lambda part: part.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move all back to the layer's device."""
+        self._change(lambda part: part.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.is_initialized = False
+        self.keys = self.values = None
