@@ -31,6 +31,7 @@ CACHE_VARIABLE = "MASQUANT_CACHE_DIR"
 _FOLDER = Path(__file__).parent / "csrc"
 # With the flags that each has beside those of all.
 _SOURCES = {
+    "cpu_columns.cpp": (),
     "cpu_kernels.cpp": (),
     "cpu_stored.cpp": (),
     "cpu_operators.cpp": (),

@@ -13,18 +13,21 @@ What the kernels do, for T tokens, K channels and N output channels:
 
 - the prologue smooths, finds the absmax and rounds in one pass over each token;
 - weights stay as they are stored, row by row, packed or not: there is no second copy.
-  Up to 16 tokens read them as they are, so a call costs the bytes of the weight; more
-  tokens share panels of 64 output channels, unpacked into a scratch block that a core's
-  second-level cache holds, which costs 3 % of the product at 256 tokens;
+  Up to 4 tokens (2 by groups) read them as they are, so a call costs the bytes of the
+  weight; more tokens share panels of 64 output channels by 128 input channels, unpacked
+  into a scratch block that a core's first-level cache holds, so that one vector has the
+  sums of 16 output channels, and one their scales of a group. What the next panels are
+  made of is asked for meanwhile. More than 48 tokens unpack the panels of all input
+  channels first, which the second-level cache holds;
 - signed integers meet vpdpbusd, which wants unsigned ones, with 128 (packed: 8) added to
   the weights, and the sum of the token's integers times that taken off after. It adds
   up in 32 bits without saturating (the older vpmaddubsw saturates in 16);
-- up to 16 tokens that are not quantized become integers for packed weights: of each 128
-  channels 16 bits of 16-bit tokens and 24 bits of float32, in planes of 8 bits that are
-  multiplied one by one, so that nothing is lost that the tokens' type can tell;
-- more of them meet weights unpacked to float32, or to bfloat16 where the processor
-  multiplies bfloat16 faster, and the smoothed activations rounded to it, as a bfloat16
-  linear's are;
+- tokens of 16 bits that are not quantized become integers for packed weights, 16 bits of
+  each 128 channels, in planes of 8 bits that are multiplied one by one, so that nothing
+  is lost that the tokens' type can tell; so do up to 16 of float32, of 24 bits;
+- others meet weights unpacked to float32. Where the processor multiplies bfloat16 faster,
+  more than 16 tokens of it meet them in it, and the smoothed activations rounded to it,
+  as a bfloat16 linear's are;
 - scales, up-projection and biases are applied to a tile before it is stored;
 - tokens are sorted by modality, so base tokens do no low-rank work.
 """

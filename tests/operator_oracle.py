@@ -340,14 +340,15 @@ def lost_in_16_bits(x: torch.Tensor, found: Result) -> np.ndarray:
     """(T, N) what a CPU may lose of a weight-only product beside float32's roundings.
 
     Where a processor multiplies bfloat16, more than 16 such tokens may meet their
-    dequantized weight in it, as in any bfloat16 linear. Up to 16 tokens of 16 bits may
-    become integers of 16 bits, in steps of a block's largest.
+    dequantized weight in it, as in any bfloat16 linear. Tokens of 16 bits may become
+    integers of 16 bits, in steps of a block's largest.
     """
     if x.device.type != "cpu" or x.element_size() > 2:
         return np.zeros_like(found.value)
-    if len(x) <= 16:
-        return 2.0**-16 * found.stepped
-    return (2 * 2.0**-8 if x.dtype == torch.bfloat16 else 0.0) * found.size
+    lost = 2.0**-16 * found.stepped
+    if len(x) > 16 and x.dtype == torch.bfloat16:
+        lost = np.maximum(lost, 2 * 2.0**-8 * found.size)
+    return lost
 
 
 class Linear(NamedTuple):

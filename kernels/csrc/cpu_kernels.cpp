@@ -47,32 +47,6 @@ inline void store(void* out, Type type, int64_t i, __mmask16 mask, __m512 value)
   }
 }
 
-inline void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
-  }
-}
-
 }  // namespace
 
 // ---- activations ----
@@ -243,40 +217,10 @@ void to_float(const int8_t* q, int64_t count, float* out) {
 
 // ---- weights ----
 
-namespace {
-
-int32_t stored_value(const Weights& weights, int64_t n, int64_t k) {
-  const uint8_t* row = weights.data + n * weights.row_bytes;
-  if (!weights.packed) {
-    return static_cast<int8_t>(row[k]);
-  }
-  const int32_t nibble = (row[k / 2] >> (4 * (k % 2))) & 0xF;
-  return (nibble ^ 8) - 8;
-}
-
-// Channels that begin in the middle of a byte: one by one.
-void pack_panel_slowly(const Weights& weights, int64_t n, int64_t k, int64_t width,
-                       int32_t offset, uint8_t* panel) {
-  std::memset(panel, 0, round_up(width, 4) * kColumns);
-  for (int64_t column = 0; column < kColumns && n + column < weights.out_features;
-       ++column) {
-    for (int64_t i = 0; i < width; ++i) {
-      panel[(i / 4 * kColumns + column) * 4 + i % 4] =
-          static_cast<uint8_t>(stored_value(weights, n + column, k + i) + offset);
-    }
-  }
-}
-
-}  // namespace
-
 void pack_panel(const Weights& weights, int64_t n, int64_t k, int64_t width,
-                bool is_signed, uint8_t* panel) {
-  if (weights.packed && k % 2 != 0) {
-    return pack_panel_slowly(weights, n, k, width, is_signed ? 0 : weights.offset(), panel);
-  }
+                int8_t* panel) {
   // Channels behind the width, of the next group, are not to show: they are masked off.
-  const __m512i flip = _mm512_set1_epi8(weights.packed ? 8 : is_signed ? 0 : -128);
-  const __m512i bias = _mm512_set1_epi8(weights.packed && is_signed ? 8 : 0);
+  const __m512i bias = _mm512_set1_epi8(weights.packed ? 8 : 0);
   for (int64_t c = 0; c < kColumns; c += 16) {
     for (int64_t i = 0; i < width; i += 64) {
       __m512i rows[16];
@@ -300,14 +244,14 @@ void pack_panel(const Weights& weights, int64_t n, int64_t k, int64_t width,
         } else {
           values = _mm512_maskz_loadu_epi8(mask64(width - i), row + k + i);
         }
-        rows[r] = _mm512_sub_epi8(_mm512_xor_si512(values, flip), bias);
-        if (is_signed && width - i < 64) {
+        rows[r] = _mm512_sub_epi8(_mm512_xor_si512(values, bias), bias);
+        if (width - i < 64) {
           // Sums of columns are to see zeros behind the width.
           rows[r] = _mm512_maskz_mov_epi8(mask64(width - i), rows[r]);
         }
       }
       transpose(rows);
-      uint8_t* out = panel + (i * kColumns) + c * 4;
+      int8_t* out = panel + (i * kColumns) + c * 4;
       for (int j = 0; j < 16; ++j) {
         _mm512_store_si512(out + j * kColumns * 4, rows[j]);
       }
@@ -549,22 +493,6 @@ void multiply_float_panel(const float* const* tokens, int rows, const float* pan
           multiply_float_panel_rows<r(), vectors()>(tokens, panel, width, add, c);
         });
   });
-}
-
-void add_group(const int32_t* c, int rows, int32_t offset, const int32_t* token_sums,
-               const float* scale, float* sum) {
-  for (int r = 0; r < rows; ++r) {
-    const __m512i excess = _mm512_set1_epi32(
-        static_cast<int32_t>(static_cast<uint32_t>(offset) * token_sums[r]));
-    for (int j = 0; j < kColumns; j += 16) {
-      const __m512i exact =
-          _mm512_sub_epi32(_mm512_loadu_si512(c + r * kColumns + j), excess);
-      float* at = sum + r * kColumns + j;
-      _mm512_storeu_ps(
-          at, _mm512_add_ps(_mm512_loadu_ps(at), _mm512_mul_ps(_mm512_cvtepi32_ps(exact),
-                                                               _mm512_loadu_ps(scale + j))));
-    }
-  }
 }
 
 // ---- results ----

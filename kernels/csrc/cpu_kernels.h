@@ -20,9 +20,12 @@ namespace masquant {
 
 constexpr int kRows = 6;
 constexpr int kColumns = 64;
-//: tokens that read the stored weights without unpacking a panel
+//: tokens that read the stored weights as they are; of groups, whose sums are scaled lane
+//: by lane there; and of float32, which are not multiplied in columns
+constexpr int kStoredTokens = 4;
+constexpr int kStoredTokensOfGroups = 2;
 constexpr int kFewTokens = 16;
-//: channels of packed weights that fill a vector
+//: channels of packed weights that fill a vector, and of a panel in columns
 constexpr int kBlock = 128;
 
 enum class Type { kFloat32, kBFloat16, kFloat16, kInt8 };
@@ -70,11 +73,11 @@ struct Weights {
   int32_t offset() const { return packed ? 8 : 128; }
 };
 
-// Columns [n, n + kColumns) and channels [k, k + width) as [width / 4][kColumns][4],
-// unsigned (value + offset) or signed. Scratch of round_up(width, 64) * kColumns bytes.
-// What lies behind N or width is to meet zeros only.
+// Columns [n, n + kColumns) and channels [k, k + width) as [width / 4][kColumns][4]; k is
+// even. Scratch of round_up(width, 64) * kColumns bytes. What lies behind N or width is to
+// meet zeros only.
 void pack_panel(const Weights& weights, int64_t n, int64_t k, int64_t width,
-                bool is_signed, uint8_t* panel);
+                int8_t* panel);
 
 // 128 times the sum of each column of a signed panel.
 void sum_columns(const int8_t* panel, int64_t width, int32_t* sums);
@@ -117,10 +120,6 @@ void multiply_float_panel(const float* const* tokens, int rows, const float* pan
 void multiply_bfloat16_panel(const uint16_t* const* tokens, int rows,
                              const uint16_t* panel, int64_t width, bool add, float* c);
 
-// sum[rows][kColumns] += float(c - offset * token_sum) * scale.
-void add_group(const int32_t* c, int rows, int32_t offset, const int32_t* token_sums,
-               const float* scale, float* sum);
-
 // ---- products with weights as they are stored (cpu_stored.cpp) ----
 
 // Nibbles of a byte of weights meet tokens of even and of odd channels: of each block, the
@@ -156,6 +155,43 @@ bool split_planes(const float* v, int64_t in_features, int planes, int8_t* out,
 void multiply_stored_blocks(const Weights& weights, int64_t n, int columns,
                             const float* scale, const int8_t* zero, int64_t groups,
                             int planes, const BlockedToken* tokens, int rows, float* c);
+
+// ---- products of more tokens (cpu_columns.cpp) ----
+
+// A tile of tokens by a panel.
+struct ColumnProduct {
+  const int8_t* tokens;  // [planes][steps][rows][4]
+  const uint8_t* panel;  // [steps][kColumns][4]
+  const int32_t* start;  // [rows]: what is added to a token's sums
+  //: sums begin with c, which has start already; of one plane alone
+  bool continues = false;
+  int32_t* c = nullptr;  // [rows][kColumns]; written where sum is null
+  // sum[rows][kColumns] += sums * token_scale * scale - token_sum * zero, the latter and
+  // token_scale of two planes.
+  float* sum = nullptr;
+  const float* scale = nullptr;        // [kColumns]
+  const float* zero = nullptr;         // [kColumns], times scale; or null
+  const float* token_scale = nullptr;  // [rows]
+  const float* token_sum = nullptr;    // [rows]
+};
+
+void multiply_columns(const ColumnProduct& product, int rows, int planes, int64_t steps);
+
+// Steps of so many channels.
+int64_t column_steps(bool packed, int64_t width);
+
+// A token's channels, kBlock at most, as [steps][.][4] between those of a tile's others.
+void interleave(const int8_t* q, int64_t width, bool packed, int rows, int8_t* out);
+
+// Columns [n, n + kColumns) and channels [k, k + width), kBlock at most, unsigned, as
+// [steps][kColumns][4]; of packed weights, of each 8 channels the even ones come
+// first. Asks for as many bytes from next on.
+void column_panel(const Weights& weights, int64_t n, int64_t k, int64_t width,
+                  const uint8_t* next, uint8_t* panel);
+
+// Rows of a matrix (columns, stride) as [count][kColumns], zeros behind the columns.
+void transpose_columns(const float* matrix, int64_t stride, int64_t columns, int64_t count,
+                       float* out);
 
 // ---- results ----
 

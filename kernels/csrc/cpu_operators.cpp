@@ -267,28 +267,51 @@ void check_rotation(int64_t hadamard_size, int64_t in_features) {
 
 // Whether tokens read the stored weights as they are.
 bool reads_stored(int64_t tokens, bool packed, int64_t in_features, int64_t groups) {
-  if (tokens > kFewTokens) return false;
+  if (tokens > (groups == 1 ? kStoredTokens : kStoredTokensOfGroups)) return false;
   return groups == 1 || (packed && in_features / groups % kBlock == 0);
-}
-
-bool reads_stored_floats(int64_t tokens, bool packed, int64_t width) {
-  return tokens <= kFewTokens && packed && width % kBlock == 0 && width > 0;
 }
 
 bool multiplies_bfloat16(int64_t tokens, Type type) {
   return use_bfloat16 && type == Type::kBFloat16 && tokens > kFewTokens;
 }
 
+// Whether tokens that are not quantized become integers of planes, and read packed weights
+// as they are.
+bool reads_stored_floats(int64_t tokens, bool packed, int64_t width, Type type) {
+  return packed && width % kBlock == 0 && width > 0 &&
+         tokens <= (type == Type::kFloat32 ? kFewTokens : kStoredTokensOfGroups);
+}
+
+// Whether they do, and read packed weights in columns.
+bool reads_columns(int64_t tokens, bool packed, int64_t width, Type type) {
+  return packed && width % 32 == 0 && width > 0 && type != Type::kFloat32 &&
+         !multiplies_bfloat16(tokens, type);
+}
+
 // Of those that do not.
-bool multiplies_by_brgemm(int64_t groups) { return use_brgemm && groups == 1; }
+bool multiplies_by_brgemm(int64_t tokens, int64_t groups) {
+  return use_brgemm && groups == 1 && tokens > kFewTokens;
+}
+
+// How tokens meet a matrix.
+enum class Method { kStored, kColumns, kBrgemm };
+
+Method method_of(int64_t tokens, bool packed, int64_t in_features, int64_t groups) {
+  if (reads_stored(tokens, packed, in_features, groups)) return Method::kStored;
+  return multiplies_by_brgemm(tokens, groups) ? Method::kBrgemm : Method::kColumns;
+}
 
 std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
                       int64_t in_features, int64_t groups) {
   const bool packed = weight_bits <= 4;
   const std::string weights = packed ? "packed int4" : "int8";
   if (act_bits == 16) {
-    if (reads_stored_floats(tokens, packed, in_features / groups)) {
+    const int64_t width = in_features / groups;
+    if (reads_stored_floats(tokens, packed, width, Type::kBFloat16)) {
       return "VNNI, planes of 8 bits, " + weights + " as stored";
+    }
+    if (reads_columns(tokens, packed, width, Type::kBFloat16)) {
+      return "VNNI, planes of 8 bits, " + weights + " in columns";
     }
     const std::string type =
         !multiplies_bfloat16(tokens, Type::kBFloat16) ? "float32, "
@@ -296,12 +319,14 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
                      : "float32, of bfloat16 tokens bfloat16, ";
     return type + weights + " unpacked by panels";
   }
-  if (reads_stored(tokens, packed, in_features, groups)) {
-    return "VNNI, " + weights + " as stored";
+  switch (method_of(tokens, packed, in_features, groups)) {
+    case Method::kStored:
+      return "VNNI, " + weights + " as stored";
+    case Method::kColumns:
+      return "VNNI, " + weights + " in columns" + (groups > 1 ? ", group by group" : "");
+    default:
+      return "oneDNN brgemm, " + weights + " unpacked by panels";
   }
-  const std::string product = multiplies_by_brgemm(groups) ? "oneDNN brgemm" : "VNNI";
-  return product + ", " + weights + " unpacked by panels" +
-         (groups > 1 ? ", group by group" : "");
 }
 
 // ---- what is added to the product, and where the result goes ----
@@ -760,6 +785,55 @@ void multiply_few(const Results& results, const Expert& expert, int64_t n,
   }
 }
 
+// Blocks of channels, kBlock at most, that end where groups do.
+class Blocks {
+ public:
+  struct Block {
+    int64_t group, k, width;
+    //: of a token's steps, where the block's begin, and how many there are
+    int64_t first_step, steps;
+    //: whether it is a group's first and last
+    bool begins, ends;
+  };
+
+  Blocks(const Weights& weights, int64_t groups) {
+    const int64_t width = weights.in_features / groups;
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t k = 0; k < width; k += kBlock) {
+        const int64_t count = std::min<int64_t>(kBlock, width - k);
+        blocks_.push_back({g, g * width + k, count, steps, column_steps(weights.packed, count), k == 0,
+                           k + count == width});
+        steps += blocks_.back().steps;
+      }
+    }
+  }
+
+  auto begin() const { return blocks_.begin(); }
+  auto end() const { return blocks_.end(); }
+  int64_t size() const { return static_cast<int64_t>(blocks_.size()); }
+
+  // Unpacks a block of the columns from n, and asks for its share of the next ones: they
+  // are one piece of memory, in the order that the hardware reads fastest.
+  void unpack(const Block& block, const Weights& weights, int64_t n, uint8_t* panel) const {
+    const int64_t share = block.k / (weights.packed ? 2 : 1);
+    const uint8_t* next = weights.data + (n + kColumns) * weights.row_bytes + kColumns / 4 * share;
+    column_panel(weights, n, block.k, block.width, next, panel);
+  }
+
+  //: of a token
+  int64_t steps = 0;
+
+ private:
+  std::vector<Block> blocks_;
+};
+
+// Tokens [first, first + rows) of the order, that are multiplied at once.
+struct Tile {
+  const Expert* expert;
+  int64_t first;
+  int rows;
+};
+
 // Quantized tokens by the matrices of their experts.
 class IntegerProduct {
  public:
@@ -772,58 +846,49 @@ class IntegerProduct {
         scale_(scale.const_data_ptr<float>()),
         in_features_(q.size(1)),
         groups_(groups),
-        width_(in_features_ / groups_),
-        padded_(round_up(width_, 4)),
-        brgemm_(multiplies_by_brgemm(groups_)),
+        blocks_(weights.first, groups),
         results_(results) {}
 
   void run() {
-    prepare();
     const std::vector<Task> tasks = split();
+    prepare();
     const int64_t count = static_cast<int64_t>(tasks.size());
     const int64_t columns = weights_.first.out_features;
     const int64_t rows = experts_.back().end * ((columns + kColumns - 1) / kColumns) / count;
     share(count, panels_of_thread(rows, in_features_), [&](int64_t begin, int64_t end) {
-      Panel panel;
+      bool brgemm = false;
       for (int64_t i = begin; i < end; ++i) {
-        if (reads_stored(*tasks[i].expert)) {
-          multiply_as_stored(tasks[i]);
-        } else {
-          if (i == begin || !tasks[i].same_panel(tasks[i - 1])) unpack(tasks[i], panel);
-          multiply_unpacked(tasks[i], panel);
+        const Task& task = tasks[i];
+        switch (method_of(*task.expert)) {
+          case Method::kStored:
+            multiply_as_stored(task);
+            break;
+          case Method::kColumns:
+            multiply_in_columns(task);
+            break;
+          case Method::kBrgemm:
+            multiply_by_brgemm(task);
+            brgemm = true;
         }
       }
-      if (brgemm_) at::native::cpublas::brgemm_release();
+      if (brgemm) at::native::cpublas::brgemm_release();
     });
   }
 
  private:
-  // Columns from n by tokens [first, last) of the order.
+  // Columns from n by the tiles [first, last).
   struct Task {
     const Expert* expert;
     int64_t n, first, last;
-    bool same_panel(const Task& other) const {
-      return expert == other.expert && n == other.n;
-    }
   };
 
-  // Columns of a matrix that tiles of tokens share, in the thread's scratch.
-  struct Panel {
-    uint8_t* integers;  // [G][panel_bytes()]
-    float* scales;      // [G][kColumns]
-    alignas(64) int32_t column_excess[kColumns];
-    Finish finish;
-  };
-
-  int64_t panel_bytes() const { return round_up(width_, 64) * kColumns; }
-
-  bool reads_stored(const Expert& expert) const {
-    return masquant::reads_stored(expert.rows(), weights_.first.packed, in_features_, groups_);
+  Method method_of(const Expert& expert) const {
+    return masquant::method_of(expert.rows(), weights_.first.packed, in_features_, groups_);
   }
 
   // Enough tasks for all threads, and no more chunks of tokens than that, as each unpacks
   // its panel anew.
-  std::vector<Task> split() const {
+  std::vector<Task> split() {
     const int64_t columns = weights_.first.out_features;
     const int64_t panels = (columns + kColumns - 1) / kColumns;
     const int64_t all = panels * static_cast<int64_t>(experts_.size());
@@ -832,50 +897,71 @@ class IntegerProduct {
     std::vector<Task> tasks;
     tasks.reserve(all * wanted);
     for (const Expert& expert : experts_) {
-      const int64_t most = std::max<int64_t>(1, expert.rows() / kLeastChunk);
-      const int64_t chunks = reads_stored(expert) ? 1 : std::min(wanted, most);
-      const int64_t chunk = round_up((expert.rows() + chunks - 1) / chunks, kRows);
+      const Method method = method_of(expert);
+      const int64_t rows = expert.rows();
+      const int64_t most = std::max<int64_t>(1, rows / kLeastChunk);
+      const int64_t chunks = method == Method::kStored ? 1 : std::min(wanted, most);
+      const int64_t rows_of_tile = method == Method::kStored    ? rows
+                                   : method == Method::kColumns ? kRows
+                                                                : kLeastChunk;
+      const int64_t first_tile = static_cast<int64_t>(tiles_.size());
+      std::vector<int64_t> ends;
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t from = rows * c / chunks, count = rows * (c + 1) / chunks - from;
+        const int64_t tiles = (count + rows_of_tile - 1) / rows_of_tile;
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t at = count * i / tiles;
+          tiles_.push_back({&expert, expert.begin + from + at,
+                            static_cast<int>(count * (i + 1) / tiles - at)});
+        }
+        ends.push_back(static_cast<int64_t>(tiles_.size()));
+      }
       for (int64_t n = 0; n < columns; n += kColumns) {
-        for (int64_t t = expert.begin; t < expert.end; t += chunk) {
-          tasks.push_back({&expert, n, t, std::min(expert.end, t + chunk)});
+        int64_t first = first_tile;
+        for (int64_t end : ends) {
+          tasks.push_back({&expert, n, first, end});
+          first = end;
         }
       }
     }
     return tasks;
   }
 
-  // Makes of tokens what their products read: padded, those of packed weights as stored
-  // with even channels first; as they are, where that serves. In the results' order.
+  // Makes of tokens what their products read, in the results' order.
   void prepare() {
-    const auto is_stored = [&](const Expert& expert) { return reads_stored(expert); };
-    const bool stored = std::any_of(experts_.begin(), experts_.end(), is_stored);
-    const bool unpacked = !std::all_of(experts_.begin(), experts_.end(), is_stored);
-    copied_ = brgemm_ || padded_ != width_;
-    const int64_t tokens = experts_.back().end, blocks = (in_features_ + kBlock - 1) / kBlock;
-    stride_ = std::max(stored ? blocks * kBlock : 0, unpacked && copied_ ? groups_ * padded_ : 0);
+    const int64_t tokens = experts_.back().end, padded = round_up(in_features_, kBlock);
+    stride_ = std::max(padded, 4 * blocks_.steps);
     copy_ = scratch<int8_t>(kTokens, tokens * stride_);
+    start_stride_ = std::max(groups_, groups_ > 1 ? padded / kBlock * 16 : 0);
+    starts_ = scratch<int32_t>(kShared, tokens * start_stride_);
     token_.resize(tokens);
-    if (unpacked) sums_.resize(tokens * groups_);
-    if (stored && groups_ > 1) {
-      starts_ = scratch<int32_t>(kShared, tokens * blocks * 16);
-      blocked_.resize(tokens);
-    }
-    at::parallel_for(0, tokens, 1 + 262144 / (in_features_ + 1), [&](int64_t begin, int64_t end) {
-      auto expert = experts_.begin();
+    blocked_.resize(tokens);
+    const int64_t count = static_cast<int64_t>(tiles_.size());
+    at::parallel_for(0, count, 1 + 32768 / (in_features_ + 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        while (expert->end <= i) ++expert;
-        if (reads_stored(*expert)) {
-          prepare_stored(i);
-        } else {
-          prepare_unpacked(i);
+        const Tile& tile = tiles_[i];
+        const Method method = method_of(*tile.expert);
+        if (method == Method::kColumns) {
+          prepare_columns(tile);
+          continue;
+        }
+        for (int64_t t = tile.first; t < tile.first + tile.rows; ++t) {
+          if (method == Method::kStored) {
+            prepare_stored(t);
+          } else {
+            prepare_brgemm(t);
+          }
         }
       }
     });
   }
 
+  const int8_t* quantized(int64_t i) const { return q_ + results_.order[i] * in_features_; }
+
+  // Those of packed weights with even channels first.
   void prepare_stored(int64_t i) {
-    const int64_t t = results_.order[i], padded = round_up(in_features_, kBlock);
-    const int8_t* from = q_ + t * in_features_;
+    const int64_t padded = round_up(in_features_, kBlock);
+    const int8_t* from = quantized(i);
     int8_t* to = copy_ + i * stride_;
     token_[i] = to;
     if (weights_.first.packed) {
@@ -885,120 +971,174 @@ class IntegerProduct {
       std::memset(to + in_features_, 0, padded - in_features_);
     }
     if (groups_ > 1) {
-      int32_t* start = starts_ + i * padded / kBlock * 16;
+      int32_t* start = starts_ + i * start_stride_;
       start_blocks(to, in_features_, start);
       blocked_[i] = {to, nullptr, nullptr, start};
     } else {
-      results_.token[t].sum = sum_row(to, padded);
+      results_.token[results_.order[i]].sum = sum_row(to, padded);
     }
   }
 
-  void prepare_unpacked(int64_t i) {
-    const int64_t t = results_.order[i];
-    const int8_t* token = q_ + t * in_features_;
-    token_[i] = copied_ ? copy_ + i * stride_ : token;
-    for (int64_t g = 0; g < groups_; ++g) {
-      const int8_t* from = token + g * width_;
-      sums_[i * groups_ + g] = sum_row(from, width_);
-      if (!copied_) continue;
-      int8_t* to = copy_ + i * stride_ + g * padded_;
-      std::memcpy(to, from, width_);
-      std::memset(to + width_, 0, padded_ - width_);
-      if (brgemm_) {
-        for (int64_t k = 0; k < padded_; ++k) to[k] ^= -128;
+  void prepare_columns(const Tile& tile) {
+    const uint32_t offset = static_cast<uint32_t>(weights_.first.offset());
+    int8_t* to = copy_ + tile.first * stride_;
+    int32_t* start = starts_ + tile.first * start_stride_;
+    const int64_t width = in_features_ / groups_;
+    for (int r = 0; r < tile.rows; ++r) {
+      const int8_t* from = quantized(tile.first + r);
+      for (const Blocks::Block& block : blocks_) {
+        interleave(from + block.k, block.width, weights_.first.packed, tile.rows,
+                   to + 4 * (block.first_step * tile.rows + r));
+      }
+      for (int64_t g = 0; g < groups_; ++g) {
+        // In 32 bits that wrap around: only the exact product has to fit.
+        const uint32_t sum = static_cast<uint32_t>(sum_row(from + g * width, width));
+        start[g * tile.rows + r] = static_cast<int32_t>(0u - offset * sum);
       }
     }
-    results_.token[t].sum = sums_[i * groups_];
+  }
+
+  // Padded and unsigned.
+  void prepare_brgemm(int64_t i) {
+    int8_t* to = copy_ + i * stride_;
+    std::memcpy(to, quantized(i), in_features_);
+    std::memset(to + in_features_, 0, round_up(in_features_, 4) - in_features_);
+    for (int64_t k = 0; k < round_up(in_features_, 4); ++k) to[k] ^= -128;
+  }
+
+  const float* scales_of(const Expert& expert, int64_t n) const {
+    return scale_ + (expert.number * weights_.first.out_features + n) * groups_;
   }
 
   void multiply_as_stored(const Task& task) const {
     const Expert& expert = *task.expert;
     const Weights weights = weights_[expert.number];
-    const float* scale = scale_ + expert.number * weights.out_features * groups_;
     const int64_t n = task.n;
     const int rows = static_cast<int>(expert.rows());
     multiply_few(results_, expert, n, [&](Finish& finish, int32_t* products, float* sums) {
       if (groups_ > 1) {
-        multiply_stored_blocks(weights, n, finish.columns, scale, nullptr, groups_, 1,
-                               blocked_.data() + expert.begin, rows, sums);
+        multiply_stored_blocks(weights, n, finish.columns, scales_of(expert, 0), nullptr, groups_,
+                               1, blocked_.data() + expert.begin, rows, sums);
         return;
       }
       float* scales = scratch<float>(kFloats, kColumns);
-      std::memset(scales, 0, kColumns * sizeof(float));
-      std::memcpy(scales, scale + n, finish.columns * sizeof(float));
+      transpose_columns(scales_of(expert, n), 1, finish.columns, 1, scales);
       finish.scale = scales;
       finish.offset = weights.offset();
       multiply_stored(weights, n, finish.columns, token_.data() + expert.begin, rows, products);
     });
   }
 
-  void unpack(const Task& task, Panel& panel) const {
-    const int64_t expert = task.expert->number, n = task.n;
-    const Weights weights = weights_[expert];
-    const float* scale = scale_ + expert * weights.out_features * groups_;
-    panel.integers = scratch<uint8_t>(kPanel, groups_ * panel_bytes());
-    panel.scales = scratch<float>(kFloats, groups_ * kColumns);
-    float* arrays = scratch<float>(kArrays, results_.array_size());
-    panel.finish = results_.finish(expert, n, arrays);
-    for (int64_t g = 0; g < groups_; ++g) {
-      for (int c = 0; c < kColumns; ++c) {
-        panel.scales[g * kColumns + c] =
-            c < panel.finish.columns ? scale[(n + c) * groups_ + g] : 0.0f;
-      }
-      pack_panel(weights, n, g * width_, width_, brgemm_, panel.integers + g * panel_bytes());
-    }
-    if (groups_ == 1) {
-      panel.finish.scale = panel.scales;
-      panel.finish.offset = brgemm_ ? 0 : weights.offset();
-    }
-    if (brgemm_) {
-      sum_columns(reinterpret_cast<int8_t*>(panel.integers), width_, panel.column_excess);
-      panel.finish.column_excess = panel.column_excess;
-    }
-  }
+  // Sums of a tile, [rows][kColumns].
+  struct Sums {
+    int32_t* products;
+    float* scaled;  // of groups
+  };
 
-  void multiply_unpacked(const Task& task, const Panel& panel) const {
-    constexpr int64_t kProductRows = 96;
-    int32_t* products = scratch<int32_t>(kProducts, kProductRows * kColumns);
-    alignas(64) float sum[kRows * kColumns];
-    Token tile[kRows];
-    for (int64_t t = task.first; t < task.last; t += kRows) {
-      const int rows = static_cast<int>(std::min<int64_t>(kRows, task.last - t));
-      results_.place(t, rows, task.n, tile);
-      if (groups_ > 1) {
-        add_groups(panel, t, rows, products, sum);
-        finish_floats(panel.finish, sum, tile, rows);
-        continue;
-      }
-      int32_t* c = products;
-      if (brgemm_) {
-        const int64_t at = (t - task.first) % kProductRows;
-        if (at == 0) {
-          at::native::cpublas::brgemm(
-              std::min(kProductRows, task.last - t), kColumns, padded_, stride_, kColumns,
-              kColumns, false, reinterpret_cast<const unsigned char*>(token_[t]),
-              reinterpret_cast<const signed char*>(panel.integers), products);
+  void multiply_in_columns(const Task& task) const {
+    const Expert& expert = *task.expert;
+    const Weights weights = weights_[expert.number];
+    Finish finish = results_.finish(expert.number, task.n,
+                                    scratch<float>(kArrays, results_.array_size()));
+    float* scales = scratch<float>(kFloats, groups_ * kColumns);
+    transpose_columns(scales_of(expert, task.n), groups_, finish.columns, groups_, scales);
+    finish.scale = groups_ == 1 ? scales : nullptr;
+
+    // Either the first-level cache holds a block's panel and the sums of all tokens, or
+    // the second one all panels, and the first those of a tile.
+    const int64_t first = tiles_[task.first].first;
+    const int64_t rows = tiles_[task.last - 1].first + tiles_[task.last - 1].rows - first;
+    constexpr int64_t kRowsOfBlock = 48;
+    const bool by_block = rows <= kRowsOfBlock;
+    const int64_t size = (by_block ? rows : kRows) * kColumns;
+    const int64_t bytes = 4 * blocks_.steps * kColumns;
+    uint8_t* panel = scratch<uint8_t>(kPanel, kBlock * kColumns + (by_block ? 0 : bytes));
+    int32_t* products = scratch<int32_t>(kProducts, 2 * size);
+    const Sums sums{products, reinterpret_cast<float*>(products + size)};
+    if (by_block) {
+      std::memset(products, 0, 2 * size * sizeof(int32_t));
+      for (const Blocks::Block& block : blocks_) {
+        blocks_.unpack(block, weights, task.n, panel);
+        for (int64_t i = task.first; i < task.last; ++i) {
+          multiply_block(block, tiles_[i], panel, scales, at(sums, tiles_[i].first - first));
         }
-        c += at * kColumns;
-      } else {
-        multiply_panel(token_.data() + t, rows, panel.integers, padded_, c);
       }
-      finish_integers(panel.finish, c, tile, rows);
+      for (int64_t i = task.first; i < task.last; ++i) {
+        finish_tile(finish, tiles_[i], task.n, at(sums, tiles_[i].first - first));
+      }
+      return;
+    }
+    for (const Blocks::Block& block : blocks_) {
+      blocks_.unpack(block, weights, task.n, panel + 4 * block.first_step * kColumns);
+    }
+    const Blocks::Block all{0, 0, in_features_, 0, blocks_.steps, true, true};
+    for (int64_t i = task.first; i < task.last; ++i) {
+      if (groups_ == 1) {
+        multiply_block(all, tiles_[i], panel, scales, sums);
+      } else {
+        std::memset(sums.scaled, 0, size * sizeof(float));
+        for (const Blocks::Block& block : blocks_) {
+          multiply_block(block, tiles_[i], panel + 4 * block.first_step * kColumns, scales, sums);
+        }
+      }
+      finish_tile(finish, tiles_[i], task.n, sums);
     }
   }
 
-  void add_groups(const Panel& panel, int64_t t, int rows, int32_t* products,
-                  float* sum) const {
-    const int8_t* pointers[kRows];
-    int32_t sums[kRows];
-    std::memset(sum, 0, kRows * kColumns * sizeof(float));
-    for (int64_t g = 0; g < groups_; ++g) {
-      for (int r = 0; r < rows; ++r) {
-        pointers[r] = token_[t + r] + g * padded_;
-        sums[r] = sums_[(t + r) * groups_ + g];
+  static Sums at(const Sums& sums, int64_t row) {
+    return {sums.products + row * kColumns, sums.scaled + row * kColumns};
+  }
+
+  void multiply_block(const Blocks::Block& block, const Tile& tile, const uint8_t* panel,
+                      const float* scales, const Sums& sums) const {
+    ColumnProduct product;
+    product.tokens = copy_ + tile.first * stride_ + 4 * block.first_step * tile.rows;
+    product.panel = panel;
+    product.start = starts_ + tile.first * start_stride_ + block.group * tile.rows;
+    product.continues = !block.begins;
+    product.c = sums.products;
+    if (groups_ > 1 && block.ends) {
+      product.sum = sums.scaled;
+      product.scale = scales + block.group * kColumns;
+    }
+    multiply_columns(product, tile.rows, 1, block.steps);
+  }
+
+  void finish_tile(const Finish& finish, const Tile& tile, int64_t n, const Sums& sums) const {
+    Token tokens[kRows];
+    results_.place(tile.first, tile.rows, n, tokens);
+    if (groups_ == 1) {
+      finish_integers(finish, sums.products, tokens, tile.rows);
+    } else {
+      finish_floats(finish, sums.scaled, tokens, tile.rows);
+    }
+  }
+
+  void multiply_by_brgemm(const Task& task) const {
+    const Expert& expert = *task.expert;
+    const int64_t n = task.n, padded = round_up(in_features_, 4);
+    Finish finish =
+        results_.finish(expert.number, n, scratch<float>(kArrays, results_.array_size()));
+    int8_t* panel = scratch<int8_t>(kPanel, round_up(in_features_, 64) * kColumns);
+    pack_panel(weights_[expert.number], n, 0, in_features_, panel);
+    alignas(64) int32_t column_excess[kColumns];
+    sum_columns(panel, in_features_, column_excess);
+    finish.column_excess = column_excess;
+    float* scales = scratch<float>(kFloats, kColumns);
+    transpose_columns(scales_of(expert, n), 1, finish.columns, 1, scales);
+    finish.scale = scales;
+    Token tokens[kRows];
+    for (int64_t i = task.first; i < task.last; ++i) {
+      const Tile& tile = tiles_[i];
+      int32_t* products = scratch<int32_t>(kProducts, tile.rows * kColumns);
+      at::native::cpublas::brgemm(
+          tile.rows, kColumns, padded, stride_, kColumns, kColumns, false,
+          reinterpret_cast<const unsigned char*>(copy_ + tile.first * stride_), panel, products);
+      for (int t = 0; t < tile.rows; t += kRows) {
+        const int rows = std::min(kRows, tile.rows - t);
+        results_.place(tile.first + t, rows, n, tokens);
+        finish_integers(finish, products + t * kColumns, tokens, rows);
       }
-      multiply_panel(pointers, rows, panel.integers + g * panel_bytes(), padded_, products);
-      add_group(products, rows, weights_.first.offset(), sums, panel.scales + g * kColumns, sum);
     }
   }
 
@@ -1006,14 +1146,16 @@ class IntegerProduct {
   const int8_t* q_;
   const Matrices& weights_;
   const float* scale_;
-  int64_t in_features_, groups_, width_, padded_, stride_ = 0;
-  bool brgemm_, copied_ = false;
+  int64_t in_features_, groups_;
+  const Blocks blocks_;
   Results& results_;
+  std::vector<Tile> tiles_;
+  //: of tokens in the results' order: copies, stride_ bytes each; what sums begin with
+  int64_t stride_ = 0, start_stride_ = 0;
   int8_t* copy_ = nullptr;
   int32_t* starts_ = nullptr;
-  //: in the results' order, as are sums_ [T][G] and blocked_
+  //: of those that read weights as stored
   std::vector<const int8_t*> token_;
-  std::vector<int32_t> sums_;
   std::vector<BlockedToken> blocked_;
 };
 
@@ -1132,6 +1274,106 @@ bool few_floats(const Smooth& smooth, int planes, const Weights& weights, const 
   return true;
 }
 
+// Tokens of 16 bits by packed weights in columns. Each block's floats become integers of
+// two planes. smooth(t, out) writes a token's. False where one is not finite: what has been
+// written is to be written again.
+template <class Smooth>
+bool floats_in_columns(const Smooth& smooth, const Weights& weights, const float* scale,
+                       const int8_t* zero, int64_t groups, Results& results) {
+  const Blocks blocks(weights, groups);
+  const int64_t in_features = weights.in_features;
+  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
+  constexpr int64_t kChunk = 240;
+  const int64_t tokens = static_cast<int64_t>(results.token.size());
+  const int64_t chunks = (tokens + kChunk - 1) / kChunk;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = tokens * chunk / chunks;
+    const int64_t count = tokens * (chunk + 1) / chunks - first;
+    const int64_t tiles = (count + kRows - 1) / kRows, stride = 8 * blocks.steps;
+    const auto tile_from = [&](int64_t i) { return count * i / tiles; };
+    // Of each tile: integers; and of each of its blocks starts, scales and sums [rows].
+    int8_t* integers = scratch<int8_t>(kTokens, count * stride);
+    int32_t* starts = scratch<int32_t>(kShared, 3 * count * blocks.size());
+    float* scales_of_tokens = reinterpret_cast<float*>(starts + count * blocks.size());
+    float* sums_of_tokens = scales_of_tokens + count * blocks.size();
+    std::atomic<bool> finite{true};
+    at::parallel_for(0, tiles, 1 + 4096 / (in_features + 1), [&](int64_t begin, int64_t end) {
+      float* row = scratch<float>(kRow, in_features);
+      alignas(64) int8_t bytes[2 * kBlock];
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t from = tile_from(i);
+        const int rows = static_cast<int>(tile_from(i + 1) - from);
+        for (int r = 0; r < rows; ++r) {
+          smooth(results.order[first + from + r], row);
+          int64_t at = from * blocks.size() + r;
+          for (const Blocks::Block& block : blocks) {
+            Planes planes;
+            split_numbers(row + block.k, block.width, 2, bytes, &planes);
+            if (std::isnan(planes.scale)) finite = false;
+            int8_t* to = integers + from * stride + 8 * block.first_step * rows + 4 * r;
+            for (int p = 0; p < 2; ++p) {
+              interleave(bytes + p * block.width, block.width, weights.packed, rows,
+                         to + 4 * p * block.steps * rows);
+            }
+            const int32_t sum = 256 * planes.sums[0] + planes.sums[1];
+            starts[at] = -weights.offset() * sum;
+            scales_of_tokens[at] = planes.scale;
+            sums_of_tokens[at] = static_cast<float>(sum) * planes.scale;
+            at += rows;
+          }
+        }
+      }
+    });
+    if (!finite) return false;
+    share(panels, panels_of_thread(count, in_features), [&](int64_t begin, int64_t end) {
+      float* arrays = scratch<float>(kArrays, results.array_size());
+      float* sums = scratch<float>(kProducts, count * kColumns);
+      uint8_t* panel = scratch<uint8_t>(kPanel, kBlock * kColumns);
+      float* scales = scratch<float>(kFloats, 2 * groups * kColumns);
+      float* zeros = scales + groups * kColumns;
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t n = p * kColumns;
+        const Finish finish = results.finish(0, n, arrays);
+        transpose_columns(scale + n * groups, groups, finish.columns, groups, scales);
+        for (int64_t g = 0; zero != nullptr && g < groups; ++g) {
+          for (int c = 0; c < finish.columns; ++c) {
+            const int64_t at = g * kColumns + c;
+            zeros[at] = scales[at] * static_cast<float>(zero[(n + c) * groups + g]);
+          }
+        }
+        std::memset(sums, 0, count * kColumns * sizeof(float));
+        int64_t number = 0;
+        for (const Blocks::Block& block : blocks) {
+          blocks.unpack(block, weights, n, panel);
+          for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t from = tile_from(i), rows = tile_from(i + 1) - from;
+            const int64_t at = from * blocks.size() + number * rows;
+            ColumnProduct product;
+            product.tokens = integers + from * stride + 8 * block.first_step * rows;
+            product.panel = panel;
+            product.start = starts + at;
+            product.sum = sums + from * kColumns;
+            product.scale = scales + block.group * kColumns;
+            product.zero = zero == nullptr ? nullptr : zeros + block.group * kColumns;
+            product.token_scale = scales_of_tokens + at;
+            product.token_sum = sums_of_tokens + at;
+            multiply_columns(product, static_cast<int>(rows), 2, block.steps);
+          }
+          ++number;
+        }
+        Token tile[kRows];
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t from = tile_from(i);
+          const int rows = static_cast<int>(tile_from(i + 1) - from);
+          results.place(first + from, rows, n, tile);
+          finish_floats(finish, sums + from * kColumns, tile, rows);
+        }
+      }
+    });
+  }
+  return true;
+}
+
 Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Tensor& qdata,
                           const Tensor& scale, const MaybeTensor& zero_point,
                           const MaybeTensor& l1, const MaybeTensor& l2,
@@ -1188,16 +1430,21 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
   };
   const float* scales_of_all = channel_scale.const_data_ptr<float>();
   const int8_t* zeros_of_all = zero.defined() ? zero.const_data_ptr<int8_t>() : nullptr;
-  if (reads_stored_floats(tokens, weights.packed, width) &&
+  if (reads_stored_floats(tokens, weights.packed, width, type) &&
       few_floats(smooth, type == Type::kFloat32 ? 3 : 2, weights, scales_of_all, zeros_of_all,
                  groups, results)) {
     return results.take();
   }
 
+  if (reads_columns(tokens, weights.packed, width, type) &&
+      floats_in_columns(smooth, weights, scales_of_all, zeros_of_all, groups, results)) {
+    return results.take();
+  }
+
   const bool bfloat16 = multiplies_bfloat16(tokens, type), brgemm = bfloat16 && use_brgemm;
   // As many tokens at once as leave room for the panel in the second-level cache.
-  constexpr int64_t kDepth = 256;
-  const int64_t depth_of_block = bfloat16 ? kDepth : kDepth / 2;
+  constexpr int64_t kMostDepth = 256;
+  const int64_t depth_of_block = bfloat16 ? kMostDepth : kMostDepth / 2;
   const int64_t chunk = (bfloat16 ? 80 : 40) * kRows;
   const int64_t stride = round_up(in_features, 2);
   const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
@@ -1229,10 +1476,10 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
     at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
       float* arrays = scratch<float>(kArrays, results.array_size());
       float* products = scratch<float>(kProducts, count * kColumns);
-      int8_t* panel = scratch<int8_t>(kPanel, kDepth * kColumns);
+      int8_t* panel = scratch<int8_t>(kPanel, kMostDepth * kColumns);
       float* floats_of_panel =
-          scratch<float>(kFloats, (kDepth + 2 * groups) * kColumns);
-      float* scales = floats_of_panel + kDepth * kColumns;
+          scratch<float>(kFloats, (kMostDepth + 2 * groups) * kColumns);
+      float* scales = floats_of_panel + kMostDepth * kColumns;
       float* zeros = scales + groups * kColumns;
       uint16_t* halves_of_panel = reinterpret_cast<uint16_t*>(floats_of_panel);
       const float* pointers[kRows];
@@ -1253,7 +1500,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
         if (in_features == 0) std::memset(products, 0, count * kColumns * sizeof(float));
         for (int64_t k = 0; k < in_features; k += depth_of_block) {
           const int64_t depth = std::min(depth_of_block, in_features - k);
-          pack_panel(weights, n, k, depth, true, reinterpret_cast<uint8_t*>(panel));
+          pack_panel(weights, n, k, depth, panel);
           if (bfloat16) {
             expand_panel_bfloat16(panel, k, depth, width, scales, zeros, halves_of_panel);
             const int64_t even = round_up(depth, 2);

@@ -122,7 +122,7 @@ class Cpu(Backend):
         )
 
     def _sums_groups(self, args: tuple[Any, ...]) -> bool:
-        return args[3].shape[1] > 1 and len(args[0]) <= 16
+        return args[3].shape[1] > 1 and len(args[0]) <= 2
 
 
 def tiling(m: int, n: int, k: int, split_k: int = 1) -> TileConfig:

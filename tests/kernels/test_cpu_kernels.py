@@ -28,7 +28,7 @@ from operator_cases import (
 
 from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.kernels.cpu_build import library_path
-from torchao_masquant.kernels.cpu_engine import multiplies_bfloat16
+from torchao_masquant.kernels.cpu_engine import CpuEngine, multiplies_bfloat16
 from torchao_masquant.kernels.library import LOWERED_ON_CPU
 
 CPU = Cpu()
@@ -62,11 +62,13 @@ def test_products_of_any_size(shape: tuple[int, int, int]) -> None:
         check(CPU, PRODUCT, given, ties=1.0)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 17, 50])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 50])
 def test_groups_of_any_width(tokens: int) -> None:
-    """Groups of 96, 64, and 6 channels: multiples of 4 and not."""
-    for bits, groups in itertools.product((8, 4), (2, 3, 32)):
-        given = sized(tokens, 192, 70, weight_bits=bits, groups=groups)
+    """Groups of 96, 64, 6 and 3 channels, and of more than a panel's 128."""
+    for bits, (k, groups) in itertools.product(
+        (8, 4), ((192, 2), (192, 3), (192, 32), (192, 64), (600, 2))
+    ):
+        given = sized(tokens, k, 70, weight_bits=bits, groups=groups)
         check(CPU, PRODUCT, given, ties=1.0)
 
 
@@ -95,10 +97,10 @@ def test_rotations_of_any_size(size: int, k: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 500])
 def test_weights_alone_of_any_size(tokens: int) -> None:
-    """Few tokens look packed integers up; 500 take more than one chunk of tokens."""
-    kinds = ((4, 2, 256), (4, 1, 301), (4, 8, 256), (8, 2, 514))
+    """Tokens of 16 bits become integers; 500 take more than one chunk of tokens."""
+    kinds = ((4, 2, 256), (4, 1, 301), (4, 8, 256), (4, 2, 320), (8, 2, 514))
     for (bits, groups, k), (dtype, zero_point) in itertools.product(
-        kinds, ((FP32, True), (BF16, False))
+        kinds, ((FP32, True), (BF16, False), (FP16, True))
     ):
         parts = dict(weight_bits=bits, groups=groups, zero_point=zero_point)
         given = sized(tokens, k, 67, **parts, dtype=dtype, ranks=(4,))
@@ -188,12 +190,16 @@ def test_kernels_have_names() -> None:
         )
 
     assert name(1, 8) == "VNNI, int8 as stored"
-    assert name(16, 4) == "VNNI, packed int4 as stored"
+    assert name(1, 4) == "VNNI, packed int4 as stored"
+    assert name(16, 4) == "VNNI, packed int4 in columns"
+    assert name(3, 4, groups=8) == "VNNI, packed int4 in columns, group by group"
     assert name(1, 4, 16, 8) == "VNNI, planes of 8 bits, packed int4 as stored"
-    assert name(64, 4, 16, 8).startswith("float32, ")
+    assert name(3, 4, 16, 8) == "VNNI, planes of 8 bits, packed int4 in columns"
+    assert name(64, 8, 16, 8).startswith("float32, ")
     assert ("bfloat16" in name(64, 4, 16, 8)) is multiplies_bfloat16()
-    assert name(64, 8, 8, 8) == "VNNI, int8 unpacked by panels, group by group"
-    assert "int8 unpacked by panels" in name(17, 8)
+    assert name(64, 8, 8, 8) == "VNNI, int8 in columns, group by group"
+    in_tiles = cpu_lowering.engine().engine is CpuEngine.AMX
+    assert ("oneDNN brgemm" in name(17, 8)) is in_tiles
     assert cpu_lowering.report()["engine"] in ("vnni", "amx")
 
 
