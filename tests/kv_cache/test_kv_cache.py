@@ -221,6 +221,14 @@ def test_rows_are_taken_repeated_and_cropped(seeing):
     assert cache.get_seq_length() == 0 and layer.nbytes == 0
 
 
+def test_a_model_is_routed_once_for_all_of_its_caches():
+    model = qwen25_vl(1)
+    recipe = calibrate_cache(model, samples(audio=False), progress=False)
+    caches = [recipe.new_cache(model) for _ in range(3)]
+    assert len(model.modality_routers) == 1
+    assert len({id(cache.layers[0]._router) for cache in caches}) == 1
+
+
 def test_a_file(seeing, tmp_path):
     model, recipe = seeing
     recipe.save(tmp_path / "cache.safetensors")

@@ -70,8 +70,7 @@ class CacheRecipe:
             )
         router = router_of(model)
         if router is None:
-            router = Router.for_model(model, self.modalities)
-            router.attach(model)
+            router = self._attached(model)
         if router.modalities != self.modalities:
             raise ValueError(
                 f"the cache was calibrated for the modalities {self.modalities}, and the "
@@ -83,6 +82,16 @@ class CacheRecipe:
                 for center, factor in zip(self.centers, self.factors)
             ]
         )
+
+    def _attached(self, model: nn.Module) -> Router:
+        """The router that tells of the calls of a model which is not quantized."""
+        # A cache before this one has attached it.
+        for router, _ in getattr(model, "modality_routers", ()):
+            if isinstance(router, Router) and router.modalities == self.modalities:
+                return router
+        router = Router.for_model(model, self.modalities)
+        router.attach(model)
+        return router
 
     def save(self, path: Union[str, Path]) -> None:
         """Write it to a safetensors file, whole or not at all."""
