@@ -73,7 +73,9 @@ def pooled(
 @contextlib.contextmanager
 def unrotated() -> Iterator[None]:
     """Channels are rounded as they are."""
-    with mock.patch.object(rounded_tokens, "rotation_of", lambda width: 1):
+    with mock.patch.object(
+        rounded_tokens, "rotation", lambda width, _: torch.eye(width)
+    ):
         yield
 
 

@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Keys or values in 8 or 4 bits: a step and an offset for each token of a head."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from torchao_masquant.kernels.hadamard import hadamard_rotate
 from torchao_masquant.kernels.int4_packing import pack_int4, unpack_int4
 
-__all__ = ["RoundedTokens", "check_bits", "round_tokens", "rotation_of"]
+__all__ = ["RoundedTokens", "check_bits", "rotation", "round_tokens"]
 
 _BITS = (8, 4)
 
@@ -23,9 +24,14 @@ def check_bits(bits: int) -> None:
         raise ValueError(f"a cache has 8 or 4 bits, got {bits!r}.")
 
 
-def rotation_of(width: int) -> int:
-    """The largest power of two that divides the width of a head; 1 for an odd one."""
-    return width & -width
+@functools.cache
+def rotation(width: int, device: torch.device) -> torch.Tensor:
+    """(D, D) float32, which blocks of a power of two of a head's channels are rotated by.
+
+    One product with it takes a part of the time that its stages take one by one.
+    """
+    with torch.inference_mode(False):
+        return hadamard_rotate(torch.eye(width, device=device), width & -width)
 
 
 class RoundedTokens(NamedTuple):
@@ -47,7 +53,7 @@ class RoundedTokens(NamedTuple):
         if codes.dtype == torch.uint8:
             codes, half = unpack_int4(codes, width), 8
         rotated = (codes.float() + half) * self.scale.float() + self.low.float()
-        return hadamard_rotate(rotated, rotation_of(width))
+        return rotated @ rotation(width, rotated.device)
 
 
 def round_tokens(values: torch.Tensor, bits: int) -> RoundedTokens:
@@ -60,7 +66,7 @@ def round_tokens(values: torch.Tensor, bits: int) -> RoundedTokens:
         values: (B, H, S, D) floating point.
         bits: 8 or 4.
     """
-    values = hadamard_rotate(values.float(), rotation_of(values.shape[-1]))
+    values = values.float() @ rotation(values.shape[-1], values.device)
     low = _bfloat16(values.amin(-1, keepdim=True), below=True)
     most = 2**bits - 1
     span = values.amax(-1, keepdim=True) - low.float()
