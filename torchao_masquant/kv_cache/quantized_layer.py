@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """One layer of a quantized cache, as transformers' caches call it."""
 
+import copy
 from typing import Any, Callable, Optional
 
 import torch
@@ -40,6 +41,14 @@ class QuantizedLayer(DynamicLayer):
         self._center, self._factor = center, factor
         self._router, self._bits = router, bits
         self._widths = (0, 0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedLayer":
+        # A copy goes on with calls of the same model, if that is not copied with it.
+        memo.setdefault(id(self._router), self._router)
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor
