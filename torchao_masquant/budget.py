@@ -107,7 +107,7 @@ def check_budget(
     if asked < low:
         raise ValueError(
             f"budget={options.budget!r} is too little: with all that goes with their "
-            f"integers the linears{part} take {_up(low):g} bits a weight at least."
+            f"codes the linears{part} take {_up(low):g} bits a weight at least."
         )
     if asked > high and not part:
         raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Iterable, Optional, Union
 
 __all__ = [
+    "CACHE_FORMAT",
     "QUANT_METHOD",
     "RECIPE_FORMAT",
     "check_file",
@@ -26,8 +27,12 @@ QUANT_METHOD = "masquant"
 #: in the header of a recipe's file
 RECIPE_FORMAT = "torchao_masquant.recipe"
 
+#: likewise, of what a quantized cache knows of a model
+CACHE_FORMAT = "torchao_masquant.kv_cache"
+
 _KINDS = {
     "recipe": "recipe",
+    "cache": "recipe of a quantized cache",
     "evaluation": "result of 'masquant eval'",
     "analysis": "result of 'masquant analyze'",
     "page": "page of 'masquant report'",
@@ -55,7 +60,7 @@ def kind_of(path: _PathLike) -> Optional[str]:
     """Which of our outputs lies at a path, as its content tells, whatever its name.
 
     Returns:
-        "recipe"; "evaluation" or "analysis", a JSON file; "page"; "figure"; "model", a
+        "recipe"; "cache", of a quantized cache; "evaluation" or "analysis", a JSON file; "page"; "figure"; "model", a
         folder; "demo", the folder of a demonstration, or its JSON file; or None, for
         anything else and where nothing is.
     """
@@ -81,7 +86,8 @@ def kind_of(path: _PathLike) -> Optional[str]:
             kind = found[1].decode() if found else ""
             return kind if kind in _KINDS else None
         file.seek(0)
-        return "recipe" if _safetensors_format(file) == RECIPE_FORMAT else None
+        kinds = {RECIPE_FORMAT: "recipe", CACHE_FORMAT: "cache"}
+        return kinds.get(_safetensors_format(file) or "")
 
 
 def check_file(

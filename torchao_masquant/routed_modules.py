@@ -20,7 +20,7 @@ from torch import nn
 from torchao_masquant.models.parts import decoder_path, token_reader
 from torchao_masquant.reclassing import Reclassed, become, become_original
 
-__all__ = ["RoutedModule", "add_router", "remove_router"]
+__all__ = ["RoutedModule", "add_router", "remove_router", "routers_of_calls"]
 
 
 class HearsCalls(Protocol):
@@ -195,6 +195,12 @@ def remove_router(model: nn.Module, router: HearsCalls) -> None:
         if not module.modality_routers:
             become_original(module)
             del module.modality_routers
+
+
+def routers_of_calls(model: nn.Module) -> list[Any]:
+    """What :func:`add_router` told of the calls of ``model``, the first one first."""
+    told: list[tuple[Any, int]] = getattr(model, "modality_routers", [])
+    return [router for router, _ in told]
 
 
 def _to_decoder(model: nn.Module) -> list[nn.Module]:

@@ -24,7 +24,7 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from torchao_masquant.modality import TEXT, modality_token_ids
-from torchao_masquant.routed_modules import add_router, remove_router
+from torchao_masquant.routed_modules import add_router, remove_router, routers_of_calls
 
 __all__ = ["PADDING", "Router", "UnmatchedTokens", "token_modalities"]
 
@@ -500,16 +500,17 @@ def token_modalities(
 
     Args:
         model: a model with quantized or observed linears, a part of one, or one such
-            linear.
+            linear; or one that a quantized cache was made for.
         ids: (batch, sequence) integers that index ``recipe.modalities``, base first;
             for one linear, the shape of its input without the last dimension. None:
             every token is of the base modality.
 
     Raises:
-        ValueError: ``model`` has no quantized linear, or an id is out of range.
+        ValueError: ``model`` has neither a quantized linear nor such a cache, or an id
+            is out of range.
         TypeError: ids are no integers.
     """
-    router = router_of(model)
+    router = router_of(model) or next(iter(routers_of_calls(model)), None)
     if router is None:
         raise ValueError(
             f"{type(model).__name__} has no quantized linear to tell its tokens' "

@@ -205,7 +205,7 @@ def test_each_block_from_disk_keeps_it(tiny, samples, tmp_path):
         (
             dict(budget="4 bits"),
             ValueError,
-            "is too little: with all that goes with their integers the linears take "
+            "is too little: with all that goes with their codes the linears take "
             r"[\d.]+ bits a weight at least.",
         ),
         (

@@ -268,3 +268,9 @@ def test_parts_that_contradict_each_other():
     message = r"l1 of experts.down_proj is of shape \(3, 24, 2\), it should be \(4, 24"
     with pytest.raises(ValueError, match=message):
         Recipe(recipe.options, recipe.modalities, recipe.layers)
+
+
+@pytest.mark.parametrize("budget", ["2 bits", "10 bits"])
+def test_a_budget_is_refused_however_large(budget):
+    with pytest.raises(ValueError, match="a budget is for linears alone"):
+        recipe_of(MoEModel(), scheme="w4a8", budget=budget)

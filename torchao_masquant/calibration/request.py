@@ -50,7 +50,6 @@ def check_request(
         ValueError: names the linears concerned, and a way out.
     """
     shapes = selected.widths
-    check_shapes(shapes, modalities, options)
     first = next(iter(selected.experts), None)
     if options.procedure.folded and first is not None:
         raise ValueError(
@@ -62,6 +61,8 @@ def check_request(
             f"a budget is for linears alone, and {first} is of experts: give none, or "
             "exclude '*.experts.*'."
         )
+    # After those: another budget would not help where there can be none.
+    check_shapes(shapes, modalities, options)
     if options.epochs:
         if first is not None:
             raise ValueError(

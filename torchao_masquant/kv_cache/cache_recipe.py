@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from torchao_masquant.atomic_files import replacing
+from torchao_masquant.outputs import CACHE_FORMAT, check_file
+from torchao_masquant.routed_modules import routers_of_calls
 from torchao_masquant.routing import Router, router_of
 
 __all__ = ["CacheRecipe", "decoder_layers"]
-
-_FORMAT = "torchao_masquant.kv_cache"
 
 
 @dataclass(eq=False)
@@ -53,7 +53,7 @@ class CacheRecipe:
             A :class:`transformers.Cache`.
 
         Raises:
-            ValueError: it is another model, or one for other modalities; other bits.
+            ValueError: it is another model; other bits.
         """
         # transformers is imported where it is needed: the command line does without.
         from transformers.cache_utils import Cache
@@ -70,37 +70,31 @@ class CacheRecipe:
             )
         router = router_of(model)
         if router is None:
-            router = self._attached(model)
-        if router.modalities != self.modalities:
-            raise ValueError(
-                f"the cache was calibrated for the modalities {self.modalities}, and the "
-                f"model for {router.modalities}: calibrate both for the same."
-            )
+            # Of an earlier cache: each call of the model tells every router it has.
+            told = (r for r in routers_of_calls(model) if r.is_complete)
+            router = next(told, None) or Router.for_model(model)
+            router.attach(model)
         return Cache(
             layers=[
-                QuantizedLayer(center, factor, router, bits)
+                QuantizedLayer(center, factor, self.modalities, router, bits)
                 for center, factor in zip(self.centers, self.factors)
             ]
         )
 
-    def _attached(self, model: nn.Module) -> Router:
-        """The router that tells of the calls of a model which is not quantized."""
-        # A cache before this one has attached it.
-        for router, _ in getattr(model, "modality_routers", ()):
-            if isinstance(router, Router) and router.modalities == self.modalities:
-                return router
-        router = Router.for_model(model, self.modalities)
-        router.attach(model)
-        return router
-
     def save(self, path: Union[str, Path]) -> None:
-        """Write it to a safetensors file, whole or not at all."""
+        """Write it to a safetensors file, whole or not at all; one of its kind is replaced.
+
+        Raises:
+            FileNotFoundError: the folder of ``path`` does not exist.
+            ValueError: another file is there, such as a model's weights.
+        """
+        check_file(path, "cache")
         tensors = {
             f"{kind}.{index}": tensor.contiguous()
             for kind in ("centers", "factors")
             for index, tensor in enumerate(getattr(self, kind))
         }
-        header = {"format": _FORMAT, "modalities": json.dumps(self.modalities)}
+        header = {"format": CACHE_FORMAT, "modalities": json.dumps(self.modalities)}
         with replacing(Path(path)) as temporary:
             save_file(tensors, temporary, metadata=header)
 
@@ -120,16 +114,18 @@ class CacheRecipe:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}.") from error
-        if header.get("format") != _FORMAT:
+        if header.get("format") != CACHE_FORMAT:
             raise ValueError(f"{path} is not what calibrate_cache found of a model.")
         layers = range(len(tensors) // 2)
-        return cls(
-            tuple(json.loads(header["modalities"])),
-            *(
+        try:
+            modalities = tuple(json.loads(header["modalities"]))
+            centers, factors = (
                 [tensors[f"{kind}.{i}"] for i in layers]
                 for kind in ("centers", "factors")
-            ),
-        )
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}.") from error
+        return cls(modalities, centers, factors)
 
 
 def decoder_layers(model: nn.Module) -> int:
@@ -137,12 +133,17 @@ def decoder_layers(model: nn.Module) -> int:
 
     Raises:
         TypeError: it is none of transformers'.
-        ValueError: some attend to a window of tokens, or to a state.
+        ValueError: some attend to a window of tokens, to a state, or to an encoder.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise TypeError(
             f"a cache is for a model of transformers, got a {type(model).__name__}."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder, whose keys would need a cache of their "
+            "own: a quantized cache is for models of a decoder alone."
         )
     text = config.get_text_config(decoder=True)
     others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}

@@ -5,7 +5,8 @@
 # LICENSE file in the root directory of this source tree.
 """One layer of a quantized cache, as transformers' caches call it."""
 
-from typing import Any, Callable, Optional
+import copy
+from typing import Any, Callable, Sequence
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -27,19 +28,34 @@ class QuantizedLayer(DynamicLayer):
     Args:
         center: (M, H, D), of each modality.
         factor: (M, H, D), positive.
-        router: of the model whose keys these are.
+        modalities: their names.
+        router: of the model whose keys these are, which may know others.
         bits: of a code, 8 or 4.
     """
 
     is_croppable = True
 
     def __init__(
-        self, center: torch.Tensor, factor: torch.Tensor, router: Router, bits: int
+        self,
+        center: torch.Tensor,
+        factor: torch.Tensor,
+        modalities: Sequence[str],
+        router: Router,
+        bits: int,
     ):
         super().__init__()
+        self._modalities = tuple(modalities)
         self._center, self._factor = center, factor
         self._router, self._bits = router, bits
         self._widths = (0, 0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedLayer":
+        # A copy goes on with calls of the same model, if that is not copied with it.
+        memo.setdefault(id(self._router), self._router)
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor
@@ -56,7 +72,8 @@ class QuantizedLayer(DynamicLayer):
         self._widths = (width, value_states.shape[-1])
         self._center = self._center.to(self.device)
         self._factor = self._factor.to(self.device)
-        self._take(self._rounded(key_states[:, :, :0], value_states[:, :, :0], None))
+        none = torch.zeros(batch, 1, 0, 1, dtype=torch.uint8, device=self.device)
+        self._take(self._rounded(key_states[:, :, :0], value_states[:, :, :0], none))
         self.is_initialized = True
 
     def update(
@@ -77,12 +94,12 @@ class QuantizedLayer(DynamicLayer):
 
         Raises:
             RuntimeError: the modality of the call's tokens is not known.
-            ValueError: these are not the calibrated model's keys.
+            ValueError: these are not the calibrated model's keys, or of a modality that the
+                cache was not calibrated for.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        # (B, S, D) is what a linear of the layer is called with.
-        ids = self._router.ids_for("the quantized cache", key_states[:, 0])
+        ids = self._ids_of(key_states)
         earlier = self._dequantized() if self.get_seq_length() else None
         added = self._rounded(key_states, value_states, ids)
         self._take(
@@ -93,13 +110,29 @@ class QuantizedLayer(DynamicLayer):
         keys, values = earlier
         return torch.cat((keys, key_states), -2), torch.cat((values, value_states), -2)
 
-    def _rounded(
-        self, keys: torch.Tensor, values: torch.Tensor, ids: Optional[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        batch, _, tokens, _ = keys.shape
+    def _ids_of(self, keys: torch.Tensor) -> torch.Tensor:
+        """(B, 1, S, 1) uint8, which of the cache's modalities each token is of."""
+        known = self._router.modalities
+        own = [
+            self._modalities.index(m) if m in self._modalities else -1 for m in known
+        ]
+        # (B, S, D) is what a linear of the layer is called with.
+        ids = self._router.ids_for("the quantized cache", keys[:, 0])
         if ids is None:
-            ids = torch.zeros(batch, tokens, dtype=torch.uint8, device=keys.device)
-        held = ids.to(torch.uint8)[:, None, :, None]
+            ids = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.int64)
+        found = torch.tensor(own, device=keys.device)[ids.to(keys.device)]
+        if -1 in own and (found < 0).any():
+            missing = [m for m in known if m not in self._modalities]
+            raise ValueError(
+                f"the call has tokens of {' or '.join(missing)}, and its cache was "
+                f"calibrated for {self._modalities}: calibrate it for every modality that "
+                "the model will meet."
+            )
+        return found.to(torch.uint8)[:, None, :, None]
+
+    def _rounded(
+        self, keys: torch.Tensor, values: torch.Tensor, held: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         center, factor = self._of_tokens(held)
         key = round_tokens((keys.float() - center) / factor, self._bits)
         value = round_tokens(values, self._bits)
