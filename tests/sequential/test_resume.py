@@ -114,7 +114,7 @@ def test_another_option_is_refused(original, interrupted):
         ({"rank": 3}, r"another option rank \(2, now 3\)"),
         ({"scheme": "w8a8"}, r"another option scheme \(w4a8, now w8a8\)"),
         ({"exclude": "*.q_proj"}, "another choice of linears"),
-        ({"batch_size": 2}, r"another option batch_size \(not given, now 2\)"),
+        ({"head_bits": 8}, r"another option head_bits \(not given, now 8\)"),
         ({"base_modality": "vision"}, "another choice of modalities"),
         ({"samples": fewer}, "set of samples"),
     ):
