@@ -84,11 +84,14 @@ def _by_expert(
     return y
 
 
-@operator(
-    lambda qx, qdata, out_dtype: qx.new_empty(
-        (qx.shape[0], qdata.shape[1]), dtype=out_dtype
-    )
-)
+def _rows_like(
+    qx: torch.Tensor, qdata: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """An empty result of products with the experts of rows."""
+    return qx.new_empty((qx.shape[0], qdata.shape[1]), dtype=out_dtype)
+
+
+@operator(_rows_like)
 def expert_int_linear(
     qx: torch.Tensor,
     x_scale: torch.Tensor,
@@ -154,11 +157,7 @@ def expert_int_linear(
     return _by_expert(ends, qx.shape[0], qdata.shape[1], qx.device, out_dtype, run)
 
 
-@operator(
-    lambda qx, qdata, out_dtype: qx.new_empty(
-        (qx.shape[0], qdata.shape[1]), dtype=out_dtype
-    )
-)
+@operator(_rows_like)
 def expert_float_linear(
     qx: torch.Tensor,
     x_scale: torch.Tensor,

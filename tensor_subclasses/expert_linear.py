@@ -91,7 +91,7 @@ def expert_product(
     def of_rows(tokens: torch.Tensor) -> torch.Tensor:
         if rows is None:
             return tokens
-        if tokens.element_size() == 1:
+        if tokens.is_floating_point() and tokens.element_size() == 1:
             # Floats of 8 bits cannot be selected everywhere.
             return tokens.view(torch.uint8).index_select(0, rows).view(tokens.dtype)
         return tokens.index_select(0, rows)

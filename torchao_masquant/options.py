@@ -758,11 +758,11 @@ class CalibrationOptions(QuantizationOptions):
     progress: bool = option(True, "show a bar on a terminal", NoFlag())
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Here, and not of every solution: what is stored, and given again, holds the
         # learning rate of its method.
-        method = METHODS.get(self.method) if isinstance(self.method, str) else None
         told = {
-            "lr": self.lr is not None and (method is None or self.lr != method.lr),
+            "lr": self.lr != METHODS[self.method].lr,
             "batch_size": self.batch_size != 1,
         }
         if self.epochs == 0 and any(told.values()):
@@ -771,4 +771,3 @@ class CalibrationOptions(QuantizationOptions):
                 f"{named} would do nothing where nothing is learned: give epochs=1 or "
                 f"more, or leave {named} out."
             )
-        super().__post_init__()

@@ -72,6 +72,14 @@ class QuantizedLayer(DynamicLayer):
         self._widths = (width, value_states.shape[-1])
         self._center = self._center.to(self.device)
         self._factor = self._factor.to(self.device)
+        # Of the router's ids.
+        self._own_ids = torch.tensor(
+            [
+                self._modalities.index(m) if m in self._modalities else -1
+                for m in self._router.modalities
+            ],
+            device=self.device,
+        )
         none = torch.zeros(batch, 1, 0, 1, dtype=torch.uint8, device=self.device)
         self._take(self._rounded(key_states[:, :, :0], value_states[:, :, :0], none))
         self.is_initialized = True
@@ -112,17 +120,13 @@ class QuantizedLayer(DynamicLayer):
 
     def _ids_of(self, keys: torch.Tensor) -> torch.Tensor:
         """(B, 1, S, 1) uint8, which of the cache's modalities each token is of."""
-        known = self._router.modalities
-        own = [
-            self._modalities.index(m) if m in self._modalities else -1 for m in known
-        ]
         # (B, S, D) is what a linear of the layer is called with.
         ids = self._router.ids_for("the quantized cache", keys[:, 0])
         if ids is None:
             ids = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.int64)
-        found = torch.tensor(own, device=keys.device)[ids.to(keys.device)]
-        if -1 in own and (found < 0).any():
-            missing = [m for m in known if m not in self._modalities]
+        found = self._own_ids[ids.to(keys.device)]
+        missing = [m for m in self._router.modalities if m not in self._modalities]
+        if missing and (found < 0).any():
             raise ValueError(
                 f"the call has tokens of {' or '.join(missing)}, and its cache was "
                 f"calibrated for {self._modalities}: calibrate it for every modality that "
