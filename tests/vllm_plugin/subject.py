@@ -6,9 +6,6 @@
 """A quantized folder that vLLM and transformers are asked about."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Callable, Optional
@@ -23,6 +20,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from vllm_process import told
 
 from torchao_masquant import calibrate, masquant_config, save_quantized
 from torchao_masquant.data import ProcessedConversations, read_conversations
@@ -32,7 +30,6 @@ from torchao_masquant.testing import model_folders
 
 __all__ = ["COUNT", "Subject"]
 
-_HERE = Path(__file__).parent
 _TEXT = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
 
 #: Requests that are asked.
@@ -136,27 +133,8 @@ class Subject:
                 **options,
             }
         )
-        script = _HERE / "ask_vllm.py"
-        run = subprocess.run(
-            [
-                sys.executable,
-                script,
-                folder or self.folder,
-                str(COUNT),
-                settings,
-                output,
-            ],
-            env={
-                **os.environ,
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-        found = json.loads(output.read_text())
+        asked = (folder or self.folder, COUNT, settings, output)
+        found = told("ask_vllm.py", *asked, output=output, **environment)
         self.counters = found["counters"]
         return found["answers"]
 

@@ -6,10 +6,7 @@
 """What vLLM does not serve is said in one sentence, before anything is answered."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +14,7 @@ import pytest
 import torch
 from torchao.quantization import quantize_
 from transformers import AutoModelForCausalLM
+from vllm_process import told
 
 from torchao_masquant import calibrate, masquant_config, save_quantized
 from torchao_masquant.testing import model_folders
@@ -24,25 +22,12 @@ from torchao_masquant.testing import model_folders
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
-_HERE = Path(__file__).parent
 _TEXT = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
 
 
 def _said(output: Path, attempts, **environment: str) -> list[str]:
     given = [str(part) for f, o in attempts for part in (f, json.dumps(o))]
-    run = subprocess.run(
-        [sys.executable, _HERE / "try_vllm.py", output, *given],
-        env={
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return json.loads(output.read_text())
+    return told("try_vllm.py", output, *given, output=output, **environment)
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,15 @@
 """Tokens of videos, and of sounds between them, are what they are in vLLM."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import qwen_folders
 from subject import Subject
+from vllm_process import told
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
-_SCRIPT = Path(__file__).parent / "watch_videos.py"
 _MODELS = {
     "Qwen2.5-VL": (
         {"make": qwen_folders.qwen25_vl, "image": qwen_folders.SIGHT},
@@ -51,18 +47,7 @@ def test_videos(model, tmp_path):
     output = tmp_path / "differences.json"
     mark = f"<|vision_start|>{token}<|vision_end|>"
     asked = [mark, json.dumps(settings), output]
-    run = subprocess.run(
-        [sys.executable, _SCRIPT, subject.folder, *asked],
-        env={
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    found = json.loads(output.read_text())
+    found = told("watch_videos.py", subject.folder, *asked, output=output)
     # An int8 that is rounded the other way moves a log probability by a hundredth.
     assert max(found["as they are"]) < 0.05
     # It would show if they were taken for text.
