@@ -130,7 +130,8 @@ class MASQuantLinear(nn.Linear):
             linear: (N, K) linear; its bias stays as it is.
             weight: (N, K) quantized weight.
             fqn: name of ``linear`` in its model.
-            router: its model's; needed where ``weight.is_routed``.
+            router: its model's; needed where ``weight.is_routed``. A linear that meets
+                other modalities than the model keeps none.
 
         Returns:
             ``linear`` itself, of this class.
@@ -151,7 +152,9 @@ class MASQuantLinear(nn.Linear):
         change_class(linear, cls)
         assert isinstance(linear, MASQuantLinear)
         linear.fqn = fqn
-        linear.router = router
+        # A tower's tokens are of one modality, and not those that a router knows.
+        is_met = router is not None and router.modalities == weight.modalities
+        linear.router = router if is_met else None
         linear.routed = weight.is_routed
         linear.smoothed_by = None
         linear.siblings = None

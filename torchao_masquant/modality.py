@@ -8,6 +8,7 @@
 from typing import Any, Iterator, Mapping
 
 from torchao_masquant.models.families import family_of
+from torchao_masquant.models.towers import TOWER_CONFIGS
 
 #: The modality of every token that no placeholder id marks.
 TEXT = "text"
@@ -22,11 +23,6 @@ _PLACEHOLDER_FIELDS: Mapping[str, str] = {
     "audio_token_id": "audio",
     "audio_token_index": "audio",
 }
-
-
-# The sub-config of the tower that makes a modality's tokens. A model that has one has
-# placeholders for it; some models name them in there (Phi-4-multimodal does).
-_TOWERS: Mapping[str, str] = {"vision": "vision_config", "audio": "audio_config"}
 
 
 def _declared(config: Any) -> Iterator[tuple[str, int]]:
@@ -72,7 +68,9 @@ def modality_token_ids(config: Any) -> dict[str, tuple[int, ...]]:
     for part in parts:
         for modality, token in _declared(part):
             found.setdefault(modality, set()).add(token)
-    for modality, name in _TOWERS.items():
+    # A model that has a tower has placeholders for it; some models name them in the tower's
+    # config (Phi-4-multimodal does).
+    for modality, name in TOWER_CONFIGS.items():
         towers = [t for p in parts if (t := getattr(p, name, None)) is not None]
         if not towers or modality in found:
             continue

@@ -484,6 +484,19 @@ class SolverOptions:
         kw_only=True,
     )
 
+    towers: Optional[str] = option(
+        None,
+        "scheme of the towers for images and sounds, which are quantized too then; w8a8 "
+        "is the one to try",
+        _SchemeName(),
+        "None: they stay as they are, and where ``include`` names linears of theirs these "
+        "are of the scheme of all. A tower's linears have a factor and a shift of their "
+        "modality's, found from images, or sounds, that weigh the same each, and no pairs.",
+        metavar="SCHEME",
+        later=True,
+        kw_only=True,
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
         # Files and reports compare it: as SCHEMES has it, however it was written.
@@ -512,6 +525,10 @@ class SolverOptions:
                 "clip, rotations, auto, budgets and effort 'fast' are for method "
                 "'masquant'."
             )
+        if self.towers is not None:
+            self.towers = get_scheme(self.towers).name
+            # Raises where the other options do not go with that scheme.
+            self.of_towers
         if self.budget:
             self._check_budget()
         if self.epochs and not method.per_modality:
@@ -568,6 +585,7 @@ class SolverOptions:
             "group_size": self.scheme == "w8a8" and self.group_size is not None,
             "budget": self.budget is not None,
             "head_bits": self.head_bits != 16,
+            "towers": self.towers is not None,
         }
         given = [name for name, is_stray in strays.items() if is_stray]
         if given:
@@ -575,6 +593,15 @@ class SolverOptions:
                 f"target {self.target!r} is one factor for all tokens and no more, so "
                 f"{given[0]}={getattr(self, given[0])!r} has no place in it: leave it out."
             )
+
+    @property
+    def of_towers(self) -> "SolverOptions":
+        """Those for the linears of towers."""
+        if self.towers is None:
+            return self
+        return dataclasses.replace(
+            self, scheme=self.towers, group_size=None, towers=None
+        )
 
     def stored(self) -> dict[str, Any]:
         """As files hold them, for ``SolverOptions(**stored)``.

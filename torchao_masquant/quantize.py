@@ -10,6 +10,8 @@ a whole model. Each has a plan, which checks all that can be checked and returns
 changes each module: ``quantize_`` runs that for the modules that it was told to change.
 """
 
+from typing import Sequence
+
 import torch
 from torch import nn
 
@@ -39,7 +41,7 @@ from torchao_masquant.models.wrappers import check_in_memory, unwrapped
 from torchao_masquant.options import NamePatterns, QuantizationOptions
 from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
 from torchao_masquant.routing import Router, router_of
-from torchao_masquant.selection import check_plain
+from torchao_masquant.selection import check_plain, towers_asked_for
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = [
@@ -183,14 +185,19 @@ def rounding_recipe(model: nn.Module, asked: QuantizationOptions) -> Recipe:
         ValueError: as :func:`prepare`.
     """
     met, options = modalities_of(model, asked), asked.options
+    towers = towers_asked_for(model, asked.include, options)
+
+    def rounded(name: str, shape: Sequence[int]) -> LayerRecipe:
+        if name not in towers:
+            return LayerRecipe.rounded(shape)
+        own = (towers[name],)
+        return LayerRecipe.rounded(shape, scheme=options.towers, modalities=own)
 
     def is_made(name: str, weight: MASQuantTensor) -> bool:
-        return LayerRecipe.rounded(weight.shape).made(
-            weight, options.number_format, met
-        )
+        return rounded(name, weight.shape).made(weight, options.number_format, met)
 
     selected = selected_of(model, asked, made(model, is_made))
-    layers = {n: LayerRecipe.rounded(w.shape) for n, w in selected.weights.items()}
+    layers = {n: rounded(n, w.shape) for n, w in selected.weights.items()}
     layers |= head_layers(model, options, met, asked.exclude)
     return Recipe(options, met, layers, library_versions())
 
@@ -211,8 +218,12 @@ def plan_convert(model: nn.Module, asked: QuantizationOptions) -> Changes:
 def plan_loading(model: nn.Module, asked: QuantizationOptions) -> Changes:
     """See :func:`prepare_for_loading`."""
     met, options = modalities_of(model, asked), asked.options
+    towers = towers_asked_for(model, asked.include, options)
 
     def placeholder(name: str, weight: torch.Tensor) -> MASQuantTensor:
+        if name in towers:
+            own = (towers[name],)
+            return placeholder_weight(name, weight, options.of_towers, own)
         return placeholder_weight(name, weight, options, met)
 
     def is_made(name: str, weight: MASQuantTensor) -> bool:

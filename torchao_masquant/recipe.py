@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Each has something that readers of the one before do not know.
-_PLAIN, _EXPERTS, _ROTATED, _SCHEMES = _FORMAT_VERSIONS = (2, 3, 4, 5)
+_PLAIN, _EXPERTS, _ROTATED, _SCHEMES, _TOWERS = _FORMAT_VERSIONS = (2, 3, 4, 5, 6)
 _TENSORS = (
     "smoothing_factor",
     "l1",
@@ -57,6 +57,10 @@ _TENSORS = (
 )
 
 _INTEGERS = ("qdata", "zero_point")
+
+# Of a layer, what is no tensor; those that a file has where they are not None.
+_UNSAID = ("hadamard_size", "scheme", "modalities")
+_PLAIN_FIELDS = ("shape", "fingerprint", "ranks", *_UNSAID)
 
 #: No dimension of a weight in a file may be larger: it is beyond any model's, and small
 #: enough for sizes to be multiplied before anything is allocated.
@@ -111,6 +115,7 @@ class LayerRecipe:
         scheme: name of its own, which ``qdata`` is or will be of; None: that of the recipe.
         row_scale: (N,) float32, which ``scale`` is to be multiplied by in a number
             format of two levels.
+        modalities: that a tower's linear meets, one; None: those of the recipe.
     """
 
     shape: tuple[int, ...]
@@ -127,6 +132,15 @@ class LayerRecipe:
     hadamard_size: Optional[int] = None
     row_scale: Optional[torch.Tensor] = None
     scheme: Optional[str] = None
+    modalities: Optional[tuple[str, ...]] = None
+
+    def modalities_of(self, of_recipe: Sequence[str]) -> tuple[str, ...]:
+        """Names of those that its tokens may be of, base first.
+
+        Args:
+            of_recipe: those of the recipe.
+        """
+        return tuple(of_recipe if self.modalities is None else self.modalities)
 
     def number_format(self, of_recipe: Scheme) -> Scheme:
         """Its integer formats.
@@ -139,22 +153,29 @@ class LayerRecipe:
         own = get_scheme(self.scheme)
         if own.has_own_groups:
             return own
-        groups = 1 if self.scale is None else self.scale.shape[-1]
+        if self.scale is None:
+            return own
+        groups = self.scale.shape[-1]
         return dataclasses.replace(
             own,
             group_size=None if groups == 1 else self.shape[-1] // groups,
         )
+
+    def _count(self, of_recipe: int) -> int:
+        """M, given that of the recipe."""
+        return of_recipe if self.modalities is None else len(self.modalities)
 
     def check(self, name: str, modalities: int) -> None:
         """Raise unless all parts fit each other.
 
         Args:
             name: of the linear, for the message.
-            modalities: M.
+            modalities: M of the recipe.
 
         Raises:
             ValueError: a shape is wrong, or a part is missing.
         """
+        modalities = self._count(modalities)
         if len(self.shape) not in (2, 3):
             raise ValueError(
                 f"{name} is of shape {self.shape}: a weight has 2 or 3 sizes"
@@ -200,12 +221,12 @@ class LayerRecipe:
 
         Args:
             scheme: integer formats; ready integers have their own groups.
-            modalities: M.
+            modalities: M of the recipe.
             low_rank_bits: 16 or 8, of the low-rank pairs.
         """
         scale, scheme = self.scale, self.number_format(scheme)
         return self._layout(
-            modalities,
+            self._count(modalities),
             weight_bits=scheme.weight_bits,
             groups=group_count(scheme.group_size, self.shape[-1])
             if scale is None
@@ -239,7 +260,7 @@ class LayerRecipe:
         Args:
             weight: floating point, the one that this part was made for.
             scheme: integer formats.
-            modalities: names, base first.
+            modalities: of the recipe, names, base first.
             low_rank_bits: 16 or 8, of the low-rank pairs.
 
         Raises:
@@ -258,7 +279,7 @@ class LayerRecipe:
         parts: dict[str, Any] = dict(
             weight_bits=scheme.weight_bits,
             act_bits=scheme.act_bits,
-            modalities=modalities,
+            modalities=self.modalities_of(modalities),
             smoothing_factor=self.smoothing_factor,
             ranks=self.ranks,
             l1=self.l1,
@@ -321,7 +342,7 @@ class LayerRecipe:
             == (scheme.weight_format, scheme.act_format)
             and group_size in (scheme.group_size, None)
             and weight.hadamard_size == self.hadamard_size
-            and weight.modalities == tuple(modalities)
+            and weight.modalities == self.modalities_of(modalities)
             and tuple(weight.ranks) == tuple(self.ranks)
             and (self.l1 is None or weight.low_rank_bits == low_rank_bits)
         )
@@ -342,6 +363,7 @@ class LayerRecipe:
         *,
         scheme: Optional[str] = None,
         hadamard_size: Optional[int] = None,
+        modalities: Optional[tuple[str, ...]] = None,
     ) -> "LayerRecipe":
         """The part that needs no data: neither smoothed nor compensated.
 
@@ -349,6 +371,7 @@ class LayerRecipe:
             shape: (N, K) or (E, N, K) of a weight.
             scheme: name of its own; None for that of the recipe.
             hadamard_size: of the rotation of its channels; None for none.
+            modalities: see the class.
         """
         return cls(
             shape=tuple(shape),
@@ -359,6 +382,7 @@ class LayerRecipe:
             ),
             scheme=scheme,
             hadamard_size=hadamard_size,
+            modalities=modalities,
         )
 
     def expert(self, index: int) -> "LayerRecipe":
@@ -414,14 +438,7 @@ class LayerRecipe:
             return NotImplemented
         ours, theirs = self.tensors(), other.tensors()
         return (
-            (self.shape, self.fingerprint, self.ranks, self.hadamard_size, self.scheme)
-            == (
-                other.shape,
-                other.fingerprint,
-                other.ranks,
-                other.hadamard_size,
-                other.scheme,
-            )
+            all(getattr(self, name) == getattr(other, name) for name in _PLAIN_FIELDS)
             and ours.keys() == theirs.keys()
             and all(torch.equal(ours[name], theirs[name]) for name in ours)
         )
@@ -530,10 +547,10 @@ class Recipe:
                     "shape": layer.shape,
                     "fingerprint": layer.fingerprint,
                     "ranks": layer.ranks,
-                    # Earlier readers know neither.
+                    # Earlier readers do not know them.
                     **{
                         key: value
-                        for key in ("hadamard_size", "scheme")
+                        for key in _UNSAID
                         if (value := getattr(layer, key)) is not None
                     },
                 }
@@ -640,6 +657,8 @@ def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
     floats = get_scheme(header["options"]["scheme"]).floats
     if floats or any("scheme" in layer for layer in layers):
         version = _SCHEMES
+    if any("modalities" in layer for layer in layers):
+        version = _TOWERS
     return {
         "format": RECIPE_FORMAT,
         "format_version": str(version),
@@ -744,6 +763,7 @@ def _load_layer(file: Any, name: str, entry: Mapping[str, Any]) -> LayerRecipe:
         ranks=ranks,
         hadamard_size=entry.get("hadamard_size"),
         scheme=entry.get("scheme"),
+        modalities=_modalities(entry["modalities"]) if "modalities" in entry else None,
         **tensors,
     )
 

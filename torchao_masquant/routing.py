@@ -94,13 +94,17 @@ class _Call:
         self.block: Optional[tuple[Optional[torch.Tensor]]] = None
         # Of the generate() calls that run, from outside to inside.
         self.prompts: tuple[_Prompt, ...] = ()
+        # What it was called with, in calibration: a tower's tokens are told by those.
+        self.arguments: Mapping[str, Any] = {}
 
     def tokens(self) -> tuple[Any, ...]:
         """What is known of the tokens, to be given back by :meth:`take`."""
-        return self.known, self.declared, self.ids, self.depth, self.block
+        known = self.known, self.declared, self.ids, self.depth, self.block
+        return *known, self.arguments
 
     def take(self, tokens: tuple[Any, ...]) -> None:
-        self.known, self.declared, self.ids, self.depth, self.block = tokens
+        *known, self.arguments = tokens
+        self.known, self.declared, self.ids, self.depth, self.block = known
 
 
 class _PerThread(threading.local):
@@ -229,6 +233,8 @@ class Router:
             ValueError: a token of a modality that this router was not made for.
         """
         call = self.call
+        if self.skip_padding:
+            call.arguments = arguments
         input_ids = arguments.get("input_ids")
         embeds = arguments.get("inputs_embeds")
         if input_ids is not None and (depth == 0 or embeds is None):

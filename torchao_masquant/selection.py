@@ -7,7 +7,7 @@
 
 import fnmatch
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Callable, Collection, Iterable, Mapping, Optional, Sequence
 
 import torch
@@ -24,6 +24,7 @@ from torchao_masquant.models.experts import (
 )
 from torchao_masquant.models.families import family_of
 from torchao_masquant.models.parts import Decoder, find_decoder, heads_of
+from torchao_masquant.models.towers import tower_linears
 from torchao_masquant.option_values import compiled
 from torchao_masquant.options import NamePatterns, SolverOptions, resolve_rank
 from torchao_masquant.weight_bytes import Compensation, weight_bytes
@@ -37,6 +38,7 @@ __all__ = [
     "match_names",
     "select",
     "select_linears",
+    "towers_asked_for",
 ]
 
 _LOGGER = logging.getLogger(__name__)
@@ -44,6 +46,9 @@ _LOGGER = logging.getLogger(__name__)
 # Small linears are left out of a decoder only where they are less than this share of its
 # weights: more of them is a toy, whose bytes nobody counts.
 _LARGEST_SHARE = 0.25
+
+_UNCALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
+_Convolution = nn.modules.conv._ConvNd
 
 
 def _matching(names: Sequence[str], patterns: NamePatterns, option: str) -> set[str]:
@@ -138,10 +143,13 @@ class Selected:
         linears: name in the model to module, in the model's order.
         experts: name in the model to the weights of a mixture's experts, both
             projections of each of them.
+        towers: name of those linears that are a tower's to the one modality that they
+            meet; the others meet all.
     """
 
     linears: dict[str, nn.Linear]
     experts: dict[str, ExpertWeight]
+    towers: dict[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -168,7 +176,17 @@ class Selected:
         return Selected(
             {name: m for name, m in self.linears.items() if chosen(name)},
             {name: w for name, w in self.experts.items() if chosen(name)},
+            {name: m for name, m in self.towers.items() if chosen(name)},
         )
+
+    def modalities_of(self, name: str, met: Sequence[str]) -> tuple[str, ...]:
+        """Those that a linear, or experts, meet, base first.
+
+        Args:
+            name: of it.
+            met: those of the model.
+        """
+        return (self.towers[name],) if name in self.towers else tuple(met)
 
 
 def select_linears(
@@ -177,9 +195,16 @@ def select_linears(
     """The linears of :func:`select`, for what has nothing to say of experts.
 
     Raises:
-        ValueError: as :func:`select`, and where experts alone are left.
+        ValueError: as :func:`select`, where experts alone are left, and where towers
+            are among them.
     """
-    linears = select(model, include, exclude).linears
+    selected = select(model, include, exclude)
+    linears = selected.linears
+    if selected.towers:
+        raise ValueError(
+            f"{next(iter(selected.towers))} is of a tower, whose tokens are of one "
+            "modality, so that there is nothing to compare: leave it out."
+        )
     if not linears:
         raise ValueError(
             f"include ({include!r}) and exclude ({exclude!r}) leave experts alone, and "
@@ -204,11 +229,14 @@ def select(
             towers, talkers and heads; a module that holds no language model is taken
             whole. What :mod:`torchao_masquant.models.families` says of its kind is left out,
             too.
-        include: patterns of full names, in place of the default choice.
+        include: patterns of full names, in place of the default choice. They reach
+            towers, too.
         exclude: patterns of full names to leave out.
         options: of the solution: linears that it would not make smaller (gates of a few
             rows) are left out of the default choice, with a warning, unless they are a
-            quarter of the weights or more. None: all stay.
+            quarter of the weights or more. None: all stay. Where they have a scheme for
+            ``towers``, these belong to the default choice, with what joins them to the
+            decoder.
         modalities: that the solution is for.
         done: modules that an unfinished call has been through: they are chosen as all
             others are, and then left out, whatever has become of them.
@@ -219,8 +247,8 @@ def select(
 
     Raises:
         ValueError: a pattern matches nothing, nothing is left to quantize, a linear is
-            no plain one of the decoder, experts are chosen in part, or which part is the
-            decoder cannot be told and ``include`` does not say it.
+            no plain one of the decoder or a tower, experts are chosen in part, or which
+            part is the decoder cannot be told and ``include`` does not say it.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     experts = experts_of(model)
@@ -258,24 +286,41 @@ def select(
         if _values(small) < _LARGEST_SHARE * _values(candidates):
             default = [n for n in default if n not in small]
             _tell_of_small(small)
+    towers = towers_asked_for(model, include, options)
+    if include is None:
+        # A few classes of torch use the weight without calling the linear.
+        default += [name for name in towers if type(linears[name]) is not _UNCALLED]
     names = match_names(list(modules), include, exclude, default)
+    outside = [name for name in names if id(modules[name]) not in inside]
+    for name in outside:
+        if name not in towers:
+            raise ValueError(
+                f"{name} is not part of the decoder, nor of a tower, so what it is "
+                "called with are not the call's tokens, whose modalities are known: leave it out."
+            )
     for name in names:
         module = modules[name]
-        if id(module) not in inside:
-            raise ValueError(
-                f"{name} is not part of the decoder, so what it is called with are not "
-                "the call's tokens, whose modalities are known: leave it out."
-            )
         if module in done:
             continue
         check_plain(name, layers[name])
     check_whole(names, experts)
+    if outside:
+        _tell_of_convolutions(model, inside)
     warn_of_expert_weights(decoder.module, experts.values())
     names = [name for name in names if modules[name] not in done]
     return Selected(
         {name: linears[name] for name in names if name in linears},
         {name: experts[name] for name in names if name in experts},
+        {name: towers[name] for name in outside if name in names},
     )
+
+
+def towers_asked_for(
+    model: nn.Module, include: NamePatterns, options: Optional[SolverOptions]
+) -> dict[str, str]:
+    """Linears of towers, see :func:`tower_linears`, where any may be chosen."""
+    has_scheme = options is not None and options.towers is not None
+    return tower_linears(model) if include is not None or has_scheme else {}
 
 
 def _is_special(linear: nn.Linear) -> bool:
@@ -323,6 +368,21 @@ def _tell_of_small(small: Mapping[str, nn.Linear]) -> None:
             name,
             linear.out_features,
             linear.in_features,
+        )
+
+
+def _tell_of_convolutions(model: nn.Module, decoder: Collection[int]) -> None:
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _Convolution) and id(module) not in decoder
+    ]
+    if found:
+        _LOGGER.warning(
+            "left out %d convolutions of towers, %s the first: linears alone are "
+            "quantized.",
+            len(found),
+            found[0],
         )
 
 

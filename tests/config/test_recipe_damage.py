@@ -74,12 +74,12 @@ def test_the_file_survives_an_edit(path, recipe):
         ({"format": None}, "PATH is a safetensors file, but no MASQuant recipe."),
         (
             {"format_version": "7"},
-            "PATH is of recipe format 7, this version of torchao_masquant reads 2 to 5: "
+            "PATH is of recipe format 7, this version of torchao_masquant reads 2 to 6: "
             "upgrade it.",
         ),
         (
             {"format_version": "1"},
-            "PATH is of recipe format 1, this version of torchao_masquant reads 2 to 5: "
+            "PATH is of recipe format 1, this version of torchao_masquant reads 2 to 6: "
             "calibrate again.",
         ),
         (

@@ -143,8 +143,16 @@ def test_a_newer_format_is_refused():
     entry = CheckpointFormat(
         "float32", {"a": LayerFormat.of(MASQuantTensor.from_hp(torch.randn(8, 16)))}
     ).to_json()
-    with pytest.raises(ValueError, match="reads 1 to 5: upgrade it"):
+    with pytest.raises(ValueError, match="reads 1 to 6: upgrade it"):
         MASQuantVllmConfig.from_config({**entry, "format_version": 99})
+
+
+def test_quantized_towers_are_refused():
+    weight = MASQuantTensor.from_hp(torch.randn(8, 16), modalities=("vision",))
+    layers = {"visual.blocks.0.attn.qkv": LayerFormat.of(weight)}
+    message = "1 linears of the checkpoint's towers .*runs towers in high precision"
+    with pytest.raises(ValueError, match=message):
+        MASQuantVllmConfig.from_config(CheckpointFormat("float32", layers).to_json())
 
 
 def routed(asked: dict[str, int], *, sees: bool = True) -> None:

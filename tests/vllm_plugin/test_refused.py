@@ -71,7 +71,7 @@ def test_each_is_a_sentence(folder, tmp_path):
     wider = _changed(folder, "wider", _wider)
     attempts = {
         "(masquant) does not match": (folder, {"quantization": "fp8"}),
-        "reads 1 to 5: upgrade it": (newer, {}),
+        "reads 1 to 6: upgrade it": (newer, {}),
         "vLLM's model has no place for 14 quantized weights": (other, {}),
         "its config.json is that of another model": (wider, {}),
         "leave out --enable-lora": (folder, {"enable_lora": True}),

@@ -51,7 +51,9 @@ class Passes:
             Names of each pass; linears that share an input stay together. Those that the
             sample did not reach come with the last pass: another sample may reach them.
         """
-        probe = CalibrationSession(dict(part.linears), self.router, False, part.experts)
+        probe = CalibrationSession(
+            dict(part.linears), self.router, False, part.experts, towers=part.towers
+        )
         probe.has_first = self._at_first
         with probe.watching():
             run()
@@ -64,7 +66,7 @@ class Passes:
             needs.append(
                 statistics_bytes(
                     layer.in_features,
-                    len(self.router.modalities),
+                    len(probe.modalities_of(leader)),
                     self.second_moments,
                     experts,
                 )
@@ -98,6 +100,7 @@ class Passes:
             self.second_moments,
             part.experts,
             self.before,
+            part.towers,
         )
 
 

@@ -50,6 +50,7 @@ def check_request(
         ValueError: names the linears concerned, and a way out.
     """
     shapes = selected.widths
+    _check_towers(selected, options)
     first = next(iter(selected.experts), None)
     if options.procedure.folded and first is not None:
         raise ValueError(
@@ -62,7 +63,7 @@ def check_request(
             "exclude '*.experts.*'."
         )
     # After those: another budget would not help where there can be none.
-    check_shapes(shapes, modalities, options)
+    _check_all(selected.widths, selected.towers, modalities, options)
     if options.epochs:
         if first is not None:
             raise ValueError(
@@ -124,8 +125,9 @@ def check_session(session: CalibrationSession, options: SolverOptions) -> None:
             not divide the width of a linear.
     """
     session.check_complete()
-    check_shapes(
+    _check_all(
         {n: (m.out_features, m.in_features) for n, m in session.layers.items()},
+        session.towers,
         session.router.modalities,
         options,
     )
@@ -167,6 +169,38 @@ def base_first(
             f"base_modality {base_modality!r} is not one of the modalities {names}."
         )
     return (base_modality, *(m for m in names if m != base_modality))
+
+
+def _check_all(
+    shapes: Mapping[str, tuple[int, int]],
+    towers: Mapping[str, str],
+    modalities: Sequence[str],
+    options: SolverOptions,
+) -> None:
+    """Those of towers by options of their own."""
+    of_decoder = {n: shape for n, shape in shapes.items() if n not in towers}
+    of_towers = {n: shape for n, shape in shapes.items() if n in towers}
+    if of_decoder or not of_towers:
+        check_shapes(of_decoder, modalities, options)
+    if of_towers:
+        check_shapes(of_towers, modalities, options.of_towers)
+
+
+def _check_towers(selected: Selected, options: SolverOptions) -> None:
+    tower = next(iter(selected.towers), None)
+    if tower is None:
+        return
+    refused = {
+        f"target {options.target!r} is for decoders alone": options.procedure.folded,
+        "learning goes through a decoder's blocks alone": options.epochs > 0,
+        "a budget is for decoders alone": options.budget is not None,
+    }
+    for reason, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(
+                f"{reason}, and {tower} is of a tower: calibrate the towers by "
+                "themselves, without it."
+            )
 
 
 def _check_widths(shapes: Mapping[str, tuple[int, int]]) -> None:

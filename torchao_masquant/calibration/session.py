@@ -14,6 +14,7 @@ from torch import nn
 
 from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
+from torchao_masquant.calibration.tower_items import items_of
 from torchao_masquant.models.experts import ExpertWeight, Layer, module_of
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe
@@ -52,6 +53,8 @@ class CalibrationSession:
             a layer share the statistics of one input.
         before: tokens of each modality that another process counts, see
             :class:`~torchao_masquant.statistics.input_statistics.Moments`.
+        towers: name of each linear that is a tower's to the one modality that it meets.
+            Each image and each sound weighs the same there, however many tokens it has.
     """
 
     def __init__(
@@ -61,8 +64,10 @@ class CalibrationSession:
         second_moments: bool,
         experts: Optional[Mapping[str, ExpertWeight]] = None,
         before: Optional[Sequence[int]] = None,
+        towers: Optional[Mapping[str, str]] = None,
     ):
         self.linears = linears
+        self.towers = dict(towers or {})
         self.experts = dict(experts or {})
         self.router = router
         self.second_moments = second_moments
@@ -138,6 +143,12 @@ class CalibrationSession:
         """Make observed experts the original ones again."""
         MASQuantObservedExperts.detach(experts)
 
+    def modalities_of(self, name: str) -> tuple[str, ...]:
+        """Those that a linear, or experts, meet, base first."""
+        if name in self.towers:
+            return (self.towers[name],)
+        return self.router.modalities
+
     @property
     def layers(self) -> dict[str, Layer]:
         """Linears and experts, by name, but for those that are left out."""
@@ -189,6 +200,9 @@ class CalibrationSession:
                 )
             return
         self._reading[name] = reader
+        if name in self.towers:
+            self._observe_items(name, x)
+            return
         self._count_sequences(name, x)
         try:
             ids = self.ids_of(name, x)
@@ -196,6 +210,13 @@ class CalibrationSession:
             self.left_out.add(name)
         else:
             self._update(name, x, ids)
+
+    def _observe_items(self, name: str, x: torch.Tensor) -> None:
+        """Of a linear of a tower: tokens of images, or of sounds."""
+        items = items_of(x, self.towers[name], self.router.call.arguments)
+        if name == next(iter(self.leaders)):
+            self.sequences += items.count
+        self._update(name, x, items.ids, items.weights)
 
     def ids_of(self, name: str, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Modality ids of what a linear, or experts, are called with.
@@ -281,21 +302,28 @@ class CalibrationSession:
             told = x if x.dim() > 2 or ids is None or ids.dim() < 2 else ids
             self.sequences += len(told)
 
-    def _update(self, name: str, x: torch.Tensor, ids: Optional[torch.Tensor]) -> None:
+    def _update(
+        self,
+        name: str,
+        x: torch.Tensor,
+        ids: Optional[torch.Tensor],
+        weights: Optional[torch.Tensor] = None,
+    ) -> None:
         self.solutions.clear()
         statistics = self.statistics.get(name)
         if statistics is None:
             statistics = self.statistics[name] = InputStatistics(
                 x.shape[-1],
-                self.router.modalities,
+                self.modalities_of(name),
                 x.device,
                 self.second_moments,
-                self.before,
+                None if name in self.towers else self.before,
             )
         statistics.update(
             name,
             x.reshape(-1, x.shape[-1]),
             None if ids is None else ids.reshape(-1),
+            weights,
         )
 
     def groups(self) -> dict[str, list[str]]:

@@ -42,7 +42,8 @@ from torchao_masquant.outputs import check_folder
 
 __all__ = ["add_arguments", "main"]
 
-_HEAD_BITS = "--head-bits"
+# What rounding to nearest takes, too.
+_WITHOUT_DATA = ("--head-bits", "--towers")
 
 _EXAMPLES = """\
 With DATA, the options are those of 'masquant calibrate', and the recipe that it would
@@ -164,9 +165,8 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         strays = given_options(arguments)
         if arguments.sequential:
             strays.append("--sequential")
-        # The head is rounded without data.
-        if arguments.rtn is not None and _HEAD_BITS in strays:
-            strays.remove(_HEAD_BITS)
+        if arguments.rtn is not None:
+            strays = [name for name in strays if name not in _WITHOUT_DATA]
         if strays:
             raise UsageError(f"{strays[0]} goes with DATA, not with {given[0]}.")
     if arguments.sequential and arguments.max_shard_size is not None:
@@ -189,6 +189,7 @@ def _quantize_while_loading(arguments: argparse.Namespace) -> None:
             scheme=arguments.rtn,
             method="rtn",
             head_bits=arguments.head_bits,
+            towers=arguments.towers,
             **patterns,
         )
     config = load_config(arguments.model, arguments.trust_remote_code)

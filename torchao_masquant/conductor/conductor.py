@@ -145,11 +145,15 @@ class Conductor:
         return layers
 
     def _count(self, session: CalibrationSession) -> None:
-        for statistics in session.statistics.values():
+        only_towers = session.towers.keys() >= session.linears.keys()
+        for name, statistics in session.statistics.items():
+            # Towers meet other tokens than those that a call has.
+            if name in session.towers and not only_towers:
+                continue
             # They count a token once for each of its experts.
             if not isinstance(statistics, ExpertStatistics):
-                for name, moments in zip(statistics.modalities, statistics.moments):
-                    self.tokens[name] = max(self.tokens[name], moments.count)
+                for met, moments in zip(statistics.modalities, statistics.moments):
+                    self.tokens[met] = max(self.tokens[met], moments.count)
 
 
 def solve(
@@ -214,7 +218,7 @@ def solve(
                 solve_group,
                 weights,
                 statistics,
-                options,
+                options.of_towers if session.towers.keys() & weights else options,
                 ranks,
                 factors=factors,
                 channels=_channels(foldable or {}, list(weights)),
@@ -239,6 +243,9 @@ def solve(
     found: dict[str, LayerRecipe] = {}
     for index in progress_bar(mine, desc="Solving", show=progress):
         found |= tasks[index]()
+    for name in found.keys() & session.towers.keys():
+        found[name].modalities = session.modalities_of(name)
+        found[name].scheme = options.towers
     found = team.collect(found)
     return {name: found[name] for name in session.layers} if team.rank == 0 else {}
 

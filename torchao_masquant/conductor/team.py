@@ -226,7 +226,7 @@ class Team:
             if name not in session.statistics:
                 session.statistics[name] = InputStatistics(
                     layer.in_features,
-                    session.router.modalities,
+                    session.modalities_of(name),
                     layer.weight.device,
                     session.second_moments,
                     session.before,
@@ -268,6 +268,7 @@ class Team:
             self.add(moments.outer)
         moments.sampled = sampled
         moments.count, moments.before = total, 0
+        moments.weight = sum(self.gather(moments.weight))
 
     def _sampled(self, moments: Union[Moments, ExpertMoments]) -> TokenSample:
         parts = self.gather(moments.sampled.to("cpu"))

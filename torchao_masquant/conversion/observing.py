@@ -79,6 +79,7 @@ def plan_prepare(model: nn.Module, asked: QuantizationOptions) -> Changes:
             router.skip_padding = True
             router.attach(model)
         session = CalibrationSession({}, router, second_moments)
+    session.towers.update(selected.towers)
     return {
         module: partial(_observe, session, layers)
         for module, layers in by_module(selected.layers).items()

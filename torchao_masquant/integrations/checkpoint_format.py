@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Format versions 1 to 5 of a quantized checkpoint.
+"""Format versions 1 to 6 of a quantized checkpoint.
 
 Each quantized weight ``X.weight`` is stored as plain tensors ``X._weight_qdata``,
 ``X._weight_scale``, ..., named as torchao names them; all other tensors are stored as
@@ -32,6 +32,9 @@ channels, so that readers of 3 are to refuse it.
 Version 5, which is written where activations have a number format and else as 4, has the
 names of formats in that weight's format: its tensors may be of float8_e4m3fn and
 float8_e8m0fnu.
+
+Version 6, which is written where a tower is quantized and else as 5, has linears that meet one
+modality among those that meet all of the model's.
 """
 
 import dataclasses
@@ -70,11 +73,19 @@ __all__ = [
 ]
 
 #: The version that is written; where a weight is rotated, the one after it is, and where
-#: there are floats the one after that.
+#: there are floats the one after that; and a last one where towers are quantized.
 FORMAT_VERSION = 3
 _ROTATED_VERSION = 4
 _FLOAT_VERSION = 5
-_KNOWN_VERSIONS = (1, 2, FORMAT_VERSION, _ROTATED_VERSION, _FLOAT_VERSION)
+_TOWER_VERSION = 6
+_KNOWN_VERSIONS = (
+    1,
+    2,
+    FORMAT_VERSION,
+    _ROTATED_VERSION,
+    _FLOAT_VERSION,
+    _TOWER_VERSION,
+)
 
 _OF_EXPERTS = tuple(f".{name}" for name in PROJECTIONS)
 
@@ -196,6 +207,8 @@ class CheckpointFormat:
             version = _ROTATED_VERSION
         if any(layer.act_format is not None for layer in formats):
             version = _FLOAT_VERSION
+        if any(layer.is_of_tower for layer in formats):
+            version = _TOWER_VERSION
         about = {"description": self.description} if self.description else {}
         return {
             "quant_method": QUANT_METHOD,

@@ -32,6 +32,7 @@ from torchao_masquant.models.experts import (
 )
 from torchao_masquant.models.names import named_here
 from torchao_masquant.models.output_head import head_name
+from torchao_masquant.models.towers import tower_linears
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import check_whole
 from torchao_masquant.tensor_subclasses import MASQuantTensor
@@ -89,9 +90,9 @@ class CheckpointLoading:
         self._class = type(model).__name__
         self._is_saved_class = self._class in (model.config.architectures or ())
         self._optional = _optional_names(model)
-        layers = layers_of_model(model)
+        layers, towers = layers_of_model(model), tower_linears(model)
         routers: dict[tuple[str, ...], Router] = {}
-        self._routers: dict[str, Router] = {}
+        self._routers: dict[str, Optional[Router]] = {}
         #: name of a head that the checkpoint has, and this class has not
         self._left_out: set[str] = set()
         for name, layer in named_here(model, checkpoint.layers).items():
@@ -110,9 +111,12 @@ class CheckpointLoading:
                     f"the checkpoint's {name} is of shape {layer.shape}, the "
                     f"model's of shape {shape}: its config.json is of another model."
                 )
+            self.formats[name] = layer
+            if layer.modalities == (towers.get(name),):
+                self._routers[name] = None
+                continue
             if layer.modalities not in routers:
                 routers[layer.modalities] = Router.for_model(model, layer.modalities)
-            self.formats[name] = layer
             self._routers[name] = routers[layer.modalities]
         # name of a parameter to that of the linear or experts
         self._named = {parameter_of(n, f.shape): n for n, f in self.formats.items()}
@@ -291,12 +295,12 @@ def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> nn.Param
     return parameter
 
 
-def finish_modules(model: nn.Module, routers: Mapping[str, Router]) -> None:
+def finish_modules(model: nn.Module, routers: Mapping[str, Optional[Router]]) -> None:
     """Give linears and experts that hold quantized weights the class for them.
 
     Args:
         model: whose weights are loaded.
-        routers: by the names of linears and of parameters of experts.
+        routers: by the names of linears and of parameters of experts; None of towers.
     """
     known = layers_of_model(model)
     for layers in by_module({name: known[name] for name in routers}).values():

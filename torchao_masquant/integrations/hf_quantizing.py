@@ -103,7 +103,8 @@ class QuantizingLoading:
                 )
                 .nbytes
             )
-        packed = self.recipe.options.number_format.weight_bits <= 4
+        scheme = self._layers[name].number_format(self.recipe.options.number_format)
+        packed = scheme.weight_bits <= 4
         integers = weight.numel() * (0.5 if packed else 1)
         parts = self._layers[name].tensors()
         return integers + sum(t.nbytes for part, t in parts.items() if part != "qdata")

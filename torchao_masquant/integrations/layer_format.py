@@ -11,6 +11,7 @@ from typing import Any, Mapping, Optional
 import torch
 
 from torchao_masquant.kernels.number_formats import FORMATS
+from torchao_masquant.models.towers import TOWER_CONFIGS
 from torchao_masquant.recipe import LARGEST_DIMENSION
 from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
 from torchao_masquant.tensor_subclasses.given_parts import check_rules
@@ -173,6 +174,11 @@ class LayerFormat:
                 for name, dtype in self.parts
             }
         )
+
+    @property
+    def is_of_tower(self) -> bool:
+        """Whether it is one of a tower's, which meets images alone, or sounds."""
+        return len(self.modalities) == 1 and self.modalities[0] in TOWER_CONFIGS
 
     @property
     def layout(self) -> WeightLayout:

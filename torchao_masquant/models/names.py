@@ -12,6 +12,7 @@ from torch import nn
 from torchao_masquant.models.experts import experts_of
 from torchao_masquant.models.output_head import head_name
 from torchao_masquant.models.parts import decoder_path
+from torchao_masquant.models.towers import tower_linears
 
 __all__ = ["named_here"]
 
@@ -19,7 +20,7 @@ _T = TypeVar("_T")
 
 
 def named_here(model: nn.Module, saved: Mapping[str, _T]) -> dict[str, _T]:
-    """What was saved of a model's decoder and head, by the names that they have here.
+    """What was saved of a model's decoder, head and towers, by the names they have here.
 
     Where the decoder lies in a model differs between classes, with a head and without,
     and between releases of transformers: that of Qwen2.5-Omni's thinker was ``model``
@@ -37,6 +38,7 @@ def named_here(model: nn.Module, saved: Mapping[str, _T]) -> dict[str, _T]:
     path = decoder_path(model)
     here = f"{path}." if path else ""
     inside = {name[len(here) :] for name in known if name.startswith(here)}
+    towers = {_beside(path, name): name for name in tower_linears(model)}
 
     there: Optional[str] = None
     head = head_name(model)
@@ -44,6 +46,9 @@ def named_here(model: nn.Module, saved: Mapping[str, _T]) -> dict[str, _T]:
     for name, value in saved.items():
         if name not in known and head is not None and _last(name) == _last(head):
             name = head
+        if name not in known:
+            ends = (name[start:] for start in _starts(name))
+            name = next((towers[end] for end in ends if end in towers), name)
         if name not in known:
             if there is None:
                 there = _prefix(name, inside)
@@ -60,5 +65,19 @@ def _last(name: str) -> str:
 
 def _prefix(name: str, inside: set[str]) -> Optional[str]:
     """What stands before the longest end of a name that is the name of a part."""
-    starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
-    return next((name[:start] for start in starts if name[start:] in inside), None)
+    return next(
+        (name[:start] for start in _starts(name) if name[start:] in inside), None
+    )
+
+
+def _starts(name: str) -> list[int]:
+    """Where ends of a name begin, the longest first."""
+    return [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+
+
+def _beside(path: str, name: str) -> str:
+    """A name without what it has in common with a path: ``visual.blocks.0.attn.qkv``."""
+    parts, others = name.split("."), path.split(".")
+    while others and parts[0] == others[0]:
+        del parts[0], others[0]
+    return ".".join(parts)

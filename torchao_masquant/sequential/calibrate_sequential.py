@@ -108,6 +108,11 @@ def calibrate_sequential(
     disk = DiskModel(model, given.dtype, given.device, given.model_class)
     met = base_first(disk.model, given.base_modality, given.modalities)
     selected = select(disk.model, given.include, given.exclude, options, len(met))
+    if selected.towers:
+        raise ValueError(
+            f"{next(iter(selected.towers))} is of a tower, and calibrating from disk goes "
+            "through the decoder alone: leave it out, or calibrate it in memory."
+        )
     blocks = decoder_blocks(disk.model, list(selected.layers))
     router = Router.for_model(disk.model, met)
     router.skip_padding = True

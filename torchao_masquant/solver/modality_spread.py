@@ -156,12 +156,14 @@ def sinks_of(inputs: Mapping[str, InputSpread]) -> list[str]:
         inputs: by name.
     """
     sentences = []
-    for modality in next(iter(inputs.values())).modalities if inputs else ():
-        found = {
+    # Those of towers meet one.
+    for modality in dict.fromkeys(m for i in inputs.values() for m in i.modalities):
+        met = {
             name: spread.modalities[modality]
             for name, spread in inputs.items()
-            if spread.modalities[modality].sinks
+            if modality in spread.modalities
         }
+        found = {name: spread for name, spread in met.items() if spread.sinks}
         if not found:
             continue
         loudest = sorted(found, key=lambda name: -found[name].loudest)[:_NAMED]
@@ -171,7 +173,7 @@ def sinks_of(inputs: Mapping[str, InputSpread]) -> list[str]:
             f"{100 * share:.1f} %" if share else f"Under {100 / SAMPLE_TOKENS:.1f} %"
         )
         sentences.append(
-            f"{amount} of {modality} tokens are sinks at {len(found)} of {len(inputs)} "
+            f"{amount} of {modality} tokens are sinks at {len(found)} of {len(met)} "
             "inputs, and the loudest have so many times the norm of the median token: "
             + ", ".join(f"{name} {found[name].loudest:.0f}" for name in loudest)
             + "."
@@ -198,7 +200,7 @@ def verdict(inputs: Mapping[str, InputSpread], act_bits: int) -> str:
     """
     largest = max((i.largest_gain for i in inputs.values()), default=-math.inf)
     up_to = f"up to {largest:.1f} dB less rounding error with a factor of its own"
-    if len(next(iter(inputs.values())).modalities) < 2:
+    if all(len(i.modalities) < 2 for i in inputs.values()):
         return "One modality: one factor serves it."
     if act_bits > 8 or not math.isfinite(largest):
         return "One factor serves all modalities: no activations are rounded that vary."

@@ -41,6 +41,7 @@ class Moments:
         before: number of tokens that come before these and are counted elsewhere (by
             another process).
         sampled: some of the tokens, in float32; none where ``outer`` is None.
+        weight: what the tokens weigh in the sums together; by default their number.
     """
 
     count: int
@@ -50,6 +51,11 @@ class Moments:
     outer: Optional[torch.Tensor]
     sampled: TokenSample
     before: int = 0
+    weight: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            self.weight = float(self.count)
 
     @property
     def sample(self) -> torch.Tensor:
@@ -71,17 +77,29 @@ class Moments:
             before,
         )
 
-    def update(self, x: torch.Tensor) -> None:
-        """Add tokens (T, K) of any floating point type."""
+    def update(self, x: torch.Tensor, weights: Optional[torch.Tensor] = None) -> None:
+        """Add tokens (T, K) of any floating point type.
+
+        Args:
+            weights: (T,) what each weighs in means and covariances, and by how much it is
+                the likelier to be sampled; positive. None: ones.
+        """
         if x.shape[0] == 0:
             return
         if self.outer is not None:
-            self.sampled.add(x, self.before + self.count)
+            self.sampled.add(x, self.before + self.count, weights)
         x = x.double()
         self.count += x.shape[0]
         self.amin = torch.minimum(self.amin, x.amin(0))
         self.amax = torch.maximum(self.amax, x.amax(0))
-        self.sum += x.sum(0)
+        if weights is None:
+            self.weight += x.shape[0]
+            self.sum += x.sum(0)
+        else:
+            weights = weights.to(x)
+            self.weight += weights.sum().item()
+            self.sum += weights @ x
+            x = x * weights.sqrt()[:, None]
         if self.outer is not None:
             _add_squares(self.outer, x)
 
@@ -98,7 +116,7 @@ class Moments:
 
     def mean(self) -> torch.Tensor:
         """(K,) float64, ``E[x]``."""
-        return self.sum / self.count
+        return self.sum / self.weight
 
     def covariance(self, centered: bool = True, *, spend: bool = False) -> torch.Tensor:
         """(K, K) float64, ``E[x x^T]``, less ``E[x] E[x]^T`` where centered.
@@ -113,7 +131,7 @@ class Moments:
         covariance = self.outer if spend else self.outer.clone()
         if spend:
             self.outer = None
-        covariance /= self.count
+        covariance /= self.weight
         if not centered:
             return covariance
         mean = self.mean()
@@ -186,7 +204,11 @@ class InputStatistics:
         ]
 
     def update(
-        self, name: str, x: torch.Tensor, modality_ids: Optional[torch.Tensor]
+        self,
+        name: str,
+        x: torch.Tensor,
+        modality_ids: Optional[torch.Tensor],
+        weights: Optional[torch.Tensor] = None,
     ) -> None:
         """Add the tokens of one call.
 
@@ -195,15 +217,17 @@ class InputStatistics:
             x: (T, K).
             modality_ids: (T,) index of each token's modality, negative for a token
                 to leave out (padding); None: all base.
+            weights: (T,) see :meth:`Moments.update`.
 
         Raises:
             ValueError: a token that is not left out holds nan or inf.
         """
         for index, moments in enumerate(self.moments):
             if modality_ids is None:
-                tokens = x if index == 0 else x[:0]
+                tokens, own = (x if index == 0 else x[:0]), weights
             else:
-                tokens = x[modality_ids == index]
+                chosen = modality_ids == index
+                tokens, own = x[chosen], None if weights is None else weights[chosen]
             if tokens.numel() and not torch.isfinite(tokens).all():
                 raise ValueError(
                     f"{name}: its input holds nan or inf in {self.modalities[index]} "
@@ -211,4 +235,4 @@ class InputStatistics:
                     "or the layer before it that overflows."
                 )
             with threads_for(x.shape[-1]):
-                moments.update(tokens)
+                moments.update(tokens, own)

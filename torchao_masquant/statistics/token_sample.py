@@ -11,7 +11,7 @@ many tokens there are, and from nothing else: not from lengths of rows, nor from
 from how processes share them.
 """
 
-from typing import Sequence
+from typing import Optional, Sequence
 
 import torch
 
@@ -27,10 +27,17 @@ class TokenSample:
     Attributes:
         rows: (S, ...), S at most ``SAMPLE_TOKENS``.
         numbers: (S,) int64 of the rows among all, ascending; on the CPU.
+        weights: (S,) float64, by how much each is the likelier to be here; on the CPU.
     """
 
-    def __init__(self, rows: torch.Tensor, numbers: torch.Tensor):
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        numbers: torch.Tensor,
+        weights: Optional[torch.Tensor] = None,
+    ):
         self.rows, self.numbers = rows, numbers
+        self.weights = _ones(len(rows)) if weights is None else weights
 
     @classmethod
     def empty(
@@ -40,16 +47,22 @@ class TokenSample:
         rows = torch.zeros(0, *shape, dtype=dtype, device=device)
         return cls(rows, torch.zeros(0, dtype=torch.int64))
 
-    def add(self, rows: torch.Tensor, first: int) -> None:
+    def add(
+        self, rows: torch.Tensor, first: int, weights: Optional[torch.Tensor] = None
+    ) -> None:
         """Show more rows.
 
         Args:
             rows: (T, ...).
             first: number of the first of them; the others follow.
+            weights: (T,) positive, of each; None: ones.
         """
+        if weights is None:
+            weights = _ones(len(rows))
+        weights = torch.cat((self.weights, weights.to("cpu", torch.float64)))
         more = torch.arange(first, first + len(rows))
         numbers = torch.cat((self.numbers, more))
-        stay = _least(numbers)
+        stay = _least(numbers, weights)
         old, new = stay[stay < len(self.numbers)], stay[stay >= len(self.numbers)]
         new = new - len(self.numbers)
         self.rows = torch.cat(
@@ -58,25 +71,37 @@ class TokenSample:
                 rows[new.to(rows.device)].to(self.rows),
             )
         )
-        self.numbers = numbers[stay]
+        self.numbers, self.weights = numbers[stay], weights[stay]
 
     @classmethod
     def together(cls, parts: "Sequence[TokenSample]") -> "TokenSample":
         """That of all rows, from samples of neighbouring ones, in their order."""
         numbers = torch.cat([part.numbers for part in parts])
-        stay = _least(numbers)
-        return cls(torch.cat([part.rows for part in parts])[stay], numbers[stay])
+        weights = torch.cat([part.weights for part in parts])
+        stay = _least(numbers, weights)
+        rows = torch.cat([part.rows for part in parts])
+        return cls(rows[stay], numbers[stay], weights[stay])
 
     def to(self, device: "torch.device | str") -> "TokenSample":
         """The same, with rows on a device."""
-        return TokenSample(self.rows.to(device), self.numbers)
+        return TokenSample(self.rows.to(device), self.numbers, self.weights)
 
 
-def _least(numbers: torch.Tensor) -> torch.Tensor:
+def _ones(count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.float64)
+
+
+def _least(numbers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Places of the numbers that stay, ascending."""
     if len(numbers) <= SAMPLE_TOKENS:
         return torch.arange(len(numbers))
-    return _mixed(numbers).argsort()[:SAMPLE_TOKENS].sort().values
+    keys = _mixed(numbers)
+    if (weights != weights[0]).any():
+        # Of independent clocks that ring at these rates, those that ring first: a sample
+        # without replacement, each row drawn by its weight among those that are left.
+        uniform = (keys.double() * 2.0**-64 + 0.5).clamp(2.0**-54, 1 - 2.0**-53)
+        keys = -torch.log1p(-uniform) / weights
+    return keys.argsort()[:SAMPLE_TOKENS].sort().values
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:

@@ -160,6 +160,13 @@ class MASQuantVllmConfig(QuantizationConfig):
                 f"torchao itself ({next(iter(checkpoint.torchao))}, ...), which is not "
                 "served by vLLM: save it without."
             )
+        towers = [name for name, of in checkpoint.layers.items() if of.is_of_tower]
+        if towers:
+            raise ValueError(
+                f"{len(towers)} linears of the checkpoint's towers are quantized "
+                f"({towers[0]}, ...), and vLLM runs towers in high precision: calibrate "
+                "without them."
+            )
         return cls(checkpoint)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
