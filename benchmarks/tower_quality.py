@@ -90,9 +90,9 @@ class Subject:
         """Of ``calibrate``, once for each."""
         key = seed, *options.items()
         if key not in self._recipes:
-            self._recipes[key] = calibrate(
-                self.model, self.samples(seed), progress=False, **options
-            )
+            # Little memory, for a few runs more.
+            options |= {"progress": False, "max_statistics_bytes": 1 << 30}
+            self._recipes[key] = calibrate(self.model, self.samples(seed), **options)
         return self._recipes[key]
 
     def quantized(
@@ -116,24 +116,28 @@ class Subject:
 
 
 def rows(
-    models: Sequence[str], seeds: Sequence[int], count: int
+    models: Sequence[str],
+    seeds: Sequence[int],
+    count: int,
+    known: Sequence[Mapping[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """A row of each model, seed and choice."""
+    """A row of each model, seed and choice that is not known yet."""
     for name in models:
-        subject = Subject(name, count)
+        subject: Optional[Subject] = None
         for seed in seeds if name == REAL else seeds[:1]:
             for decoder, towers, method in ROWS:
-                if seed != seeds[0] and method == "rtn" and decoder is None:
-                    continue
-                model = subject.quantized(seed, decoder, towers, method)
-                yield {
+                key = {
                     "model": name,
                     "seed": seed,
                     "decoder": decoder,
                     "towers": towers,
                     "method": method if towers else None,
-                    "tasks": subject.reference.score(model),
                 }
+                if any(key.items() <= row.items() for row in known):
+                    continue
+                subject = subject or Subject(name, count)
+                model = subject.quantized(seed, decoder, towers, method)
+                yield {**key, "tasks": subject.reference.score(model)}
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -165,11 +169,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--examples", type=int, default=96, help="of each task")
-    parser.add_argument("--json", type=Path, help="rows, written as they come")
+    parser.add_argument(
+        "--json", type=Path, help="rows, written as they come; those of it stay"
+    )
     arguments = parser.parse_args(argv)
     code = code_fingerprint(Path(__file__).parent / "real")
     found: list[dict[str, Any]] = []
-    for row in rows(arguments.models, arguments.seeds, arguments.examples):
+    if arguments.json and arguments.json.is_file():
+        found = json.loads(arguments.json.read_text())["rows"]
+    given = arguments.models, arguments.seeds, arguments.examples
+    for row in rows(*given, list(found)):
         found.append(row)
         kl = " / ".join(f"{t['kl']:.5f}" for t in row["tasks"].values())
         print(list(row.values())[:5], kl, file=sys.stderr, flush=True)

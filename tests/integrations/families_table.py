@@ -38,7 +38,8 @@ through its thinker; talker and vocoder stay as they are. What differs otherwise
 - **routed from**: the fields of the config whose tokens tell the modality. Everything
   else is text; a model without such a field has one modality and no pairs.
 - **linears**: of a decoder layer, quantized unless `include=` and `exclude=` say
-  otherwise. The towers and `lm_head` are left alone, and so, with a warning, are linears
+  otherwise. `lm_head` is left alone, and so are the towers unless `towers=` or `include=` asks
+  for them ([method.md](method.md#towers)), and, with a warning, linears
   that would be no smaller quantized (gates of a few rows). "Experts" are the 3-D parameters of
   a mixture's experts, of any layout that transformers' `use_experts_implementation`
   marks; those of other layouts stay in high precision, with a warning.

@@ -19,6 +19,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_part,
 )
 from torchao_masquant.integrations.stored_tensors import stored_tensors
+from torchao_masquant.models.towers import TOWER_CONFIGS
 from torchao_masquant.options import SolverOptions, get_scheme, scheme_of_numbers
 from torchao_masquant.recipe import described, read_header
 from torchao_masquant.tensor_subclasses.weight_layout import TensorKind
@@ -95,6 +96,9 @@ class Description:
 
     def summary(self) -> dict[str, Any]:
         """Totals, for scripts."""
+        decoder_first = sorted(
+            self.linears, key=lambda line: line.modalities[0] in TOWER_CONFIGS
+        )
         return {
             "kind": self.kind,
             "format_version": self.format_version,
@@ -103,7 +107,7 @@ class Description:
             "schemes": sorted({line.scheme for line in self.linears}),
             "methods": sorted({line.method or "unknown" for line in self.linears}),
             "modalities": list(
-                dict.fromkeys(m for line in self.linears for m in line.modalities)
+                dict.fromkeys(m for line in decoder_first for m in line.modalities)
             ),
             "quantized_bytes": self.quantized_bytes,
             "quantized_bytes_as_bfloat16": self.dense_bytes,
@@ -278,6 +282,7 @@ def _recipe_line(
         scale = own.get(f"{name}.scale")
         groups = 1 if scale is None else scale[1][-1]
         group_size = None if groups == 1 else int(entry["shape"][-1]) // groups
+    modalities = tuple(entry.get("modalities", modalities))
     return LinearLine(
         name=name,
         shape=tuple(int(size) for size in entry["shape"]),

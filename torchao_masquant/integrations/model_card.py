@@ -128,14 +128,19 @@ def _text(
     )
     kinds = [entry for entry in checkpoint.options.values()]
     methods = sorted({str(entry.get("method")) for entry in kinds}) or ["unknown"]
-    modalities = list(dict.fromkeys(m for x in layers.values() for m in x.modalities))
+    decoder_first = sorted(layers.values(), key=lambda of: of.is_of_tower)
+    modalities = list(dict.fromkeys(m for x in decoder_first for m in x.modalities))
+    found = dict.fromkeys(of.is_of_tower for of in decoder_first)
+    parts = " and ".join(
+        "the towers" if of_tower else "the decoder" for of_tower in found
+    )
     size = sum(x.layout.nbytes for x in layers.values())
     dense = sum(2 * math.prod(x.shape) for x in layers.values())
     rows = {
         "Original": base or "unknown",
         "Scheme": ", ".join(schemes),
         "Method": ", ".join(methods),
-        "Quantized": f"{len(layers)} linears of the decoder, {size / 2**20:.1f} MiB, "
+        "Quantized": f"{len(layers)} linears of {parts}, {size / 2**20:.1f} MiB, "
         f"{100 * size / dense:.1f} % of what they take in bfloat16; all else in "
         f"{checkpoint.dtype}",
         "Modalities": ", ".join(modalities),
