@@ -5,7 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """What quantized towers cost, on the small models and on a real LLM that sees and hears.
 
-    python benchmarks/tower_quality.py [--models ...] [--seeds 0 1] [--json PATH]
+    python benchmarks/tower_quality.py [--models ...] [--seed 0] [--json PATH]
 
 A row has its towers quantized, its decoder, or both, and is compared with the model of which
 nothing is. The models and their data are those of ``quality.py`` and ``real_llm.py``.
@@ -117,57 +117,53 @@ class Subject:
 
 def rows(
     models: Sequence[str],
-    seeds: Sequence[int],
+    seed: int,
     count: int,
     known: Sequence[Mapping[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """A row of each model, seed and choice that is not known yet."""
+    """A row of each model and choice that is not known yet."""
     for name in models:
         subject: Optional[Subject] = None
-        for seed in seeds if name == REAL else seeds[:1]:
-            for decoder, towers, method in ROWS:
-                key = {
-                    "model": name,
-                    "seed": seed,
-                    "decoder": decoder,
-                    "towers": towers,
-                    "method": method if towers else None,
-                }
-                if any(key.items() <= row.items() for row in known):
-                    continue
-                subject = subject or Subject(name, count)
-                model = subject.quantized(seed, decoder, towers, method)
-                yield {**key, "tasks": subject.reference.score(model)}
+        for decoder, towers, method in ROWS:
+            key = {
+                "model": name,
+                "seed": seed,
+                "decoder": decoder,
+                "towers": towers,
+                "method": method if towers else None,
+            }
+            if any(key.items() <= row.items() for row in known):
+                continue
+            subject = subject or Subject(name, count)
+            model = subject.quantized(seed, decoder, towers, method)
+            yield {**key, "tasks": subject.reference.score(model)}
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """In Markdown, means over seeds."""
-    kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    """In Markdown."""
     names = {"rtn": "round-to-nearest", "masquant": "ours", None: ""}
-    for row in found:
-        key = (row["model"], row["decoder"] or "-", row["towers"] or "-")
-        kinds.setdefault((*key, names[row["method"]]), []).append(row)
     lines = [
-        "| model | decoder | towers | | accuracy, % (dense) | KL of the tasks, nats | seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| model | decoder | towers | | accuracy, % (dense) | KL of the tasks, nats |",
+        "|---|---|---|---|---|---|",
     ]
-    for key, of in kinds.items():
-
-        def mean(task: str, what: str) -> float:
-            return sum(row["tasks"][task][what] for row in of) / len(of)
-
-        tasks = list(of[0]["tasks"])
-        right = " / ".join(f"{100 * mean(t, 'accuracy'):.1f}" for t in tasks)
-        dense = " / ".join(f"{100 * mean(t, 'dense_accuracy'):.1f}" for t in tasks)
-        kl = " / ".join(f"{mean(t, 'kl'):.5f}" for t in tasks)
-        lines.append(f"| {' | '.join(key)} | {right} ({dense}) | {kl} | {len(of)} |")
+    for row in found:
+        tasks = row["tasks"].values()
+        right, dense = (
+            " / ".join(f"{100 * task[key]:.1f}" for task in tasks)
+            for key in ("accuracy", "dense_accuracy")
+        )
+        kl = " / ".join(f"{task['kl']:.5f}" for task in tasks)
+        parts = (row["model"], row["decoder"] or "-", row["towers"] or "-")
+        lines.append(
+            f"| {' | '.join(parts)} | {names[row['method']]} | {right} ({dense}) | {kl} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seed", type=int, default=0, help="of calibration data")
     parser.add_argument("--examples", type=int, default=96, help="of each task")
     parser.add_argument(
         "--json", type=Path, help="rows, written as they come; those of it stay"
@@ -177,7 +173,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     found: list[dict[str, Any]] = []
     if arguments.json and arguments.json.is_file():
         found = json.loads(arguments.json.read_text())["rows"]
-    given = arguments.models, arguments.seeds, arguments.examples
+    given = arguments.models, arguments.seed, arguments.examples
     for row in rows(*given, list(found)):
         found.append(row)
         kl = " / ".join(f"{t['kl']:.5f}" for t in row["tasks"].values())

@@ -273,3 +273,32 @@ def _readme_lines() -> Iterator[str]:
 def test_table_of_the_readme_is_the_committed_result():
     shown = _shown("README.md", "real_llm.json, cpu_linear_epyc.json")
     assert _rows(shown) == list(_readme_lines())
+
+
+def _tower_costs():
+    names = {"rtn": "round-to-nearest", "masquant": "ours", None: ""}
+    for row in json.loads((RESULTS / "tower_quality.json").read_text())["rows"]:
+        tasks = row["tasks"].values()
+        right, dense = (
+            " / ".join(f"{100 * task[key]:.1f}" for task in tasks)
+            for key in ("accuracy", "dense_accuracy")
+        )
+        kl = " / ".join(f"{task['kl']:.5f}" for task in tasks)
+        parts = (row["model"], row["decoder"] or "-", row["towers"] or "-")
+        yield f"| {' | '.join(parts)} | {names[row['method']]} | {right} ({dense}) | {kl} |"
+
+
+def _tower_times():
+    found = json.loads((RESULTS / "tower_latency.json").read_text())["candidates"]
+    for name, row in found.items():
+        seconds = f"{row['first token s']:.2f} | {row['tower s']:.2f}"
+        whole = f"{row['whole model s']:.1f} | {100 * row['tower share']:.0f} %"
+        yield f"| {name} | {seconds} | {whole} |"
+
+
+@pytest.mark.parametrize(
+    "name, lines",
+    [("tower_quality.json", _tower_costs), ("tower_latency.json", _tower_times)],
+)
+def test_tables_of_towers_are_the_committed_results(name, lines):
+    assert _rows(_shown("docs/method.md", name)) == list(lines())
