@@ -18,6 +18,7 @@ from torchao_masquant import (
     MASQuantLinear,
     Recipe,
     calibrate,
+    evaluate,
     masquant_config,
 )
 from torchao_masquant.calibration.session import CalibrationSession
@@ -142,6 +143,15 @@ def test_rounded_to_nearest(model):
         (8, ("audio",)),
         (8, ("vision",)),
     }
+
+
+def test_evaluated_beside_the_original(quantized, model, sample):
+    labelled = [{**sample, "labels": sample["input_ids"]}]
+    found = evaluate(quantized[0], labelled, reference=model, progress=False)
+    assert (found.modalities, found.quantized_linears) == (
+        ("text", "vision", "audio"),
+        30,
+    )
 
 
 def test_compiled(quantized):

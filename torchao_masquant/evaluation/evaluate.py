@@ -91,10 +91,7 @@ def evaluate(
         check_samples(dataset, "the dataset")
     for task, samples in tasks.items():
         check_samples(samples, f"task {task!r} of the dataset")
-    if quantized:
-        modalities = next(iter(quantized.values())).weight.modalities
-    else:
-        modalities = Router.for_model(model).modalities
+    modalities = (router_of(model) or Router.for_model(model)).modalities
     router = Router.for_model(model, modalities)
     router.skip_padding = True
     sums = ScoreSums(tuple(modalities), reference is not None)

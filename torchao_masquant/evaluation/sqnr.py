@@ -78,7 +78,8 @@ class LinearComparison:
         missing = [name for name in self.linears if name not in self.originals]
         if missing:
             raise ValueError(f"the original model has no {missing[0]} to compare with.")
-        self.modalities = next(iter(self.linears.values())).weight.modalities
+        router = router_of(quantized)
+        self.modalities = (router or Router.for_model(model)).modalities
         #: of the original model; padding is left out
         self.router = Router.for_model(model, self.modalities)
         self.router.skip_padding = True
@@ -104,8 +105,13 @@ class LinearComparison:
 
     def _compare(self, name: str, original: nn.Module, x: torch.Tensor) -> None:
         assert isinstance(original, nn.Linear)
-        linear = self.linears[name]
-        ids = self.router.ids_for(name, x)
+        linear, modalities = self.linears[name], self.modalities
+        ids = None
+        if linear.router is None and linear.weight.modalities != modalities:
+            # Of a tower, whose tokens are not the call's.
+            modalities = linear.weight.modalities
+        else:
+            ids = self.router.ids_for(name, x)
         if ids is None:
             ids = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
         # In float32, so that the type of the activations is no part of the noise.
@@ -114,7 +120,7 @@ class LinearComparison:
         y = F.linear(x, original.weight.float(), bias)
         with _routed(linear, ids.clamp_min(0)):
             noise = linear(x).double() - y.double()
-        for index, modality in enumerate(self.modalities):
+        for index, modality in enumerate(modalities):
             tokens = y[ids == index].double()
             if tokens.shape[0] == 0:
                 continue
