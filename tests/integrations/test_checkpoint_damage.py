@@ -168,7 +168,7 @@ def test_a_header_byte_that_renames_a_tensor(folder):
 @pytest.mark.parametrize(
     "version, advice",
     [
-        (6, "upgrade it"),
+        (7, "upgrade it"),
         (0, "quantize the model again"),
         ("1", "quantize"),
         (None, "q"),
