@@ -178,6 +178,11 @@ def test_images_of_any_size_and_sounds_of_any_length_weigh_the_same():
     assert found.weights[:6].tolist() == [0.25] * 4 + [0.5] * 2
     packed = items_of(torch.zeros(6, 3), "audio", mask)
     assert packed.weights.tolist() == [0.25] * 4 + [0.5] * 2
+    # Two images of 34 patches each could be merged to the 17 of a video.
+    images = torch.tensor([[1, 2, 17], [1, 2, 17]])
+    both = {"image_grid_thw": images, "video_grid_thw": torch.tensor([[1, 2, 17]])}
+    assert items_of(torch.zeros(34, 3), "vision", both).count == 1
+    assert items_of(torch.zeros(68, 3), "vision", both).count == 2
     # Of what does not fit, one.
     assert items_of(torch.zeros(5, 3), "vision", sizes).count == 1
     assert items_of(torch.zeros(3, 5, 3), "vision", {}).count == 3

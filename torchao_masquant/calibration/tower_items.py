@@ -57,11 +57,14 @@ def items_of(x: torch.Tensor, modality: str, arguments: Mapping[str, Any]) -> It
             return _padded(real, rows // lead)
     if lead > 1:
         return _packed(torch.full((lead,), rows // lead))
-    for lengths in _lengths(modality, arguments):
-        fitting = _fitting(lengths, rows, modality)
-        if fitting is not None:
-            return _packed(fitting)
-    return _packed(torch.tensor([rows]))
+    # Images and videos of one call are apart: where both fit, those that are merged less.
+    fitting = [
+        (int(lengths.sum()), found)
+        for lengths in _lengths(modality, arguments)
+        if (found := _fitting(lengths, rows, modality)) is not None
+    ]
+    lengths = min(fitting, key=lambda entry: entry[0], default=(rows, None))[1]
+    return _packed(torch.tensor([rows]) if lengths is None else lengths)
 
 
 def _packed(lengths: torch.Tensor) -> Items:
