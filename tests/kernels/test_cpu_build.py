@@ -47,8 +47,9 @@ print(json.dumps({"before": before, "report": cpu_lowering.report(),
                   "setuptools": "setuptools" in sys.modules}))
 """
 
+ENGINE = choose_engine({}).engine
 needs_kernels = pytest.mark.skipif(
-    choose_engine({}).engine is CpuEngine.REFERENCE,
+    ENGINE is CpuEngine.REFERENCE,
     reason=f"no C++ kernels here: {choose_engine({}).reason}",
 )
 
@@ -112,16 +113,16 @@ def test_a_compiler_that_fails_says_why(
     with pytest.raises(
         cpu_build.BuildError, match=r"ended with 3 \(internal error\):\n"
     ) as raised:
-        cpu_build.build_library()
+        cpu_build.build_library(ENGINE)
     # One line for the warning; the command and all that was said for the doctor.
     assert "\n" not in raised.value.reason and "-std=c++20" in str(raised.value)
     assert raised.value.remedy.startswith("Install a C++ compiler (GCC 11 or newer)")
-    assert not cpu_build.library_path().exists()
+    assert not cpu_build.library_path(ENGINE).exists()
     compiler.write_text(
         "#!/bin/sh\necho 'as: error: No space left on device'\nexit 1\n"
     )
     with pytest.raises(cpu_build.BuildError) as raised:
-        cpu_build.build_library()
+        cpu_build.build_library(ENGINE)
     assert raised.value.remedy.startswith("Make room")
 
 
@@ -130,12 +131,12 @@ def test_a_library_without_its_end_is_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading it would end the process with SIGBUS."""
-    whole = cpu_build.library_path()
+    whole = cpu_build.library_path(ENGINE)
     if not cpu_build.is_built(whole):
         pytest.skip("no C++ kernels were built")
     content = whole.read_bytes()
     monkeypatch.setenv("MASQUANT_CACHE_DIR", str(tmp_path))
-    path = cpu_build.library_path()
+    path = cpu_build.library_path(ENGINE)
     path.parent.mkdir(parents=True)
     for length in (0, 40, 4096, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
@@ -143,18 +144,18 @@ def test_a_library_without_its_end_is_built_again(
     # Whoever was killed while it was building left a folder behind.
     (path.parent / "building-before").mkdir()
 
-    def compiled(compiler: str, path: Path) -> None:
+    def compiled(compiler: str, kernels: Any, path: Path) -> None:
         path.write_bytes(content)
 
     monkeypatch.setattr(cpu_build, "_compile", compiled)
-    assert cpu_build.is_built(cpu_build.build_library())
+    assert cpu_build.is_built(cpu_build.build_library(ENGINE))
     assert {p.name for p in path.parent.iterdir()} == {".lock", path.name}
 
 
 @needs_kernels
 def test_a_library_that_does_not_load_says_which(tmp_path: Path) -> None:
     # Sections of an ELF file, and nothing in them.
-    path = tmp_path / cpu_build.library_path().parent.name / "masquant_cpu.so"
+    path = tmp_path / cpu_build.library_path(ENGINE).parent.name / "masquant_cpu.so"
     path.parent.mkdir()
     header = bytearray(128)
     header[:6], header[40], header[58:61:2] = b"\x7fELF\x02\x01", 64, b"\x40\x01"
@@ -171,7 +172,7 @@ def test_a_cache_that_cannot_be_written_says_so(
     (tmp_path / "file").touch()
     monkeypatch.setenv("MASQUANT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(cpu_build.BuildError, match="cannot be written"):
-        cpu_build.build_library()
+        cpu_build.build_library(ENGINE)
 
 
 @pytest.mark.parametrize(

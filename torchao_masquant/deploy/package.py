@@ -125,7 +125,8 @@ def _write(
     }
     torch.save({fqn: constants[fqn] for fqn in sorted(needed)}, folder / names.WEIGHTS)
     if kernels == "cpu":
-        shutil.copyfile(cpu_lowering.library_path(), folder / names.LIBRARY)
+        library = cpu_lowering.library_path(cpu_lowering.engine().engine)
+        shutil.copyfile(library, folder / names.LIBRARY)
     shutil.copyfile(names.__file__, folder / Path(names.__file__).name)
     facts = {
         "format": names.FORMAT,
