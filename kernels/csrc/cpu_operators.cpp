@@ -679,6 +679,9 @@ void project_down(const Down& of, const int32_t* ids, int64_t tokens, int64_t le
   }
 }
 
+// Of these the preprocessor decides: a build that is not optimized keeps a function whose
+// calls are discarded, and would look for its kernels.
+#ifdef __AVX512VNNI__
 // The same of int8 by int8, K a multiple of 4: sums are exact, and rounded once.
 void project_integers_down(const Down& of, const int8_t* q, const float* scales,
                            const int32_t* ids, int64_t tokens, float* out) {
@@ -731,16 +734,17 @@ void project_integers_down(const Down& of, const int8_t* q, const float* scales,
     });
   }
 }
+#endif
 
 // Of quantized tokens.
 void project_quantized_down(const Down& of, const int8_t* q, const float* scales,
                             const int32_t* ids, int64_t tokens, float* out) {
   const int64_t width = of.in_features;
-  if constexpr (kAllKernels) {
-    if (of.type == Type::kInt8 && width % 4 == 0) {
-      return project_integers_down(of, q, scales, ids, tokens, out);
-    }
+#ifdef __AVX512VNNI__
+  if (of.type == Type::kInt8 && width % 4 == 0) {
+    return project_integers_down(of, q, scales, ids, tokens, out);
   }
+#endif
   project_down(
       of, ids, tokens, 1,
       [=](int64_t t, int64_t k, int64_t count, float* channels) {

@@ -366,69 +366,70 @@ inline Bytes broadcast_four(const void* from) {
   return (Bytes)all_lanes(four);
 }
 
-// Adds what p has of plane of the columns from c.
-template <class Sum, int rows>
+// Adds what p has of a plane for the columns from c.
+template <class Sums, int rows>
 inline void multiply_steps(const ColumnProduct& p, int plane, int64_t steps, int c,
-                           Sum (&sum)[rows][Sum::kVectors]) {
+                           Ints (&sum)[rows][kVectors]) {
   const int8_t* token = p.tokens + plane * steps * 4 * rows;
   const uint8_t* panel = p.panel + 4 * c;
   for (int64_t i = 0; i < steps;) {
-    const int64_t stop = std::min(steps, i + Sum::kProducts);
-    for (; i < stop; ++i, token += 4 * rows, panel += 4 * kColumns) {
-      Bytes w[Sum::kVectors];
+    const int64_t stop = std::min(steps, i + Sums::kProducts);
+    typename Sums::Part part[rows][kVectors];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < Sum::kVectors; ++j) w[j] = load_vector<Bytes>(panel + 4 * kLanes * j);
+      for (int j = 0; j < kVectors; ++j) part[r][j] = Sums::begin(sum[r][j]);
+    }
+    for (; i < stop; ++i, token += 4 * rows, panel += 4 * kColumns) {
+      Bytes w[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) w[j] = load_vector<Bytes>(panel + 4 * kLanes * j);
 #pragma GCC unroll 6
       for (int r = 0; r < rows; ++r) {
         const Bytes a = broadcast_four(token + 4 * r);
 #pragma GCC unroll 4
-        for (int j = 0; j < Sum::kVectors; ++j) sum[r][j].add(w[j], a);
+        for (int j = 0; j < kVectors; ++j) part[r][j] = Sums::add(part[r][j], w[j], a);
       }
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < Sum::kVectors; ++j) sum[r][j].settle();
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = Sums::end(sum[r][j], part[r][j]);
     }
   }
 }
 
-template <class Sum, int rows, int planes>
+template <class Sums, int rows, int planes>
 void multiply_rows(const ColumnProduct& p, int64_t steps) {
-  for (int c = 0; c < kColumns; c += Sum::kVectors * kLanes) {
-    Sum sum[rows][Sum::kVectors];
-    if constexpr (planes == 1) {
-      for (int r = 0; r < rows; ++r) {
-        for (int j = 0; j < Sum::kVectors; ++j) {
-          sum[r][j].sum = p.continues
-                              ? load_vector<Ints>(p.c + r * kColumns + c + kLanes * j)
-                              : all_lanes(p.start[r]);
-        }
+  for (int c = 0; c < kColumns; c += kVectors * kLanes) {
+    Ints sum[rows][kVectors];
+    for (int r = 0; r < rows; ++r) {
+      for (int j = 0; j < kVectors; ++j) {
+        sum[r][j] = planes > 1   ? Ints{}
+                    : p.continues ? load_vector<Ints>(p.c + r * kColumns + c + kLanes * j)
+                                  : all_lanes(p.start[r]);
       }
     }
-#pragma GCC unroll 2
     for (int plane = 0; plane < planes; ++plane) {
-      if (plane > 0) {
-        for (int r = 0; r < rows; ++r) {
-          for (int j = 0; j < Sum::kVectors; ++j) sum[r][j].sum <<= 8;
-        }
+      for (int r = 0; plane > 0 && r < rows; ++r) {
+        for (int j = 0; j < kVectors; ++j) sum[r][j] <<= 8;
       }
-      multiply_steps(p, plane, steps, c, sum);
+      multiply_steps<Sums>(p, plane, steps, c, sum);
     }
     for (int r = 0; r < rows; ++r) {
-      for (int j = 0; j < Sum::kVectors; ++j) {
+      for (int j = 0; j < kVectors; ++j) {
         const int64_t column = c + kLanes * j, at = r * kColumns + column;
         if (p.sum == nullptr) {
-          store_vector(p.c + at, sum[r][j].sum);
+          store_vector(p.c + at, sum[r][j]);
           continue;
         }
         const Floats scale = load_vector<Floats>(p.scale + column);
         Floats total = load_vector<Floats>(p.sum + at);
         if constexpr (planes == 1) {
           // Rounded one by one, as the reference's are.
-          total = total + to_floats(sum[r][j].sum) * scale;
+          total = total + to_floats(sum[r][j]) * scale;
         } else {
-          const Floats exact = to_floats(sum[r][j].sum + p.start[r]);
+          const Floats exact = to_floats(sum[r][j] + p.start[r]);
           total = fma(exact * p.token_scale[r], scale, total);
           if (p.zero != nullptr) {
             total = fma(all_lanes(-p.token_sum[r]), load_vector<Floats>(p.zero + column), total);
@@ -477,11 +478,11 @@ void multiply_float_rows(const float* const* tokens, const float* panel, int64_t
 void multiply_columns(const ColumnProduct& product, int rows, int planes, int64_t steps) {
   with_count<kRows>(rows, [&](auto r) {
     if (planes == 2) {
-      multiply_rows<NibbleSum, r(), 2>(product, steps);
+      multiply_rows<NibbleSums, r(), 2>(product, steps);
     } else if (product.packed) {
-      multiply_rows<NibbleSum, r(), 1>(product, steps);
+      multiply_rows<NibbleSums, r(), 1>(product, steps);
     } else {
-      multiply_rows<ByteSum, r(), 1>(product, steps);
+      multiply_rows<ByteSums, r(), 1>(product, steps);
     }
   });
 }
@@ -497,7 +498,7 @@ void multiply_float_panel(const float* const* tokens, int rows, const float* pan
 
 namespace {
 
-//: bytes of 128 nibbles, and of a vector
+//: bytes of 128 nibbles, which are read at once, and of a vector
 constexpr int kBlockBytes = kBlock / 2, kVectorBytes = 4 * kLanes;
 //: of weights of 8 bits, channels of a vector, and bytes of a token's channel
 constexpr int kChannels = kLanes * kChannelsOfLane, kTokenBytes = kVectorBytes / kChannels;
@@ -520,7 +521,7 @@ struct Streams {
   // for. The last ones are copied to room, with zeros behind them.
   const uint8_t* at(int s, int64_t byte, int64_t count, uint8_t* room) const {
     const uint8_t* from = row[s] + byte;
-    if (byte % 64 == 0) __builtin_prefetch(from + ahead);
+    __builtin_prefetch(from + ahead);
     if (byte + count <= row_bytes) return from;
     std::memset(room, 0, count);
     std::memcpy(room, from, row_bytes - byte);
@@ -534,24 +535,27 @@ struct Streams {
 // Adds the products of a block of packed weights with tokens' bytes, [64 of even channels]
 // [64 of odd ones], 8 added to each weight.
 template <int tokens>
-inline void add_block(const uint8_t* bytes, const int8_t* const* token,
-                      NibbleSum (&sum)[tokens]) {
-  static_assert(2 * kBlockBytes / kVectorBytes <= NibbleSum::kProducts);
+inline void add_block(const uint8_t* bytes, const int8_t* const* token, Ints (&sum)[tokens]) {
+  static_assert(2 * kBlockBytes / kVectorBytes <= NibbleSums::kProducts);
+  NibbleSums::Part part[tokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < tokens; ++t) part[t] = NibbleSums::begin(sum[t]);
 #pragma GCC unroll 4
   for (int i = 0; i < kBlockBytes; i += kVectorBytes) {
     const Bytes w = load_vector<Bytes>(bytes + i) ^ static_cast<int8_t>(0x88);
     typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
-    const Bytes even = w & 0xF, odd = (Bytes)((Halves)w >> 4) & 0xF;
+    const Bytes even = w & kLow, odd = (Bytes)((Halves)w >> 4) & kLow;
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; ++t) {
-      sum[t].add(even, load_vector<Bytes>(token[t] + i));
-      sum[t].add(odd, load_vector<Bytes>(token[t] + kBlockBytes + i));
+      part[t] = NibbleSums::add(part[t], even, load_vector<Bytes>(token[t] + i));
+      part[t] = NibbleSums::add(part[t], odd, load_vector<Bytes>(token[t] + kBlockBytes + i));
     }
   }
 #pragma GCC unroll 4
-  for (int t = 0; t < tokens; ++t) sum[t].settle();
+  for (int t = 0; t < tokens; ++t) sum[t] = NibbleSums::end(sum[t], part[t]);
 }
 
+// c[token][row] (+)= the sums of the lanes.
 template <int tokens, class Sum, class Number>
 inline void keep_sums(const Sum (&sum)[kStreams][tokens], int columns, bool add, Number* c) {
   for (int s = 0; s < std::min(columns, kStreams); ++s) {
@@ -562,42 +566,41 @@ inline void keep_sums(const Sum (&sum)[kStreams][tokens], int columns, bool add,
   }
 }
 
-template <int tokens>
+template <int tokens, bool packed>
 void multiply_stored_rows(const Weights& weights, int64_t n, int columns, int64_t begin,
                           int64_t end, const int8_t* const* token, int32_t* c) {
   const Streams stream(weights, n);
   uint8_t room[kBlock];
-  Ints total[kStreams][tokens];
-  if (weights.packed) {
-    NibbleSum sum[kStreams][tokens];
-    for (int64_t k = begin; k < end; k += kBlock) {
-      const int8_t* at[tokens];
-      for (int t = 0; t < tokens; ++t) at[t] = token[t] + k;
+  Ints sum[kStreams][tokens];
 #pragma GCC unroll 4
-      for (int s = 0; s < kStreams; ++s) {
+  for (int s = 0; s < kStreams; ++s) {
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t) sum[s][t] = Ints{};
+  }
+  //: channels of 64 bytes
+  constexpr int64_t step = packed ? kBlock : kBlockBytes;
+  for (int64_t k = begin; k < end; k += step) {
+    const int8_t* at[tokens];
+    for (int t = 0; t < tokens; ++t) at[t] = token[t] + k * (packed ? 1 : kTokenBytes);
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      if constexpr (packed) {
         add_block(stream.at(s, k / 2, kBlockBytes, room), at, sum[s]);
-      }
-    }
-    for (int s = 0; s < kStreams; ++s) {
-      for (int t = 0; t < tokens; ++t) total[s][t] = sum[s][t].sum;
-    }
-  } else {
-    for (int s = 0; s < kStreams; ++s) {
-      for (int t = 0; t < tokens; ++t) total[s][t] = Ints{};
-    }
-    for (int64_t k = begin; k < end; k += kChannels) {
+      } else {
+        const uint8_t* bytes = stream.at(s, k, kBlockBytes, room);
 #pragma GCC unroll 4
-      for (int s = 0; s < kStreams; ++s) {
-        const Bytes w = stored_bytes(stream.at(s, k, kChannels, room));
+        for (int i = 0; i < kBlockBytes; i += kChannels) {
+          const Bytes w = stored_bytes(bytes + i);
 #pragma GCC unroll 4
-        for (int t = 0; t < tokens; ++t) {
-          total[s][t] =
-              dot_bytes(total[s][t], w, load_vector<Bytes>(token[t] + k * kTokenBytes));
+          for (int t = 0; t < tokens; ++t) {
+            const Bytes a = load_vector<Bytes>(at[t] + i * kTokenBytes);
+            sum[s][t] = dot_bytes(sum[s][t], w, a);
+          }
         }
       }
     }
   }
-  keep_sums(total, columns, begin > 0, c);
+  keep_sums(sum, columns, begin > 0, c);
 }
 
 template <int tokens, int planes>
@@ -614,13 +617,14 @@ void multiply_blocks(const Weights& weights, int64_t n, int columns, const float
     const int64_t block = k / kBlock, group = k / width;
     for (int s = 0; s < kStreams; ++s) {
       const uint8_t* bytes = stream.at(s, k / 2, kBlockBytes, nullptr);
-      NibbleSum product[tokens];
+      Ints product[tokens];
+      for (int t = 0; t < tokens; ++t) product[t] = Ints{};
 #pragma GCC unroll 3
       for (int p = 0; p < planes; ++p) {
         const int8_t* at[tokens];
         for (int t = 0; t < tokens; ++t) {
           at[t] = token[t].planes + p * in_features + k;
-          if (p > 0) product[t].sum <<= 8;
+          product[t] <<= 8;
         }
         add_block(bytes, at, product);
       }
@@ -628,7 +632,7 @@ void multiply_blocks(const Weights& weights, int64_t n, int columns, const float
       for (int t = 0; t < tokens; ++t) {
         const Ints start = load_vector<Ints>(token[t].start + block * 16);
         const float times = planes > 1 ? token[t].scale[block] * factor : factor;
-        sum[s][t] = fma(to_floats(product[t].sum + start), all_lanes(times), sum[s][t]);
+        sum[s][t] = fma(to_floats(product[t] + start), all_lanes(times), sum[s][t]);
       }
     }
   }
@@ -663,9 +667,9 @@ void split_block(const int8_t* q, int8_t* out) {
 // What 8 added to each weight adds to the lanes of a block's product.
 Ints excess_of_block(const int8_t* split) {
   uint8_t zeros[kBlockBytes] = {};
-  NibbleSum sum[1];
+  Ints sum[1] = {};
   add_block(zeros, &split, sum);
-  return sum[0].sum;
+  return sum[0];
 }
 
 }  // namespace
@@ -724,8 +728,14 @@ void multiply_stored(const Weights& weights, int64_t n, int columns,
       weights.packed ? 1 : kTokenBytes, rows, std::max<int64_t>(weights.in_features, 1),
       [&](auto at_once, int first, int64_t begin, int64_t end) {
         for (int s = 0; s < columns; s += kStreams) {
-          multiply_stored_rows<at_once()>(weights, n + s, columns - s, begin, end,
-                                          tokens + first, c + first * kColumns + s);
+          int32_t* to = c + first * kColumns + s;
+          if (weights.packed) {
+            multiply_stored_rows<at_once(), true>(weights, n + s, columns - s, begin, end,
+                                                  tokens + first, to);
+          } else {
+            multiply_stored_rows<at_once(), false>(weights, n + s, columns - s, begin, end,
+                                                   tokens + first, to);
+          }
         }
       });
 }

@@ -168,51 +168,38 @@ inline Bytes stored_bytes(const void* w) {
 }
 #endif
 
-// ---- products of weights of 4 bits, unsigned ----
+// ---- sums of products ----
 
+// Of weights of 8 bits. A sum is taken into a part, to which kProducts are added at most.
+struct ByteSums {
+  static constexpr int64_t kProducts = INT64_MAX / 2;
+  typedef Ints Part;
+
+  static Part begin(Ints sum) { return sum; }
+  static Part add(Part part, Bytes w, Bytes a) { return dot_bytes(part, w, a); }
+  static Ints end(Ints, Part part) { return part; }
+};
+
+// Of weights of 4 bits, unsigned.
 #if defined(__x86_64__) && !defined(__AVXVNNI__)
 // Two products of 15 by 128 fit in 16 bits, and so do eight sums of them.
-struct NibbleSum {
+struct NibbleSums {
   static constexpr int64_t kProducts = 8;
-  static constexpr int kVectors = 1;
+  typedef int16_t Part __attribute__((vector_size(4 * kLanes)));
 
-  void add(Bytes w, Bytes a) {
-    part_ = _mm256_add_epi16(part_, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
+  static Part begin(Ints) { return Part{}; }
+  static Part add(Part part, Bytes w, Bytes a) {
+    return part + (Part)_mm256_maddubs_epi16((__m256i)w, (__m256i)a);
   }
-
-  // After so many products at most.
-  void settle() {
-    sum += (Ints)_mm256_madd_epi16(part_, _mm256_set1_epi16(1));
-    part_ = _mm256_setzero_si256();
+  static Ints end(Ints sum, Part part) {
+    return sum + (Ints)_mm256_madd_epi16((__m256i)part, _mm256_set1_epi16(1));
   }
-
-  Ints sum = {};
-
- private:
-  __m256i part_ = _mm256_setzero_si256();
 };
 #else
-struct NibbleSum {
-  static constexpr int64_t kProducts = INT64_MAX / 2;
-  static constexpr int kVectors = 16 / kLanes;
-
-  void add(Bytes w, Bytes a) { sum = dot(sum, w, a); }
-  void settle() {}
-
-  Ints sum = {};
+struct NibbleSums : ByteSums {
+  static Part add(Part part, Bytes w, Bytes a) { return dot(part, w, a); }
 };
 #endif
-
-// The same of weights of 8 bits.
-struct ByteSum {
-  static constexpr int64_t kProducts = INT64_MAX / 2;
-  static constexpr int kVectors = 16 / kLanes;
-
-  void add(Bytes w, Bytes a) { sum = dot_bytes(sum, w, a); }
-  void settle() {}
-
-  Ints sum = {};
-};
 
 // ---- the same everywhere ----
 

@@ -212,7 +212,9 @@ def test_table_of_linears_on_a_cpu_is_the_committed_result():
     assert shown == list(_cpu_lines())
 
 
-@pytest.mark.parametrize("name", ["cpu_few_tokens.json", "cpu_experts.json"])
+@pytest.mark.parametrize(
+    "name", ["cpu_few_tokens.json", "cpu_few_tokens_avx2.json", "cpu_experts.json"]
+)
 def test_tables_of_milliseconds_are_the_committed_results(name: str):
     found = json.loads((RESULTS / name).read_text())["seconds"]
     lines = []

@@ -8,6 +8,8 @@ their own, as the choice is made at import."""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +194,36 @@ def test_lower_levels_are_correct(
     found = run(cache, **variables)
     assert found["same"] and not found["warnings"]
     assert found["report"]["engine"] in expected
+
+
+def test_portable_kernels_pass_the_operators_cases() -> None:
+    """As on a processor with AVX2 alone, whose library has no greater one's code."""
+    environment = {**os.environ, "MASQUANT_CPU_ENGINE": "avx2"}
+    try:
+        choose_engine(environment)
+        library = cpu_build.build_library(CpuEngine.AVX2)
+    except (ValueError, cpu_build.BuildError) as error:
+        pytest.skip(str(error))
+    environment.pop("PYTEST_ADDOPTS", None)
+    cases = Path(__file__).with_name("test_operators.py")
+    quietly = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", f"{cases}::test_case", "-k", "cpu", *quietly],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout
+    if shutil.which("objdump") is None:
+        return
+    code = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", library],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "vpmaddubsw" in code
+    assert not re.search(r"%zmm|%k[0-7]\b|mm(1[6-9]|2\d|3[01])\b|vpdpbusd", code)
 
 
 def test_places_of_the_cache() -> None:
