@@ -114,6 +114,11 @@ def cache_folder(environ: Optional[Mapping[str, str]] = None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "torchao_masquant"
 
 
+def flags_of(engine: CpuEngine) -> tuple[str, ...]:
+    """The compiler's flags for all sources of an engine that has kernels."""
+    return (*_FLAGS, *_KERNELS[engine].flags)
+
+
 def library_path(engine: CpuEngine) -> Path:
     """Where an engine's library of these sources and this PyTorch is, or will be.
 
@@ -208,7 +213,7 @@ def build_library(engine: CpuEngine) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):
             if not is_built(path):
-                _compile(find_compiler(), _KERNELS[engine], path)
+                _compile(find_compiler(), engine, path)
     except OSError as error:
         raise BuildError(
             f"{path.parent} cannot be written ({error})",
@@ -217,7 +222,8 @@ def build_library(engine: CpuEngine) -> Path:
     return path
 
 
-def _compile(compiler: str, kernels: _Kernels, path: Path) -> None:
+def _compile(compiler: str, engine: CpuEngine, path: Path) -> None:
+    sources = _KERNELS[engine].sources
     # It imports setuptools, which a library that is there does without.
     from torch.utils import cpp_extension
 
@@ -225,12 +231,12 @@ def _compile(compiler: str, kernels: _Kernels, path: Path) -> None:
     link = [f"-L{folder}" for folder in cpp_extension.library_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as folder:
-        objects = [Path(folder) / f"{source}.o" for source in kernels.sources]
+        objects = [Path(folder) / f"{source}.o" for source in sources]
         _run_all(
             [
-                [compiler, *_FLAGS, *kernels.flags, *flags, abi, *include]
+                [compiler, *flags_of(engine), *flags, abi, *include]
                 + ["-c", str(_FOLDER / source), "-o", str(made)]
-                for (source, flags), made in zip(kernels.sources.items(), objects)
+                for (source, flags), made in zip(sources.items(), objects)
             ]
         )
         made = Path(folder) / path.name

@@ -146,7 +146,7 @@ def test_a_library_without_its_end_is_built_again(
     # Whoever was killed while it was building left a folder behind.
     (path.parent / "building-before").mkdir()
 
-    def compiled(compiler: str, kernels: Any, path: Path) -> None:
+    def compiled(compiler: str, engine: CpuEngine, path: Path) -> None:
         path.write_bytes(content)
 
     monkeypatch.setattr(cpu_build, "_compile", compiled)
@@ -224,6 +224,24 @@ def test_portable_kernels_pass_the_operators_cases() -> None:
     ).stdout
     assert "vpmaddubsw" in code
     assert not re.search(r"%zmm|%k[0-7]\b|mm(1[6-9]|2\d|3[01])\b|vpdpbusd", code)
+
+
+def test_kernels_of_arm_under_an_emulator(tmp_path: Path) -> None:
+    """Without PyTorch, of which there is none for it here."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("g++-aarch64-linux-gnu and qemu-user are not installed")
+    check = Path(__file__).with_name("portable_kernels_check.cpp")
+    folder = Path(cpu_build.__file__).parent / "csrc"
+    flags = [*cpu_build.flags_of(CpuEngine.NEON), f"-I{folder}", "-static"]
+    sources = [str(folder / "portable_kernels.cpp"), str(check)]
+    made = str(tmp_path / "check")
+    subprocess.run([compiler, *flags, *sources, "-o", made], check=True)
+    result = subprocess.run(
+        [emulator, "-cpu", "max", made], capture_output=True, text=True
+    )
+    assert result.stdout == "NEON dot products: 0 failures\n"
 
 
 def test_places_of_the_cache() -> None:
