@@ -39,7 +39,7 @@ mkdir -p "$site" "$work/helpers" "$work/run"
 cp -r "$root/torchao_masquant" "$site/"
 cp -r "$root/kernels" "$root/tensor_subclasses" "$site/torchao_masquant/"
 cp "$root"/tests/operator_*.py "$root/tests/hadamard_oracle.py" \
-    "$root/tests/kernels/backends.py" "$work/helpers/"
+    "$root"/tests/kernels/{backends,quick_interpreter}.py "$work/helpers/"
 "$python" "$root/benchmarks/gpu_visit/wheels.py" unpack "$wheels" "$site"
 
 export PYTHONPATH="$site:$work/helpers:$root/benchmarks" PYTHONUNBUFFERED=1

@@ -28,7 +28,12 @@ from gpu_bench.plan import (
 from torch import nn
 
 from torchao_masquant import SCHEMES
-from torchao_masquant.kernels import reference, shared_prologue, unpack_int4
+from torchao_masquant.kernels import (
+    float_reference,
+    reference,
+    shared_prologue,
+    unpack_int4,
+)
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
 __all__ = ["BOUND", "Bench", "Built"]
@@ -241,6 +246,8 @@ class Bench:
             l1=random(k, rank) / k**0.5,
             l2=random(rank, n),
             modality_bias=random(2, n),
+            weight_format=scheme.weight_format,
+            act_format=scheme.act_format,
         )
 
     def _torchao(self, candidate: str) -> torch.Tensor:
@@ -330,6 +337,8 @@ def _formula(
     """(T, N) float32: the operators' plain implementations, on their own device."""
     assert isinstance(weight, MASQuantTensor)
     paired = ids is not None
+    if weight.act_format is not None:
+        return _formula_of_floats(x, weight, ids)
     if weight.weight_only:
         return reference.weight_only_linear(
             x,
@@ -363,6 +372,39 @@ def _formula(
         weight.modality_bias,
         ids,
         None,
+        weight.weight_bits,
+        torch.float32,
+    )
+
+
+def _formula_of_floats(
+    x: torch.Tensor, weight: MASQuantTensor, ids: Optional[torch.Tensor]
+) -> torch.Tensor:
+    form = weight.act_format
+    assert form is not None
+    qx, x_scale, token_scale = float_reference.float_smooth_quantize(
+        x, weight.act_pre_scale, ids, form
+    )
+    of_token = token_scale if token_scale.shape[1] else None
+    hidden = None
+    if ids is not None:
+        hidden = float_reference.float_low_rank_down(
+            qx, x_scale, of_token, weight.l1, ids, weight.ranks, form
+        )
+    return float_reference.float_linear(
+        qx,
+        x_scale,
+        of_token,
+        weight.qdata,
+        weight.scale,
+        weight.row_scale,
+        hidden,
+        None if ids is None else weight.l2,
+        weight.modality_bias,
+        ids,
+        None,
+        form,
+        weight.weight_format,
         weight.weight_bits,
         torch.float32,
     )

@@ -39,6 +39,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "w4a8": {},
     "w4a16": {},
     "w8a8, rotated, pair of 8 bits": {"low_rank_bits": 8, "hadamard_size": 64},
+    "fp8": {},
+    "w4a8-fp8": {},
+    "nvfp4": {},
 }
 # Outputs and channels; the interpreter takes its time.
 _SHAPE = (16, 128) if is_dry() else (200, 256)
@@ -70,6 +73,8 @@ class _Linear(nn.Module):
                 l1=random(in_features, 23) / in_features**0.5,
                 l2=random(23, out_features),
                 modality_bias=random(3, out_features),
+                weight_format=scheme.weight_format,
+                act_format=scheme.act_format,
                 **KINDS[kind],
             ),
             requires_grad=False,

@@ -52,10 +52,13 @@ def begin() -> None:
     """Replace what asks for a GPU, for the rest of this process."""
     assert os.environ.get("TRITON_INTERPRET") == "1"
     from gpu_bench import timing
+    from quick_interpreter import spare_repeated_work
 
     from torchao_masquant.kernels.gpu import measuring, tuning
     from torchao_masquant.kernels.gpu.operators import operators
     from torchao_masquant.kernels.library import _LIB, LOWERED
+
+    spare_repeated_work()
 
     def run(name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:

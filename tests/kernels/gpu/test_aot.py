@@ -56,30 +56,35 @@ PRODUCTS = (
     "low_rank_down i8",
     "weight_only_linear w4 group 128",
 )
-# Forms that are compiled for a target; for sm_90 all of integers are. sm_89 has the tilings
-# and the instructions of sm_80, and less shared memory. Of floats every instruction.
+# Forms that are compiled for a target: for sm_90 every kernel and what most of it depends
+# on, for the others what they multiply by. sm_89 has the tilings and the instructions of
+# sm_80, and less shared memory. tools/compile_kernels.py compiles all there are.
 FORMS = {
-    "sm_80": PRODUCTS,
+    "sm_80": PRODUCTS[:2],
     "sm_89": (*PRODUCTS[:1], "float_linear w4a8-fp8 by e4m3"),
     "sm_90": (
-        *{
-            n.form: None
-            for n in case_names(["sm_90"])
-            if not n.form.startswith("float")
-        },
+        *PRODUCTS,
+        "int_linear w4",
+        "int_linear reduce float32",
+        "low_rank_down bf16",
+        "low_rank_down reduce i32",
+        "smooth_quantize a4 ids shift fp32",
+        "smooth_quantize rotated a8 ids shift bf16",
+        "weight_only_linear smooth fp16 ids",
+        "weight_only_linear smooth rotated bf16 ids 4096 by 4096",
         "float_linear fp8 by e4m3",
         "float_linear nvfp4 by decoded",
         "float_smooth_quantize nvfp4 bf16",
         "float_low_rank_down nvfp4 bf16",
     ),
     "sm_100": (
-        *PRODUCTS,
+        *PRODUCTS[:2],
         "float_linear fp8-block by e4m3",
         "float_linear nvfp4 by scaled",
         "float_linear mxfp4 by scaled",
         "float_linear mxfp8 by scaled",
     ),
-    "gfx942": (*PRODUCTS, "float_linear fp8 by fnuz"),
+    "gfx942": (*PRODUCTS[:2], "float_linear fp8 by fnuz"),
     "gfx950": ("float_linear fp8 by e4m3", "float_linear mxfp4 by scaled"),
 }
 
