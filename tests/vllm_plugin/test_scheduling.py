@@ -8,6 +8,7 @@
 That it would show if images were taken for text is in ``test_served.py``.
 """
 
+import glm_folders
 import pytest
 import qwen_folders
 import torch
@@ -104,3 +105,26 @@ def test_a_quantized_model_that_an_eagle_drafts_for(reading, tmp_path):
     )
     assert reading.differences(answers) == []
     assert reading.counters["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+def test_a_layer_that_predicts_a_further_token_goes_along(tmp_path):
+    """It is not quantized, and changes nothing of what is written."""
+    seeing = Subject(
+        tmp_path,
+        "w8a8",
+        with_images=True,
+        image=glm_folders.SIGHT,
+        make=glm_folders.glm_ocr,
+    )
+    alone, drafted = (
+        seeing.asked(tmp_path / f"{name}.json", enforce_eager=True, **options)
+        for name, options in (
+            ("alone", {}),
+            (
+                "drafted",
+                {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+            ),
+        )
+    )
+    assert [a["tokens"] for a in drafted] == [a["tokens"] for a in alone]
+    assert seeing.counters["vllm:spec_decode_num_accepted_tokens"] > 0
