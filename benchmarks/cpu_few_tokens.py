@@ -3,15 +3,20 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""An MLP of a 3B model on the CPU at 1 to 256 tokens, beside OpenVINO.
+"""An MLP of a 3B model on the CPU at 1 to 256 tokens, beside OpenVINO or dense linears.
 
-    python benchmarks/cpu_few_tokens.py [--openvino PYTHON] [--threads 2] [--json PATH]
+    python benchmarks/cpu_few_tokens.py [--openvino PYTHON] [--dense] [--json PATH]
 
 ``PYTHON`` is that of an environment with openvino and numpy. Each candidate has several
 MLPs (2048 to 11008, gate, up and down), run one after the other, so that weights come
 from memory; candidates take turns, and the median counts. Beside a time of few tokens
 are the gigabytes of weights a second. bfloat16 tokens for ours, float32 for OpenVINO,
-which quantizes them as ours do, but for "w4a16".
+which quantizes them as ours do, but for "w4a16". As on a processor with AVX2 alone:
+
+    MASQUANT_CPU_ENGINE=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \\
+        MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/cpu_few_tokens.py --dense
+
+On a busy machine, ``--processor-time`` counts that of one thread, OpenVINO's apart.
 """
 
 import argparse
@@ -47,10 +52,14 @@ OPENVINO = {
     "OpenVINO int4, groups of 128": ("int4", 4),
 }
 
+#: of linears that are not quantized
+DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 Timed = Callable[[int], float]
+Clock = Callable[[], float]
 
 
-def ours(name: str, copies: int) -> Timed:
+def ours(name: str, copies: int, clock: Clock) -> Timed:
     """Seconds of one MLP of so many tokens."""
     bits, act_bits, width = OURS[name]
     ops = torch.ops.masquant
@@ -87,11 +96,26 @@ def ours(name: str, copies: int) -> Timed:
 
     def run(tokens: int) -> float:
         x = torch.randn(tokens, K).bfloat16()
-        started = time.perf_counter()
+        started = clock()
         for gate, up, down in layers:
             first, second = together(x, gate, up)
             together(torch.nn.functional.silu(first) * second, down)
-        return (time.perf_counter() - started) / copies
+        return (clock() - started) / copies
+
+    return run
+
+
+def dense(dtype: torch.dtype, copies: int, clock: Clock) -> Timed:
+    """The same of linears that are not quantized."""
+    shapes = ((N, K), (N, K), (K, N))
+    layers = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(copies)]
+
+    def run(tokens: int) -> float:
+        x, linear = torch.randn(tokens, K).to(dtype), torch.nn.functional.linear
+        started = clock()
+        for gate, up, down in layers:
+            linear(torch.nn.functional.silu(linear(x, gate)) * linear(x, up), down)
+        return (clock() - started) / copies
 
     return run
 
@@ -114,16 +138,22 @@ def openvino(worker: subprocess.Popen, form: str, copies: int, threads: int) -> 
 
 def run(
     python: Optional[str],
+    with_dense: bool,
     threads: int,
     repeats: int,
     tokens: tuple[int, ...],
     copies: int,
+    clock: Clock,
 ) -> dict[str, dict[int, float]]:
     """Median seconds of an MLP, by candidate and tokens."""
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     cpu_lowering.prepare()
-    candidates = {name: ours(name, copies) for name in OURS}
+    candidates = {name: ours(name, copies, clock) for name in OURS}
+    if with_dense:
+        # Two of them outgrow the caches.
+        for name, dtype in DENSE.items():
+            candidates[name] = dense(dtype, min(copies, 2), clock)
     if python is not None:
         worker = subprocess.Popen(
             [python, Path(__file__).parent / "openvino_bench" / "worker.py"],
@@ -150,8 +180,11 @@ def run(
 
 
 def gigabytes(name: str, seconds: float) -> float:
-    """Of integers a second."""
-    bits = OURS[name][0] if name in OURS else OPENVINO[name][1]
+    """Of weights a second."""
+    if name in DENSE:
+        bits = 8 * DENSE[name].itemsize
+    else:
+        bits = OURS[name][0] if name in OURS else OPENVINO[name][1]
     return 3 * K * N * bits / 8 / 1e9 / seconds
 
 
@@ -169,25 +202,39 @@ def _print(found: dict[str, dict[int, float]], title: str) -> None:
 def main(arguments: Optional[list[str]] = None) -> dict[str, dict[int, float]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--openvino", metavar="PYTHON", help="with openvino and numpy")
+    parser.add_argument("--dense", action="store_true", help="also linears of floats")
     parser.add_argument("--quick", action="store_true", help="one and 17 tokens, once")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="of one thread, whatever else runs",
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
+    clock: Clock = time.perf_counter
+    if options.processor_time:
+        options.threads, clock = 1, time.thread_time
     repeats, tokens, copies = options.repeats, TOKENS, 6
     if options.quick:
         repeats, tokens, copies = 1, (1, 17), 1
     load = os.getloadavg()[0]
-    found = run(options.openvino, options.threads, repeats, tokens, copies)
-    title = f"{processor()}, {options.threads} threads"
+    threads = options.threads
+    found = run(
+        options.openvino, options.dense, threads, repeats, tokens, copies, clock
+    )
+    engine = cpu_lowering.engine().engine.value
+    title = f"{processor()}, {threads} threads, engine {engine}"
     _print(found, title)
     if options.json is not None:
         rates = {
             name: {count: gigabytes(name, s) for count, s in times.items()}
             for name, times in found.items()
         }
-        told = {"seconds": found, "GB/s": rates}
-        write_report(options.json, options.threads, load, **told)
+        told = {"engine": engine, "clock": clock.__name__, "seconds": found}
+        told["GB/s"] = rates
+        write_report(options.json, threads, load, **told)
     return found
 
 

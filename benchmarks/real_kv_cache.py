@@ -5,12 +5,14 @@
 # LICENSE file in the root directory of this source tree.
 """What a quantized cache costs on a real LLM that sees and hears, beside others.
 
-    python benchmarks/real_kv_cache.py [--seeds 0 1] [--json PATH]
+    python benchmarks/real_kv_cache.py [--seeds 0 1] [--windows] [--json PATH]
 
 The model and the data are those of ``real_llm.py``; its weights are not quantized. A cache
 shows only in what is asked of it: prompts but for their last token are put into it, and the
 answer is read from what that token attends to; of a piece of prose 64 tokens are put into it,
-and the others follow by 16, each of which attends to all before it.
+and the others follow by 16, each of which attends to all before it. With ``--windows`` the
+rows are of prose alone, in pieces of 256 tokens and of 1024, and of how many tokens are held
+as they are; without, none are.
 """
 
 import argparse
@@ -36,11 +38,12 @@ from transformers.cache_utils import (
 
 from torchao_masquant import CacheRecipe, Router, calibrate_cache
 from torchao_masquant.atomic_files import write_whole
-from torchao_masquant.kv_cache import rounded_tokens
+from torchao_masquant.kv_cache import quantized_layer, rounded_tokens
 from torchao_masquant.kv_cache.observed_keys import center_and_factor
 from torchao_masquant.recipe import library_versions
 
 _PREFIX, _STEP = 64, 16
+_LONG = f"{TEXT}, long"
 
 
 def plain(recipe: CacheRecipe) -> CacheRecipe:
@@ -124,6 +127,15 @@ def unrotated() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def window(size: int) -> Iterator[None]:
+    """So many tokens are held as they are, and those before them rounded by 32; of none, each
+    as it comes."""
+    at_once = 32 if size else 1
+    with mock.patch.multiple(quantized_layer, WINDOW=size, AT_ONCE=at_once):
+        yield
+
+
 @torch.no_grad()
 def answers(model: nn.Module, sample: Mapping[str, Tensor], cache: Cache) -> Tensor:
     """(B, T, V) log probabilities of what follows the tokens that are asked from a cache."""
@@ -149,10 +161,17 @@ def answers(model: nn.Module, sample: Mapping[str, Tensor], cache: Cache) -> Ten
 class Subject:
     """The model, held-out data, and what it says of these from an exact cache."""
 
-    def __init__(self, examples: int, pieces: int, layers: Optional[int]):
+    def __init__(
+        self, examples: int, pieces: int, layers: Optional[int], windows: bool
+    ):
         self.model = load_model(layers)
         self.config = self.model.config.get_text_config()
         self.tasks = heldout_samples(examples, pieces)
+        if windows:
+            prose = self.tasks[TEXT]
+            # Pieces that follow each other are of one text.
+            long = [{n: t.reshape(1, -1) for n, t in p.items()} for p in prose]
+            self.tasks = {TEXT: prose, _LONG: long}
         self.exact = {
             task: [
                 answers(self.model, s, DynamicCache(config=self.config))
@@ -187,7 +206,8 @@ def rows(subject: Subject, seed: int) -> Iterator[dict[str, Any]]:
     one = pooled(recipe, model, samples)
 
     def scored(name: str, bits: int, new_cache: Callable[[], Cache]) -> dict[str, Any]:
-        scores = subject.scores(new_cache)
+        with window(0):
+            scores = subject.scores(new_cache)
         return {"seed": seed, "cache": name, "bits": bits, "tasks": scores}
 
     if seed == 0:
@@ -207,6 +227,33 @@ def rows(subject: Subject, seed: int) -> Iterator[dict[str, Any]]:
             )
         yield scored("one centre", bits, lambda: one.new_cache(model, bits))
         yield scored("**ours**", bits, lambda: recipe.new_cache(model, bits))
+
+
+def window_rows(subject: Subject, seed: int) -> Iterator[dict[str, Any]]:
+    """Of each number of tokens that are held as they are, and KIVI's form."""
+    model = subject.model
+    recipe = calibrate_cache(model, calibration_samples(seed), progress=False)
+    Router.for_model(model).attach(model)
+
+    def scored(name: str, new_cache: Callable[[], Cache]) -> dict[str, Any]:
+        return {"seed": seed, "cache": name, "tasks": subject.scores(new_cache)}
+
+    yield scored("by channel, up to 31", lambda: per_channel(model, 4))
+    for size in (0, 32, 64, 128):
+        with window(size):
+            yield scored(f"ours, {size}", lambda: recipe.new_cache(model, 4))
+
+
+def window_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown."""
+    lines = [
+        "| 4 bits, and tokens as they are | KL of 256 tokens, nats | KL of 1024, nats |",
+        "|---|---|---|",
+    ]
+    for row in found:
+        short, long = (row["tasks"][t]["kl"] for t in (TEXT, _LONG))
+        lines.append(f"| {row['cache']} | {short:.4f} | {long:.4f} |")
+    return "\n".join(lines) + "\n"
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -240,19 +287,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--pieces", type=int, default=8, help="of prose")
     parser.add_argument("--layers", type=int, help="only the first so many")
     parser.add_argument("--json", type=Path, help="rows, written as they come")
+    parser.add_argument("--windows", action="store_true", help="how many are held")
     arguments = parser.parse_args(argv)
-    subject = Subject(arguments.examples, arguments.pieces, arguments.layers)
+    asked = (arguments.examples, arguments.pieces, arguments.layers)
+    subject = Subject(*asked, arguments.windows)
+    made, shown = (window_rows, window_table) if arguments.windows else (rows, table)
     found: list[dict[str, Any]] = []
     code = code_fingerprint(Path(__file__).parent / "real")
     for seed in arguments.seeds:
-        for row in rows(subject, seed):
+        for row in made(subject, seed):
             found.append(row)
             kl = " / ".join(f"{t['kl']:.4f}" for t in row["tasks"].values())
-            print(f"{row['bits']} {row['cache']}: {kl}", file=sys.stderr, flush=True)
+            print(
+                f"{row.get('bits', 4)} {row['cache']}: {kl}",
+                file=sys.stderr,
+                flush=True,
+            )
             if arguments.json:
                 content = {"versions": library_versions(), "code": code, "rows": found}
                 write_whole(arguments.json, json.dumps(content, indent=1))
-    print(table(found))
+    print(shown(found))
     return 0
 
 

@@ -19,7 +19,7 @@ plain tensors only: nothing here knows of models, modules or tensor subclasses.
 - ``expert_operators``: those of mixture-of-experts weights, made of the others where
   a device has no kernels for them;
 - ``int4_packing``: two 4-bit integers per byte;
-- ``cpu_lowering``: C++ kernels for x86, which are in ``csrc``; ``cpu_engine`` chooses
+- ``cpu_lowering``: C++ kernels for x86 and ARM, which are in ``csrc``; ``cpu_engine`` chooses
   among them, and ``cpu_build`` compiles them at their first use;
 - ``gpu_lowering``: Triton kernels for CUDA and ROCm, which are in ``gpu``;
 - ``shared_prologue``: linears that share an input smooth it once in a compiled graph;

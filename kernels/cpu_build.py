@@ -19,9 +19,11 @@ import struct
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Iterator, Mapping, Optional
+from typing import Iterator, Mapping, NamedTuple, Optional
 
 import torch
+
+from torchao_masquant.kernels.cpu_engine import CpuEngine
 
 __all__ = ["BuildError", "build_library", "cache_folder", "is_built", "library_path"]
 
@@ -29,13 +31,43 @@ __all__ = ["BuildError", "build_library", "cache_folder", "is_built", "library_p
 CACHE_VARIABLE = "MASQUANT_CACHE_DIR"
 
 _FOLDER = Path(__file__).parent / "csrc"
-# With the flags that each has beside those of all.
-_SOURCES = {
-    "cpu_columns.cpp": (),
-    "cpu_kernels.cpp": (),
-    "cpu_stored.cpp": (),
+
+
+class _Kernels(NamedTuple):
+    """What a library is made of.
+
+    Attributes:
+        sources: with the flags that each has beside those of all.
+        flags: of the processor. No library has code of a greater one than it is for, in
+            templates and inline functions neither: that is why there are several.
+    """
+
+    sources: dict[str, tuple[str, ...]]
+    flags: tuple[str, ...]
+
+
+_AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+_PORTABLE: dict[str, tuple[str, ...]] = {
+    "portable_kernels.cpp": (),
     "cpu_operators.cpp": (),
-    "cpu_bfloat16.cpp": ("-mavx512bf16",),
+}
+_VNNI = _Kernels(
+    {
+        "cpu_columns.cpp": (),
+        "cpu_kernels.cpp": (),
+        "cpu_stored.cpp": (),
+        "cpu_operators.cpp": (),
+        "cpu_bfloat16.cpp": ("-mavx512bf16",),
+    },
+    (*_AVX2_FLAGS, *_AVX512_FLAGS),
+)
+_KERNELS = {
+    CpuEngine.AMX: _VNNI,
+    CpuEngine.VNNI: _VNNI,
+    CpuEngine.AVX_VNNI: _Kernels(_PORTABLE, (*_AVX2_FLAGS, "-mavxvnni")),
+    CpuEngine.AVX2: _Kernels(_PORTABLE, _AVX2_FLAGS),
+    CpuEngine.NEON: _Kernels(_PORTABLE, ("-march=armv8.2-a+dotprod",)),
 }
 _FLAGS = (
     "-std=c++20",
@@ -45,14 +77,6 @@ _FLAGS = (
     # A product and a sum are rounded one by one, as in the reference.
     "-ffp-contract=off",
     "-fno-math-errno",
-    "-mavx2",
-    "-mfma",
-    "-mf16c",
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512vl",
-    "-mavx512dq",
-    "-mavx512vnni",
     # GCC 12 warns of its own intrinsics.
     "-w",
 )
@@ -90,13 +114,23 @@ def cache_folder(environ: Optional[Mapping[str, str]] = None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "torchao_masquant"
 
 
-def library_path() -> Path:
-    """Where the library of these sources and this PyTorch is, or will be."""
+def flags_of(engine: CpuEngine) -> tuple[str, ...]:
+    """The compiler's flags for all sources of an engine that has kernels."""
+    return (*_FLAGS, *_KERNELS[engine].flags)
+
+
+def library_path(engine: CpuEngine) -> Path:
+    """Where an engine's library of these sources and this PyTorch is, or will be.
+
+    Args:
+        engine: one that has kernels: any but the reference.
+    """
+    kernels = _KERNELS[engine]
     digest = hashlib.sha256()
-    for part in (torch.__version__, *_FLAGS, str(_SOURCES)):
+    for part in (torch.__version__, *_FLAGS, str(kernels)):
         digest.update(part.encode() + b"\0")
     for source in sorted(_FOLDER.iterdir()):
-        if source.suffix in (".cpp", ".h"):
+        if source.suffix == ".h" or source.name in kernels.sources:
             digest.update(source.read_bytes() + b"\0")
     return cache_folder() / f"cpu-{digest.hexdigest()[:16]}" / "masquant_cpu.so"
 
@@ -160,8 +194,11 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def build_library() -> Path:
-    """Compile the kernels, unless they are there; about 15 seconds.
+def build_library(engine: CpuEngine) -> Path:
+    """Compile an engine's kernels, unless they are there; about 15 seconds.
+
+    Args:
+        engine: one that has kernels.
 
     Returns:
         The library.
@@ -169,14 +206,14 @@ def build_library() -> Path:
     Raises:
         BuildError: there is no compiler, it fails, or the cache cannot be written.
     """
-    path = library_path()
+    path = library_path(engine)
     if is_built(path):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):
             if not is_built(path):
-                _compile(find_compiler(), path)
+                _compile(find_compiler(), engine, path)
     except OSError as error:
         raise BuildError(
             f"{path.parent} cannot be written ({error})",
@@ -185,7 +222,8 @@ def build_library() -> Path:
     return path
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, engine: CpuEngine, path: Path) -> None:
+    sources = _KERNELS[engine].sources
     # It imports setuptools, which a library that is there does without.
     from torch.utils import cpp_extension
 
@@ -193,12 +231,12 @@ def _compile(compiler: str, path: Path) -> None:
     link = [f"-L{folder}" for folder in cpp_extension.library_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as folder:
-        objects = [Path(folder) / f"{source}.o" for source in _SOURCES]
+        objects = [Path(folder) / f"{source}.o" for source in sources]
         _run_all(
             [
-                [compiler, *_FLAGS, *flags, abi, *include]
+                [compiler, *flags_of(engine), *flags, abi, *include]
                 + ["-c", str(_FOLDER / source), "-o", str(made)]
-                for (source, flags), made in zip(_SOURCES.items(), objects)
+                for (source, flags), made in zip(sources.items(), objects)
             ]
         )
         made = Path(folder) / path.name

@@ -8,6 +8,7 @@
 import enum
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Mapping, NamedTuple, Optional
@@ -21,20 +22,45 @@ ENGINE_VARIABLE = "MASQUANT_CPU_ENGINE"
 
 # oneDNN's levels, least first; users lower them to find faults. ``ALL`` and ``DEFAULT``
 # limit nothing.
-_BELOW_VNNI = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE")
+_BELOW_AVX2 = ("SSE41", "AVX")
+_WITHOUT_AVX_VNNI = (*_BELOW_AVX2, "AVX2", "AVX512_CORE")
+_BELOW_VNNI = (*_WITHOUT_AVX_VNNI, "AVX2_VNNI", "AVX2_VNNI_2")
 _BELOW_BF16 = (*_BELOW_VNNI, "AVX512_CORE_VNNI")
 _BELOW_AMX = ("AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
 
 
 class CpuEngine(enum.Enum):
-    """Kernels of the ``masquant::`` operators on a CPU."""
+    """Kernels of the ``masquant::`` operators on a CPU, the fastest first."""
 
     #: products by oneDNN's block kernel (AMX), all else as in VNNI
     AMX = "amx"
     #: our AVX512-VNNI kernels
     VNNI = "vnni"
+    #: our portable kernels, with AVX2 and AVX-VNNI
+    AVX_VNNI = "avx_vnni"
+    #: the same, with AVX2 alone
+    AVX2 = "avx2"
+    #: the same on ARM, with NEON's dot products
+    NEON = "neon"
     #: ``reference.py``: plain PyTorch, products by ``torch._int_mm``
     REFERENCE = "reference"
+
+
+# What each needs.
+_INSTRUCTIONS = {
+    CpuEngine.AMX: "AMX",
+    CpuEngine.VNNI: "AVX512-VNNI",
+    CpuEngine.AVX_VNNI: "AVX-VNNI",
+    CpuEngine.AVX2: "AVX2",
+    CpuEngine.NEON: "NEON dot products",
+}
+_OF_X86 = (CpuEngine.AMX, CpuEngine.VNNI, CpuEngine.AVX_VNNI, CpuEngine.AVX2)
+_OF_MACHINE = {
+    "x86_64": _OF_X86,
+    "amd64": _OF_X86,
+    "aarch64": (CpuEngine.NEON,),
+    "arm64": (CpuEngine.NEON,),
+}
 
 
 class EngineChoice(NamedTuple):
@@ -60,11 +86,33 @@ def _has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def _is_intel() -> bool:
+def _cpuinfo() -> str:
     try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
+        return ""
+
+
+def _is_intel() -> bool:
+    return "GenuineIntel" in _cpuinfo()
+
+
+def _has_flag(flag: str) -> bool:
+    """Whether Linux names it of every processor."""
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
+    return bool(lines) and all(flag in line.split() for line in lines)
+
+
+def _has_avx_vnni() -> bool:
+    return _has_avx2() and _has_flag("avx_vnni")
+
+
+def _has_avx2() -> bool:
+    return torch.cpu._is_avx2_supported()
+
+
+def _has_neon_dot() -> bool:
+    return _has_flag("asimddp")
 
 
 def multiplies_bfloat16(environ: Optional[Mapping[str, str]] = None) -> bool:
@@ -79,7 +127,8 @@ def multiplies_bfloat16(environ: Optional[Mapping[str, str]] = None) -> bool:
     environ = os.environ if environ is None else environ
     if not _has_bfloat16() or _onednn_limit(environ) in _BELOW_BF16:
         return False
-    return not _is_intel() or choose_engine(environ).engine is CpuEngine.AMX
+    engine = choose_engine(environ).engine
+    return engine is CpuEngine.AMX or (engine is CpuEngine.VNNI and not _is_intel())
 
 
 def choose_engine(environ: Optional[Mapping[str, str]] = None) -> EngineChoice:
@@ -97,10 +146,9 @@ def choose_engine(environ: Optional[Mapping[str, str]] = None) -> EngineChoice:
             cannot run.
     """
     environ = os.environ if environ is None else environ
-    best = _best_engine(environ)
     wanted = environ.get(ENGINE_VARIABLE)
     if wanted is None:
-        return best
+        return _best_engine(environ)
     names = [engine.value for engine in CpuEngine]
     if wanted not in names:
         raise ValueError(
@@ -109,10 +157,10 @@ def choose_engine(environ: Optional[Mapping[str, str]] = None) -> EngineChoice:
         )
     engine = CpuEngine(wanted)
     # oneDNN's block kernel runs on VNNI too, so AMX can be tried without AMX.
-    if engine is not CpuEngine.REFERENCE and best.engine is CpuEngine.REFERENCE:
+    reason = _why_not(CpuEngine.VNNI if engine is CpuEngine.AMX else engine, environ)
+    if reason:
         raise ValueError(
-            f"{ENGINE_VARIABLE}={wanted!r} cannot run here ({best.reason}): leave it "
-            "unset."
+            f"{ENGINE_VARIABLE}={wanted!r} cannot run here ({reason}): leave it unset."
         )
     return EngineChoice(engine, f"{ENGINE_VARIABLE} says so")
 
@@ -123,24 +171,46 @@ def _onednn_limit(environ: Mapping[str, str]) -> str:
 
 
 def _best_engine(environ: Mapping[str, str]) -> EngineChoice:
-    def reference(reason: str) -> EngineChoice:
-        return EngineChoice(CpuEngine.REFERENCE, reason)
+    reason = ""
+    for engine in _OF_MACHINE.get(platform.machine().lower(), ()):
+        before, reason = reason, _why_not(engine, environ)
+        if not reason:
+            found = _INSTRUCTIONS[engine]
+            return EngineChoice(engine, f"{found}; {before}" if before else found)
+    if not reason:
+        reason = f"the kernels are for x86 and ARM, this is {platform.machine()}"
+    return EngineChoice(CpuEngine.REFERENCE, reason)
 
-    machine = platform.machine()
-    if machine.lower() not in ("x86_64", "amd64"):
-        return reference(f"the kernels are for x86, this is {machine}")
+
+def _why_not(engine: CpuEngine, environ: Mapping[str, str]) -> str:
+    """What is in an engine's way, in a few words; nothing if it can run."""
+    if engine is CpuEngine.REFERENCE:
+        return ""
     if not sys.platform.startswith("linux"):
-        return reference(f"the kernels are built on Linux only, this is {sys.platform}")
-    if not _has_vnni():
-        return reference("the processor has no AVX512-VNNI")
+        return f"the kernels are built on Linux only, this is {sys.platform}"
+    if engine not in _OF_MACHINE.get(platform.machine().lower(), ()):
+        return f"this is {platform.machine()}"
+    has = {
+        CpuEngine.AMX: _has_amx,
+        CpuEngine.VNNI: _has_vnni,
+        CpuEngine.AVX_VNNI: _has_avx_vnni,
+        CpuEngine.AVX2: _has_avx2,
+        CpuEngine.NEON: _has_neon_dot,
+    }[engine]
+    if not has():
+        return f"the processor has no {_INSTRUCTIONS[engine]}"
+    if engine is CpuEngine.NEON:
+        # The variables' levels are those of x86.
+        return ""
     level = environ.get("ATEN_CPU_CAPABILITY", "avx512").lower()
-    if level != "avx512":
-        return reference(f"ATEN_CPU_CAPABILITY={level}")
+    portable = engine in (CpuEngine.AVX_VNNI, CpuEngine.AVX2)
+    if level != "avx512" and not (portable and level == "avx2"):
+        return f"ATEN_CPU_CAPABILITY={level}"
     limit = _onednn_limit(environ)
-    if limit in _BELOW_VNNI:
-        return reference(f"ONEDNN_MAX_CPU_ISA={limit}")
-    if not _has_amx():
-        return EngineChoice(CpuEngine.VNNI, "AVX512-VNNI, no AMX")
-    if limit in _BELOW_AMX:
-        return EngineChoice(CpuEngine.VNNI, f"ONEDNN_MAX_CPU_ISA={limit}")
-    return EngineChoice(CpuEngine.AMX, "AMX")
+    below = {
+        CpuEngine.AMX: (*_BELOW_VNNI, *_BELOW_AMX),
+        CpuEngine.VNNI: _BELOW_VNNI,
+        CpuEngine.AVX_VNNI: _WITHOUT_AVX_VNNI,
+        CpuEngine.AVX2: _BELOW_AVX2,
+    }[engine]
+    return f"ONEDNN_MAX_CPU_ISA={limit}" if limit in below else ""

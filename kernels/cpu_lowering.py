@@ -3,13 +3,14 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""The ``masquant::`` operators on a CPU: C++ kernels where the processor has VNNI.
+"""The ``masquant::`` operators on a CPU: C++ kernels where there are some for it.
 
 They are compiled at the first call, or ahead of it by :func:`prepare`, and found again
 in the user's cache by every later process. Where there is no compiler, one warning says
 so and the reference runs. :func:`report` and :func:`kernel_of` tell what runs.
 
-What the kernels do, for T tokens, K channels and N output channels:
+What the kernels do, for T tokens, K channels and N output channels, on a processor with
+AVX512-VNNI:
 
 - the prologue smooths, finds the absmax and rounds in one pass over each token;
 - weights stay as they are stored, row by row, packed or not: there is no second copy.
@@ -30,6 +31,15 @@ What the kernels do, for T tokens, K channels and N output channels:
   as a bfloat16 linear's are;
 - scales, up-projection and biases are applied to a tile before it is stored;
 - tokens are sorted by modality, so base tokens do no low-rank work.
+
+Lesser processors (AVX2, AVX-VNNI, NEON with dot products) have portable kernels of the same
+methods, in the compiler's vectors:
+
+- AVX2 adds two products of weights of 4 bits up in 16 bits, eight times before they are
+  widened, which holds them; weights of 8 bits and their tokens are widened before they
+  are multiplied. No product is more than the sum of such products;
+- pairs of int8 are multiplied as float32;
+- nothing is multiplied as bfloat16, or by oneDNN.
 """
 
 import threading
@@ -114,7 +124,7 @@ def _operators() -> Any:
         with _state.lock:
             if _state.operators is None:
                 try:
-                    _state.operators = _load(build_library())
+                    _state.operators = _load(build_library(_state.choice.engine))
                 except (BuildError, OSError) as error:
                     _fall_back(error)
     return _state.operators
@@ -185,7 +195,7 @@ def report() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
     }
     if choice.engine is not CpuEngine.REFERENCE:
-        lines["library"] = str(library_path())
+        lines["library"] = str(library_path(choice.engine))
     return lines
 
 
@@ -205,7 +215,7 @@ def register() -> None:
     """
     if _state.choice.engine is CpuEngine.REFERENCE:
         return
-    path = library_path()
+    path = library_path(_state.choice.engine)
     if is_built(path):
         try:
             _state.operators = _load(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Iterable, Optional, Union
 
 __all__ = [
+    "CACHE_FILE",
     "CACHE_FORMAT",
     "QUANT_METHOD",
     "RECIPE_FORMAT",
@@ -29,6 +30,9 @@ RECIPE_FORMAT = "torchao_masquant.recipe"
 
 #: likewise, of what a quantized cache knows of a model
 CACHE_FORMAT = "torchao_masquant.kv_cache"
+
+#: its name in the folder of a quantized model; engines take ``*.safetensors`` for weights
+CACHE_FILE = "kv_cache.masquant"
 
 _KINDS = {
     "recipe": "recipe",

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu_common.h"
 #include "cpu_kernels.h"
 #include "cpu_vectors.h"
 
@@ -138,21 +139,6 @@ void unpack_columns(const Weights& weights, int64_t n, int64_t k, int64_t width,
                              _mm512_xor_si512(rows[j], _mm512_set1_epi8(-128)));
         }
       }
-    }
-  }
-}
-
-// Channels that begin in the middle of a byte: one by one.
-void unpack_columns_slowly(const Weights& weights, int64_t n, int64_t k, int64_t width,
-                           uint8_t* panel) {
-  std::memset(panel, 0, round_up(width, 8) * kColumns);
-  const int64_t columns = std::min<int64_t>(kColumns, weights.out_features - n);
-  for (int64_t c = 0; c < columns; ++c) {
-    const uint8_t* row = weights.data + (n + c) * weights.row_bytes;
-    for (int64_t i = 0; i < width; ++i) {
-      const int nibble = row[(k + i) / 2] >> (4 * ((k + i) % 2)) & 0xF;
-      const int64_t step = i / 8 * 2 + i % 2;
-      panel[(step * kColumns + c) * 4 + i % 8 / 2] = static_cast<uint8_t>(nibble ^ 8);
     }
   }
 }

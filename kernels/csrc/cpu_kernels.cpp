@@ -4,8 +4,6 @@
 // This source code is licensed under the BSD 3-Clause license found in the
 // LICENSE file in the root directory of this source tree.
 
-#include "cpu_kernels.h"
-
 #include <immintrin.h>
 
 #include <algorithm>
@@ -13,12 +11,24 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu_common.h"
+#include "cpu_kernels.h"
 #include "cpu_vectors.h"
 
 // Products and sums are rounded one by one, as the reference's are: the compiler must
 // not contract them (-ffp-contract=off). Where a fused one is wanted, it is written out.
 
 namespace masquant {
+
+const char* const kProcessor = "AVX512-VNNI";
+
+bool has_processor() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+int32_t Weights::offset() const { return packed ? 8 : 128; }
+
 namespace {
 
 // Round to nearest even, by integers: vcvtneps2bf16 would flush subnormal numbers.

@@ -4,8 +4,9 @@
 // This source code is licensed under the BSD 3-Clause license found in the
 // LICENSE file in the root directory of this source tree.
 
-// Kernels of the masquant:: operators for x86 with AVX512-VNNI. They know pointers
-// only: what splits the work between threads and checks it is cpu_operators.cpp.
+// Kernels of the masquant:: operators. They know pointers only: what splits the work
+// between threads and checks it is cpu_operators.cpp. A library has one set of them: those
+// for AVX512-VNNI, or portable_kernels.cpp for lesser processors.
 //
 // A register tile has up to kRows tokens and kColumns output channels. Weights stay in
 // memory as they are stored, (N, K) row by row; a panel of kColumns of them is unpacked
@@ -27,6 +28,17 @@ constexpr int kStoredTokensOfGroups = 2;
 constexpr int kFewTokens = 16;
 //: channels of packed weights that fill a vector, and of a panel in columns
 constexpr int kBlock = 128;
+
+#ifdef __AVX512VNNI__
+//: whether there are kernels for panels of oneDNN's, for bfloat16, and for pairs of int8 as
+//: integers, which are floats elsewhere
+constexpr bool kAllKernels = true;
+#else
+constexpr bool kAllKernels = false;
+#endif
+//: what the kernels need, and whether the processor has it
+extern const char* const kProcessor;
+bool has_processor();
 
 enum class Type { kFloat32, kBFloat16, kFloat16, kInt8 };
 
@@ -70,7 +82,7 @@ struct Weights {
   int64_t row_bytes;
 
   // What unsigned integers of the panel are too large by.
-  int32_t offset() const { return packed ? 8 : 128; }
+  int32_t offset() const;
 };
 
 // Columns [n, n + kColumns) and channels [k, k + width) as [width / 4][kColumns][4]; k is
@@ -122,20 +134,21 @@ void multiply_bfloat16_panel(const uint16_t* const* tokens, int rows,
 
 // ---- products with weights as they are stored (cpu_stored.cpp) ----
 
-// Nibbles of a byte of weights meet tokens of even and of odd channels: of each block, the
-// even ones first. round_up(K, kBlock) values, zeros behind K.
-void split_even_odd(const int8_t* q, int64_t in_features, int8_t* out);
+// A token as such products read it, in stored_token_bytes: of packed weights, nibbles of a
+// byte meet even and odd channels, so of each block the even ones come first; zeros behind
+// K up to a whole block.
+int64_t stored_token_bytes(bool packed, int64_t in_features);
+void store_token(const int8_t* q, bool packed, int64_t in_features, int8_t* out);
 
 // c[rows][kColumns] = tokens by the columns [n, n + columns) of the stored weights, each
-// too large by offset * (sum of the token). Of packed weights, tokens are as
-// split_even_odd leaves them; else zeros follow up to a multiple of 64.
+// too large by offset * (sum of the token).
 void multiply_stored(const Weights& weights, int64_t n, int columns,
                      const int8_t* const* tokens, int rows, int32_t* c);
 
 // A token in blocks of channels with a scale each. Its integers are of one plane (int8),
 // or of two or three, each worth 256 times the next.
 struct BlockedToken {
-  const int8_t* planes;  // [planes][K], each as split_even_odd leaves it
+  const int8_t* planes;  // [planes][K], each as store_token leaves it
   const float* scale;    // of each block, of more than one plane
   const float* sums;     // of each block's values, scaled; for zero points alone
   const int32_t* start;  // [blocks][16]: what each block's sums begin with
@@ -160,6 +173,7 @@ void multiply_stored_blocks(const Weights& weights, int64_t n, int columns,
 
 // A tile of tokens by a panel.
 struct ColumnProduct {
+  bool packed;           // whether the weights were
   const int8_t* tokens;  // [planes][steps][rows][4]
   const uint8_t* panel;  // [steps][kColumns][4]
   const int32_t* start;  // [rows]: what is added to a token's sums

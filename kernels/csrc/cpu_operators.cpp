@@ -8,7 +8,6 @@
 // and calls the kernels of cpu_kernels.h. Formulas: reference.py.
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
@@ -37,13 +36,17 @@ using MaybeTensor = std::optional<Tensor>;
 std::atomic<bool> use_brgemm{false};
 //: whether bfloat16 tokens that are not quantized are multiplied as such (AVX512-BF16),
 //: which takes Intel's processors twice as long as float32
+#ifdef __AVX512VNNI__
 std::atomic<bool> use_bfloat16{__builtin_cpu_supports("avx512bf16") != 0 &&
                                !__builtin_cpu_is("intel")};
+#else
+std::atomic<bool> use_bfloat16{false};
+#endif
 
 void check_processor() {
   // One that a package has brought the library to.
-  static const bool fits = at::cpu::is_avx512_vnni_supported();
-  TORCH_CHECK(fits, "masquant: these kernels need a processor with AVX512-VNNI.");
+  static const bool fits = has_processor();
+  TORCH_CHECK(fits, "masquant: these kernels need a processor with ", kProcessor, ".");
 }
 
 // Panels that are worth a thread of their own.
@@ -272,7 +275,7 @@ bool reads_stored(int64_t tokens, bool packed, int64_t in_features, int64_t grou
 }
 
 bool multiplies_bfloat16(int64_t tokens, Type type) {
-  return use_bfloat16 && type == Type::kBFloat16 && tokens > kFewTokens;
+  return kAllKernels && use_bfloat16 && type == Type::kBFloat16 && tokens > kFewTokens;
 }
 
 // Whether tokens that are not quantized become integers of planes, and read packed weights
@@ -290,7 +293,7 @@ bool reads_columns(int64_t tokens, bool packed, int64_t width, Type type) {
 
 // Of those that do not.
 bool multiplies_by_brgemm(int64_t tokens, int64_t groups) {
-  return use_brgemm && groups == 1 && tokens > kFewTokens;
+  return kAllKernels && use_brgemm && groups == 1 && tokens > kFewTokens;
 }
 
 // How tokens meet a matrix.
@@ -305,13 +308,14 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
                       int64_t in_features, int64_t groups) {
   const bool packed = weight_bits <= 4;
   const std::string weights = packed ? "packed int4" : "int8";
+  const std::string processor = kAllKernels ? "VNNI" : kProcessor;
   if (act_bits == 16) {
     const int64_t width = in_features / groups;
     if (reads_stored_floats(tokens, packed, width, Type::kBFloat16)) {
-      return "VNNI, planes of 8 bits, " + weights + " as stored";
+      return processor + ", planes of 8 bits, " + weights + " as stored";
     }
     if (reads_columns(tokens, packed, width, Type::kBFloat16)) {
-      return "VNNI, planes of 8 bits, " + weights + " in columns";
+      return processor + ", planes of 8 bits, " + weights + " in columns";
     }
     const std::string type =
         !multiplies_bfloat16(tokens, Type::kBFloat16) ? "float32, "
@@ -321,9 +325,9 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
   }
   switch (method_of(tokens, packed, in_features, groups)) {
     case Method::kStored:
-      return "VNNI, " + weights + " as stored";
+      return processor + ", " + weights + " as stored";
     case Method::kColumns:
-      return "VNNI, " + weights + " in columns" + (groups > 1 ? ", group by group" : "");
+      return processor + ", " + weights + " in columns" + (groups > 1 ? ", group by group" : "");
     default:
       return "oneDNN brgemm, " + weights + " unpacked by panels";
   }
@@ -398,16 +402,18 @@ class Results {
     }
     if (!any_hidden_) return f;
     const int64_t rank = hidden_.size(1);
-    if (in_planes()) {
-      uint8_t* bytes = reinterpret_cast<uint8_t*>(arrays);
-      byte_panel(l2_.const_data_ptr<int8_t>(), out_features_, expert * rank, rank, n, f.columns,
-                 bytes);
-      f.up_bytes = bytes;
-    } else {
-      float_panel(l2_.const_data_ptr(), type_of(l2_), out_features_, expert * rank, rank, n,
-                  f.columns, arrays);
-      f.up = arrays;
+    if constexpr (kAllKernels) {
+      if (in_planes()) {
+        uint8_t* bytes = reinterpret_cast<uint8_t*>(arrays);
+        byte_panel(l2_.const_data_ptr<int8_t>(), out_features_, expert * rank, rank, n,
+                   f.columns, bytes);
+        f.up_bytes = bytes;
+        return f;
+      }
     }
+    float_panel(l2_.const_data_ptr(), type_of(l2_), out_features_, expert * rank, rank, n,
+                f.columns, arrays);
+    f.up = arrays;
     return f;
   }
 
@@ -466,7 +472,7 @@ class Results {
   }
 
   // Whether hidden states meet up-projections as integers.
-  bool in_planes() const { return type_of(l2_) == Type::kInt8; }
+  bool in_planes() const { return kAllKernels && type_of(l2_) == Type::kInt8; }
 
   // As many bits as the tokens and the results have.
   void split_hidden(int64_t rank) {
@@ -673,6 +679,9 @@ void project_down(const Down& of, const int32_t* ids, int64_t tokens, int64_t le
   }
 }
 
+// Of these the preprocessor decides: a build that is not optimized keeps a function whose
+// calls are discarded, and would look for its kernels.
+#ifdef __AVX512VNNI__
 // The same of int8 by int8, K a multiple of 4: sums are exact, and rounded once.
 void project_integers_down(const Down& of, const int8_t* q, const float* scales,
                            const int32_t* ids, int64_t tokens, float* out) {
@@ -725,14 +734,17 @@ void project_integers_down(const Down& of, const int8_t* q, const float* scales,
     });
   }
 }
+#endif
 
 // Of quantized tokens.
 void project_quantized_down(const Down& of, const int8_t* q, const float* scales,
                             const int32_t* ids, int64_t tokens, float* out) {
   const int64_t width = of.in_features;
+#ifdef __AVX512VNNI__
   if (of.type == Type::kInt8 && width % 4 == 0) {
     return project_integers_down(of, q, scales, ids, tokens, out);
   }
+#endif
   project_down(
       of, ids, tokens, 1,
       [=](int64_t t, int64_t k, int64_t count, float* channels) {
@@ -867,7 +879,7 @@ class IntegerProduct {
             multiply_in_columns(task);
             break;
           case Method::kBrgemm:
-            multiply_by_brgemm(task);
+            if constexpr (kAllKernels) multiply_by_brgemm(task);
             brgemm = true;
         }
       }
@@ -930,7 +942,8 @@ class IntegerProduct {
   // Makes of tokens what their products read, in the results' order.
   void prepare() {
     const int64_t tokens = experts_.back().end, padded = round_up(in_features_, kBlock);
-    stride_ = std::max(padded, 4 * blocks_.steps);
+    stride_ = std::max(stored_token_bytes(weights_.first.packed, in_features_),
+                       4 * blocks_.steps);
     copy_ = scratch<int8_t>(kTokens, tokens * stride_);
     start_stride_ = std::max(groups_, groups_ > 1 ? padded / kBlock * 16 : 0);
     starts_ = scratch<int32_t>(kShared, tokens * start_stride_);
@@ -958,24 +971,16 @@ class IntegerProduct {
 
   const int8_t* quantized(int64_t i) const { return q_ + results_.order[i] * in_features_; }
 
-  // Those of packed weights with even channels first.
   void prepare_stored(int64_t i) {
-    const int64_t padded = round_up(in_features_, kBlock);
-    const int8_t* from = quantized(i);
     int8_t* to = copy_ + i * stride_;
     token_[i] = to;
-    if (weights_.first.packed) {
-      split_even_odd(from, in_features_, to);
-    } else {
-      std::memcpy(to, from, in_features_);
-      std::memset(to + in_features_, 0, padded - in_features_);
-    }
+    store_token(quantized(i), weights_.first.packed, in_features_, to);
     if (groups_ > 1) {
       int32_t* start = starts_ + i * start_stride_;
       start_blocks(to, in_features_, start);
       blocked_[i] = {to, nullptr, nullptr, start};
     } else {
-      results_.token[results_.order[i]].sum = sum_row(to, padded);
+      results_.token[results_.order[i]].sum = sum_row(quantized(i), in_features_);
     }
   }
 
@@ -1052,7 +1057,8 @@ class IntegerProduct {
     const bool by_block = rows <= kRowsOfBlock;
     const int64_t size = (by_block ? rows : kRows) * kColumns;
     const int64_t bytes = 4 * blocks_.steps * kColumns;
-    uint8_t* panel = scratch<uint8_t>(kPanel, kBlock * kColumns + (by_block ? 0 : bytes));
+    const int64_t bytes_of_block = 4 * column_steps(weights.packed, kBlock) * kColumns;
+    uint8_t* panel = scratch<uint8_t>(kPanel, bytes_of_block + (by_block ? 0 : bytes));
     int32_t* products = scratch<int32_t>(kProducts, 2 * size);
     const Sums sums{products, reinterpret_cast<float*>(products + size)};
     if (by_block) {
@@ -1092,6 +1098,7 @@ class IntegerProduct {
   void multiply_block(const Blocks::Block& block, const Tile& tile, const uint8_t* panel,
                       const float* scales, const Sums& sums) const {
     ColumnProduct product;
+    product.packed = weights_.first.packed;
     product.tokens = copy_ + tile.first * stride_ + 4 * block.first_step * tile.rows;
     product.panel = panel;
     product.start = starts_ + tile.first * start_stride_ + block.group * tile.rows;
@@ -1349,6 +1356,7 @@ bool floats_in_columns(const Smooth& smooth, const Weights& weights, const float
             const int64_t from = tile_from(i), rows = tile_from(i + 1) - from;
             const int64_t at = from * blocks.size() + number * rows;
             ColumnProduct product;
+            product.packed = true;
             product.tokens = integers + from * stride + 8 * block.first_step * rows;
             product.panel = panel;
             product.start = starts + at;
@@ -1458,16 +1466,18 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
       float* row = bfloat16 && rotated ? scratch<float>(kRow, in_features) : nullptr;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = results.order[first + i];
-        if (bfloat16) {
-          uint16_t* out = halves + i * stride;
-          if (rotated) {
-            smooth(t, row);
-            to_bfloat16_row(row, in_features, out);
-          } else {
-            smooth_row_bfloat16(row_of(rows_of_x, t), type, factors(t), in_features, out);
+        if constexpr (kAllKernels) {
+          if (bfloat16) {
+            uint16_t* out = halves + i * stride;
+            if (rotated) {
+              smooth(t, row);
+              to_bfloat16_row(row, in_features, out);
+            } else {
+              smooth_row_bfloat16(row_of(rows_of_x, t), type, factors(t), in_features, out);
+            }
+            if (stride > in_features) out[in_features] = 0;
+            continue;
           }
-          if (stride > in_features) out[in_features] = 0;
-          continue;
         }
         smooth(t, smoothed + i * in_features);
       }
@@ -1501,23 +1511,25 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
         for (int64_t k = 0; k < in_features; k += depth_of_block) {
           const int64_t depth = std::min(depth_of_block, in_features - k);
           pack_panel(weights, n, k, depth, panel);
-          if (bfloat16) {
-            expand_panel_bfloat16(panel, k, depth, width, scales, zeros, halves_of_panel);
-            const int64_t even = round_up(depth, 2);
-            if (brgemm) {
-              at::native::cpublas::brgemm(
-                  count, kColumns, even, stride, kColumns, kColumns, k > 0,
-                  reinterpret_cast<const at::BFloat16*>(halves + k),
-                  reinterpret_cast<const at::BFloat16*>(halves_of_panel), products);
+          if constexpr (kAllKernels) {
+            if (bfloat16) {
+              expand_panel_bfloat16(panel, k, depth, width, scales, zeros, halves_of_panel);
+              const int64_t even = round_up(depth, 2);
+              if (brgemm) {
+                at::native::cpublas::brgemm(
+                    count, kColumns, even, stride, kColumns, kColumns, k > 0,
+                    reinterpret_cast<const at::BFloat16*>(halves + k),
+                    reinterpret_cast<const at::BFloat16*>(halves_of_panel), products);
+                continue;
+              }
+              for (int64_t i = 0; i < count; i += kRows) {
+                const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
+                for (int r = 0; r < rows; ++r) half_pointers[r] = halves + (i + r) * stride + k;
+                multiply_bfloat16_panel(half_pointers, rows, halves_of_panel, even, k > 0,
+                                        products + i * kColumns);
+              }
               continue;
             }
-            for (int64_t i = 0; i < count; i += kRows) {
-              const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
-              for (int r = 0; r < rows; ++r) half_pointers[r] = halves + (i + r) * stride + k;
-              multiply_bfloat16_panel(half_pointers, rows, halves_of_panel, even, k > 0,
-                                      products + i * kColumns);
-            }
-            continue;
           }
           expand_panel(panel, k, depth, width, scales, zeros, floats_of_panel);
           for (int64_t i = 0; i < count; i += kRows) {

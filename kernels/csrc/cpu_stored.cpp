@@ -14,6 +14,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu_common.h"
 #include "cpu_kernels.h"
 #include "cpu_vectors.h"
 
@@ -24,25 +25,6 @@ namespace {
 // fill the registers. Fewer tokens leave room for more rows.
 constexpr int kTokensAtOnce = 8;
 constexpr int rows_at_once(int tokens) { return tokens <= 4 ? 4 : 2; }
-
-// Channels after which the next rows of weights have their turn, for the tokens to stay
-// in the first-level cache.
-int64_t channels_at_once(int tokens, int64_t in_features) {
-  constexpr int64_t kBytes = 24576;
-  const int64_t most = std::max<int64_t>(kBytes / tokens / kBlock * kBlock, 4 * kBlock);
-  const int64_t turns = (in_features + most - 1) / most;
-  return round_up((in_features + turns - 1) / std::max<int64_t>(turns, 1), kBlock);
-}
-
-// Calls f(first, count) for a few tokens at a time, as many as any other time or one more.
-template <class F>
-inline void with_tokens(int tokens, F&& f) {
-  const int times = (tokens + kTokensAtOnce - 1) / kTokensAtOnce;
-  for (int i = 0; i < times; ++i) {
-    const int first = tokens * i / times;
-    f(first, tokens * (i + 1) / times - first);
-  }
-}
 
 inline __m128i fold(__m512i v) {
   const __m256i half =
@@ -274,7 +256,14 @@ inline __m512i excess_of_block(const int8_t* split) {
 
 }  // namespace
 
-void split_even_odd(const int8_t* q, int64_t in_features, int8_t* out) {
+int64_t stored_token_bytes(bool, int64_t in_features) { return round_up(in_features, kBlock); }
+
+void store_token(const int8_t* q, bool packed, int64_t in_features, int8_t* out) {
+  if (!packed) {
+    std::memcpy(out, q, in_features);
+    std::memset(out + in_features, 0, round_up(in_features, kBlock) - in_features);
+    return;
+  }
   for (int64_t i = 0; i < in_features; i += kBlock) {
     split_block(_mm512_maskz_loadu_epi8(mask64(in_features - i), q + i),
                 _mm512_maskz_loadu_epi8(mask64(in_features - i - 64), q + i + 64), out + i);
@@ -314,50 +303,41 @@ bool split_planes(const float* v, int64_t in_features, int planes, int8_t* out,
 
 void multiply_stored(const Weights& weights, int64_t n, int columns,
                      const int8_t* const* tokens, int rows, int32_t* c) {
-  const int64_t whole = std::max<int64_t>(weights.in_features, 1);
-  const int64_t step = channels_at_once(std::min(rows, kTokensAtOnce), whole);
-  for (int64_t k = 0; k < whole; k += step) {
-    const int64_t end = std::min(whole, k + step);
-    with_tokens(rows, [&](int first, int count) {
-      with_count<kTokensAtOnce>(count, [&](auto at_once) {
+  with_turns<kTokensAtOnce>(
+      1, rows, std::max<int64_t>(weights.in_features, 1),
+      [&](auto at_once, int first, int64_t begin, int64_t end) {
         constexpr int streams = rows_at_once(at_once());
         for (int s = 0; s < columns; s += streams) {
           int32_t* to = c + first * kColumns + s;
           if (weights.packed) {
-            multiply_rows<streams, at_once(), true>(weights, n + s, k, end, tokens + first,
-                                                    k > 0, to);
+            multiply_rows<streams, at_once(), true>(weights, n + s, begin, end, tokens + first,
+                                                    begin > 0, to);
           } else {
-            multiply_rows<streams, at_once(), false>(weights, n + s, k, end, tokens + first,
-                                                     k > 0, to);
+            multiply_rows<streams, at_once(), false>(weights, n + s, begin, end,
+                                                     tokens + first, begin > 0, to);
           }
         }
       });
-    });
-  }
 }
 
 void multiply_stored_blocks(const Weights& weights, int64_t n, int columns,
                             const float* scale, const int8_t* zero, int64_t groups,
                             int planes, const BlockedToken* tokens, int rows, float* c) {
-  const int64_t whole = weights.in_features;
-  const int64_t step = channels_at_once(planes * std::min(rows, kTokensAtOnce), whole);
-  for (int64_t k = 0; k < whole; k += step) {
-    const int64_t end = std::min(whole, k + step);
-    with_tokens(rows, [&](int first, int count) {
-      with_count<kTokensAtOnce>(count, [&](auto at_once) {
+  with_turns<kTokensAtOnce>(
+      planes, rows, weights.in_features,
+      [&](auto at_once, int first, int64_t begin, int64_t end) {
         with_count<3>(planes, [&](auto of_each) {
           constexpr int streams = rows_at_once(at_once());
           for (int s = 0; s < columns; s += streams) {
-            multiply_blocks<streams, at_once(), of_each()>(weights, n + s, scale, groups, k,
-                                                           end, tokens + first, k > 0,
-                                                           c + first * kColumns + s);
+            multiply_blocks<streams, at_once(), of_each()>(
+                weights, n + s, scale, groups, begin, end, tokens + first, begin > 0,
+                c + first * kColumns + s);
           }
         });
       });
-    });
-  }
   if (zero != nullptr) {
-    take_zero_points(columns, scale + n * groups, zero + n * groups, groups, whole, tokens, rows, c);
+    take_zero_points(columns, scale + n * groups, zero + n * groups, groups,
+                     weights.in_features, tokens, rows, c);
   }
 }
 

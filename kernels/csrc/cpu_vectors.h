@@ -11,8 +11,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <type_traits>
-#include <utility>
 
 #include "cpu_kernels.h"
 
@@ -69,29 +67,6 @@ inline void transpose(__m512i r[16]) {
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
   }
-}
-
-// Calls f with the type as a constant.
-template <class F>
-inline void with_type(Type type, F&& f) {
-  switch (type) {
-    case Type::kFloat32:
-      return f(std::integral_constant<Type, Type::kFloat32>());
-    case Type::kBFloat16:
-      return f(std::integral_constant<Type, Type::kBFloat16>());
-    case Type::kFloat16:
-      return f(std::integral_constant<Type, Type::kFloat16>());
-    case Type::kInt8:
-      return f(std::integral_constant<Type, Type::kInt8>());
-  }
-}
-
-// Calls f with a count of 1 to most as a constant.
-template <int most, class F>
-inline void with_count(int count, F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    ((count == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
-  }(std::make_integer_sequence<int, most>());
 }
 
 }  // namespace masquant

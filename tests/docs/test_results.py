@@ -163,6 +163,28 @@ def test_table_of_a_whole_decoder_is_the_committed_result():
     assert _rows(_shown("docs/results.md", "cpu_model.json")) == lines
 
 
+@pytest.mark.parametrize(
+    "name, row, columns",
+    [
+        ("real_kv_window.json", "cache", [["text"], ["text, long"]]),
+        (
+            "real_fp8_cache.json",
+            "form",
+            [["image", "audio", "both, shown", "both, spoken"], ["text"]],
+        ),
+    ],
+)
+def test_tables_of_caches_are_the_committed_results(name, row, columns):
+    lines = []
+    for found in json.loads((RESULTS / name).read_text())["rows"]:
+        cells = [
+            " / ".join(f"{found['tasks'][task]['kl']:.4f}" for task in tasks)
+            for tasks in columns
+        ]
+        lines.append(f"| {found[row]} | {' | '.join(cells)} |")
+    assert _rows(_shown("docs/kv_cache.md", name)) == lines
+
+
 def test_plan_table_is_the_committed_result():
     checks = json.loads((RESULTS / "plan_check.json").read_text())
     lines = []
@@ -212,7 +234,9 @@ def test_table_of_linears_on_a_cpu_is_the_committed_result():
     assert shown == list(_cpu_lines())
 
 
-@pytest.mark.parametrize("name", ["cpu_few_tokens.json", "cpu_experts.json"])
+@pytest.mark.parametrize(
+    "name", ["cpu_few_tokens.json", "cpu_few_tokens_avx2.json", "cpu_experts.json"]
+)
 def test_tables_of_milliseconds_are_the_committed_results(name: str):
     found = json.loads((RESULTS / name).read_text())["seconds"]
     lines = []

@@ -8,6 +8,8 @@ their own, as the choice is made at import."""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +49,9 @@ print(json.dumps({"before": before, "report": cpu_lowering.report(),
                   "setuptools": "setuptools" in sys.modules}))
 """
 
+ENGINE = choose_engine({}).engine
 needs_kernels = pytest.mark.skipif(
-    choose_engine({}).engine is CpuEngine.REFERENCE,
+    ENGINE is CpuEngine.REFERENCE,
     reason=f"no C++ kernels here: {choose_engine({}).reason}",
 )
 
@@ -112,16 +115,16 @@ def test_a_compiler_that_fails_says_why(
     with pytest.raises(
         cpu_build.BuildError, match=r"ended with 3 \(internal error\):\n"
     ) as raised:
-        cpu_build.build_library()
+        cpu_build.build_library(ENGINE)
     # One line for the warning; the command and all that was said for the doctor.
     assert "\n" not in raised.value.reason and "-std=c++20" in str(raised.value)
     assert raised.value.remedy.startswith("Install a C++ compiler (GCC 11 or newer)")
-    assert not cpu_build.library_path().exists()
+    assert not cpu_build.library_path(ENGINE).exists()
     compiler.write_text(
         "#!/bin/sh\necho 'as: error: No space left on device'\nexit 1\n"
     )
     with pytest.raises(cpu_build.BuildError) as raised:
-        cpu_build.build_library()
+        cpu_build.build_library(ENGINE)
     assert raised.value.remedy.startswith("Make room")
 
 
@@ -130,12 +133,12 @@ def test_a_library_without_its_end_is_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading it would end the process with SIGBUS."""
-    whole = cpu_build.library_path()
+    whole = cpu_build.library_path(ENGINE)
     if not cpu_build.is_built(whole):
         pytest.skip("no C++ kernels were built")
     content = whole.read_bytes()
     monkeypatch.setenv("MASQUANT_CACHE_DIR", str(tmp_path))
-    path = cpu_build.library_path()
+    path = cpu_build.library_path(ENGINE)
     path.parent.mkdir(parents=True)
     for length in (0, 40, 4096, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
@@ -143,18 +146,18 @@ def test_a_library_without_its_end_is_built_again(
     # Whoever was killed while it was building left a folder behind.
     (path.parent / "building-before").mkdir()
 
-    def compiled(compiler: str, path: Path) -> None:
+    def compiled(compiler: str, engine: CpuEngine, path: Path) -> None:
         path.write_bytes(content)
 
     monkeypatch.setattr(cpu_build, "_compile", compiled)
-    assert cpu_build.is_built(cpu_build.build_library())
+    assert cpu_build.is_built(cpu_build.build_library(ENGINE))
     assert {p.name for p in path.parent.iterdir()} == {".lock", path.name}
 
 
 @needs_kernels
 def test_a_library_that_does_not_load_says_which(tmp_path: Path) -> None:
     # Sections of an ELF file, and nothing in them.
-    path = tmp_path / cpu_build.library_path().parent.name / "masquant_cpu.so"
+    path = tmp_path / cpu_build.library_path(ENGINE).parent.name / "masquant_cpu.so"
     path.parent.mkdir()
     header = bytearray(128)
     header[:6], header[40], header[58:61:2] = b"\x7fELF\x02\x01", 64, b"\x40\x01"
@@ -171,7 +174,7 @@ def test_a_cache_that_cannot_be_written_says_so(
     (tmp_path / "file").touch()
     monkeypatch.setenv("MASQUANT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(cpu_build.BuildError, match="cannot be written"):
-        cpu_build.build_library()
+        cpu_build.build_library(ENGINE)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +194,54 @@ def test_lower_levels_are_correct(
     found = run(cache, **variables)
     assert found["same"] and not found["warnings"]
     assert found["report"]["engine"] in expected
+
+
+def test_portable_kernels_pass_the_operators_cases() -> None:
+    """As on a processor with AVX2 alone, whose library has no greater one's code."""
+    environment = {**os.environ, "MASQUANT_CPU_ENGINE": "avx2"}
+    try:
+        choose_engine(environment)
+        library = cpu_build.build_library(CpuEngine.AVX2)
+    except (ValueError, cpu_build.BuildError) as error:
+        pytest.skip(str(error))
+    environment.pop("PYTEST_ADDOPTS", None)
+    cases = Path(__file__).with_name("test_operators.py")
+    quietly = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", f"{cases}::test_case", "-k", "cpu", *quietly],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout
+    if shutil.which("objdump") is None:
+        return
+    code = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", library],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "vpmaddubsw" in code
+    assert not re.search(r"%zmm|%k[0-7]\b|mm(1[6-9]|2\d|3[01])\b|vpdpbusd", code)
+
+
+def test_kernels_of_arm_under_an_emulator(tmp_path: Path) -> None:
+    """Without PyTorch, of which there is none for it here."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("g++-aarch64-linux-gnu and qemu-user are not installed")
+    check = Path(__file__).with_name("portable_kernels_check.cpp")
+    folder = Path(cpu_build.__file__).parent / "csrc"
+    flags = [*cpu_build.flags_of(CpuEngine.NEON), f"-I{folder}", "-static"]
+    sources = [str(folder / "portable_kernels.cpp"), str(check)]
+    made = str(tmp_path / "check")
+    subprocess.run([compiler, *flags, *sources, "-o", made], check=True)
+    result = subprocess.run(
+        [emulator, "-cpu", "max", made], capture_output=True, text=True
+    )
+    assert result.stdout == "NEON dot products: 0 failures\n"
 
 
 def test_places_of_the_cache() -> None:

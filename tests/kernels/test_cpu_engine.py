@@ -23,54 +23,70 @@ from torchao_masquant.kernels.cpu_engine import (
 def machine(monkeypatch: pytest.MonkeyPatch):
     """Sets what the machine is and has."""
 
-    def become(vnni: bool = True, amx: bool = True, name: str = "x86_64") -> None:
+    def become(*has: str, name: str = "x86_64") -> None:
         monkeypatch.setattr(platform, "machine", lambda: name)
         monkeypatch.setattr(sys, "platform", "linux")
-        monkeypatch.setattr(cpu_engine, "_has_vnni", lambda: vnni)
-        monkeypatch.setattr(cpu_engine, "_has_amx", lambda: amx)
+        for instructions in ("amx", "vnni", "avx_vnni", "avx2", "neon_dot"):
+            found = instructions in has
+            monkeypatch.setattr(cpu_engine, f"_has_{instructions}", lambda f=found: f)
 
     return become
 
 
+ALL = ("amx", "vnni", "avx_vnni", "avx2")
+
+
 def test_the_best_that_the_processor_has(machine) -> None:
-    machine()
-    assert choose_engine({}).engine is CpuEngine.AMX
-    machine(amx=False)
+    machine(*ALL)
+    assert choose_engine({}) == (CpuEngine.AMX, "AMX")
+    machine(*ALL[1:])
     assert choose_engine({}).engine is CpuEngine.VNNI
-    machine(vnni=False, amx=False)
-    assert choose_engine({}) == (
-        CpuEngine.REFERENCE,
-        "the processor has no AVX512-VNNI",
-    )
+    machine(*ALL[2:])
+    assert choose_engine({}).engine is CpuEngine.AVX_VNNI
+    machine("avx2")
+    reason = "AVX2; the processor has no AVX-VNNI"
+    assert choose_engine({}) == (CpuEngine.AVX2, reason)
+    machine()
+    assert choose_engine({}) == (CpuEngine.REFERENCE, "the processor has no AVX2")
 
 
-def test_another_architecture_runs_the_reference(machine) -> None:
-    for name in ("aarch64", "arm64", "riscv64"):
+def test_other_architectures(machine) -> None:
+    for name in ("aarch64", "arm64"):
+        machine("neon_dot", name=name)
+        assert (
+            choose_engine({"ATEN_CPU_CAPABILITY": "default"}).engine is CpuEngine.NEON
+        )
         machine(name=name)
-        choice = choose_engine({})
-        assert choice.engine is CpuEngine.REFERENCE
-        assert choice.reason == f"the kernels are for x86, this is {name}"
+        reason = "the processor has no NEON dot products"
+        assert choose_engine({}) == (CpuEngine.REFERENCE, reason)
+    machine(*ALL, name="riscv64")
+    reason = "the kernels are for x86 and ARM, this is riscv64"
+    assert choose_engine({}) == (CpuEngine.REFERENCE, reason)
 
 
 def test_variables_lower_the_choice(machine) -> None:
-    machine()
+    machine(*ALL)
     for variable, value, engine in (
         ("ATEN_CPU_CAPABILITY", "default", CpuEngine.REFERENCE),
-        ("ATEN_CPU_CAPABILITY", "avx2", CpuEngine.REFERENCE),
+        ("ATEN_CPU_CAPABILITY", "avx2", CpuEngine.AVX_VNNI),
         ("ATEN_CPU_CAPABILITY", "avx512", CpuEngine.AMX),
-        ("ONEDNN_MAX_CPU_ISA", "AVX2", CpuEngine.REFERENCE),
-        ("ONEDNN_MAX_CPU_ISA", "avx512_core", CpuEngine.REFERENCE),
+        ("ONEDNN_MAX_CPU_ISA", "SSE41", CpuEngine.REFERENCE),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", CpuEngine.AVX2),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2_VNNI", CpuEngine.AVX_VNNI),
+        ("ONEDNN_MAX_CPU_ISA", "avx512_core", CpuEngine.AVX2),
         ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI", CpuEngine.VNNI),
         ("DNNL_MAX_CPU_ISA", "AVX512_CORE_BF16", CpuEngine.VNNI),
         ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", CpuEngine.AMX),
         ("ONEDNN_MAX_CPU_ISA", "ALL", CpuEngine.AMX),
         ("MASQUANT_CPU_ENGINE", "reference", CpuEngine.REFERENCE),
         ("MASQUANT_CPU_ENGINE", "vnni", CpuEngine.VNNI),
+        ("MASQUANT_CPU_ENGINE", "avx2", CpuEngine.AVX2),
     ):
         assert choose_engine({variable: value}).engine is engine, (variable, value)
 
 
-def test_where_bfloat16_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_bfloat16_is_multiplied(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(*ALL)
     for limit, expected in (
         ("", True),
         ("AVX512_CORE", False),
@@ -83,6 +99,9 @@ def test_where_bfloat16_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
         assert multiplies_bfloat16({"ONEDNN_MAX_CPU_ISA": limit}) is expected
         monkeypatch.setattr(cpu_engine, "_has_bfloat16", lambda: False)
         assert not multiplies_bfloat16({"ONEDNN_MAX_CPU_ISA": limit})
+    machine("avx2")
+    monkeypatch.setattr(cpu_engine, "_has_bfloat16", lambda: True)
+    assert not multiplies_bfloat16({})
 
 
 def test_intels_processors_multiply_bfloat16_by_amx_alone(
@@ -91,15 +110,15 @@ def test_intels_processors_multiply_bfloat16_by_amx_alone(
     monkeypatch.setattr(cpu_engine, "_has_bfloat16", lambda: True)
     monkeypatch.setattr(cpu_engine, "_is_intel", lambda: True)
     for amx in (False, True):
-        machine(vnni=True, amx=amx)
+        machine(*ALL[0 if amx else 1 :])
         assert multiplies_bfloat16({}) is amx
 
 
 def test_an_engine_that_cannot_be_raises(machine) -> None:
-    machine(vnni=False, amx=False)
+    machine("avx2")
     with pytest.raises(ValueError, match="cannot run here .*no AVX512-VNNI"):
         choose_engine({"MASQUANT_CPU_ENGINE": "vnni"})
-    with pytest.raises(ValueError, match="choose one of amx, vnni, reference"):
+    with pytest.raises(ValueError, match="choose one of amx, vnni, avx_vnni, avx2"):
         choose_engine({"MASQUANT_CPU_ENGINE": "AVX"})
 
 
@@ -110,5 +129,7 @@ def test_this_machine_is_asked_right() -> None:
     with open("/proc/cpuinfo") as file:
         flags = next(line for line in file if line.startswith("flags")).split()
     assert cpu_engine._has_vnni() == ("avx512_vnni" in flags)
+    assert cpu_engine._has_avx2() == ("avx2" in flags)
+    assert cpu_engine._has_avx_vnni() == ("avx_vnni" in flags)
     assert cpu_engine._has_bfloat16() == ("avx512_bf16" in flags)
     assert torch.cpu._is_amx_tile_supported() <= ("amx_tile" in flags)

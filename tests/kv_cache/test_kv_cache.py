@@ -6,6 +6,7 @@
 """A cache of 8 and 4 bits: what it holds, what it gives, and for which models."""
 
 import copy
+import json
 
 import pytest
 import tiny_models
@@ -21,11 +22,19 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from torchao_masquant import CacheRecipe, calibrate_cache, token_modalities
+from torchao_masquant.kv_cache import quantized_layer, rounded_tokens
 from torchao_masquant.kv_cache.rounded_tokens import round_tokens
-from torchao_masquant.outputs import CACHE_FORMAT
+from torchao_masquant.outputs import CACHE_FILE, CACHE_FORMAT, QUANT_METHOD
 from torchao_masquant.routing import router_of
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
+
+
+@pytest.fixture(autouse=True)
+def short_window(monkeypatch):
+    """Prompts of a few tokens are to be rounded."""
+    monkeypatch.setattr(quantized_layer, "WINDOW", 2)
+    monkeypatch.setattr(quantized_layer, "AT_ONCE", 3)
 
 
 def tokens(kind: str, width: int = 64) -> torch.Tensor:
@@ -94,12 +103,12 @@ def seeing():
     return model, calibrate_cache(model, samples(audio=False), progress=False)
 
 
-def keys_of(model, inputs):
+def keys_of(model, inputs, kind="keys"):
     """(B, H, S, D) of each layer, as they are cached."""
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
-    return [layer.keys for layer in cache.layers]
+    return [getattr(layer, kind) for layer in cache.layers]
 
 
 def test_centers_are_means_of_each_modality_s_keys(seeing):
@@ -125,6 +134,34 @@ def test_centers_are_means_of_each_modality_s_keys(seeing):
                 recipe.factors[index][number].double(), factor, rtol=1e-4, atol=1e-6
             )
     assert router_of(model) is None
+
+
+def test_what_all_tokens_share(seeing):
+    """Of keys and values without padding; no rotated key is further off than is said."""
+    model, recipe = seeing
+    seen = [[], []]
+    for inputs in samples(audio=False):
+        known = inputs["attention_mask"] != 0
+        for parts, kind in zip(seen, ("keys", "values")):
+            states = keys_of(model, inputs, kind)[1].transpose(1, 2)
+            parts.append(states[known].double())
+    keys, values = map(torch.cat, seen)
+    shared = recipe.shared[1]
+    torch.testing.assert_close(shared.key_center.double(), keys.mean(0))
+    factor = keys.std(0, correction=0).sqrt()
+    factor = factor / factor.log().mean(-1, keepdim=True).exp()
+    torch.testing.assert_close(shared.key_factor.double(), factor, rtol=1e-4, atol=0)
+    width = keys.shape[-1]
+    turn = rounded_tokens.rotation(width, torch.device("cpu")).double()
+    rotated = ((keys - keys.mean(0)) / factor) @ turn
+    key_far, value_most = shared.largest.tolist()
+    assert rotated.abs().max() < key_far < 8 * rotated.abs().max()
+    assert value_most == pytest.approx(values.abs().max().item())
+
+
+def held(layer):
+    """(B, H, S, D) keys of all tokens, as a call would attend to them."""
+    return torch.cat((layer._dequantized()[0], layer.recent_keys), -2)
 
 
 @torch.no_grad()
@@ -173,7 +210,7 @@ def test_a_center_of_each_modality_is_worth_something(seeing):
     for known in (recipe, confused):
         cache = known.new_cache(model, bits=4)
         said(model, inputs, cache, steps=0)
-        found = [layer._dequantized()[0] for layer in cache.layers]
+        found = [held(layer) for layer in cache.layers]
         wrong.append(sum((a - b).square().sum() for a, b in zip(found, exact)))
     assert wrong[0] < wrong[1] / 2
 
@@ -188,7 +225,36 @@ def test_bytes(seeing, bits):
     (heads, width) = recipe.centers[0].shape[1:]
     # Codes, a step and an offset of keys and of values; and a byte that tells the modality.
     token = 2 * heads * (width * bits // 8 + 4) + 1
-    assert [layer.nbytes for layer in cache.layers] == [batch_size * length * token] * 2
+    recent = 2 * heads * width * 4 + 1
+    last = 2 + (length - 2) % 3
+    expected = batch_size * ((length - last) * token + last * recent)
+    assert [layer.nbytes for layer in cache.layers] == [expected] * 2
+
+
+def test_the_last_tokens_are_held_as_they_are(seeing):
+    """Of any call, and while one token follows the other; the others are rounded once."""
+    model, recipe = seeing
+    window, at_once, heads = 2, 3, recipe.centers[0].shape[1]
+    layer = recipe.new_cache(model, bits=4).layers[0]
+    layer._ids_of = lambda keys: torch.zeros(1, 1, keys.shape[2], 1, dtype=torch.uint8)
+    given = torch.randn(1, heads, 20, recipe.centers[0].shape[2])
+    rounded, at = {}, 0
+    for step in (2, 8, 1, 1, 7, 1):
+        part = given[:, :, at : at + step]
+        keys, values = layer.update(part, -part)
+        at += step
+        assert layer.get_seq_length() == keys.shape[2] == values.shape[2] == at
+        recent = layer.recent_keys.shape[2]
+        assert torch.equal(
+            held(layer)[:, :, at - recent :], given[:, :, at - recent : at]
+        )
+        assert min(at, window) <= recent < window + at_once
+        old = layer._dequantized()[0]
+        for count, earlier in rounded.items():
+            assert torch.equal(old[:, :, :count], earlier)
+        rounded[old.shape[2]] = old
+        assert not (old == given[:, :, : old.shape[2]]).all(-1).any()
+    assert len(rounded) > 3
 
 
 def test_generate(seeing):
@@ -211,16 +277,20 @@ def test_rows_are_taken_repeated_and_cropped(seeing):
     cache = recipe.new_cache(model, bits=4)
     said(model, inputs, cache, steps=2)
     layer = cache.layers[0]
-    before, length = layer._dequantized()[0], layer.get_seq_length()
+    before, length = held(layer), layer.get_seq_length()
+    assert 0 < layer.recent_keys.shape[2] < length
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(layer._dequantized()[0], before[[1, 0]])
+    assert torch.equal(held(layer), before[[1, 0]])
     cache.batch_repeat_interleave(2)
-    assert torch.equal(layer._dequantized()[0], before[[1, 1, 0, 0]])
+    assert torch.equal(held(layer), before[[1, 1, 0, 0]])
     cache.batch_select_indices(torch.tensor([2]))
-    assert torch.equal(layer._dequantized()[0], before[[0]])
-    cache.crop(-3)
-    assert cache.get_seq_length() == length - 3
-    assert torch.equal(layer._dequantized()[0], before[[0], :, :-3])
+    assert torch.equal(held(layer), before[[0]])
+    # Within what is held as it is, and beyond it.
+    for removed in (1, 5):
+        cache.crop(-removed)
+        length -= removed
+        assert cache.get_seq_length() == length
+        assert torch.equal(held(layer), before[[0], :, :length])
     with pytest.raises(ValueError, match="minus the number of tokens"):
         layer.crop(2)
     cache.reset()
@@ -268,7 +338,9 @@ def test_a_cache_of_fewer_modalities_refuses_calls_with_others_and_no_more():
     cache = other.new_cache(model)
     said(model, batch(PROMPT), cache, steps=0)
     seen = torch.isin(batch(PROMPT)["input_ids"], torch.tensor([IMAGE, VIDEO]))
-    assert torch.equal(cache.layers[0].ids[:, 0, :, 0] == 0, seen)
+    layer = cache.layers[0]
+    ids = torch.cat((layer.ids, layer.recent_ids), 2)
+    assert torch.equal(ids[:, 0, :, 0] == 0, seen)
     assert len(model.modality_routers) == 1
 
 
@@ -280,6 +352,8 @@ def test_a_file(seeing, tmp_path):
     for kind in ("centers", "factors"):
         for ours, theirs in zip(getattr(loaded, kind), getattr(recipe, kind)):
             assert torch.equal(ours, theirs)
+    for ours, theirs in zip(loaded.shared, recipe.shared, strict=True):
+        assert all(map(torch.equal, ours, theirs))
     with pytest.raises(FileNotFoundError, match="there is no cache recipe"):
         CacheRecipe.load(tmp_path / "none.safetensors")
     tiny_models.recipe_of(qwen25_vl(1)).save(tmp_path / "other.safetensors")
@@ -289,8 +363,12 @@ def test_a_file(seeing, tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         CacheRecipe.load(tmp_path / "damaged.safetensors")
     found = load_file(tmp_path / "cache.safetensors")
-    del found["factors.0"]
+    # As it was written before engines were given any.
+    found = {n: t for n, t in found.items() if not n.startswith("shared.")}
     header = {"format": CACHE_FORMAT, "modalities": '["text", "vision"]'}
+    save_file(found, tmp_path / "old.safetensors", metadata=header)
+    assert CacheRecipe.load(tmp_path / "old.safetensors").shared == []
+    del found["factors.0"]
     save_file(found, tmp_path / "less.safetensors", metadata=header)
     with pytest.raises(ValueError, match="is damaged: .*factors.0"):
         CacheRecipe.load(tmp_path / "less.safetensors")
@@ -299,6 +377,19 @@ def test_a_file(seeing, tmp_path):
         recipe.save(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         recipe.save(tmp_path / "none" / "cache.safetensors")
+
+
+def test_in_a_quantized_folder_it_has_a_name_that_is_known(seeing, tmp_path):
+    _, recipe = seeing
+    with pytest.raises(IsADirectoryError, match="give the name of a file"):
+        recipe.save(tmp_path)
+    entry = {"quantization_config": {"quant_method": QUANT_METHOD}}
+    (tmp_path / "config.json").write_text(json.dumps(entry))
+    with pytest.raises(FileNotFoundError, match="there is no cache recipe"):
+        CacheRecipe.load(tmp_path)
+    recipe.save(tmp_path)
+    assert (tmp_path / CACHE_FILE).is_file()
+    assert CacheRecipe.load(tmp_path).modalities == recipe.modalities
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence(seeing):
@@ -319,11 +410,12 @@ def test_what_does_not_fit_is_refused_in_a_sentence(seeing):
         calibrate_cache(model, text_alone)
     only = calibrate_cache(model, text_alone, modalities=["text"], progress=False)
     assert only.centers[0].shape[0] == 1
-    broken = copy.deepcopy(model)
-    with torch.no_grad():
-        broken.get_decoder().layers[1].self_attn.k_proj.bias[0] = torch.nan
-    with pytest.raises(ValueError, match="a key of layer 1 is nan or inf"):
-        calibrate_cache(broken, data, progress=False)
+    for name, what in (("v_proj", "a value"), ("k_proj", "a key")):
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            getattr(broken.get_decoder().layers[1].self_attn, name).bias[0] = torch.nan
+        with pytest.raises(ValueError, match=f"{what} of layer 1 is nan or inf"):
+            calibrate_cache(broken, data, progress=False)
 
 
 def test_encoders_are_refused():

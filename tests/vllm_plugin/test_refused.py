@@ -16,7 +16,8 @@ from torchao.quantization import quantize_
 from transformers import AutoModelForCausalLM
 from vllm_process import told
 
-from torchao_masquant import calibrate, masquant_config, save_quantized
+from torchao_masquant import CacheRecipe, calibrate, masquant_config, save_quantized
+from torchao_masquant.kv_cache.cache_recipe import SharedLayer
 from torchao_masquant.testing import model_folders
 
 pytest.importorskip("vllm")
@@ -65,6 +66,22 @@ def _wider(entry) -> None:
         form["shape"][0] *= 2
 
 
+def _with_recipe(folder: Path, layers: int) -> Path:
+    """A copy with a cache recipe of a decoder of so many layers."""
+    copy = shutil.copytree(folder, folder.parent / f"recipe of {layers}")
+
+    def parts():
+        return [torch.ones(1, 1, 32) for _ in range(layers)]
+
+    shared = [
+        SharedLayer(*(torch.ones(1, 32) for _ in range(2)), torch.ones(2))
+        for _ in range(layers)
+    ]
+    recipe = CacheRecipe(("text",), parts(), parts(), shared)
+    recipe.save(copy)
+    return copy
+
+
 def test_each_is_a_sentence(folder, tmp_path):
     other = _changed(folder, "other", _of_another_architecture)
     newer = _changed(folder, "newer", lambda entry: entry.update(format_version=99))
@@ -77,6 +94,14 @@ def test_each_is_a_sentence(folder, tmp_path):
         "leave out --enable-lora": (folder, {"enable_lora": True}),
         "leave out --load-format dummy": (folder, {"load_format": "dummy"}),
         "quantized weights are not loaded again": (folder, {"loads_again": True}),
+        "of a decoder of 3 layers, and its model has 2": (
+            _with_recipe(folder, 3),
+            {"kv_cache_dtype": "fp8"},
+        ),
+        "not served with a cache of fp8_e5m2": (
+            _with_recipe(folder, 2),
+            {"kv_cache_dtype": "fp8_e5m2"},
+        ),
     }
     said = _said(tmp_path / "said.json", attempts.values())
     found = {

@@ -125,14 +125,15 @@ def _look_at_cpu(found: Diagnosis) -> None:
         f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     )
     # Before anything is built: what the next process would have found.
-    cached = library_path().exists()
     wanted = cpu_lowering.engine()
+    compiled = wanted.engine is not CpuEngine.REFERENCE
+    cached = compiled and library_path(wanted.engine).exists()
     with warnings.catch_warnings():
         # It is told below, as a problem.
         warnings.simplefilter("ignore")
         report = cpu_lowering.report()
     found.cpu = dict(report)
-    if wanted.engine is CpuEngine.REFERENCE:
+    if not compiled:
         found.cpu["cache"] = "not needed"
     else:
         state = "found in the cache" if cached else "compiled just now"

@@ -125,7 +125,9 @@ def _write(
     }
     torch.save({fqn: constants[fqn] for fqn in sorted(needed)}, folder / names.WEIGHTS)
     if kernels == "cpu":
-        shutil.copyfile(cpu_lowering.library_path(), folder / names.LIBRARY)
+        engine = cpu_lowering.engine().engine
+        shutil.copyfile(cpu_lowering.library_path(engine), folder / names.LIBRARY)
+        facts = {"engine": engine.value, **facts}
     shutil.copyfile(names.__file__, folder / Path(names.__file__).name)
     facts = {
         "format": names.FORMAT,

@@ -6,9 +6,10 @@
 """What a quantized cache knows of a model's keys, and its file."""
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,11 +17,39 @@ from safetensors.torch import save_file
 from torch import nn
 
 from torchao_masquant.atomic_files import replacing
-from torchao_masquant.outputs import CACHE_FORMAT, check_file
+from torchao_masquant.outputs import CACHE_FILE, CACHE_FORMAT, check_file, kind_of
 from torchao_masquant.routed_modules import routers_of_calls
 from torchao_masquant.routing import Router, router_of
 
-__all__ = ["CacheRecipe", "decoder_layers"]
+__all__ = ["CacheRecipe", "SharedLayer", "decoder_layers"]
+
+
+class SharedLayer(NamedTuple):
+    """What is known of a layer's tokens of all modalities, for kernels that know none.
+
+    Attributes:
+        key_center: (H, D) float32, the mean of keys.
+        key_factor: (H, D) float32, positive: what they are divided by then.
+        largest: (2,) float32: no channel of a key, less its centre, divided and rotated, nor
+            of a value is larger.
+    """
+
+    key_center: torch.Tensor
+    key_factor: torch.Tensor
+    largest: torch.Tensor
+
+    @property
+    def fp8_scales(self) -> tuple[float, float]:
+        """What keys and values are divided by to be rounded to e4m3.
+
+        A power of two divides without an error; there is room for twice the largest.
+        """
+        most = torch.finfo(torch.float8_e4m3fn).max
+        key, value = (
+            2.0 ** math.ceil(math.log2(max(far, 1e-30) * 2 / most))
+            for far in self.largest.tolist()
+        )
+        return key, value
 
 
 @dataclass(eq=False)
@@ -33,11 +62,14 @@ class CacheRecipe:
             are cached, with their positions.
         factors: of each layer (M, H, D) float32, positive: what keys are divided by once
             their mean is off.
+        shared: of each layer what engines are given; empty where the file was written
+            before there was any.
     """
 
     modalities: tuple[str, ...]
     centers: list[torch.Tensor]
     factors: list[torch.Tensor]
+    shared: list[SharedLayer] = field(default_factory=list)
 
     def new_cache(self, model: nn.Module, bits: int = 8) -> Any:
         """An empty cache, for ``model(..., past_key_values=...)`` and ``generate``.
@@ -84,29 +116,40 @@ class CacheRecipe:
     def save(self, path: Union[str, Path]) -> None:
         """Write it to a safetensors file, whole or not at all; one of its kind is replaced.
 
+        Args:
+            path: of the file; or of a quantized folder, in which vLLM looks for it.
+
         Raises:
             FileNotFoundError: the folder of ``path`` does not exist.
             ValueError: another file is there, such as a model's weights.
         """
+        path = _file(path)
         check_file(path, "cache")
         tensors = {
             f"{kind}.{index}": tensor.contiguous()
             for kind in ("centers", "factors")
             for index, tensor in enumerate(getattr(self, kind))
         }
+        for index, shared in enumerate(self.shared):
+            for part, tensor in shared._asdict().items():
+                tensors[f"shared.{index}.{part}"] = tensor.contiguous()
         header = {"format": CACHE_FORMAT, "modalities": json.dumps(self.modalities)}
-        with replacing(Path(path)) as temporary:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=header)
 
     @classmethod
     def load(cls, path: Union[str, Path]) -> "CacheRecipe":
         """Read what :meth:`save` wrote.
 
+        Args:
+            path: of the file, or of the quantized folder that it lies in.
+
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is another file, or damaged.
         """
-        if not Path(path).is_file():
+        path = _file(path)
+        if not path.is_file():
             raise FileNotFoundError(f"there is no cache recipe {str(path)!r}.")
         try:
             with safe_open(path, framework="pt") as file:
@@ -116,16 +159,27 @@ class CacheRecipe:
             raise ValueError(f"{path} is damaged: {error}.") from error
         if header.get("format") != CACHE_FORMAT:
             raise ValueError(f"{path} is not what calibrate_cache found of a model.")
-        layers = range(len(tensors) // 2)
+        layers = range(sum(name.startswith("centers.") for name in tensors))
+        has_shared = any(name.startswith("shared.") for name in tensors)
         try:
             modalities = tuple(json.loads(header["modalities"]))
             centers, factors = (
                 [tensors[f"{kind}.{i}"] for i in layers]
                 for kind in ("centers", "factors")
             )
+            shared = [
+                SharedLayer(*(tensors[f"shared.{i}.{p}"] for p in SharedLayer._fields))
+                for i in (layers if has_shared else ())
+            ]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error!r}.") from error
-        return cls(modalities, centers, factors)
+        return cls(modalities, centers, factors, shared)
+
+
+def _file(path: Union[str, Path]) -> Path:
+    """The file that is meant, where a folder may be."""
+    path = Path(path)
+    return path / CACHE_FILE if kind_of(path) == "model" else path
 
 
 def decoder_layers(model: nn.Module) -> int:

@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Means and sizes of a model's keys by modality, from its calls on some data."""
+"""Means and sizes of a model's keys and values, from its calls on some data."""
 
 import inspect
 from typing import Any, Iterable, Mapping, Optional, Sequence
@@ -12,7 +12,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from torchao_masquant.kv_cache.cache_recipe import CacheRecipe, decoder_layers
+from torchao_masquant.kv_cache.cache_recipe import (
+    CacheRecipe,
+    SharedLayer,
+    decoder_layers,
+)
 from torchao_masquant.models.parts import token_reader
 from torchao_masquant.routing import Router
 from torchao_masquant.sample_checks import NEEDED, check_samples, no_samples
@@ -22,7 +26,8 @@ __all__ = ["calibrate_cache", "center_and_factor"]
 
 
 class _ObservedLayer(DynamicLayer):
-    """Keeps no tokens: counts, sums and squares of the keys of each modality, in float64."""
+    """Keeps no tokens: counts, sums and squares of the keys of each modality, in float64; and
+    of all tokens each channel's least and most, and the largest value."""
 
     def __init__(self, router: Router):
         super().__init__()
@@ -30,6 +35,8 @@ class _ObservedLayer(DynamicLayer):
         self.counts = torch.zeros(len(router.modalities), dtype=torch.int64)
         self.sums: Optional[torch.Tensor] = None
         self.squares: Optional[torch.Tensor] = None
+        self.least, self.most = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+        self.largest_value = torch.tensor(0.0)
 
     def get_seq_length(self) -> int:
         """Each call begins anew."""
@@ -42,7 +49,7 @@ class _ObservedLayer(DynamicLayer):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take note of the keys of a call, (B, H, S, D)."""
+        """Take note of the keys and values of a call, (B, H, S, D)."""
         if self.sums is None or self.squares is None:
             shape = (len(self.counts), key_states.shape[1], key_states.shape[3])
             self.sums = torch.zeros(shape, dtype=torch.float64)
@@ -57,6 +64,12 @@ class _ObservedLayer(DynamicLayer):
             self.counts[modality] += len(mine)
             self.sums[modality] += mine.sum(0)
             self.squares[modality] += mine.square().sum(0)
+        seen = ids >= 0
+        if seen.any():
+            self.least = torch.minimum(self.least, keys[seen].amin(0))
+            self.most = torch.maximum(self.most, keys[seen].amax(0))
+            values = value_states.transpose(1, 2).flatten(0, 1).cpu()[seen]
+            self.largest_value = torch.maximum(self.largest_value, values.abs().max())
         return key_states, value_states
 
     def found(
@@ -77,6 +90,18 @@ class _ObservedLayer(DynamicLayer):
         if not self.squares.isfinite().all():
             raise ValueError(f"a key of layer {index} is nan or inf.")
         return center_and_factor(self.counts[:, None, None], self.sums, self.squares)
+
+    def shared(self, index: int) -> SharedLayer:
+        """What is known of the tokens of all modalities, once :meth:`found` has looked."""
+        assert self.sums is not None and self.squares is not None
+        sums, squares = self.sums.sum(0), self.squares.sum(0)
+        center, factor = center_and_factor(self.counts.sum(), sums, squares)
+        # In the direction that a rotation makes one channel of, at most.
+        far = torch.maximum(self.most - center, center - self.least) / factor
+        if not self.largest_value.isfinite():
+            raise ValueError(f"a value of layer {index} is nan or inf.")
+        largest = torch.stack((far.norm(dim=-1).max(), self.largest_value)).float()
+        return SharedLayer(center, factor, largest)
 
 
 def center_and_factor(
@@ -124,8 +149,8 @@ def calibrate_cache(
         The recipe, on the CPU.
 
     Raises:
-        ValueError: there are no samples; a modality has no tokens; a key is nan or inf;
-            layers of the decoder are not for it.
+        ValueError: there are no samples; a modality has no tokens; a key or a value is nan
+            or inf; layers of the decoder are not for it.
         TypeError: the model is none of transformers', or a sample is none of its inputs.
     """
     check_samples(samples)
@@ -149,4 +174,5 @@ def calibrate_cache(
         raise no_samples(samples, "samples", NEEDED)
     found = [layer.found(i, router.modalities) for i, layer in enumerate(layers)]
     centers, factors = map(list, zip(*found))
-    return CacheRecipe(router.modalities, centers, factors)
+    shared = [layer.shared(i) for i, layer in enumerate(layers)]
+    return CacheRecipe(router.modalities, centers, factors, shared)

@@ -16,14 +16,19 @@ from torchao_masquant.routing import Router
 
 __all__ = ["QuantizedLayer"]
 
-_PARTS = ("keys", "key_scale", "key_low", "values", "value_scale", "value_low", "ids")
+_ROUNDED = ("keys", "key_scale", "key_low", "values", "value_scale", "value_low", "ids")
+_RECENT = ("recent_keys", "recent_values", "recent_ids")
+
+#: So many tokens at least, the last ones, are held as they are; those before them are rounded
+#: so many at a time, and once.
+WINDOW, AT_ONCE = 32, 32
 
 
 class QuantizedLayer(DynamicLayer):
-    """Keys and values of one decoder layer, rounded as they come.
+    """Keys and values of one decoder layer, rounded once others have come after them.
 
-    What a call adds is attended to as it is, and rounded for the calls after it. A key is
-    held as ``H((k - center) / factor)`` with those of its token's modality, in float32.
+    What a call adds is attended to as it is, and the last tokens are held so. A key that has
+    left their window is held as ``H((k - center) / factor)`` with those of its token's modality, in float32.
 
     Args:
         center: (M, H, D), of each modality.
@@ -81,7 +86,8 @@ class QuantizedLayer(DynamicLayer):
             device=self.device,
         )
         none = torch.zeros(batch, 1, 0, 1, dtype=torch.uint8, device=self.device)
-        self._take(self._rounded(key_states[:, :, :0], value_states[:, :, :0], none))
+        empty = (key_states[:, :, :0], value_states[:, :, :0], none)
+        self._take({**self._rounded(*empty), **dict(zip(_RECENT, empty))})
         self.is_initialized = True
 
     def update(
@@ -108,15 +114,32 @@ class QuantizedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         ids = self._ids_of(key_states)
-        earlier = self._dequantized() if self.get_seq_length() else None
-        added = self._rounded(key_states, value_states, ids)
-        self._take(
-            {n: torch.cat((getattr(self, n), part), -2) for n, part in added.items()}
-        )
-        if earlier is None:
-            return key_states, value_states
-        keys, values = earlier
-        return torch.cat((keys, key_states), -2), torch.cat((values, value_states), -2)
+        recent = [
+            torch.cat((getattr(self, name), part), -2)
+            for name, part in zip(_RECENT, (key_states, value_states, ids))
+        ]
+        keys, values = recent[:2]
+        if self.ids.shape[-2]:
+            old_keys, old_values = self._dequantized()
+            keys = torch.cat((old_keys, keys), -2)
+            values = torch.cat((old_values, values), -2)
+        count = recent[0].shape[-2]
+        leaving = max(count - WINDOW, 0) // AT_ONCE * AT_ONCE
+        if leaving:
+            left = self._rounded(*(part[..., :leaving, :] for part in recent))
+            self._take(
+                {n: torch.cat((getattr(self, n), part), -2) for n, part in left.items()}
+            )
+            # In memory of their own, which does not hold that of a long call.
+            recent = [part[..., leaving:, :].clone() for part in recent]
+        self._take(dict(zip(_RECENT, recent)))
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens that are held."""
+        if not self.is_initialized:
+            return 0
+        return int(self.ids.shape[-2] + self.recent_ids.shape[-2])
 
     def _ids_of(self, keys: torch.Tensor) -> torch.Tensor:
         """(B, 1, S, 1) uint8, which of the cache's modalities each token is of."""
@@ -140,7 +163,7 @@ class QuantizedLayer(DynamicLayer):
         center, factor = self._of_tokens(held)
         key = round_tokens((keys.float() - center) / factor, self._bits)
         value = round_tokens(values, self._bits)
-        return dict(zip(_PARTS, (*key, *value, held)))
+        return dict(zip(_ROUNDED, (*key, *value, held)))
 
     def _of_tokens(self, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, H, S, D) centres and factors, of (B, 1, S, 1) ids."""
@@ -149,7 +172,7 @@ class QuantizedLayer(DynamicLayer):
         return center.transpose(1, 2), factor.transpose(1, 2)
 
     def _dequantized(self) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [getattr(self, name) for name in _PARTS]
+        parts = [getattr(self, name) for name in _ROUNDED]
         center, factor = self._of_tokens(parts[-1])
         keys = RoundedTokens(*parts[:3]).values(self._widths[0]) * factor + center
         values = RoundedTokens(*parts[3:6]).values(self._widths[1])
@@ -162,14 +185,15 @@ class QuantizedLayer(DynamicLayer):
     def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """All parts have the batch first, and tokens last but one."""
         if self.is_initialized:
-            self._take({name: change(getattr(self, name)) for name in _PARTS})
+            names = (*_ROUNDED, *_RECENT)
+            self._take({name: change(getattr(self, name)) for name in names})
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held of all tokens."""
         if not self.is_initialized:
             return 0
-        return sum(getattr(self, name).nbytes for name in _PARTS)
+        return sum(getattr(self, name).nbytes for name in (*_ROUNDED, *_RECENT))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget so many of the last tokens, a negative number of them."""
@@ -177,8 +201,12 @@ class QuantizedLayer(DynamicLayer):
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}."
             )
-        if tokens_to_remove:
-            self._change(lambda part: part[:, :, :tokens_to_remove])
+        if not tokens_to_remove or not self.is_initialized:
+            return
+        kept = max(self.get_seq_length() + tokens_to_remove, 0)
+        held = self.ids.shape[-2]
+        for names, left in ((_ROUNDED, kept), (_RECENT, max(kept - held, 0))):
+            self._take({n: getattr(self, n)[:, :, :left] for n in names})
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""

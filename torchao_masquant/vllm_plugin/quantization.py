@@ -7,11 +7,14 @@
 
 import re
 import warnings
-from typing import TYPE_CHECKING, Any, Mapping, Optional
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
 
 import torch
 from torch import nn
+from transformers.utils import cached_file
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -26,8 +29,14 @@ from vllm.version import __version__ as vllm_version
 
 from torchao_masquant.integrations.checkpoint_format import CheckpointFormat
 from torchao_masquant.integrations.layer_format import LayerFormat
+from torchao_masquant.kv_cache import CacheRecipe
 from torchao_masquant.modality import modality_token_ids
-from torchao_masquant.outputs import QUANT_METHOD
+from torchao_masquant.outputs import CACHE_FILE, QUANT_METHOD
+from torchao_masquant.vllm_plugin.cache_method import (
+    MASQuantCacheMethod,
+    cached_in_fp8,
+    check_fits,
+)
 from torchao_masquant.vllm_plugin.expert_method import MASQuantExpertMethod
 from torchao_masquant.vllm_plugin.linear_method import MASQuantLinearMethod
 from torchao_masquant.vllm_plugin.token_ids import TokenIds, watch_embedding
@@ -125,6 +134,7 @@ class MASQuantVllmConfig(QuantizationConfig):
         self._unclaimed = set(self.layers)
         self._hf_config: Any = None
         self._token_ids: Optional[TokenIds] = None
+        self._source: tuple[str, Optional[str]] = ("", None)
 
     @classmethod
     def get_name(cls) -> str:
@@ -186,8 +196,10 @@ class MASQuantVllmConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: Optional[str] = None
     ) -> None:
-        """Keep the whole model's config: inside of it, vLLM knows that of a part."""
+        """Keep the whole model's config: inside of it, vLLM knows that of a part; and where
+        the folder is, or what the hub calls it."""
         self._hf_config = hf_config
+        self._source = (model_name, revision)
 
     def _is_of_this_process(self, name: str) -> bool:
         """Whether a layer of this name belongs to the stage that this process has."""
@@ -209,6 +221,8 @@ class MASQuantVllmConfig(QuantizationConfig):
             ValueError: vLLM has merged what is quantized with what is not, or can't run
                 what the checkpoint has there.
         """
+        if isinstance(layer, (Attention, MLAAttention)):
+            return self._cache_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
             return self._expert_method(layer, prefix)
         found = self._layers_of(prefix)
@@ -231,6 +245,30 @@ class MASQuantVllmConfig(QuantizationConfig):
                 "set VLLM_MLA_DISABLE=1, or calibrate with exclude='*.kv_b_proj'."
             )
         return MASQuantLinearMethod(self, found, self._ids_for(found))
+
+    def _cache_method(
+        self, layer: Union[Attention, MLAAttention], prefix: str
+    ) -> Optional[MASQuantCacheMethod]:
+        """How a layer's cache is rounded; None: as vLLM does it."""
+        if not cached_in_fp8(layer) or self._cache_recipe is None:
+            return None
+        return MASQuantCacheMethod(self, self._cache_recipe, layer, prefix)
+
+    @cached_property
+    def _cache_recipe(self) -> Optional[CacheRecipe]:
+        """What the folder knows of the model's keys and values."""
+        name, revision = self._source
+        found = cached_file(
+            name,
+            CACHE_FILE,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if found is None:
+            return None
+        recipe = CacheRecipe.load(found)
+        check_fits(recipe)
+        return recipe
 
     def _expert_method(
         self, layer: RoutedExperts, prefix: str

@@ -93,12 +93,19 @@ class Decoder:
                 f"{place} was compiled with torch {self.facts['torch']}, this is "
                 f"{torch.__version__}: export it again."
             )
-        if self.facts["kernels"] == "cpu" and not (
-            torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported()
-        ):
+        # Before the library is loaded: that alone runs instructions which others lack.
+        engine = self.facts.get("engine", "")
+        vnni = torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported()
+        needs, has = {
+            "amx": ("AVX512-VNNI", vnni),
+            "vnni": ("AVX512-VNNI", vnni),
+            "avx_vnni": ("AVX-VNNI", torch.cpu._is_avx2_supported()),
+            "avx2": ("AVX2", torch.cpu._is_avx2_supported()),
+        }.get(engine, ("", True))
+        if not has:
             raise RuntimeError(
-                f"{place} needs a processor with AVX512-VNNI: export it with "
-                "kernels='aten'."
+                f"{place} needs a processor with {needs}: export it on one like this, or "
+                "with kernels='aten'."
             )
 
     def _load(self, package: str, name: str) -> Any:
