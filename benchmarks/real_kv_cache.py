@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 from unittest import mock
 
+# The package finds what is imported from research/.
+import real  # noqa: F401
 import torch
 from baselines.fingerprint import code_fingerprint
 from real.examples import TEXT, calibration_samples, heldout_samples

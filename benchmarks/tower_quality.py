@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
+# The package finds what is imported from research/.
+import real  # noqa: F401
 import torch
 from baselines.fingerprint import code_fingerprint
 from real import examples, thinker
