@@ -15,7 +15,7 @@ from group_oracle import data, statistics
 from hadamard_oracle import hadamard_f64
 
 from torchao_masquant.options import ALPHAS, SEPARATIONS, SolverOptions
-from torchao_masquant.solver.judge import mean_log_error
+from torchao_masquant.solver.judge import mean_log_error, token_error
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.modality_input import modality_inputs
 from torchao_masquant.solver.shared_weight import round_to_nearest
@@ -283,3 +283,26 @@ def test_clipping_goes_by_what_each_modality_loses(importances, hadamard_size):
         )
         assert torch.equal(layers[name].scale, expected.scale)
         assert torch.equal(layers[name].qdata, expected.qdata)
+
+
+def test_a_loud_token_hides_no_error():
+    """Errors are also told beside a typical token, of what all have, not of a sink."""
+    tokens, weights = data(1)
+    options = SolverOptions("w4a4", alpha=0.5, rank=0)
+    name, weight = next(iter(weights.items()))
+    layers = _solve(tokens, weights, options)
+    quantized = layers[name].quantize(weight, options.number_format, ("text",))
+
+    def measured(rows):
+        error, typical, _ = token_error(weight, quantized, statistics([rows]), 0)
+        return error, typical / len(rows)
+
+    error, typical = measured(tokens[0])
+    energies = (tokens[0].double() @ weight.double().t()).square().sum(1)
+    assert typical == pytest.approx(energies.median().item(), rel=1e-6)
+    with_sink = measured(torch.cat((tokens[0], 1000 * tokens[0][:1])))
+    assert with_sink[0] > error
+    assert with_sink[1] == pytest.approx(typical, rel=0.05)
+    # Where most outputs are zero, the few that are not are what there is.
+    silent = torch.cat((tokens[0][:3], torch.zeros_like(tokens[0])))
+    assert measured(silent)[1] > 0

@@ -76,7 +76,7 @@ def spend_budget(
 
     Every input is solved in each format that there is, without pairs. A choice's damage
     is the error of the linears' outputs on the sampled tokens, relative to the energy of
-    the outputs, summed over linears and modalities. Where ranks are to be chosen, pairs
+    a typical one, summed over linears and modalities. Where ranks are to be chosen, pairs
     take components off it as for ``rank="auto"``. Choices are then made for all inputs
     together.
 
