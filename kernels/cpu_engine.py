@@ -147,7 +147,7 @@ def choose_engine(environ: Optional[Mapping[str, str]] = None) -> EngineChoice:
     """
     environ = os.environ if environ is None else environ
     wanted = environ.get(ENGINE_VARIABLE)
-    if wanted is None:
+    if not wanted:
         return _best_engine(environ)
     names = [engine.value for engine in CpuEngine]
     if wanted not in names:

@@ -81,6 +81,7 @@ def test_variables_lower_the_choice(machine) -> None:
         ("MASQUANT_CPU_ENGINE", "reference", CpuEngine.REFERENCE),
         ("MASQUANT_CPU_ENGINE", "vnni", CpuEngine.VNNI),
         ("MASQUANT_CPU_ENGINE", "avx2", CpuEngine.AVX2),
+        ("MASQUANT_CPU_ENGINE", "", CpuEngine.AMX),
     ):
         assert choose_engine({variable: value}).engine is engine, (variable, value)
 

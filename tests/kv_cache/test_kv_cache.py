@@ -368,6 +368,15 @@ def test_a_file(seeing, tmp_path):
     header = {"format": CACHE_FORMAT, "modalities": '["text", "vision"]'}
     save_file(found, tmp_path / "old.safetensors", metadata=header)
     assert CacheRecipe.load(tmp_path / "old.safetensors").shared == []
+    for file, changed in (
+        ("more", {"modalities": '["text"]'}),
+        ("text", {"modalities": '"text"'}),
+    ):
+        save_file(found, tmp_path / file, metadata=header | changed)
+        with pytest.raises(
+            ValueError, match="not one centre for each of its modalities"
+        ):
+            CacheRecipe.load(tmp_path / file)
     del found["factors.0"]
     save_file(found, tmp_path / "less.safetensors", metadata=header)
     with pytest.raises(ValueError, match="is damaged: .*factors.0"):

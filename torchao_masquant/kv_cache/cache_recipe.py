@@ -173,6 +173,11 @@ class CacheRecipe:
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error!r}.") from error
+        if not centers or any(len(t) != len(modalities) for t in centers + factors):
+            raise ValueError(
+                f"{path} is damaged: its layers have not one centre for each of its "
+                f"modalities ({', '.join(map(str, modalities))})."
+            )
         return cls(modalities, centers, factors, shared)
 
 
