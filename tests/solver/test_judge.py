@@ -15,7 +15,7 @@ from group_oracle import data, statistics
 from hadamard_oracle import hadamard_f64
 
 from torchao_masquant.options import ALPHAS, SEPARATIONS, SolverOptions
-from torchao_masquant.solver.judge import mean_log_error, token_error
+from torchao_masquant.solver.judge import mean_log_error, token_errors
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.solver.modality_input import modality_inputs
 from torchao_masquant.solver.shared_weight import round_to_nearest
@@ -294,15 +294,19 @@ def test_a_loud_token_hides_no_error():
     quantized = layers[name].quantize(weight, options.number_format, ("text",))
 
     def measured(rows):
-        error, typical, _ = token_error(weight, quantized, statistics([rows]), 0)
-        return error, typical / len(rows)
+        return token_errors(weight, quantized, statistics([rows]), 0)
 
-    error, typical = measured(tokens[0])
-    energies = (tokens[0].double() @ weight.double().t()).square().sum(1)
-    assert typical == pytest.approx(energies.median().item(), rel=1e-6)
-    with_sink = measured(torch.cat((tokens[0], 1000 * tokens[0][:1])))
-    assert with_sink[0] > error
-    assert with_sink[1] == pytest.approx(typical, rel=0.05)
+    quiet = measured(tokens[0])
+    ids = torch.zeros(len(tokens[0]), dtype=torch.int64)
+    y = torch.ops.masquant.linear(tokens[0], quantized, ids, None).double()
+    exact = tokens[0].double() @ weight.double().t()
+    lengths, energies = (y - exact).norm(dim=1), exact.square().sum(1)
+    expected = lengths.mean() ** 2 / energies.median()
+    assert quiet.relative == pytest.approx(expected.item(), rel=1e-6)
+    loud = measured(torch.cat((tokens[0], 1000 * tokens[0][:1])))
+    assert loud.relative > quiet.relative
+    assert loud.error / loud.varying < quiet.error / quiet.varying
     # Where most outputs are zero, the few that are not are what there is.
     silent = torch.cat((tokens[0][:3], torch.zeros_like(tokens[0])))
-    assert measured(silent)[1] > 0
+    assert measured(silent).relative > 0
+    assert measured(torch.zeros_like(tokens[0])) is None

@@ -17,7 +17,7 @@ from torchao_masquant.options import AUTO_SHARE, SolverOptions, resolve_rank
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.solver.compensation import error_spectrum
-from torchao_masquant.solver.judge import token_error
+from torchao_masquant.solver.judge import token_errors
 from torchao_masquant.solver.knapsack import best_choices
 from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.statistics.input_statistics import InputStatistics
@@ -75,8 +75,8 @@ def spend_budget(
     """A choice for each input, for the bytes of the budget.
 
     Every input is solved in each format that there is, without pairs. A choice's damage
-    is the error of the linears' outputs on the sampled tokens, relative to the energy of
-    a typical one, summed over linears and modalities. Where ranks are to be chosen, pairs
+    is :attr:`~torchao_masquant.solver.judge.TokenErrors.relative`, summed over linears and
+    modalities. Where ranks are to be chosen, pairs
     take components off it as for ``rank="auto"``. Choices are then made for all inputs
     together.
 
@@ -128,17 +128,18 @@ def _of_format(
         )
         most = resolve_rank(AUTO_SHARE, *weight.shape) if chooses else 0
         for index, importance in enumerate(options.weights_of(statistics.modalities)):
-            error, energy, _ = token_error(weight, quantized, statistics, index)
-            if energy <= 0 or importance <= 0:
+            found = token_errors(weight, quantized, statistics, index)
+            if found is None or importance <= 0:
                 continue
-            damage += importance * error / energy
+            damage += importance * found.relative
             if not most or not index:
                 continue
             values = _spectrum(weight, quantized, statistics, index)
             tokens = len(statistics.moments[index].sample)
             # The spectrum is of all tokens, the error of some: a pair leaves none below zero.
-            scale = min(tokens, error / max(values.sum().item(), 1e-300))
-            scale *= importance / energy
+            scale = min(tokens, found.error / max(values.sum().item(), 1e-300))
+            # As large a part of the damage as of the squared error.
+            scale *= importance * found.relative / max(found.error, 1e-300)
             for value in values[:most].tolist():
                 components.append(
                     (scale * value / sum(weight.shape), name, index, scale * value)

@@ -6,6 +6,7 @@
 """Which of two solutions is the better one, by what it does to sampled tokens."""
 
 import math
+from typing import NamedTuple, Optional
 
 import torch
 
@@ -14,7 +15,7 @@ from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["mean_log_error", "token_error"]
+__all__ = ["TokenErrors", "mean_log_error", "token_errors"]
 
 
 def mean_log_error(
@@ -45,21 +46,37 @@ def mean_log_error(
             weight, options.number_format, statistics.modalities, options.low_rank_bits
         )
         for index, importance in enumerate(options.weights_of(statistics.modalities)):
-            error, _, energy = token_error(weight, quantized, statistics, index)
-            if energy <= 0 or importance <= 0:
+            found = token_errors(weight, quantized, statistics, index)
+            if found is None or found.varying <= 0 or importance <= 0:
                 continue
-            total += importance * math.log(error / energy + 1e-30)
+            total += importance * math.log(found.error / found.varying + 1e-30)
             count += importance
     return total / count if count else 0.0
 
 
-def token_error(
+class TokenErrors(NamedTuple):
+    """What a quantized linear does to the sampled tokens of a modality.
+
+    Attributes:
+        error: sum over the tokens of the squared error of their outputs.
+        varying: of the energy of the exact ones about their mean.
+        relative: square of the mean length of a token's error, over the energy that a
+            typical output has. A few outputs of attention sinks have nearly all of the energy,
+            and of the squared error: in a ratio of sums the rest would count for nothing.
+    """
+
+    error: float
+    varying: float
+    relative: float
+
+
+def token_errors(
     weight: torch.Tensor,
     quantized: MASQuantTensor,
     statistics: InputStatistics,
     index: int,
-) -> tuple[float, float, float]:
-    """What a quantized linear does to the sampled tokens of a modality.
+) -> Optional[TokenErrors]:
+    """Run a quantized linear on the sampled tokens of a modality.
 
     Args:
         weight: (N, K).
@@ -68,18 +85,18 @@ def token_error(
         index: of the modality.
 
     Returns:
-        Sums over the tokens of the squared error, of the energy that a typical one's output
-        has, and of their energy about their mean; zeros where there are no two tokens.
+        None where there are no two tokens, or all outputs are zero.
     """
     tokens = statistics.moments[index].sample
     if tokens.shape[0] < 2:
-        return 0.0, 0.0, 0.0
+        return None
     exact = tokens.double() @ weight.double().t()
     varying = (exact - exact.mean(0)).square().sum().item()
     ids = torch.full((tokens.shape[0],), index, device=tokens.device)
     y = torch.ops.masquant.linear(tokens, quantized, ids, None)
-    error = (y.double() - exact).square().sum().item()
-    energies = exact.square().sum(1)
-    # Of attention sinks a few outputs have nearly all of the energy.
+    errors, energies = ((y.double() - exact).square().sum(1), exact.square().sum(1))
     typical = energies.median().item() or energies.mean().item()
-    return error, len(tokens) * typical, varying
+    if not typical:
+        return None
+    relative = errors.sqrt().mean().item() ** 2 / typical
+    return TokenErrors(errors.sum().item(), varying, relative)
