@@ -7,8 +7,7 @@
 
 from typing import Any, Iterator, Mapping
 
-from torchao_masquant.models.families import family_of
-from torchao_masquant.models.towers import TOWER_CONFIGS
+from torchao_masquant.models.families import TOWER_CONFIGS, family_of
 
 #: The modality of every token that no placeholder id marks.
 TEXT = "text"

@@ -357,9 +357,11 @@ def test_what_is_left_out_by_name_can_be_included_by_name():
     assert list(chosen) == ["model.language_model.layers.0.altup.modality_router"]
 
 
-def test_towers_inside_of_a_decoder_cannot_be_included():
-    with refused("img_projection_up is not part of the decod"):
-        select(named("Phi-4-multimodal").build(), include="*img_projection_up")
+def test_towers_inside_of_a_decoder_are_no_part_of_it():
+    model = named("Phi-4-multimodal").build()
+    assert not select(model).towers
+    selected = select(model, include="*img_projection_up")
+    assert selected.towers == dict.fromkeys(selected.linears, "vision") != {}
 
 
 _REFUSAL = "models are not supported: its images reach the decoder through cross-atten"

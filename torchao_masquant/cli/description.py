@@ -19,7 +19,7 @@ from torchao_masquant.integrations.checkpoint_format import (
     stored_part,
 )
 from torchao_masquant.integrations.stored_tensors import stored_tensors
-from torchao_masquant.models.towers import TOWER_CONFIGS
+from torchao_masquant.models.families import TOWER_CONFIGS
 from torchao_masquant.options import SolverOptions, get_scheme, scheme_of_numbers
 from torchao_masquant.recipe import described, read_header
 from torchao_masquant.tensor_subclasses.weight_layout import TensorKind

@@ -11,7 +11,7 @@ from typing import Any, Mapping, Optional
 import torch
 
 from torchao_masquant.kernels.number_formats import FORMATS
-from torchao_masquant.models.towers import TOWER_CONFIGS
+from torchao_masquant.models.families import TOWER_CONFIGS
 from torchao_masquant.recipe import LARGEST_DIMENSION
 from torchao_masquant.tensor_subclasses import MASQuantTensor, check_group_size
 from torchao_masquant.tensor_subclasses.given_parts import check_rules

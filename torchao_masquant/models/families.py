@@ -12,7 +12,10 @@ Most families need no entry: their config names the placeholder tokens, and
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional
 
-__all__ = ["FAMILIES", "ModelFamily", "family_of"]
+__all__ = ["FAMILIES", "TOWER_CONFIGS", "ModelFamily", "family_of"]
+
+#: Modality to the sub-config of the tower that makes its tokens.
+TOWER_CONFIGS: Mapping[str, str] = {"vision": "vision_config", "audio": "audio_config"}
 
 
 @dataclass(frozen=True)
@@ -72,5 +75,5 @@ def family_of(config: Any) -> ModelFamily:
 def _has_tower(config: Any) -> bool:
     """Whether a config, or a part of it, is of a tower for images or sounds."""
     parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
-    towers = [getattr(config, name, None) for name in ("vision_config", "audio_config")]
+    towers = [getattr(config, name, None) for name in TOWER_CONFIGS.values()]
     return any(towers) or any(_has_tower(part) for part in parts)

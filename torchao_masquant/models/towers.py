@@ -9,16 +9,14 @@ A linear of a tower sees patches of images or frames of sounds: tokens of one mo
 which are not the call's.
 """
 
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Iterator, Optional
 
 from torch import nn
 
+from torchao_masquant.models.families import TOWER_CONFIGS
 from torchao_masquant.models.parts import find_decoder, heads_of, token_reader
 
-__all__ = ["TOWER_CONFIGS", "tower_linears"]
-
-#: Modality to the sub-config of the tower that makes its tokens.
-TOWER_CONFIGS: Mapping[str, str] = {"vision": "vision_config", "audio": "audio_config"}
+__all__ = ["tower_linears"]
 
 # What a part between a tower and the decoder may be called where a model both sees and hears.
 _CALLED = {
