@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """The numbers of the README and of the pages are those of the committed results."""
 
+import importlib
 import json
 import math
 import re
@@ -300,16 +301,11 @@ def test_table_of_the_readme_is_the_committed_result():
 
 
 def _tower_costs():
-    names = {"rtn": "round-to-nearest", "masquant": "ours", None: ""}
-    for row in json.loads((RESULTS / "tower_quality.json").read_text())["rows"]:
-        tasks = row["tasks"].values()
-        right, dense = (
-            " / ".join(f"{100 * task[key]:.1f}" for task in tasks)
-            for key in ("accuracy", "dense_accuracy")
-        )
-        kl = " / ".join(f"{task['kl']:.5f}" for task in tasks)
-        parts = (row["model"], row["decoder"] or "-", row["towers"] or "-")
-        yield f"| {' | '.join(parts)} | {names[row['method']]} | {right} ({dense}) | {kl} |"
+    rows = json.loads((RESULTS / "tower_quality.json").read_text())["rows"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        made = importlib.import_module("tower_quality").table(rows)
+    return _rows(made.splitlines())
 
 
 def _tower_times():
