@@ -96,6 +96,8 @@ def check_shapes(
     shapes: Mapping[str, tuple[int, int]],
     modalities: Sequence[str],
     options: SolverOptions,
+    *,
+    part: str = "",
 ) -> None:
     """The same as far as shapes and names tell.
 
@@ -103,6 +105,7 @@ def check_shapes(
         shapes: name to (N, K) of each linear, and of each expert of a projection.
         modalities: base first.
         options: of the solution.
+        part: of the model that they are all of, see :func:`check_budget`.
 
     Raises:
         ValueError: as :func:`check_request`.
@@ -112,7 +115,7 @@ def check_shapes(
     if not options.budget or options.group_size is not None:
         _check_groups(shapes, options)
     if options.budget:
-        check_budget(shapes, len(modalities), options)
+        check_budget(shapes, len(modalities), options, part=part)
     _check_rotation(shapes, options)
     _check_weights(modalities, options)
 
@@ -130,6 +133,7 @@ def check_session(session: CalibrationSession, options: SolverOptions) -> None:
         session.towers,
         session.router.modalities,
         options,
+        part=" observed at one time",
     )
 
 
@@ -176,12 +180,14 @@ def _check_all(
     towers: Mapping[str, str],
     modalities: Sequence[str],
     options: SolverOptions,
+    *,
+    part: str = "",
 ) -> None:
     """Those of towers by options of their own."""
     of_decoder = {n: shape for n, shape in shapes.items() if n not in towers}
     of_towers = {n: shape for n, shape in shapes.items() if n in towers}
     if of_decoder or not of_towers:
-        check_shapes(of_decoder, modalities, options)
+        check_shapes(of_decoder, modalities, options, part=part)
     if of_towers:
         check_shapes(of_towers, modalities, options.of_towers)
 
