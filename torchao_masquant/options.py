@@ -596,12 +596,11 @@ class SolverOptions:
 
     @property
     def of_towers(self) -> "SolverOptions":
-        """Those for the linears of towers."""
+        """Those for the linears of towers, where no other modality competes."""
+        alone = dataclasses.replace(self, towers=None, modality_weights=None)
         if self.towers is None:
-            return self
-        return dataclasses.replace(
-            self, scheme=self.towers, group_size=None, towers=None
-        )
+            return alone
+        return dataclasses.replace(alone, scheme=self.towers, group_size=None)
 
     def stored(self) -> dict[str, Any]:
         """As files hold them, for ``SolverOptions(**stored)``.

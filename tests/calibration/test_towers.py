@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from torchao.quantization import quantize_
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchao_masquant import (
     MASQuantConfig,
@@ -233,12 +234,36 @@ def test_a_large_image_does_not_drown_a_small_one(model):
             "is for decoders alone",
         ),
         ({"include": "lm_head"}, "lm_head is not part of the decoder, nor of a tower"),
+        (
+            {"include": "model.language_model.*"},
+            "towers='w8a8' .* no linear of a tower is chosen",
+        ),
+        (
+            {"towers": "w4a16", "group_size": 16},
+            "by themselves, with include and group_size=8 or 16, which divides all",
+        ),
         ({"include": "model.visual.patch_embed.*"}, "matches no linear"),
     ],
 )
 def test_refused_in_a_sentence(model, options, message):
     with pytest.raises(ValueError, match=message):
         tiny_models.recipe_of(model, **{**SCHEMES, **options})
+
+
+def test_a_model_without_towers_is_told_so():
+    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=8, num_hidden_layers=1, **sizes)
+    with pytest.raises(ValueError, match="no linear of a tower is .* LlamaForCausalLM"):
+        calibrate(LlamaForCausalLM(config), [{}], towers="w8a8")
+
+
+def test_in_a_tower_no_other_modality_competes(model, recipe):
+    """So that what its own weighs changes nothing there, be it nothing."""
+    weighed = tiny_models.recipe_of(
+        model, **SCHEMES, modality_weights={"vision": 0, "audio": 0.3}
+    )
+    assert weighed.layers[OF_IMAGE] == recipe.layers[OF_IMAGE]
+    assert weighed.layers[OF_SOUND] == recipe.layers[OF_SOUND]
 
 
 def test_a_tower_that_nothing_runs_through_is_named(model):

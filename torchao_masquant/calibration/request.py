@@ -98,6 +98,7 @@ def check_shapes(
     options: SolverOptions,
     *,
     part: str = "",
+    give: str = "give",
 ) -> None:
     """The same as far as shapes and names tell.
 
@@ -106,6 +107,7 @@ def check_shapes(
         modalities: base first.
         options: of the solution.
         part: of the model that they are all of, see :func:`check_budget`.
+        give: what a message says before the group size that it proposes.
 
     Raises:
         ValueError: as :func:`check_request`.
@@ -113,7 +115,7 @@ def check_shapes(
     _check_widths(shapes)
     # A budget has the group sizes that suit each width, where none is given.
     if not options.budget or options.group_size is not None:
-        _check_groups(shapes, options)
+        _check_groups(shapes, options, give)
     if options.budget:
         check_budget(shapes, len(modalities), options, part=part)
     _check_rotation(shapes, options)
@@ -189,7 +191,11 @@ def _check_all(
     if of_decoder or not of_towers:
         check_shapes(of_decoder, modalities, options, part=part)
     if of_towers:
-        check_shapes(of_towers, modalities, options.of_towers)
+        # A group size that is given is the decoder's, where both have a scheme.
+        alone = "calibrate the towers by themselves, with include and"
+        give = "give" if options.towers is None else alone
+        _check_weights(modalities, options)
+        check_shapes(of_towers, modalities, options.of_towers, give=give)
 
 
 def _check_towers(selected: Selected, options: SolverOptions) -> None:
@@ -219,7 +225,7 @@ def _check_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def _check_groups(
-    shapes: Mapping[str, tuple[int, int]], options: SolverOptions
+    shapes: Mapping[str, tuple[int, int]], options: SolverOptions, give: str
 ) -> None:
     size = options.number_format.group_size
     odd = [name for name, (_, k) in shapes.items() if size and k % size]
@@ -240,7 +246,7 @@ def _check_groups(
             "take a scheme with one scale for each output channel."
         )
     way = (
-        f"give group_size={' or '.join(map(str, sorted(nearest)))}, which divides all"
+        f"{give} group_size={' or '.join(map(str, sorted(nearest)))}, which divides all"
         if nearest
         else f"no group size divides all of {_numbers(widths)}"
     )
