@@ -173,6 +173,12 @@ def test_images_of_any_size_and_sounds_of_any_length_weigh_the_same():
     assert found.weights[:6].tolist() == [0.25] * 4 + [0.5] * 2
     packed = items_of(torch.zeros(6, 3), "audio", mask)
     assert packed.weights.tolist() == [0.25] * 4 + [0.5] * 2
+    # Frames that were merged in other ways, as in chunks of 100 to 13 tokens each.
+    mask = {"feature_attention_mask": torch.arange(250) < torch.tensor([[250], [40]])}
+    chunked = items_of(torch.zeros(33 + 5, 3), "audio", mask)
+    assert chunked.weights.tolist() == [1 / 33] * 33 + [1 / 5] * 5
+    # What is pooled to fewer rows than there are sounds has no more of them.
+    assert items_of(torch.zeros(1, 3), "audio", mask).count == 1
     # Two images of 34 patches each could be merged to the 17 of a video.
     images = torch.tensor([[1, 2, 17], [1, 2, 17]])
     both = {"image_grid_thw": images, "video_grid_thw": torch.tensor([[1, 2, 17]])}

@@ -120,9 +120,14 @@ def _fitting(lengths: torch.Tensor, rows: int, modality: str) -> Optional[torch.
         merged = total // rows
         if not (lengths % merged).any():
             return lengths // merged
+    if modality != "audio" or not 0 < rows < total:
+        return None
     # A convolution of stride 2 makes one frame of a last one by itself, too.
-    while modality == "audio" and int(lengths.sum()) > rows > 0:
-        lengths = (lengths + 1) // 2
-        if int(lengths.sum()) == rows:
-            return lengths
-    return None
+    halved = lengths
+    while int(halved.sum()) > rows and (halved > 1).any():
+        halved = (halved + 1) // 2
+        if int(halved.sum()) == rows:
+            return halved
+    # Others merge chunks, each by itself, or leave a last one out: to within a token.
+    ends = (lengths.cumsum(0) * rows / total).round().long()
+    return ends.diff(prepend=ends.new_zeros(1))
