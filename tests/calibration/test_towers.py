@@ -117,6 +117,15 @@ def test_saved_and_loaded(quantized, sample, recipe, tmp_path, part):
     assert logits(loaded, tiny_models.batch(tiny_models.words(4), audio=True)).any()
 
 
+def test_a_budget_that_comes_with_the_second_step_is_refused(model, sample):
+    other = copy.deepcopy(model)
+    quantize_(other, MASQuantConfig(step="prepare", **SCHEMES))
+    logits(other, sample)
+    with pytest.raises(ValueError, match="a budget is for decoders alone, and model"):
+        quantize_(other, MASQuantConfig(step="convert", budget="12 bits"))
+    assert not any(isinstance(m, MASQuantLinear) for m in other.modules())
+
+
 def test_zeros_take_a_state_dict(model, quantized, sample):
     other = copy.deepcopy(model)
     quantize_(other, MASQuantConfig(step="prepare_for_loading", **SCHEMES))

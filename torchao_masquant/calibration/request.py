@@ -50,7 +50,7 @@ def check_request(
         ValueError: names the linears concerned, and a way out.
     """
     shapes = selected.widths
-    _check_towers(selected, options)
+    _check_towers(selected.towers, options)
     first = next(iter(selected.experts), None)
     if options.procedure.folded and first is not None:
         raise ValueError(
@@ -127,9 +127,10 @@ def check_session(session: CalibrationSession, options: SolverOptions) -> None:
 
     Raises:
         ValueError: a linear or a modality was left out by the data; a group size does
-            not divide the width of a linear.
+            not divide the width of a linear; a tower has no place in what is asked for.
     """
     session.check_complete()
+    _check_towers([n for n in session.layers if n in session.towers], options)
     _check_all(
         {n: (m.out_features, m.in_features) for n, m in session.layers.items()},
         session.towers,
@@ -198,8 +199,8 @@ def _check_all(
         check_shapes(of_towers, modalities, options.of_towers, give=give)
 
 
-def _check_towers(selected: Selected, options: SolverOptions) -> None:
-    tower = next(iter(selected.towers), None)
+def _check_towers(towers: Iterable[str], options: SolverOptions) -> None:
+    tower = next(iter(towers), None)
     if tower is None:
         return
     refused = {
