@@ -193,6 +193,14 @@ def test_images_of_any_size_and_sounds_of_any_length_weigh_the_same():
     both = {"image_grid_thw": images, "video_grid_thw": torch.tensor([[1, 2, 17]])}
     assert items_of(torch.zeros(34, 3), "vision", both).count == 1
     assert items_of(torch.zeros(68, 3), "vision", both).count == 2
+    # Patches of a small image are padded to those of a large one.
+    mask = {"pixel_attention_mask": torch.arange(6) < torch.tensor([[6], [2]])}
+    padded = items_of(torch.zeros(2, 6, 3), "vision", mask)
+    assert padded.ids.tolist() == [0] * 8 + [PADDING] * 4
+    assert padded.weights[6:8].tolist() == [0.5] * 2
+    # Rows and columns of patches are of an image.
+    assert items_of(torch.zeros(2, 4, 5, 3), "vision", {}).count == 2
+    assert items_of(torch.zeros(0, 4, 3), "audio", mask).count == 0
     # Of what does not fit, one.
     assert items_of(torch.zeros(5, 3), "vision", sizes).count == 1
     assert items_of(torch.zeros(3, 5, 3), "vision", {}).count == 3
