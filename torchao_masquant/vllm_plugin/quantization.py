@@ -383,6 +383,7 @@ class MASQuantVllmConfig(QuantizationConfig):
             some = ", ".join(sorted(unclaimed)[:3])
             raise ValueError(
                 f"vLLM's model has no place for {len(unclaimed)} quantized weights of the "
-                f"checkpoint ({some}): they are of another architecture, or of one whose "
-                "layers vLLM names in a way that is not known here."
+                f"checkpoint ({some}): they are of another architecture, of one whose "
+                "layers vLLM names in a way that is not known here, or such that vLLM runs "
+                "in high precision alone: calibrate without them (exclude)."
             )
