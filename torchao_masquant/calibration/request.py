@@ -64,11 +64,20 @@ def check_request(
         )
     # After those: another budget would not help where there can be none.
     _check_all(selected.widths, selected.towers, modalities, options)
-    if options.epochs:
+    for what, without, is_asked in (
+        ("learning", "epochs=0", options.epochs > 0),
+        (
+            "asymmetric calibration",
+            "asymmetric_calibration=False",
+            options.asymmetric_calibration,
+        ),
+    ):
+        if not is_asked:
+            continue
         if first is not None:
             raise ValueError(
-                f"learning is for linears alone, and {first} is of experts: calibrate "
-                "with epochs=0, or exclude '*.experts.*'."
+                f"{what} is for linears alone, and {first} is of experts: calibrate "
+                f"with {without}, or exclude '*.experts.*'."
             )
         decoder_blocks(model, list(shapes))
 
@@ -207,6 +216,9 @@ def _check_towers(towers: Iterable[str], options: SolverOptions) -> None:
         f"target {options.target!r} is for decoders alone": options.procedure.folded,
         "learning goes through a decoder's blocks alone": options.epochs > 0,
         "a budget is for decoders alone": options.budget is not None,
+        "asymmetric calibration goes through a decoder's blocks alone": (
+            options.asymmetric_calibration
+        ),
     }
     for reason, is_asked in refused.items():
         if is_asked:
