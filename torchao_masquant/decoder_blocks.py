@@ -6,6 +6,9 @@
 """The blocks of a decoder, and what they were called with."""
 
 import contextlib
+import copy
+import dataclasses
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import (
     Any,
@@ -102,6 +105,27 @@ class BlockCalls:
             hidden = hidden + added
         return hidden_states(
             block(hidden, *self.positional[index], **self.keywords[index])
+        )
+
+    def apart(self) -> "BlockCalls":
+        """The same sample in a stream of its own.
+
+        What a block leaves to later ones in a mapping that it is called with (keys and
+        values that layers share) does not reach the other stream.
+        """
+        copies: dict[int, Any] = {}
+
+        def own(value: Any) -> Any:
+            if not isinstance(value, MutableMapping):
+                return value
+            if id(value) not in copies:
+                copies[id(value)] = copy.copy(value)
+            return copies[id(value)]
+
+        return dataclasses.replace(
+            self,
+            keywords=[{n: own(v) for n, v in rest.items()} for rest in self.keywords],
+            positional=[tuple(map(own, rest)) for rest in self.positional],
         )
 
 

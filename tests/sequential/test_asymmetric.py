@@ -16,9 +16,11 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantConfig, calibrate, masquant_config
+from torchao_masquant.learning.learn import BlockTask
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.sequential import calibrate_sequential
 from torchao_masquant.solver.asymmetric import corrected
+from torchao_masquant.solver.layers import solve_group
 from torchao_masquant.statistics.input_statistics import InputStatistics
 
 WIDTH, OUT = 6, 5
@@ -104,6 +106,26 @@ def test_it_is_the_least_squares_solution(case):
     assert np.abs(expected - weight).max() > 0.01
     # The solution gives the mean of what it is solved for; the rest of the exact mean:
     np.testing.assert_allclose(found.biases["linear"].numpy(), biases, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_rank_bits", [16, 8])
+def test_the_mean_of_each_modality_is_exact(low_rank_bits):
+    x, exact = streams()
+    options = SolverOptions(
+        scheme="w4a16", group_size=6, rank=2, low_rank_bits=low_rank_bits
+    )
+    weight = torch.randn(OUT, WIDTH, generator=torch.Generator().manual_seed(0))
+    statistics = observed(x, exact)
+    found = corrected({"linear": weight}, statistics, options)
+    layer = found.applied(solve_group(found.weights, statistics, options))["linear"]
+    quantized = layer.quantize(
+        weight, options.number_format, statistics.modalities, low_rank_bits
+    )
+    for index, (rows, wanted) in enumerate(zip(x, exact)):
+        ids = torch.full((len(rows),), index)
+        y = torch.ops.masquant.linear(torch.tensor(rows).float(), quantized, ids, None)
+        wanted = torch.tensor(wanted.mean(0)) @ weight.double().t()
+        torch.testing.assert_close(y.double().mean(0), wanted, rtol=0, atol=1e-5)
 
 
 def test_what_did_not_drift_is_left_as_it_is():
@@ -244,16 +266,19 @@ def test_an_interrupted_run_goes_on_where_it_was(model, samples, tmp_path, monke
 
 
 class Block(nn.Module):
-    def __init__(self, second):
+    def __init__(self, second, is_first):
         super().__init__()
         # Read in another order than they are made in.
         self.last = nn.Linear(32, 32)
         self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
-        self.of_second = second
+        self.of_second, self.is_first = second, is_first
 
-    def forward(self, hidden):
+    def forward(self, hidden, shared):
         inner = self.of_second(self.second, torch.tanh(self.first(hidden)))
-        return hidden + self.last(inner)
+        # As layers that share keys and values do.
+        if self.is_first:
+            shared["kept"] = inner
+        return hidden + self.last(inner + shared["kept"])
 
 
 class Blocks(nn.Module):
@@ -262,11 +287,12 @@ class Blocks(nn.Module):
     def __init__(self, second=lambda linear, x: linear(x)):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList([Block(second) for _ in range(2)])
+        self.layers = nn.ModuleList([Block(second, True), Block(second, False)])
 
     def forward(self, x):
+        shared = {}
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, shared=shared)
         return x
 
 
@@ -277,7 +303,8 @@ def of_blocks(model, told=3, **options):
     for sample in samples[:told]:
         sample["modality_ids"] = torch.randint(0, 2, (2, 10), generator=draw)
     given = dict(modalities=("text", "vision"), rank=0, scheme="w4a8", progress=False)
-    return calibrate(model, samples, asymmetric_calibration=True, **given, **options)
+    options = {"asymmetric_calibration": True, **given, **options}
+    return calibrate(model, samples, **options)
 
 
 def test_inputs_are_met_in_the_order_of_their_calls():
@@ -304,3 +331,20 @@ def test_what_has_no_one_input_is_refused():
         of_blocks(Blocks(lambda linear, x: linear(linear(x))))
     with pytest.raises(RuntimeError, match="modality of its tokens is not known"):
         of_blocks(Blocks(), told=1)
+
+
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_what_blocks_share_stays_in_its_stream(monkeypatch, asymmetric):
+    targets = []
+    monkeypatch.setattr(
+        BlockTask,
+        "learn",
+        lambda self, inputs, outputs: targets.append(outputs) or self.layers,
+    )
+    model, seen = Blocks(), []
+    handle = model.layers[1].register_forward_hook(lambda *a: seen.append(a[-1]))
+    of_blocks(model, epochs=1, asymmetric_calibration=asymmetric)
+    handle.remove()
+    # In full precision, where one does not show what reads what, the samples come first.
+    for output, wanted in zip(targets[1], seen[0 if asymmetric else 1 :]):
+        assert torch.equal(output, wanted)

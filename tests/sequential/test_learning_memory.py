@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""What learning a block takes, counted, against what it was estimated to take."""
+"""What a block takes, counted, against what it was estimated to take."""
 
 import importlib
 import weakref
@@ -15,6 +15,7 @@ from results import FIXED
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from torchao_masquant.conductor.asymmetric import AsymmetricConductor
 from torchao_masquant.learning.learn import BlockTask
 from torchao_masquant.sequential import calibrate_sequential, preflight
 
@@ -61,6 +62,49 @@ def samples_of(words):
     return found
 
 
+def estimated_and_counted(folder, monkeypatch, owner, method, words, **options):
+    """Of a model of one block: the estimate, and the peak inside of a method."""
+    estimates, peaks = [], []
+    module = importlib.import_module("torchao_masquant.sequential.run")
+    original = getattr(owner, method)
+
+    def estimate(**sizes):
+        estimates.append(preflight.estimate(**sizes))
+        return estimates[-1]
+
+    def counted(*arguments):
+        with Live() as live:
+            found = original(*arguments)
+        peaks.append(live.peak)
+        return found
+
+    monkeypatch.setattr(module, "estimate", estimate)
+    monkeypatch.setattr(owner, method, counted)
+    calibrate_sequential(
+        folder / "model",
+        samples_of(words),
+        recipe=folder / "recipe.safetensors",
+        **{**FIXED, **options},
+    )
+    (needs,), (peak,) = estimates, peaks
+    return needs, peak
+
+
+@pytest.mark.parametrize("inner, words", [(512, 0), (512, 3000)])
+def test_so_are_two_streams(tmp_path, monkeypatch, inner, words):
+    tiny_models.qwen25_vl_of_width(64, inner, 1).save_pretrained(tmp_path / "model")
+    needs, peak = estimated_and_counted(
+        tmp_path,
+        monkeypatch,
+        AsymmetricConductor,
+        "layers",
+        words,
+        asymmetric_calibration=True,
+        rank=0,
+    )
+    assert peak <= needs.statistics + max(needs.solver, needs.forward) <= 2 * peak
+
+
 @pytest.mark.parametrize(
     "hidden, inner, words, options",
     [
@@ -77,28 +121,8 @@ def test_it_is_estimated_from_above(
 ):
     """And by no more than twice."""
     tiny_models.qwen25_vl_of_width(hidden, inner, 1).save_pretrained(tmp_path / "model")
-    estimates, peaks = [], []
-    module = importlib.import_module("torchao_masquant.sequential.run")
-    learn = BlockTask.learn
-
-    def estimate(**sizes):
-        estimates.append(preflight.estimate(**sizes))
-        return estimates[-1]
-
-    def counted(*arguments):
-        with Live() as live:
-            found = learn(*arguments)
-        peaks.append(live.peak)
-        return found
-
-    monkeypatch.setattr(module, "estimate", estimate)
-    monkeypatch.setattr(BlockTask, "learn", counted)
-    calibrate_sequential(
-        tmp_path / "model",
-        samples_of(words),
-        recipe=tmp_path / "recipe.safetensors",
-        **{**FIXED, "epochs": 1, **options},
+    needs, peak = estimated_and_counted(
+        tmp_path, monkeypatch, BlockTask, "learn", words, epochs=1, **options
     )
-    (needs,), (peak,) = estimates, peaks
     assert peak <= needs.learning <= 2 * peak
     assert needs.device >= needs.block + needs.learning

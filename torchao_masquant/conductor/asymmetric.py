@@ -212,6 +212,8 @@ class _InMemory:
 
     def __init__(self, call: BlockCalls, router: Router):
         self.call, self.router = call, router
+        #: how it is called in the quantized stream
+        self.call_met = call.apart()
         self.exact = self.met = call.hidden
         self.index, self.block = -1, nn.Module()
 
@@ -223,14 +225,14 @@ class _InMemory:
         self.index, self.block = index, block
 
     def run_exact(self) -> torch.Tensor:
-        return self._run(self.exact)
+        return self._run(self.call, self.exact)
 
     def run_met(self) -> torch.Tensor:
-        return self._run(self.met)
+        return self._run(self.call_met, self.met)
 
-    def _run(self, hidden: torch.Tensor) -> torch.Tensor:
-        with self.router.repeated(self.call.known, self.call.ids):
-            return self.call.run(self.index, self.block, hidden)
+    def _run(self, call: BlockCalls, hidden: torch.Tensor) -> torch.Tensor:
+        with self.router.repeated(call.known, call.ids):
+            return call.run(self.index, self.block, hidden)
 
 
 @torch.inference_mode(False)
@@ -290,7 +292,7 @@ def calibrate_blocks(
                     layers,
                     router.modalities,
                     options,
-                    calls,
+                    [way.call_met for way in ways],
                     Alone(),
                 )
                 layers = task.learn([way.met for way in ways], outputs)

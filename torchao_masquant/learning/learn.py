@@ -80,6 +80,7 @@ def learn(
     blocks = decoder_blocks(model, list(layers))
     modules = list(blocks.values())
     calls = capture_calls(model, modules, samples, router, progress=progress)
+    calls_met = [call.apart() for call in calls]
     learned = dict(layers)
     with evaluation_mode(model), frozen(model):
         exact = [call.hidden for call in calls]
@@ -88,7 +89,14 @@ def learn(
         for index, (name, block) in enumerate(bar):
             exact = [c.run(index, block, x) for c, x in zip(calls, exact)]
             block_task = (task or BlockTask)(
-                name, block, index, learned, router.modalities, options, calls, Alone()
+                name,
+                block,
+                index,
+                learned,
+                router.modalities,
+                options,
+                calls_met,
+                Alone(),
             )
             if block_task.linears:
                 learned |= block_task.learn(met, exact)

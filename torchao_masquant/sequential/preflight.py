@@ -262,6 +262,9 @@ def estimate(
     if writes[1]:
         # At the end the parts of the recipe are there beside the joined one.
         disk += 2 * (integers + 8 * pairs)
+    elif options.epochs or asymmetric:
+        # A run that goes on makes the quantized stream from the parts.
+        disk += integers + 8 * pairs
     largest = max(
         (
             size + sum(math.prod(shape) for shape in linears.values())
@@ -270,6 +273,9 @@ def estimate(
         default=0,
     )
     forward = longest * (4 * inner + 12 * hidden) * max(itemsize, 4)
+    if asymmetric:
+        # An input in the full-precision stream, and how it differs, in float64.
+        forward += longest * max(k for _, k in every) * (2 * max(itemsize, 4) + 8)
     learning = 0
     if options.epochs:
         # Gradients need what the forward pass makes beside the linears, too.

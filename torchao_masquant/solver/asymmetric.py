@@ -68,11 +68,12 @@ class Correction:
         original = self.originals[name]
         bias = layer.modality_bias.double() + self.biases[name].cpu()
         # As the model will hold them: the corrected weight has more bits than its own.
+        # Those of 8 bits are in float32, and exact.
         held = low_rank_dtype(original.dtype)
         pairs = {
             factor: value.to(held)
             for factor in ("l1", "l2")
-            if (value := getattr(layer, factor)) is not None
+            if (value := getattr(layer, factor)) is not None and value.itemsize == 2
         }
         return dataclasses.replace(
             layer,

@@ -48,7 +48,7 @@ class Drift:
             first: number of the first of them among the modality's.
         """
         x = x.double()
-        difference = exact.double() - x
+        difference = exact - x
         self.sampled.add(difference, first)
         self.sum += difference.sum(0)
         self.cross.addmm_(difference.t(), x)
