@@ -112,7 +112,7 @@ def check_budget(
     if asked > high and not part:
         raise ValueError(
             f"budget={options.budget!r} is more than there is to spend: the linears "
-            f"take {_up(high):g} bits a weight at most."
+            f"take {math.floor(100 * high) / 100:g} bits a weight at most."
         )
 
 

@@ -18,6 +18,7 @@ from torchao_masquant.calibration.request import (
     check_session,
 )
 from torchao_masquant.calibration.session import CalibrationSession
+from torchao_masquant.conductor.asymmetric import calibrate_blocks
 from torchao_masquant.conductor.conductor import Conductor
 from torchao_masquant.head_recipe import head_layers
 from torchao_masquant.learning import learn
@@ -29,7 +30,7 @@ from torchao_masquant.recipe import LayerRecipe, Recipe, library_versions
 from torchao_masquant.routing import Router
 from torchao_masquant.sample_checks import NEEDED, check_samples, no_samples
 from torchao_masquant.samples import run_samples
-from torchao_masquant.selection import select
+from torchao_masquant.selection import Selected, select
 from torchao_masquant.solver.layers import factors_alone
 from torchao_masquant.threads import threads_for, widest
 
@@ -100,6 +101,16 @@ def calibrate(
         first = next(iterator, None)
         if first is None:
             raise no_samples(samples, "samples", NEEDED)
+        if options.asymmetric_calibration:
+            shown = _again(itertools.chain([first], iterator), samples)
+            layers, conductor, count = calibrate_blocks(
+                model, shown, selected, router, options, progress=progress
+            )
+            if options.epochs:
+                layers = learn(model, shown, layers, router, options, progress=progress)
+            return _recipe(
+                options, router, selected, {**layers, **heads}, conductor, count
+            )
         conductor = Conductor(
             router, options, given.max_statistics_bytes, progress=progress
         )
@@ -121,11 +132,8 @@ def calibrate(
             shown, read = showing_all(itertools.chain([first], iterator), router)
             foldable = foldable_channels(model, selected.linears, shown, router)
         data: Iterable[Mapping[str, Any]] = itertools.chain(read, iterator)
-        if isinstance(samples, Sequence):
-            # May be read again, and tells a progress bar how long it is.
-            data = samples
-        elif len(passes) > 1 or options.epochs:
-            data = list(data)
+        if isinstance(samples, Sequence) or len(passes) > 1 or options.epochs:
+            data = _again(data, samples)
         factors: Optional[dict[str, torch.Tensor]] = None
         if options.learns_factors:
             session = CalibrationSession(selected.linears, router, second_moments=False)
@@ -150,16 +158,38 @@ def calibrate(
         )
         if options.epochs and factors is None:
             layers = learn(model, data, layers, router, options, progress=progress)
-        return Recipe(
-            options=options,
-            modalities=router.modalities,
-            layers={
-                **{name: layers[name] for name in selected.layers if name in layers},
-                **heads,
-            },
-            versions=library_versions(),
-            description={"samples": count, "tokens": conductor.tokens},
-        )
+        return _recipe(options, router, selected, {**layers, **heads}, conductor, count)
+
+
+def _again(
+    data: Iterable[Mapping[str, Any]], samples: Iterable[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """The samples, to be read more than once.
+
+    Args:
+        data: all of them, of which some may have been read.
+        samples: as they were given. A sequence tells a progress bar how long it is.
+    """
+    return samples if isinstance(samples, Sequence) else list(data)
+
+
+def _recipe(
+    options: SolverOptions,
+    router: Router,
+    selected: Selected,
+    layers: Mapping[str, LayerRecipe],
+    conductor: Conductor,
+    count: int,
+) -> Recipe:
+    """Of what was found, in the model's order, with what it was found from."""
+    order = [name for name in selected.layers if name in layers]
+    return Recipe(
+        options=options,
+        modalities=router.modalities,
+        layers={name: layers[name] for name in [*order, *layers]},
+        versions=library_versions(),
+        description={"samples": count, "tokens": conductor.tokens},
+    )
 
 
 def learned_factors(

@@ -120,11 +120,19 @@ class MASQuantConfig(QuantizationOptions, _First):
                 "be made for it: load the checkpoint with from_pretrained, or apply the "
                 "recipe."
             )
-        if self.recipe is None and self.epochs:
-            raise ValueError(
-                "learning needs the samples: call calibrate(model, samples, epochs=...) "
-                "and quantize with its recipe."
-            )
+        for what, option, is_asked in (
+            ("learning", "epochs=...", self.epochs > 0),
+            (
+                "asymmetric calibration",
+                "asymmetric_calibration=True",
+                self.asymmetric_calibration,
+            ),
+        ):
+            if self.recipe is None and is_asked:
+                raise ValueError(
+                    f"{what} needs the samples: call calibrate(model, samples, {option}) "
+                    "and quantize with its recipe."
+                )
 
     def _follow(self, base_config: AOBaseConfig) -> None:
         """Take the scheme and the group size of a config of torchao's."""

@@ -56,10 +56,10 @@ def decoder_blocks(model: nn.Module, linears: Sequence[str]) -> dict[str, nn.Mod
                 f"{name}.{index}": block for index, block in module.named_children()
             }
     raise ValueError(
-        f"learning goes block by block, as calibrating from disk does, and no "
-        f"nn.ModuleList of {type(model).__name__} holds all of its {len(linears)} "
+        f"learning goes block by block, as asymmetric calibration and calibrating from disk "
+        f"do, and no nn.ModuleList of {type(model).__name__} holds all of its {len(linears)} "
         f"linears, {linears[0]} among them: include the linears of one stack of blocks, "
-        "or calibrate in memory with epochs=0."
+        "or calibrate in memory without them."
     )
 
 
@@ -155,8 +155,8 @@ def capture_calls(
             if len(call.keywords) != index:
                 raise ValueError(
                     f"block {index} of the decoder is not called once, after the block "
-                    "before it: learning cannot follow this model, calibrate with "
-                    "epochs=0."
+                    "before it: neither learning nor asymmetric calibration can follow "
+                    "this model, calibrate without them."
                 )
             added = None
             if index and not torch.equal(hidden, state["output"]):

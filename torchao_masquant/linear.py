@@ -6,7 +6,7 @@
 """The linear layer that a quantized model has in place of ``nn.Linear``."""
 
 from collections import defaultdict
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from torchao_masquant.tensor_subclasses.sharded_linear import sharded_linear
 __all__ = [
     "MASQuantLinear",
     "SmoothingSiblings",
+    "quantized_forward",
     "share_smoothing",
     "weight_mismatch",
 ]
@@ -68,6 +69,25 @@ def _smooth_alike(a: "MASQuantLinear", b: "MASQuantLinear") -> bool:
     ):
         return False
     return ours.smooths_like(theirs)
+
+
+def quantized_forward(
+    linear: nn.Linear, weight: MASQuantTensor, ids: Optional[torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for a linear that computes what it will with a quantized weight.
+
+    Args:
+        linear: in high precision.
+        weight: of it, quantized.
+        ids: modality ids of the tokens that it will be called with, negative for
+            padding; None: all base.
+    """
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        rows = None if ids is None else ids.reshape(input.shape[:-1]).clamp_min(0)
+        return torch.ops.masquant.linear(input, weight, rows, linear.bias)
+
+    return forward
 
 
 def weight_mismatch(name: str, weight: Any, router: Optional[Router]) -> Optional[str]:

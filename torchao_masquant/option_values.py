@@ -23,6 +23,7 @@ __all__ = [
     "PowerOfTwo",
     "Rank",
     "Share",
+    "Switch",
     "Values",
     "Weights",
     "Whole",
@@ -72,6 +73,14 @@ class Flag(Values):
     def check(self, name: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True, False or None, got {value!r}.")
+
+
+class Switch(Flag):
+    """True or False."""
+
+    def check(self, name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -416,6 +416,18 @@ class Router:
         finally:
             call.take(saved)
 
+    @contextlib.contextmanager
+    def repeated(self, known: bool, ids: Optional[torch.Tensor]) -> Iterator[None]:
+        """Of a call that was made before, for the linears that run again inside.
+
+        Args:
+            known: whether the modalities of its tokens are known.
+            ids: they, negative for padding; None: all base.
+        """
+        with self.explicit(None):
+            self.call.known, self.call.ids = known, ids
+            yield
+
     def _checked(self, ids: torch.Tensor) -> Optional[torch.Tensor]:
         if not isinstance(ids, torch.Tensor):
             raise TypeError(

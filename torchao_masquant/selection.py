@@ -246,7 +246,8 @@ def select(
     go by the names of their parameters (``*.experts.*``).
 
     Raises:
-        ValueError: a pattern matches nothing, nothing is left to quantize, a linear is
+        ValueError: a pattern matches nothing, nothing is left to quantize, there is a
+            scheme for towers and no linear of one is chosen, a linear is
             no plain one of the decoder or a tower, experts are chosen in part, or which
             part is the decoder cannot be told and ``include`` does not say it.
     """
@@ -306,6 +307,12 @@ def select(
     check_whole(names, experts)
     if outside:
         _tell_of_convolutions(model, inside)
+    elif options is not None and options.towers is not None:
+        raise ValueError(
+            f"towers={options.towers!r} has nothing to do, since no linear of a tower is "
+            f"chosen of {type(model).__name__}: leave it out, or look at include "
+            f"({include!r}) and exclude ({exclude!r})."
+        )
     warn_of_expert_weights(decoder.module, experts.values())
     names = [name for name in names if modules[name] not in done]
     return Selected(

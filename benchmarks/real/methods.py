@@ -41,6 +41,21 @@ _METHODS: dict[str, tuple[str, str | None, Mapping[str, Any]]] = {
         None,
         {"separation": 1.0, "hadamard_size": 1},
     ),
+    "masquant, no pair, asymmetric": (
+        "**ours, no pair, asymmetric**",
+        None,
+        {"rank": 0, "asymmetric_calibration": True},
+    ),
+    "masquant, asymmetric": (
+        "**ours, asymmetric**",
+        None,
+        {"asymmetric_calibration": True},
+    ),
+    "masquant, no pair, groups of 64, asymmetric": (
+        "ours, no pair, groups of 64, asymmetric",
+        None,
+        {"rank": 0, "group_size": 64, "asymmetric_calibration": True},
+    ),
     "masquant, no pair, own factors": (
         "ours, no pair, separation 1",
         None,

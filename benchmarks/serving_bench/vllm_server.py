@@ -20,7 +20,8 @@ from typing import Any
 
 __all__ = ["Server"]
 
-_START = 300  # s
+#: Seconds: where other processes have the cores, a start takes a few minutes.
+_START = 900
 
 
 class Server:

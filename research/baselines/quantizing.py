@@ -23,7 +23,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_masquant import MASQuantLinear, Recipe, masquant_config
-from torchao_masquant.calibrate_in_memory import learned_factors
+from torchao_masquant.calibrate_in_memory import calibrate, learned_factors
 from torchao_masquant.calibration.foldable import foldable_channels, showing_all
 from torchao_masquant.calibration.sensitivity import modality_sensitivity
 from torchao_masquant.calibration.session import CalibrationSession
@@ -102,6 +102,12 @@ class Quantizing:
     def by_options(self, scheme: str, given: Mapping[str, Any]) -> nn.Module:
         """A copy quantized by the package, with these options."""
         options = SolverOptions(scheme=scheme, **given)
+        if options.asymmetric_calibration:
+            # It asks for calls of the model behind what is quantized.
+            recipe = calibrate(
+                self.model, self.samples, scheme=scheme, progress=False, **given
+            )
+            return self._convert(options, recipe.layers)
         heads = head_layers(self.model, options, self.modalities)
         if options.learns_factors:
             return self._convert(options, self.published(options) | heads)

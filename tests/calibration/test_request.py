@@ -40,6 +40,19 @@ WRONG = [
     ({"lr": None, "batch_size": 1, "alpha": 1.5}, "alpha must lie in 0..1"),
     ({"lr": 1e-3}, "lr would do nothing where nothing is learned: give epochs=1 or"),
     ({"lr": 1e-3, "batch_size": 2}, "or leave lr and batch_size out"),
+    ({"asymmetric_calibration": 1}, "asymmetric_calibration must be True or False"),
+    (
+        {"asymmetric_calibration": True, "budget": "6 bits"},
+        "asymmetric_calibration has no place beside budget='6 bits'",
+    ),
+    (
+        {"asymmetric_calibration": True, "rounding": "nearest"},
+        "no place beside rounding 'nearest': leave one of them out",
+    ),
+    (
+        {"asymmetric_calibration": True, "method": "masquant-paper"},
+        "no place beside method 'masquant-paper'",
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from torchao.quantization import quantize_
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchao_masquant import (
     MASQuantConfig,
@@ -116,6 +117,15 @@ def test_saved_and_loaded(quantized, sample, recipe, tmp_path, part):
     assert logits(loaded, tiny_models.batch(tiny_models.words(4), audio=True)).any()
 
 
+def test_a_budget_that_comes_with_the_second_step_is_refused(model, sample):
+    other = copy.deepcopy(model)
+    quantize_(other, MASQuantConfig(step="prepare", **SCHEMES))
+    logits(other, sample)
+    with pytest.raises(ValueError, match="a budget is for decoders alone, and model"):
+        quantize_(other, MASQuantConfig(step="convert", budget="12 bits"))
+    assert not any(isinstance(m, MASQuantLinear) for m in other.modules())
+
+
 def test_zeros_take_a_state_dict(model, quantized, sample):
     other = copy.deepcopy(model)
     quantize_(other, MASQuantConfig(step="prepare_for_loading", **SCHEMES))
@@ -172,11 +182,25 @@ def test_images_of_any_size_and_sounds_of_any_length_weigh_the_same():
     assert found.weights[:6].tolist() == [0.25] * 4 + [0.5] * 2
     packed = items_of(torch.zeros(6, 3), "audio", mask)
     assert packed.weights.tolist() == [0.25] * 4 + [0.5] * 2
+    # Frames that were merged in other ways, as in chunks of 100 to 13 tokens each.
+    mask = {"feature_attention_mask": torch.arange(250) < torch.tensor([[250], [40]])}
+    chunked = items_of(torch.zeros(33 + 5, 3), "audio", mask)
+    assert chunked.weights.tolist() == [1 / 33] * 33 + [1 / 5] * 5
+    # What is pooled to fewer rows than there are sounds has no more of them.
+    assert items_of(torch.zeros(1, 3), "audio", mask).count == 1
     # Two images of 34 patches each could be merged to the 17 of a video.
     images = torch.tensor([[1, 2, 17], [1, 2, 17]])
     both = {"image_grid_thw": images, "video_grid_thw": torch.tensor([[1, 2, 17]])}
     assert items_of(torch.zeros(34, 3), "vision", both).count == 1
     assert items_of(torch.zeros(68, 3), "vision", both).count == 2
+    # Patches of a small image are padded to those of a large one.
+    mask = {"pixel_attention_mask": torch.arange(6) < torch.tensor([[6], [2]])}
+    padded = items_of(torch.zeros(2, 6, 3), "vision", mask)
+    assert padded.ids.tolist() == [0] * 8 + [PADDING] * 4
+    assert padded.weights[6:8].tolist() == [0.5] * 2
+    # Rows and columns of patches are of an image.
+    assert items_of(torch.zeros(2, 4, 5, 3), "vision", {}).count == 2
+    assert items_of(torch.zeros(0, 4, 3), "audio", mask).count == 0
     # Of what does not fit, one.
     assert items_of(torch.zeros(5, 3), "vision", sizes).count == 1
     assert items_of(torch.zeros(3, 5, 3), "vision", {}).count == 3
@@ -233,12 +257,36 @@ def test_a_large_image_does_not_drown_a_small_one(model):
             "is for decoders alone",
         ),
         ({"include": "lm_head"}, "lm_head is not part of the decoder, nor of a tower"),
+        (
+            {"include": "model.language_model.*"},
+            "towers='w8a8' .* no linear of a tower is chosen",
+        ),
+        (
+            {"towers": "w4a16", "group_size": 16},
+            "by themselves, with include and group_size=8 or 16, which divides all",
+        ),
         ({"include": "model.visual.patch_embed.*"}, "matches no linear"),
     ],
 )
 def test_refused_in_a_sentence(model, options, message):
     with pytest.raises(ValueError, match=message):
         tiny_models.recipe_of(model, **{**SCHEMES, **options})
+
+
+def test_a_model_without_towers_is_told_so():
+    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=8, num_hidden_layers=1, **sizes)
+    with pytest.raises(ValueError, match="no linear of a tower is .* LlamaForCausalLM"):
+        calibrate(LlamaForCausalLM(config), [{}], towers="w8a8")
+
+
+def test_in_a_tower_no_other_modality_competes(model, recipe):
+    """So that what its own weighs changes nothing there, be it nothing."""
+    weighed = tiny_models.recipe_of(
+        model, **SCHEMES, modality_weights={"vision": 0, "audio": 0.3}
+    )
+    assert weighed.layers[OF_IMAGE] == recipe.layers[OF_IMAGE]
+    assert weighed.layers[OF_SOUND] == recipe.layers[OF_SOUND]
 
 
 def test_a_tower_that_nothing_runs_through_is_named(model):

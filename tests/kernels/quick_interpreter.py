@@ -6,7 +6,8 @@
 """Spares Triton's interpreter work that it repeats at every call.
 
 A third of its time goes into putting its own functions in the place of the language's
-again at each call of a helper of a kernel, where a launch has done so already; and a
+again at each call of a helper of a kernel, where a launch has done so already; a third
+into shapes, which each value and each type of a block wraps anew, number by number; and a
 tenth into a table of all types, made anew for each value.
 """
 
@@ -32,6 +33,27 @@ def spare_repeated_work(replace: Callable[[Any, str, Any], None] = setattr) -> N
             types[name] = find(triton_type)
         return types[name]
 
+    core = language.core
+    make_block, make_value = core.block_type.__init__, core.tensor.__init__
+    blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(getattr(size, "value", size) for size in shape)
+        key = (element_ty.name, *sizes)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = vars(self)
+        vars(self).update(blocks[key], element_ty=element_ty)
+
+    def value(self: Any, handle: Any, type: Any) -> None:
+        key = type.name if type.is_block() else None
+        if key not in shapes:
+            make_value(self, handle, type)
+            shapes[key] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     replaced: set[frozenset[str]] = set()
 
@@ -55,5 +77,7 @@ def spare_repeated_work(replace: Callable[[Any, str, Any], None] = setattr) -> N
         launch(self, *args, **kwargs)
 
     replace(interpreter, "_get_np_dtype", numpy_type)
+    replace(core.block_type, "__init__", block_type)
+    replace(core.tensor, "__init__", value)
     replace(interpreter, "_patch_lang", patch_once)
     replace(interpreter.GridExecutor, "__call__", launch_anew)

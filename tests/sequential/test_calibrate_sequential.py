@@ -56,6 +56,7 @@ def in_memory(folder, samples, output, **options):
         {"max_statistics_bytes": 200_000, "alpha": None, "include": "*.layers.1.*"},
         {"base_modality": "vision", "modality_weights": {"text": 0.5}},
         {"epochs": 1, "lr": 3e-3, "head_bits": 8},
+        {"asymmetric_calibration": True, "exclude": "*.layers.1.mlp.*"},
     ],
     ids=lambda o: " ".join(o),
 )

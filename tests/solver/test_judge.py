@@ -310,3 +310,7 @@ def test_a_loud_token_hides_no_error():
     silent = torch.cat((tokens[0][:3], torch.zeros_like(tokens[0])))
     assert measured(silent).relative > 0
     assert measured(torch.zeros_like(tokens[0])) is None
+    # One token is enough for a damage, if not for what varies.
+    lone = measured(tokens[0][:1])
+    expected = lengths[0] ** 2 / energies[0]
+    assert lone.relative == pytest.approx(expected.item(), rel=1e-6)

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torchao_masquant.solver import knapsack
 from torchao_masquant.solver.knapsack import best_choices
 
-_CHOICE = st.tuples(st.integers(0, 40), st.integers(0, 1000).map(float))
+# A damage may be more than a float holds.
+_DAMAGE = st.integers(0, 1000).map(float) | st.sampled_from((1e300, float("inf")))
+_CHOICE = st.tuples(st.integers(0, 40), _DAMAGE)
 _PLACES = st.lists(st.lists(_CHOICE, min_size=1, max_size=4), min_size=1, max_size=5)
 
 
@@ -68,6 +70,11 @@ def test_a_uniform_choice_is_not_better(monkeypatch):
             _sums(places, best_choices(places, budget))[1]
             <= _sums(places, [index] * len(places))[1]
         )
+
+
+def test_a_damage_that_is_no_number_is_the_most():
+    nan = float("nan")
+    assert best_choices([[(1, nan), (2, 5.0)], [(1, nan), (2, nan)]], 4) == [1, 0]
 
 
 def test_less_than_the_cheapest_is_refused():

@@ -158,6 +158,7 @@ def test_files_from_before_there_were_batches_and_rotations():
     assert "hadamard_size" not in SolverOptions().stored()
     assert SolverOptions(hadamard_size=1).stored()["hadamard_size"] == 1
     assert "target" not in SolverOptions().stored()
+    assert "asymmetric_calibration" not in SolverOptions().stored()
 
 
 def test_learning_needs_samples():

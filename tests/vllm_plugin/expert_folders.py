@@ -13,7 +13,8 @@ import transformers
 
 from torchao_masquant.testing import model_folders
 
-__all__ = ["SIGHT", "mixtral", "qwen3_moe", "qwen3_vl_moe"]
+__all__ = ["SIGHT", "deepseek_v2", "granite_moe", "mixtral", "qwen3_moe"]
+__all__ += ["qwen3_vl_moe"]
 
 _TOKENS = {
     "vision_bos_token": "<|vision_start|>",
@@ -61,6 +62,34 @@ def mixtral(folder: Path) -> Path:
     """A mixture whose files have other names than its model in transformers."""
     config = transformers.MixtralConfig(**_text())
     return _saved(transformers.MixtralForCausalLM, config, _tokenizer(), folder)
+
+
+def granite_moe(folder: Path) -> Path:
+    """A mixture that has Mixtral's name in transformers, too."""
+    config = transformers.GraniteMoeConfig(**_text())
+    return _saved(transformers.GraniteMoeForCausalLM, config, _tokenizer(), folder)
+
+
+def deepseek_v2(folder: Path) -> Path:
+    """A mixture that vLLM loads by code of the model's own."""
+    latent = {
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "num_key_value_heads": 2,
+    }
+    mixture = {
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "first_k_dense_replace": 0,
+    }
+    config = transformers.DeepseekV2Config(**_text() | latent | mixture)
+    return _saved(transformers.DeepseekV2ForCausalLM, config, _tokenizer(), folder)
 
 
 def qwen3_vl_moe(folder: Path) -> Path:

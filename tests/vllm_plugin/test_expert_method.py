@@ -28,11 +28,14 @@ from vllm.model_executor.layers.fused_moe.activation import (  # noqa: E402
 from vllm.model_executor.layers.fused_moe.routed_experts import (  # noqa: E402
     RoutedExperts,
 )
+from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
 
 from torchao_masquant.vllm_plugin import expert_method, quantization  # noqa: E402
+from torchao_masquant.vllm_plugin.expert_loading import hand_over  # noqa: E402
 from torchao_masquant.vllm_plugin.expert_method import (  # noqa: E402
     MASQuantExpertMethod,
 )
+from torchao_masquant.vllm_plugin.model_loading import watch_loading  # noqa: E402
 from torchao_masquant.vllm_plugin.quantization import (  # noqa: E402
     MASQuantVllmConfig,
 )
@@ -105,12 +108,10 @@ def asked():
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(enable_dbo=False),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=["Any"])),
     )
     with (
         mock.patch.object(expert_method, "get_current_vllm_config", lambda: config),
         mock.patch.object(quantization, "get_current_vllm_config", lambda: config),
-        mock.patch.object(quantization, "_model_class", lambda _: torch.nn.Module),
     ):
         yield config
 
@@ -128,6 +129,12 @@ def claimed(weights, prefix: str = PREFIX, **changes):
         return config, config.get_quant_method(a_layer(**changes), prefix)
 
 
+def handed_over(layer: RoutedExperts, stored) -> list[str]:
+    """What is left of a checkpoint for vLLM's own loader."""
+    others = hand_over(stored.items(), [layer.masquant_loading])
+    return [name for name, _ in others]
+
+
 def loaded(weights, **changes) -> RoutedExperts:
     _, method = claimed(weights)
     layer = a_layer(**changes)
@@ -141,16 +148,16 @@ def loaded(weights, **changes) -> RoutedExperts:
     )
     stored = flatten_state_dict(weights)
     assert all(name.startswith(f"{PREFIX}._") for name in stored)
-    found = ((n.removeprefix(f"{PREFIX}."), t) for n, t in stored.items())
-    assert len(list(layer.load_weights(found))) == len(stored)
+    assert handed_over(layer, stored) == []
     method.process_weights_after_loading(layer)
     layer.quant_method = method
     return layer
 
 
 def test_nothing_is_loaded_again(weights):
+    layer = loaded(weights)
     with pytest.raises(ValueError, match="not loaded again .* start vLLM anew"):
-        next(iter(loaded(weights).load_weights([])))
+        handed_over(layer, flatten_state_dict(weights))
 
 
 def run(layer: RoutedExperts, x: torch.Tensor) -> torch.Tensor:
@@ -204,12 +211,29 @@ def test_mixtral_has_another_name_in_vllm(weights):
     assert isinstance(method, MASQuantExpertMethod)
 
 
+def test_granites_mixture_has_that_name_everywhere(weights):
+    renamed = {n.replace(".mlp.", ".block_sparse_moe."): w for n, w in weights.items()}
+    _, method = claimed(renamed, "model.layers.0.block_sparse_moe.experts")
+    assert isinstance(method, MASQuantExpertMethod)
+
+
+def test_what_vllm_calls_the_projections_is_left(weights):
+    entry = CheckpointFormat("float32", formats(weights)).to_json()
+    config = MASQuantVllmConfig.from_config(entry)
+    suffixes = {".down_proj": ".w2_weight", ".gate_up_proj": ".w13_weight"}
+    moved = {".mlp.": ".moe."}
+    config.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_suffix=suffixes, orig_to_new_substr=moved)
+    )
+    assert list(config.layers) == [n.replace(".mlp.", ".moe.") for n in NAMES]
+
+
 def test_experts_without_a_place_are_told_of(weights):
     config, method = claimed(weights, "model.layers.1.mlp.experts")
     assert method is None
     with mock.patch.object(config, "_is_of_this_process", lambda name: True):
         with pytest.raises(ValueError, match="no place for 2 quantized weights"):
-            config.get_checkpoint_weight_mapper()
+            config.check_claimed()
 
 
 def test_half_of_them_is_refused(weights):
@@ -217,22 +241,58 @@ def test_half_of_them_is_refused(weights):
         claimed({NAMES[1]: weights[NAMES[1]]})
 
 
-def test_what_a_loader_does_not_hand_on_is_told_of(weights):
+def waiting(weights) -> RoutedExperts:
+    """For its weights."""
     _, method = claimed(weights)
     layer = a_layer()
     method.moe = layer.moe_config
     method.create_weights(layer, E, H, INNER, torch.float32)
-    with pytest.raises(ValueError, match=r"handed on no \['qdata', .* of its weight"):
-        method.process_weights_after_loading(layer)
+    layer.quant_method = method
+    return layer
+
+
+def test_what_a_loader_does_not_hand_on_is_told_of(weights):
+    layer = waiting(weights)
+    with pytest.raises(ValueError, match=r"files lack \['qdata', .* of its weight"):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def test_a_tensor_of_one_expert_is_refused(weights):
-    _, method = claimed(weights)
-    layer = a_layer()
-    method.moe = layer.moe_config
-    method.create_weights(layer, E, H, INNER, torch.float32)
+    stored = {f"{PREFIX}.0.up_proj.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match="0.up_proj.weight is no part of them"):
-        list(layer.load_weights([("0.up_proj.weight", torch.zeros(1))]))
+        handed_over(waiting(weights), stored)
+
+
+def test_what_is_not_experts_is_left_to_vllm(weights):
+    others = [f"{PREFIX}.bias", "model.layers.1.mlp.experts._down_proj_qdata", "a.b"]
+    stored = dict.fromkeys(others, torch.zeros(1))
+    assert handed_over(waiting(weights), stored) == others
+
+
+class ByName(torch.nn.Module):
+    """A model that looks up each name of a checkpoint, as many of vLLM's do."""
+
+    def __init__(self, layer: RoutedExperts):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(2)
+        self.experts = layer
+
+    def load_weights(self, weights):
+        known = dict(self.named_parameters())
+        for name, tensor in weights:
+            known[name].data.copy_(tensor)
+
+
+def test_a_model_that_looks_up_names_is_handed_none_of_the_experts(weights):
+    watch_loading(ByName)
+    layer = waiting(weights)
+    stored = {**flatten_state_dict(weights), "norm.bias": torch.ones(2)}
+    model = ByName(layer)
+    model.load_weights(stored.items())
+    assert model.norm.bias.tolist() == [1, 1]
+    layer.quant_method.process_weights_after_loading(layer)
+    with pytest.raises(ValueError, match="ByName .* has no place for 'other.weight'"):
+        model.load_weights([("other.weight", torch.ones(2))])
 
 
 def test_another_number_of_experts_is_refused(weights):

@@ -119,26 +119,6 @@ def test_what_latent_attention_multiplies_is_refused():
     assert isinstance(found, MASQuantLinearMethod)
 
 
-def test_experts_that_vllm_loads_one_by_one_are_refused():
-    of = config("model.layers.0.mlp.experts.gate_up_proj")
-    of.layers["model.layers.0.mlp.experts.down_proj"] = next(iter(of.layers.values()))
-    inner = SimpleNamespace(architectures=["Inner"])
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=inner))
-    base = type("DeepseekV2ForCausalLM", (), {})
-    model_class = type("DeepseekV3ForCausalLM", (base,), {})
-    experts = quantization.RoutedExperts.__new__(quantization.RoutedExperts)
-    with (
-        mock.patch.object(quantization, "get_current_vllm_config", lambda: vllm_config),
-        mock.patch.object(
-            quantization.ModelRegistry,
-            "resolve_model_cls",
-            lambda *_, **__: (model_class, ""),
-        ),
-        pytest.raises(ValueError, match="DeepseekV3ForCausalLM loads experts one by"),
-    ):
-        of.get_quant_method(experts, "model.layers.0.mlp.experts")
-
-
 def test_a_newer_format_is_refused():
     entry = CheckpointFormat(
         "float32", {"a": LayerFormat.of(MASQuantTensor.from_hp(torch.randn(8, 16)))}
@@ -172,7 +152,8 @@ def routed(asked: dict[str, int], *, sees: bool = True) -> None:
         parallel_config=SimpleNamespace(**usual | asked),
         model_config=SimpleNamespace(multimodal_config=None),
     )
-    model_class = type("Reader", (), {"supports_multimodal": sees})
+    named = {"supports_multimodal": sees, "load_weights": print}
+    model_class = type("Reader", (), named)
     of = MASQuantVllmConfig.from_config(entry)
     of.maybe_update_config("", SimpleNamespace(architectures=["Reader"]))
     with (

@@ -7,6 +7,7 @@
 
 from typing import Callable, Optional, Sequence
 
+from torchao_masquant.calibration.exact_inputs import ExactInputs
 from torchao_masquant.calibration.session import CalibrationSession
 from torchao_masquant.models.experts import ExpertWeight
 from torchao_masquant.routing import Router
@@ -25,6 +26,7 @@ class Passes:
         max_bytes: of the statistics of one pass, in bytes. An input that alone needs
             more has a pass of its own.
         before: see :class:`~torchao_masquant.calibration.session.CalibrationSession`.
+        exact: likewise.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class Passes:
         second_moments: bool,
         max_bytes: int,
         before: Optional[Sequence[int]] = None,
+        exact: Optional[ExactInputs] = None,
     ):
         self.router, self.second_moments = router, second_moments
-        self.max_bytes, self.before = max_bytes, before
+        self.max_bytes, self.before, self.exact = max_bytes, before, exact
         #: names of what is called with other tokens than the model's
         self.left_out: set[str] = set()
         self._at_first = True
@@ -101,6 +104,7 @@ class Passes:
             part.experts,
             self.before,
             part.towers,
+            self.exact,
         )
 
 

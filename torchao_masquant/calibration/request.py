@@ -50,7 +50,7 @@ def check_request(
         ValueError: names the linears concerned, and a way out.
     """
     shapes = selected.widths
-    _check_towers(selected, options)
+    _check_towers(selected.towers, options)
     first = next(iter(selected.experts), None)
     if options.procedure.folded and first is not None:
         raise ValueError(
@@ -64,11 +64,20 @@ def check_request(
         )
     # After those: another budget would not help where there can be none.
     _check_all(selected.widths, selected.towers, modalities, options)
-    if options.epochs:
+    for what, without, is_asked in (
+        ("learning", "epochs=0", options.epochs > 0),
+        (
+            "asymmetric calibration",
+            "asymmetric_calibration=False",
+            options.asymmetric_calibration,
+        ),
+    ):
+        if not is_asked:
+            continue
         if first is not None:
             raise ValueError(
-                f"learning is for linears alone, and {first} is of experts: calibrate "
-                "with epochs=0, or exclude '*.experts.*'."
+                f"{what} is for linears alone, and {first} is of experts: calibrate "
+                f"with {without}, or exclude '*.experts.*'."
             )
         decoder_blocks(model, list(shapes))
 
@@ -96,6 +105,9 @@ def check_shapes(
     shapes: Mapping[str, tuple[int, int]],
     modalities: Sequence[str],
     options: SolverOptions,
+    *,
+    part: str = "",
+    give: str = "give",
 ) -> None:
     """The same as far as shapes and names tell.
 
@@ -103,6 +115,8 @@ def check_shapes(
         shapes: name to (N, K) of each linear, and of each expert of a projection.
         modalities: base first.
         options: of the solution.
+        part: of the model that they are all of, see :func:`check_budget`.
+        give: what a message says before the group size that it proposes.
 
     Raises:
         ValueError: as :func:`check_request`.
@@ -110,9 +124,9 @@ def check_shapes(
     _check_widths(shapes)
     # A budget has the group sizes that suit each width, where none is given.
     if not options.budget or options.group_size is not None:
-        _check_groups(shapes, options)
+        _check_groups(shapes, options, give)
     if options.budget:
-        check_budget(shapes, len(modalities), options)
+        check_budget(shapes, len(modalities), options, part=part)
     _check_rotation(shapes, options)
     _check_weights(modalities, options)
 
@@ -122,14 +136,16 @@ def check_session(session: CalibrationSession, options: SolverOptions) -> None:
 
     Raises:
         ValueError: a linear or a modality was left out by the data; a group size does
-            not divide the width of a linear.
+            not divide the width of a linear; a tower has no place in what is asked for.
     """
     session.check_complete()
+    _check_towers([n for n in session.layers if n in session.towers], options)
     _check_all(
         {n: (m.out_features, m.in_features) for n, m in session.layers.items()},
         session.towers,
         session.router.modalities,
         options,
+        part=" observed at one time",
     )
 
 
@@ -176,24 +192,33 @@ def _check_all(
     towers: Mapping[str, str],
     modalities: Sequence[str],
     options: SolverOptions,
+    *,
+    part: str = "",
 ) -> None:
     """Those of towers by options of their own."""
     of_decoder = {n: shape for n, shape in shapes.items() if n not in towers}
     of_towers = {n: shape for n, shape in shapes.items() if n in towers}
     if of_decoder or not of_towers:
-        check_shapes(of_decoder, modalities, options)
+        check_shapes(of_decoder, modalities, options, part=part)
     if of_towers:
-        check_shapes(of_towers, modalities, options.of_towers)
+        # A group size that is given is the decoder's, where both have a scheme.
+        alone = "calibrate the towers by themselves, with include and"
+        give = "give" if options.towers is None else alone
+        _check_weights(modalities, options)
+        check_shapes(of_towers, modalities, options.of_towers, give=give)
 
 
-def _check_towers(selected: Selected, options: SolverOptions) -> None:
-    tower = next(iter(selected.towers), None)
+def _check_towers(towers: Iterable[str], options: SolverOptions) -> None:
+    tower = next(iter(towers), None)
     if tower is None:
         return
     refused = {
         f"target {options.target!r} is for decoders alone": options.procedure.folded,
         "learning goes through a decoder's blocks alone": options.epochs > 0,
         "a budget is for decoders alone": options.budget is not None,
+        "asymmetric calibration goes through a decoder's blocks alone": (
+            options.asymmetric_calibration
+        ),
     }
     for reason, is_asked in refused.items():
         if is_asked:
@@ -213,7 +238,7 @@ def _check_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def _check_groups(
-    shapes: Mapping[str, tuple[int, int]], options: SolverOptions
+    shapes: Mapping[str, tuple[int, int]], options: SolverOptions, give: str
 ) -> None:
     size = options.number_format.group_size
     odd = [name for name, (_, k) in shapes.items() if size and k % size]
@@ -234,7 +259,7 @@ def _check_groups(
             "take a scheme with one scale for each output channel."
         )
     way = (
-        f"give group_size={' or '.join(map(str, sorted(nearest)))}, which divides all"
+        f"{give} group_size={' or '.join(map(str, sorted(nearest)))}, which divides all"
         if nearest
         else f"no group size divides all of {_numbers(widths)}"
     )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchao_masquant.calibration.exact_inputs import ExactInputs
 from torchao_masquant.calibration.groups import SharedInputs
 from torchao_masquant.calibration.observed_experts import MASQuantObservedExperts
 from torchao_masquant.calibration.tower_items import items_of
@@ -55,6 +56,8 @@ class CalibrationSession:
             :class:`~torchao_masquant.statistics.input_statistics.Moments`.
         towers: name of each linear that is a tower's to the one modality that it meets.
             Each image and each sound weighs the same there, however many tokens it has.
+        exact: of the full-precision stream, where linears are called in both, a sample at
+            a time, and statistics are of the quantized one. None: there is one stream.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class CalibrationSession:
         experts: Optional[Mapping[str, ExpertWeight]] = None,
         before: Optional[Sequence[int]] = None,
         towers: Optional[Mapping[str, str]] = None,
+        exact: Optional[ExactInputs] = None,
     ):
         self.linears = linears
+        self.exact = exact
         self.towers = dict(towers or {})
         self.experts = dict(experts or {})
         self.router = router
@@ -189,6 +194,9 @@ class CalibrationSession:
                 f"{name}: input of shape {tuple(x.shape)} does not match its "
                 f"in_features={linear.in_features}."
             )
+        if self.exact is not None and self.exact.is_read:
+            self.exact.note(name, x)
+            return
         reader = self._inputs.leader(name, x)
         leader = self.leaders.setdefault(name, reader)
         if leader != name:
@@ -318,12 +326,15 @@ class CalibrationSession:
                 x.device,
                 self.second_moments,
                 None if name in self.towers else self.before,
+                drifts=self.exact is not None,
             )
+        rows = x.reshape(-1, x.shape[-1])
         statistics.update(
             name,
-            x.reshape(-1, x.shape[-1]),
+            rows,
             None if ids is None else ids.reshape(-1),
             weights,
+            None if self.exact is None else self.exact.of(name, rows),
         )
 
     def groups(self) -> dict[str, list[str]]:

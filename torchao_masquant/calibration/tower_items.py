@@ -21,8 +21,11 @@ __all__ = ["Items", "items_of"]
 # Arguments of a model's call with a row (frames, height, width) or (height, width) for
 # each image or video, in patches or pixels.
 _SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", "target_sizes")
-# (sounds, frames): which frames are no padding.
-_MASKS = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")
+# (sounds, frames), or (images, patches): which of them are no padding.
+_MASKS = {
+    "vision": ("pixel_attention_mask",),
+    "audio": ("feature_attention_mask", "input_features_mask", "audio_attention_mask"),
+}
 
 
 @dataclass
@@ -44,15 +47,16 @@ def items_of(x: torch.Tensor, modality: str, arguments: Mapping[str, Any]) -> It
     """Find them.
 
     Args:
-        x: (items, tokens, K); or (tokens, K), or (1, tokens, K), of all items one behind
-            the other, and of one where the arguments do not tell how long each is.
+        x: (items, tokens, K), or (items, rows, columns, K); or (tokens, K), or
+            (1, tokens, K), of all items one behind the other, and of one where the
+            arguments do not tell how long each is.
         modality: "vision" or "audio".
         arguments: of the model's call.
     """
     rows = x.shape[:-1].numel()
-    lead = x.shape[:-2].numel()
-    if modality == "audio" and x.dim() > 2:
-        real = _real_frames(lead, rows // lead, arguments)
+    lead = x.shape[0] if x.dim() > 2 else 1
+    if x.dim() > 2 and rows:
+        real = _real_tokens(lead, rows // lead, modality, arguments)
         if real is not None:
             return _padded(real, rows // lead)
     if lead > 1:
@@ -74,19 +78,19 @@ def _packed(lengths: torch.Tensor) -> Items:
 
 
 def _padded(real: torch.Tensor, length: int) -> Items:
-    """Of sounds of one length, of which some of the first frames are real."""
+    """Of items of one length, of which some of the first tokens are real."""
     is_real = torch.arange(length) < real[:, None]
     ids = torch.where(is_real, 0, PADDING)
     weights = (1.0 / real.double().clamp_min(1))[:, None].expand_as(ids)
     return Items(int((real > 0).sum()), ids.reshape(-1), weights.reshape(-1))
 
 
-def _real_frames(
-    sounds: int, length: int, arguments: Mapping[str, Any]
+def _real_tokens(
+    items: int, length: int, modality: str, arguments: Mapping[str, Any]
 ) -> Optional[torch.Tensor]:
-    """(sounds,) of so many frames; a tower may have made fewer of those of its input."""
-    for mask in _given(_MASKS, arguments):
-        if mask.dim() == 2 and len(mask) == sounds and mask.shape[1] >= length:
+    """(items,) of so many tokens; a tower may have made fewer of those of its input."""
+    for mask in _given(_MASKS[modality], arguments):
+        if mask.dim() == 2 and len(mask) == items and mask.shape[1] >= length:
             shorter = mask.sum(1) * length / mask.shape[1]
             return shorter.ceil().long()
     return None
@@ -99,7 +103,7 @@ def _lengths(modality: str, arguments: Mapping[str, Any]) -> Iterator[torch.Tens
             if sizes.dim() == 2:
                 yield sizes.prod(1)
         return
-    for mask in _given(_MASKS, arguments):
+    for mask in _given(_MASKS["audio"], arguments):
         if mask.dim() == 2:
             yield mask.sum(1)
 
@@ -120,9 +124,14 @@ def _fitting(lengths: torch.Tensor, rows: int, modality: str) -> Optional[torch.
         merged = total // rows
         if not (lengths % merged).any():
             return lengths // merged
+    if modality != "audio" or not 0 < rows < total:
+        return None
     # A convolution of stride 2 makes one frame of a last one by itself, too.
-    while modality == "audio" and int(lengths.sum()) > rows > 0:
-        lengths = (lengths + 1) // 2
-        if int(lengths.sum()) == rows:
-            return lengths
-    return None
+    halved = lengths
+    while int(halved.sum()) > rows and (halved > 1).any():
+        halved = (halved + 1) // 2
+        if int(halved.sum()) == rows:
+            return halved
+    # Others merge chunks, each by itself, or leave a last one out: to within a token.
+    ends = (lengths.cumsum(0) * rows / total).round().long()
+    return ends.diff(prepend=ends.new_zeros(1))

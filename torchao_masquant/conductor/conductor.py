@@ -11,6 +11,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 import torch
 
 from torchao_masquant.budget import check_budget
+from torchao_masquant.calibration.exact_inputs import ExactInputs
 from torchao_masquant.calibration.left_out import warn_of_left_out
 from torchao_masquant.calibration.passes import Passes
 from torchao_masquant.calibration.request import check_session
@@ -23,6 +24,7 @@ from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
 from torchao_masquant.selection import Selected
+from torchao_masquant.solver.asymmetric import corrected
 from torchao_masquant.solver.choices import Choice, spend_budget
 from torchao_masquant.solver.cost import solved_shapes, solver_cost
 from torchao_masquant.solver.experts import solve_experts
@@ -46,6 +48,7 @@ class Conductor:
         team: that shares samples and solving; None for this process alone.
         before: number of tokens of each modality in the samples of the processes
             before this one.
+        exact: see :class:`~torchao_masquant.calibration.session.CalibrationSession`.
         progress: show a bar on a terminal.
     """
 
@@ -57,6 +60,7 @@ class Conductor:
         *,
         team: Optional[Team] = None,
         before: Optional[Sequence[int]] = None,
+        exact: Optional[ExactInputs] = None,
         progress: bool = False,
     ):
         self.options, self.progress = options, progress
@@ -65,7 +69,11 @@ class Conductor:
         #: of each modality, as many as the linear met that met most
         self.tokens = dict.fromkeys(router.modalities, 0)
         self._passes = Passes(
-            router, options.procedure.per_modality, max_statistics_bytes, before
+            router,
+            options.procedure.per_modality,
+            max_statistics_bytes,
+            before,
+            exact,
         )
 
     def plan(self, part: Selected, run: Callable[[], object]) -> list[list[str]]:
@@ -193,6 +201,11 @@ def solve(
         for leader, names in session.groups().items()
         if leader in session.linears
     ]
+    corrections = []
+    for index, (weights, statistics) in enumerate(groups):
+        if statistics.drifts:
+            corrections.append(corrected(weights, statistics, options))
+            groups[index] = (corrections[-1].weights, statistics)
     chosen: Optional[list[Choice]] = None
     if options.budget:
         chosen = team.on_first(lambda: spend_budget(groups, options, progress=progress))
@@ -243,6 +256,8 @@ def solve(
     found: dict[str, LayerRecipe] = {}
     for index in progress_bar(mine, desc="Solving", show=progress):
         found |= tasks[index]()
+    for correction in corrections:
+        found |= correction.applied(found)
     for name in found.keys() & session.towers.keys():
         found[name].modalities = session.modalities_of(name)
         found[name].scheme = options.towers

@@ -26,6 +26,7 @@ from torchao_masquant.learning.batches import batches, held_back
 from torchao_masquant.learning.learnable_weight import LearnableWeight
 from torchao_masquant.learning.together import Alone, Together
 from torchao_masquant.learning.token_variation import TokenVariation, tokens_of
+from torchao_masquant.linear import quantized_forward
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
@@ -161,9 +162,7 @@ class BlockTask:
         weights = self._quantized(layers)
 
         def forward(name: str, ids: Any, x: torch.Tensor) -> torch.Tensor:
-            linear = self.linears[name]
-            rows = None if ids is None else ids.reshape(x.shape[:-1]).clamp_min(0)
-            return torch.ops.masquant.linear(x, weights[name], rows, linear.bias)
+            return quantized_forward(self.linears[name], weights[name], ids)(x)
 
         for call, x in zip(self.calls, inputs):
             yield self._run(forward, call, x)

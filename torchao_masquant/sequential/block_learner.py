@@ -3,7 +3,7 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""Learning of one block, with the samples' activations in a store."""
+"""One block in both streams, with the samples' activations in a store."""
 
 import collections.abc
 from typing import Any, Mapping, Optional, Sequence
@@ -36,7 +36,7 @@ class BlockLearner:
         walk: through the decoder.
         activations: the store.
         samples: numbers of the samples in it, this process's.
-        options: with ``epochs`` above zero.
+        options: of the solution; learning takes ``epochs`` above zero.
         team: that shares the samples.
     """
 
@@ -51,6 +51,10 @@ class BlockLearner:
         self.walk, self.activations = walk, activations
         self.samples, self.options, self.team = samples, options, team
 
+    def samples_at(self, index: int) -> "list[_Call]":
+        """This process's samples at a block, which is loaded."""
+        return [_Call(self, number, index) for number in self.samples]
+
     def learn(
         self, index: int, layers: Mapping[str, LayerRecipe], *, done: bool
     ) -> dict[str, LayerRecipe]:
@@ -61,7 +65,7 @@ class BlockLearner:
                 full-precision stream are in the store.
             layers: solutions for its linears, on process 0; where they are learned
                 already, on all.
-            done: they are learned already.
+            done: nothing is left to learn.
 
         Returns:
             The learned ones, the same on all processes.
@@ -71,7 +75,7 @@ class BlockLearner:
         """
         if not done:
             layers = self.team.spread(layers)
-        calls = [_Call(self, number) for number in self.samples]
+        calls = self.samples_at(index)
         for call in calls:
             inputs = call.block_call(index)
             hidden = inputs.args[0] if inputs.args else inputs.kwargs["hidden_states"]
@@ -114,10 +118,10 @@ class _Stored(collections.abc.Sequence):
 
 
 class _Call:
-    """One sample, as ``BlockTask`` wants it."""
+    """One sample at a block, as ``BlockTask`` wants it, and in both streams."""
 
-    def __init__(self, learner: BlockLearner, number: int):
-        self.learner, self.number = learner, number
+    def __init__(self, learner: BlockLearner, number: int, index: int):
+        self.learner, self.number, self.index = learner, number, index
 
     @property
     def call(self) -> DecoderCall:
@@ -130,10 +134,23 @@ class _Call:
 
     def block_call(self, index: int) -> BlockCall:
         """What a block is called with in the quantized stream."""
+        return self._block_call(index, "met")
+
+    def _block_call(self, index: int, stream: str) -> BlockCall:
         previous = None
         if index:
-            previous = self.learner.activations.get(f"met-{self.number}")
+            previous = self.learner.activations.get(f"{stream}-{self.number}")
         return self.learner.walk.block_call(index, self.call, previous)
+
+    def run_exact(self) -> Any:
+        return self._run("hidden")
+
+    def run_met(self) -> Any:
+        return self._run("met")
+
+    def _run(self, stream: str) -> Any:
+        found = self._block_call(self.index, stream)
+        return self.learner.walk.run_block(self.index, self.call, found)
 
     def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Output of a block for these hidden states."""

@@ -12,6 +12,7 @@ from typing import Iterator, Optional, Sequence
 import torch
 
 from torchao_masquant.calibration.observed_experts import as_observed
+from torchao_masquant.conductor.asymmetric import AsymmetricConductor
 from torchao_masquant.conductor.conductor import Conductor
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.sequential.activations import ActivationStore, kept
@@ -43,15 +44,20 @@ class Blocks:
         before: Sequence[int],
     ):
         self.job, self.activations, self.writer = job, activations, writer
-        self.conductor = Conductor(
-            job.router,
-            job.options,
-            job.max_statistics_bytes,
-            team=job.team,
-            before=before,
-        )
+        self.asymmetric: Optional[AsymmetricConductor] = None
+        if job.options.asymmetric_calibration:
+            self.asymmetric = AsymmetricConductor(job.router, job.options)
+            self.conductor = self.asymmetric.conductor
+        else:
+            self.conductor = Conductor(
+                job.router,
+                job.options,
+                job.max_statistics_bytes,
+                team=job.team,
+                before=before,
+            )
         self.learner = None
-        if job.options.epochs:
+        if job.options.epochs or self.asymmetric is not None:
             self.learner = BlockLearner(
                 job.walk, activations, job.mine, job.options, job.team
             )
@@ -131,6 +137,10 @@ class Blocks:
         layers: dict[str, LayerRecipe] = {}
         if not chosen.layers:
             self._advance(index)
+        elif self.asymmetric is not None and self.learner is not None:
+            samples = self.learner.samples_at(index)
+            layers = self.asymmetric.layers(chosen, samples)
+            self._advance(index)
         else:
             first = self._runs(index, replace=False)
             passes = self.conductor.plan(chosen, functools.partial(next, first))
@@ -143,7 +153,8 @@ class Blocks:
 
             layers = self.conductor.layers(chosen, passes, run)
         if self.learner is not None:
-            layers = self.learner.learn(index, layers, done=False)
+            done = not self.job.options.epochs
+            layers = self.learner.learn(index, layers, done=done)
         self.job.team.on_first(lambda: self.writer.write(index, layers))
 
     def tell(self) -> None:

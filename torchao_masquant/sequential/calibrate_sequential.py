@@ -104,6 +104,11 @@ def calibrate_sequential(
             team.size,
             team.size,
         )
+    if options.asymmetric_calibration and team.size > 1:
+        raise ValueError(
+            f"asymmetric calibration is for one process, and there are {team.size}: start "
+            "one, or calibrate with asymmetric_calibration=False."
+        )
     team.on_first(lambda: outputs.check(Path(model)))
     disk = DiskModel(model, given.dtype, given.device, given.model_class)
     met = base_first(disk.model, given.base_modality, given.modalities)

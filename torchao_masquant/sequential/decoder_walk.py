@@ -178,12 +178,9 @@ class DecoderWalk:
         with self.routed(call):
             return self.blocks[index](*block_call.args, **block_call.kwargs)
 
-    @contextlib.contextmanager
-    def routed(self, call: DecoderCall) -> Iterator[None]:
+    def routed(self, call: DecoderCall) -> contextlib.AbstractContextManager[None]:
         """Let linears that run inside know the modalities of a sample's tokens."""
-        with self.router.explicit(None):
-            self.router.call.known, self.router.call.ids = call.known, call.ids
-            yield
+        return self.router.repeated(call.known, call.ids)
 
     @torch.no_grad()
     def prove(

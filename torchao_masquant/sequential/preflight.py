@@ -200,10 +200,16 @@ def estimate(
         writes: whether a checkpoint, and a recipe.
     """
     per_modality = options.procedure.per_modality
+    asymmetric = options.asymmetric_calibration
+    if asymmetric:
+        # Each input has a pass of its own.
+        max_statistics_bytes = 0
     statistics, least, solving, widest, of_experts = 0, 0, 0, "", False
     for linears in blocks:
         needs = {
-            name: statistics_bytes(k, modalities, per_modality, sum(experts))
+            name: statistics_bytes(
+                k, modalities, per_modality, sum(experts), drifts=asymmetric
+            )
             for name, (*experts, _, k) in linears.items()
         }
         # Linears that share their input need it once: all of them are more than enough.
@@ -226,6 +232,11 @@ def estimate(
                 if experts and options.procedure.shift:
                     # Second moments without the experts' means, and what makes them.
                     work += 8 * (modalities + 3) * k * k
+            if asymmetric:
+                # The weights that are solved for, what is quantized of the block, and
+                # what the regression has of a pair of streams.
+                work += 12 * beside + 2 * sum(map(math.prod, linears.values()))
+                work += 8 * 6 * k * k
             in_pass = max(needs[name], together)
             statistics, least = max(statistics, in_pass), max(least, needs[name])
             if in_pass + work > solving:
@@ -241,8 +252,9 @@ def estimate(
     longest = max(tokens)
     inner = max((n for n, _ in every), default=hidden)
     # The store holds what the decoder was called with and what a block gave; where it is
-    # learned, also what the quantized block is called with and what it gave.
-    kept = 4 if options.epochs else 2
+    # learned, or met behind quantized ones, also what it is called with there and what it
+    # gave.
+    kept = 4 if options.epochs or asymmetric else 2
     states = kept * sum(tokens) * hidden * itemsize
     disk = states if on_disk else 0
     if writes[0]:
@@ -380,7 +392,11 @@ def check_time(
     # on a block of 512 channels, and as 19 on one of 64, where all samples judge, too.
     # Where a batch has fewer samples than there are processes, others wait.
     waits = max(1.0, processes / options.batch_size)
-    passes = forward * (2 + 8 * options.epochs * waits) * len(blocks)
+    often = 2.0
+    if options.asymmetric_calibration:
+        # Up to each of some four inputs in both streams, and once in each to the end.
+        often += 6
+    passes = forward * (often + 8 * options.epochs * waits) * len(blocks)
     seconds = passes + sum(costs) / rate / processes
     _LOGGER.info(
         "%d blocks, about %.1f minutes (%.1f of them to run the samples).",

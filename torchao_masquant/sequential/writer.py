@@ -51,7 +51,8 @@ class Writer:
         chosen = job.selected_of(index)
         part = self.store.part_of(index)
         # The quantized stream of a run that goes on is made from it.
-        if job.outputs.recipe is not None or job.options.epochs:
+        in_both_streams = job.options.epochs or job.options.asymmetric_calibration
+        if job.outputs.recipe is not None or in_both_streams:
             found = Recipe(
                 job.options,
                 job.router.modalities,

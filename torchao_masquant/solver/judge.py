@@ -85,10 +85,10 @@ def token_errors(
         index: of the modality.
 
     Returns:
-        None where there are no two tokens, or all outputs are zero.
+        None where there is no token, or all outputs are zero.
     """
     tokens = statistics.moments[index].sample
-    if tokens.shape[0] < 2:
+    if tokens.shape[0] == 0:
         return None
     exact = tokens.double() @ weight.double().t()
     varying = (exact - exact.mean(0)).square().sum().item()

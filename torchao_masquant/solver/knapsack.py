@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["Priced", "best_choices"]
 
-#: Cost, which is not negative, and damage of a choice.
+#: Cost, which is not negative, and damage of a choice; one that is nan is infinite.
 Priced = tuple[int, float]
 
 # Sums that are carried from place to place. Few places have no more: then the result is
@@ -49,7 +49,7 @@ def best_choices(places: Sequence[Sequence[Priced]], budget: int) -> list[int]:
     for choices, cheapest in zip(places, least):
         rest -= cheapest
         own = torch.tensor([cost for cost, _ in choices])
-        own_damages = torch.tensor([d for _, d in choices], dtype=torch.float64)
+        own_damages = _beside_least([damage for _, damage in choices])
         # Numbered by what came before, then by the choice.
         costs = (costs[:, None] + own).flatten()
         damages = (damages[:, None] + own_damages).flatten()
@@ -63,6 +63,14 @@ def best_choices(places: Sequence[Sequence[Priced]], budget: int) -> list[int]:
     return found[::-1]
 
 
+def _beside_least(damages: Sequence[float]) -> torch.Tensor:
+    """What each choice of a place does more than the least one, which all would do: a sum
+    would be rounded to it where it is large. Of infinite ones none does more."""
+    found = torch.tensor(damages, dtype=torch.float64).nan_to_num(float("inf"))
+    more = found - found.min()
+    return torch.where(found == found.min(), 0.0, more)
+
+
 def _undominated(costs: torch.Tensor, damages: torch.Tensor, most: int) -> torch.Tensor:
     """Numbers of the sums to carry on, from the cheapest to the one of least damage."""
     # Of equal costs the least damage comes first.
@@ -72,13 +80,15 @@ def _undominated(costs: torch.Tensor, damages: torch.Tensor, most: int) -> torch
     ranked = damages[order]
     before = torch.cummin(ranked, 0).values.roll(1)
     before[0] = float("inf")
-    order = order[ranked < before]
+    fewer = ranked < before
+    # The cheapest stays, whatever it does: it may be all that there is room for.
+    fewer[0] = True
+    order = order[fewer]
     if len(order) <= _CARRIED:
         return order
     costs = costs[order]
     classes = (costs - costs[0]) * _CARRIED // (costs[-1] - costs[0] + 1)
-    # Damage falls with cost: the last of a class has its least. The first of all stays,
-    # for it alone may leave room for what comes.
+    # Damage falls with cost: the last of a class has its least. The first stays here, too.
     last = classes.diff(append=classes[-1:] + 1) > 0
     last[0] = True
     return order[last]

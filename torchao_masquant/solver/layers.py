@@ -38,7 +38,13 @@ from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.tensor_subclasses import low_rank_dtype, quantize_low_rank_pair
 from torchao_masquant.threads import threads_for, widest
 
-__all__ = ["ROUNDED_TOGETHER", "factors_alone", "rounded_together", "solve_group"]
+__all__ = [
+    "ROUNDED_TOGETHER",
+    "factors_alone",
+    "rounded_together",
+    "shares_of",
+    "solve_group",
+]
 
 #: Values of weights; the rounding of few rows is all overhead.
 ROUNDED_TOGETHER = 1 << 23
@@ -237,7 +243,7 @@ class _PerModality:
 
     def _weighed(self) -> dict[str, SharedWeight]:
         """Clipped and rounded by what errors cost."""
-        self.shares = _shares(self.inputs, self.factors)
+        self.shares = shares_of(self.inputs, self.factors)
         if self.method.rounding != "gptq":
             return self._all_nearest(self._total().diagonal())
         hessian = JointHessian(self._total(), self._noise())
@@ -448,7 +454,7 @@ def rounded_together(values: Sequence[int]) -> list[list[int]]:
     return batches
 
 
-def _shares(
+def shares_of(
     inputs: Sequence[ModalityInput], factors: Sequence[torch.Tensor]
 ) -> list[float]:
     """What a modality's squared error weighs.

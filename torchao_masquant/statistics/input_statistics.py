@@ -10,6 +10,7 @@ from typing import Any, Optional, Sequence
 
 import torch
 
+from torchao_masquant.statistics.drift import Drift
 from torchao_masquant.statistics.token_sample import SAMPLE_TOKENS, TokenSample
 from torchao_masquant.threads import threads_for
 
@@ -157,7 +158,12 @@ def _add_squares(outer: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def statistics_bytes(
-    width: int, modalities: int, second_moments: bool, experts: int = 0
+    width: int,
+    modalities: int,
+    second_moments: bool,
+    experts: int = 0,
+    *,
+    drifts: bool = False,
 ) -> int:
     """Of one input's statistics, whose samples are as large as they get.
 
@@ -166,10 +172,13 @@ def statistics_bytes(
         modalities: M.
         second_moments: whether covariances and samples are kept.
         experts: that have ranges and sums of their own beside those of all.
+        drifts: whether they are kept.
     """
     size = 24 * width * (1 + experts)
     if second_moments:
         size += (8 * width + 4 * SAMPLE_TOKENS) * width
+    if drifts:
+        size += 8 * (width + SAMPLE_TOKENS + 1) * width
     return size * modalities
 
 
@@ -187,6 +196,8 @@ class InputStatistics:
         second_moments: keep ``sum x x^T``, 8 K^2 bytes for each modality, and a sample
             of tokens.
         before: of each modality, see :class:`Moments`; None for none.
+        drifts: keep how tokens differ from those of the full-precision stream, as much
+            again as the second moments take.
     """
 
     def __init__(
@@ -196,8 +207,11 @@ class InputStatistics:
         device: torch.device,
         second_moments: bool,
         before: Optional[Sequence[int]] = None,
+        *,
+        drifts: bool = False,
     ):
         self.modalities = modalities
+        self.drifts = [Drift.zeros(width, device) for _ in modalities] if drifts else []
         self.moments = [
             Moments.zeros(width, device, second_moments, earlier)
             for earlier in before or [0] * len(modalities)
@@ -209,6 +223,7 @@ class InputStatistics:
         x: torch.Tensor,
         modality_ids: Optional[torch.Tensor],
         weights: Optional[torch.Tensor] = None,
+        exact: Optional[torch.Tensor] = None,
     ) -> None:
         """Add the tokens of one call.
 
@@ -218,6 +233,7 @@ class InputStatistics:
             modality_ids: (T,) index of each token's modality, negative for a token
                 to leave out (padding); None: all base.
             weights: (T,) see :meth:`Moments.update`.
+            exact: (T, K) the tokens in the full-precision stream, where drifts are kept.
 
         Raises:
             ValueError: a token that is not left out holds nan or inf.
@@ -235,4 +251,9 @@ class InputStatistics:
                     "or the layer before it that overflows."
                 )
             with threads_for(x.shape[-1]):
+                if self.drifts and len(tokens):
+                    assert exact is not None
+                    of_these = exact if modality_ids is None else exact[chosen]
+                    first = moments.before + moments.count
+                    self.drifts[index].update(tokens, of_these, first)
                 moments.update(tokens, own)

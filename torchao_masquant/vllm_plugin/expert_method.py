@@ -6,7 +6,7 @@
 """Experts of vLLM whose weights are quantized: how they are loaded, and that they are run."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional
 
 import torch
 from torch import nn
@@ -18,17 +18,10 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
 )
 
 from torchao_masquant.expert_modules import through_experts
-from torchao_masquant.integrations.checkpoint_format import stored_part
 from torchao_masquant.integrations.layer_format import LayerFormat
-from torchao_masquant.tensor_subclasses import MASQuantTensor
 from torchao_masquant.tensor_subclasses.expert_linear import expert_product
-from torchao_masquant.vllm_plugin.loading import (
-    built,
-    check_shape,
-    columns_of_rank,
-    loaded_before,
-    own_copy,
-)
+from torchao_masquant.vllm_plugin.expert_loading import ExpertLoading
+from torchao_masquant.vllm_plugin.loading import check_shape
 from torchao_masquant.vllm_plugin.token_ids import TokenIds
 from torchao_masquant.vllm_plugin.weight_parts import WeightParts
 
@@ -60,6 +53,7 @@ class MASQuantExpertMethod(FusedMoEMethodBase):
         layer: of vLLM.
         formats: name in the checkpoint of each of the two projections, in the order of
             their use, to what it is.
+        prefixes: own names that the checkpoint's files may have for the experts.
         token_ids: of the model's; None: no weight is routed.
 
     Raises:
@@ -71,11 +65,13 @@ class MASQuantExpertMethod(FusedMoEMethodBase):
         config: "MASQuantVllmConfig",
         layer: Any,
         formats: Mapping[str, LayerFormat],
+        prefixes: frozenset[str],
         token_ids: Optional[TokenIds],
     ):
         super().__init__(layer.moe_config)
         self.config = config
         self.formats = formats
+        self.prefixes = prefixes
         self.token_ids = token_ids
         _check_asked(layer)
 
@@ -88,10 +84,7 @@ class MASQuantExpertMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Take the loading of the experts over from the layer.
-
-        vLLM's own loader looks for tensors of one expert each, or of all in high precision.
-        """
+        """Note what is to be loaded, for which vLLM's own loaders have no place."""
         inner = intermediate_size_per_partition * self.moe.moe_parallel_config.tp_size
         expected = (
             (num_experts, 2 * inner, hidden_size),
@@ -101,15 +94,14 @@ class MASQuantExpertMethod(FusedMoEMethodBase):
             check_shape(name, known, shape)
         if self.token_ids is not None:
             self.token_ids.hold_in(layer)
-        layer.masquant_loading = _Loading(layer, self.formats, params_dtype)
-        layer.load_weights = layer.masquant_loading.load_weights
+        layer.masquant_loading = ExpertLoading(
+            layer, self.formats, self.prefixes, params_dtype
+        )
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put what was loaded together."""
         self.config.check_claimed()
         up, down = layer.masquant_loading.weights()
-        # Its load_weights stays, and says that nothing is loaded again.
-        del layer.masquant_loading
         layer.masquant_up, layer.masquant_down = WeightParts(up), WeightParts(down)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -179,99 +171,3 @@ def _check_asked(layer: Any) -> None:
             f"{layer.layer_name}: quantized experts are not served with "
             f"{' and '.join(found)}."
         )
-
-
-class _Loading:
-    """The weights of one layer's experts while a checkpoint is read.
-
-    Args:
-        layer: of vLLM.
-        formats: name in the checkpoint of each projection to what it is.
-        dtype: that the weights stand for.
-    """
-
-    def __init__(
-        self, layer: Any, formats: Mapping[str, LayerFormat], dtype: torch.dtype
-    ):
-        self._layer, self._dtype, self._formats = layer, dtype, formats
-        self._device = torch.get_default_device()
-        self._names = {name.rpartition(".")[2]: name for name in formats}
-        self._parts: dict[str, dict[str, torch.Tensor]] = {n: {} for n in formats}
-        self._weights: dict[str, MASQuantTensor] = {}
-        self._is_over = False
-
-    def load_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[str]:
-        """Take what a checkpoint has for these experts, as vLLM hands it on.
-
-        Args:
-            weights: name in the module of experts, such as "_down_proj_qdata", and tensor.
-
-        Returns:
-            The names.
-
-        Raises:
-            ValueError: for a tensor that the quantized experts have no place for; all
-                have been loaded before.
-        """
-        if self._is_over:
-            raise loaded_before(self._layer.layer_name)
-        for stored, tensor in weights:
-            known = stored_part(f"experts.{stored}")
-            name = (
-                None if known is None else self._names.get(known[0].rpartition(".")[2])
-            )
-            if known is None or name is None:
-                raise ValueError(
-                    f"{self._layer.layer_name}: the experts are quantized, and "
-                    f"{stored} is no part of them: save the checkpoint again."
-                )
-            self._take(name, known[1], tensor)
-            yield stored
-
-    def _take(self, name: str, part: str, tensor: torch.Tensor) -> None:
-        parts, known = self._parts[name], self._formats[name]
-        parts[part] = tensor
-        if len(parts) < len(known.parts):
-            return
-        piece = self._piece(name, built(name, known, parts, self._dtype))
-        self._weights[name] = own_copy(piece, self._device)
-        self._parts[name] = {}
-
-    def _piece(self, name: str, weight: MASQuantTensor) -> MASQuantTensor:
-        """What this process keeps of a projection: as ``distributed`` cuts linears."""
-        parallel = self._layer.moe_config.moe_parallel_config
-        rank, pieces = parallel.tp_rank, parallel.tp_size
-        if pieces == 1:
-            return weight
-        if name != list(self._formats)[0]:
-            return columns_of_rank(name, weight, rank, pieces)
-        # Of the gate as of the other half.
-        inner = weight.shape[1] // 2
-        size = inner // pieces
-        halves = [
-            weight[:, start + rank * size : start + (rank + 1) * size]
-            for start in (0, inner)
-        ]
-        piece = torch.cat(halves, 1)
-        assert isinstance(piece, MASQuantTensor)
-        return piece
-
-    def weights(self) -> tuple[MASQuantTensor, MASQuantTensor]:
-        """Both, in the order of their use, which are not held here any longer.
-
-        Raises:
-            ValueError: the checkpoint, or what vLLM handed on of it, lacks a part.
-        """
-        for name, known in self._formats.items():
-            if name not in self._weights:
-                missing = [p for p, _ in known.parts if p not in self._parts[name]]
-                raise ValueError(
-                    f"{name}: vLLM's loader of this model handed on no {missing} of its "
-                    "weight: the checkpoint's files lack them, or vLLM loads the experts "
-                    "of this architecture in a way that is not known here."
-                )
-        up, down = (self._weights[name] for name in self._formats)
-        self._weights, self._is_over = {}, True
-        return up, down

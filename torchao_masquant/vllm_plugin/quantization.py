@@ -39,6 +39,8 @@ from torchao_masquant.vllm_plugin.cache_method import (
 )
 from torchao_masquant.vllm_plugin.expert_method import MASQuantExpertMethod
 from torchao_masquant.vllm_plugin.linear_method import MASQuantLinearMethod
+from torchao_masquant.vllm_plugin.model_loading import watch_loading
+from torchao_masquant.vllm_plugin.names import own_name, renamed
 from torchao_masquant.vllm_plugin.token_ids import TokenIds, watch_embedding
 
 if TYPE_CHECKING:
@@ -49,20 +51,10 @@ __all__ = ["MASQuantVllmConfig", "register_config"]
 #: Releases whose internals this has been tried with.
 _TRIED = ("0.32",)
 
-#: Parts that hold the parts of a model, in an order that is each library's own. A model that
-#: drafts tokens for another is below a name of vLLM's.
-_HOLDERS = ("draft_model", "thinker", "model", "language_model")
-
 #: What a folder of the thinker alone is of, which vLLM has in whole models only.
 _THINKER = "Qwen2_5OmniThinkerForConditionalGeneration"
 
 _LAYER_NUMBER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
-
-#: What Mixtral calls the mixture of a layer in vLLM and in files, and in transformers.
-_VLLM_MIXTURE = (".block_sparse_moe.", ".mlp.")
-
-#: Of whose classes the own loaders have no place for the experts of a layer in one tensor.
-_LOADS_EACH_EXPERT = "DeepseekV2ForCausalLM"
 
 #: Modality to vLLM's names of the inputs that become tokens of it.
 _KINDS = {"vision": ("image", "video"), "audio": ("audio",)}
@@ -82,20 +74,6 @@ def register_config() -> None:
         ModelRegistry.register_model(_THINKER, own)
 
 
-def without_holders(name: str) -> str:
-    """A module's name from the first part on that is more than a holder of others.
-
-    A checkpoint says what its layers are by the names that transformers' model had in
-    memory. Those are neither the published names of its files nor vLLM's, and change with
-    transformers: a thinker's decoder was ``model``, and is ``model.language_model``. vLLM's
-    own mapping, which is for files, leaves them halfway.
-    """
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] in _HOLDERS:
-        del parts[0]
-    return ".".join(parts)
-
-
 def _model_class(architectures: list[str]) -> type[nn.Module]:
     """vLLM's class of a model, or of the part of one that is being made."""
     found, _ = ModelRegistry.resolve_model_cls(
@@ -113,10 +91,10 @@ class _PlainLinearMethod(UnquantizedLinearMethod):
 
     def __init__(self, config: "MASQuantVllmConfig"):
         super().__init__()
-        self._config = config
+        self.config = config
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self._config.check_claimed()
+        self.config.check_claimed()
         super().process_weights_after_loading(layer)
 
 
@@ -131,10 +109,15 @@ class MASQuantVllmConfig(QuantizationConfig):
         super().__init__()
         #: of names as vLLM's model has them
         self.layers: dict[str, LayerFormat] = dict(checkpoint.layers)
+        #: each of those names to that in the checkpoint
+        self._saved = {name: name for name in self.layers}
+        #: and from what both libraries call it
+        self._named = {own_name(name): name for name in self.layers}
         self._unclaimed = set(self.layers)
         self._hf_config: Any = None
         self._token_ids: Optional[TokenIds] = None
         self._source: tuple[str, Optional[str]] = ("", None)
+        self._is_watched = False
 
     @classmethod
     def get_name(cls) -> str:
@@ -181,17 +164,14 @@ class MASQuantVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Take the names that vLLM's model has for the checkpoint's."""
-        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
-        self._unclaimed = set(hf_to_vllm_mapper.apply_list(list(self._unclaimed)))
-
-    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
-        """vLLM's own, which it asks for when the model is made and files are to be read.
-
-        Raises:
-            ValueError: vLLM's model has no layer for a quantized weight.
-        """
-        self.check_claimed()
-        return QuantizationConfig.get_checkpoint_weight_mapper()
+        mapped = {
+            name: renamed(hf_to_vllm_mapper, name, of_experts=len(known.shape) == 3)
+            for name, known in self.layers.items()
+        }
+        self.layers = {mapped[name]: known for name, known in self.layers.items()}
+        self._saved = {mapped[name]: saved for name, saved in self._saved.items()}
+        self._named = {own_name(name): name for name in self.layers}
+        self._unclaimed = {mapped[name] for name in self._unclaimed}
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: Optional[str] = None
@@ -221,6 +201,7 @@ class MASQuantVllmConfig(QuantizationConfig):
             ValueError: vLLM has merged what is quantized with what is not, or can't run
                 what the checkpoint has there.
         """
+        self._watch_loading()
         if isinstance(layer, (Attention, MLAAttention)):
             return self._cache_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
@@ -245,6 +226,12 @@ class MASQuantVllmConfig(QuantizationConfig):
                 "set VLLM_MLA_DISABLE=1, or calibrate with exclude='*.kv_b_proj'."
             )
         return MASQuantLinearMethod(self, found, self._ids_for(found))
+
+    def _watch_loading(self) -> None:
+        """Let the model hand its quantized experts over once its files are read."""
+        if not self._is_watched and self._hf_config is not None:
+            self._is_watched = True
+            watch_loading(_model_class(self._hf_config.architectures))
 
     def _cache_method(
         self, layer: Union[Attention, MLAAttention], prefix: str
@@ -274,54 +261,45 @@ class MASQuantVllmConfig(QuantizationConfig):
         self, layer: RoutedExperts, prefix: str
     ) -> Optional[MASQuantExpertMethod]:
         """How a layer's experts are loaded and run; None: they are not quantized."""
-        prefix = self._saved_prefix(prefix)
-        known = {n: f for n, f in self.layers.items() if n.rpartition(".")[0] == prefix}
+        known = {
+            own.rpartition(".")[2]: name
+            for own, name in self._named.items()
+            if own.rpartition(".")[0] == own_name(prefix)
+        }
         if not known:
             return None
-        names = [f"{prefix}.gate_up_proj", f"{prefix}.down_proj"]
-        if sorted(known) != sorted(names):
+        expected = ["gate_up_proj", "down_proj"]
+        if sorted(known) != sorted(expected):
             raise ValueError(
-                f"vLLM runs experts with {names}, and the checkpoint has "
+                f"{prefix}: vLLM runs experts with {expected}, and the checkpoint has "
                 f"{sorted(known)} quantized: they are of another architecture, or not "
                 "quantized as a whole."
             )
-        part = get_current_vllm_config().model_config.hf_config
-        model_class = _model_class(part.architectures or self._hf_config.architectures)
-        if any(base.__name__ == _LOADS_EACH_EXPERT for base in model_class.__mro__):
-            raise ValueError(
-                f"{prefix}: vLLM's {model_class.__name__} loads experts one by one, by "
-                "code of its own, and quantized ones are one tensor: calibrate with "
-                "exclude='*.experts.*'."
-            )
-        self._unclaimed -= known.keys()
-        found = {name: known[name] for name in names}
-        return MASQuantExpertMethod(self, layer, found, self._ids_for(found))
-
-    def _saved_prefix(self, prefix: str) -> str:
-        """The name in the checkpoint of a module of vLLM's model."""
-        own = without_holders(prefix.replace(*_VLLM_MIXTURE))
-        first = own.split(".")[0]
-        for name in self.layers:
-            saved = without_holders(name)
-            if saved.split(".")[0] == first:
-                return name.removesuffix(saved) + own
-        return prefix
+        names = [known[projection] for projection in expected]
+        self._unclaimed -= set(names)
+        found = {name: self.layers[name] for name in names}
+        # Files have the published name, which may be that of either library.
+        modules = [
+            name.rpartition(".")[0] for name in (names[0], self._saved[names[0]])
+        ]
+        prefixes = frozenset(map(own_name, (prefix, *modules)))
+        return MASQuantExpertMethod(self, layer, found, prefixes, self._ids_for(found))
 
     def _layers_of(self, prefix: str) -> dict[str, LayerFormat]:
         """Name of each shard of a layer to what it is; empty: it is not quantized."""
-        prefix = self._saved_prefix(prefix)
-        if prefix in self.layers:
-            return {prefix: self.layers[prefix]}
+        if (whole := self._named.get(own_name(prefix))) is not None:
+            return {whole: self.layers[whole]}
         parent, _, own = prefix.rpartition(".")
-        names = [
+        shards = [
             f"{parent}.{shard}" if parent else shard
             for shard in self.packed_modules_mapping.get(own, ())
         ]
-        found = {name: self.layers[name] for name in names if name in self.layers}
+        names = [self._named.get(own_name(shard)) for shard in shards]
+        found = {name: self.layers[name] for name in names if name is not None}
         if found and len(found) < len(names):
-            left = [name for name in names if name not in found]
+            left = [shard for shard, name in zip(shards, names) if name is None]
             raise ValueError(
-                f"vLLM runs {names} as one layer, of which {left} are not quantized in "
+                f"vLLM runs {shards} as one layer, of which {left} are not quantized in "
                 "the checkpoint: calibrate with all of them, or exclude all."
             )
         return found
@@ -405,6 +383,7 @@ class MASQuantVllmConfig(QuantizationConfig):
             some = ", ".join(sorted(unclaimed)[:3])
             raise ValueError(
                 f"vLLM's model has no place for {len(unclaimed)} quantized weights of the "
-                f"checkpoint ({some}): they are of another architecture, or of one whose "
-                "layers vLLM names in a way that is not known here."
+                f"checkpoint ({some}): they are of another architecture, of one whose "
+                "layers vLLM names in a way that is not known here, or such that vLLM runs "
+                "in high precision alone: calibrate without them (exclude)."
             )

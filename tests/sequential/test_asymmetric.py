@@ -1,0 +1,235 @@
+# Copyright (c) torchao_masquant contributors.
+# All rights reserved.
+#
+# This source code is licensed under the BSD 3-Clause license found in the
+# LICENSE file in the root directory of this source tree.
+"""Weights that make up for what was quantized before them."""
+
+import copy
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from results import assert_same_checkpoint
+from torch import nn
+from torchao.quantization import quantize_
+
+from torchao_masquant import MASQuantConfig, calibrate, masquant_config
+from torchao_masquant.options import SolverOptions
+from torchao_masquant.sequential import calibrate_sequential
+from torchao_masquant.solver.asymmetric import corrected
+from torchao_masquant.statistics.input_statistics import InputStatistics
+
+WIDTH, OUT = 6, 5
+COUNTS = (40, 30)
+
+
+def streams(seed=0, drift=0.1):
+    """Tokens of two modalities in the quantized stream and in the exact one, float64."""
+    draw = np.random.default_rng(seed)
+    mix = draw.normal(size=(WIDTH, WIDTH))
+    x = [draw.normal(size=(n, WIDTH)) + m for m, n in enumerate(COUNTS)]
+    return x, [rows + drift * (rows @ mix) + 0.3 for rows in x]
+
+
+def observed(x, exact, dtype=torch.float64):
+    statistics = InputStatistics(
+        WIDTH, ("text", "vision"), torch.device("cpu"), True, drifts=True
+    )
+    ids = torch.cat([torch.full((len(rows),), m) for m, rows in enumerate(x)])
+    rows, exact = (
+        torch.tensor(np.concatenate(part), dtype=dtype) for part in (x, exact)
+    )
+    # Calls of any size, tokens of both mixed, and padding that is left out.
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    for part in order.split(17):
+        more = torch.full((2, WIDTH), 1e6, dtype=dtype)
+        statistics.update(
+            "linear",
+            torch.cat((rows[part], more)),
+            torch.cat((ids[part], torch.tensor([-1, -1]))),
+            exact=torch.cat((exact[part], -more)),
+        )
+    return statistics
+
+
+def reference(weight, x, exact, factor):
+    """The same by least squares on the tokens themselves, and the biases."""
+    total = sum(len(rows) for rows in x)
+    seen = [rows - rows.mean(0) for rows in x]
+    wanted = [(rows - rows.mean(0)) @ weight.T for rows in exact]
+    # What a modality weighs: here its tokens, for none is ten times as loud.
+    tokens = np.concatenate(seen) / np.sqrt(total)
+    targets = np.concatenate(wanted) / np.sqrt(total)
+    squares = (tokens**2).sum(0)
+    ridge = np.diag(np.sqrt((squares / factor**2).mean()) * factor)
+    solution = np.linalg.lstsq(
+        np.concatenate((tokens, ridge)),
+        np.concatenate((targets, ridge @ weight.T)),
+        rcond=None,
+    )[0].T
+    means = [(e.mean(0) @ weight.T) - s.mean(0) @ solution.T for s, e in zip(x, exact)]
+    return solution, np.stack(means)
+
+
+def factor_of(x, weight):
+    """SmoothQuant's exponent, of root mean squares over modalities, about their means."""
+    own = np.stack([np.sqrt(((rows - rows.mean(0)) ** 2).mean(0)) for rows in x])
+    sizes = np.sqrt((weight**2).mean(0))
+    energies = (own**2 * sizes**2).sum(1, keepdims=True)
+    return np.sqrt(np.sqrt((own**2 / energies).mean(0) * energies.mean()) / sizes)
+
+
+@pytest.mark.parametrize("case", ["any", "a channel of zeros", "a constant channel"])
+def test_it_is_the_least_squares_solution(case):
+    x, exact = streams()
+    for part in (*x, *exact):
+        if case == "a channel of zeros":
+            part[:, 2] = 0
+        if case == "a constant channel":
+            part[:, 2] = 7
+    weight = np.random.default_rng(1).normal(size=(OUT, WIDTH)).astype(np.float32)
+    found = corrected(
+        {"linear": torch.tensor(weight)}, observed(x, exact), SolverOptions()
+    )
+    factor = factor_of(x, weight.astype(np.float64))
+    if case != "any":
+        # It has no variance: what it is divided by decides nothing but its own ridge.
+        factor[2] = np.median(np.delete(factor, 2))
+    expected, biases = reference(weight.astype(np.float64), x, exact, factor)
+    ours = found.weights["linear"].double().numpy()
+    # Rounded to float32 once.
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+    assert np.abs(expected - weight).max() > 0.01
+    # The solution gives the mean of what it is solved for; the rest of the exact mean:
+    np.testing.assert_allclose(found.biases["linear"].numpy(), biases, atol=1e-5)
+
+
+def test_what_did_not_drift_is_left_as_it_is():
+    x, _ = streams()
+    weight = torch.randn(OUT, WIDTH, generator=torch.Generator().manual_seed(0))
+    found = corrected({"linear": weight}, observed(x, x), SolverOptions())
+    assert torch.equal(found.weights["linear"], weight)
+    assert not found.biases["linear"].any()
+    # Nor where nothing is read, whatever was to be.
+    silent = [np.zeros_like(rows) for rows in x]
+    found = corrected({"linear": weight}, observed(silent, x), SolverOptions())
+    assert torch.equal(found.weights["linear"], weight)
+    means = torch.tensor(np.stack([rows.mean(0) for rows in x]))
+    torch.testing.assert_close(found.biases["linear"], means @ weight.double().t())
+
+
+def test_a_sink_does_not_move_the_bias():
+    """One token a thousand times as loud, which the earlier linears have changed much."""
+    x, exact = streams(drift=0.0)
+    x[0][3] *= 1000
+    exact[0][3] = 2 * x[0][3]
+    weight = torch.eye(WIDTH)
+    found = corrected({"linear": weight}, observed(x, exact), SolverOptions())
+    others = np.delete(exact[0] - x[0], 3, axis=0).mean(0)
+    bias = found.biases["linear"][0].numpy()
+    change = np.delete(x[0], 3, axis=0).mean(0) @ (
+        np.eye(WIDTH) - found.weights["linear"].double().numpy().T
+    )
+    np.testing.assert_allclose(bias, others + change, atol=1e-6)
+
+
+@pytest.fixture
+def model():
+    return tiny_models.omni_thinker()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return tiny_models.samples(audio=True)
+
+
+@torch.no_grad()
+def divergence(model, dense, samples):
+    found = []
+    for sample in samples:
+        p, q = (m(**sample).logits.double().log_softmax(-1) for m in (dense, model))
+        found.append((p.exp() * (p - q)).sum(-1).mean().item())
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("scheme, rank", [("w4a8", 0), ("w4a4", 2), ("nvfp4", 0)])
+def test_answers_are_nearer_to_the_dense_model_s(model, samples, scheme, rank):
+    options = dict(scheme=scheme, rank=rank, progress=False)
+    found = {}
+    for asymmetric in (False, True):
+        recipe = calibrate(model, samples, asymmetric_calibration=asymmetric, **options)
+        quantized = copy.deepcopy(model)
+        quantize_(quantized, masquant_config(recipe))
+        found[asymmetric] = divergence(quantized, model, samples)
+        assert recipe.options.asymmetric_calibration is asymmetric
+        assert recipe.description["tokens"]["audio"] == 16
+    assert found[True] < 0.8 * found[False]
+
+
+def test_a_model_in_16_bits_and_samples_that_are_read_once(model, samples):
+    model.bfloat16()
+    samples = [
+        {n: v.bfloat16() if v.is_floating_point() else v for n, v in s.items()}
+        for s in samples
+    ]
+    before = copy.deepcopy(model.state_dict())
+    recipe = calibrate(
+        model, iter(samples), asymmetric_calibration=True, epochs=1, low_rank_bits=8
+    )
+    assert set(recipe.options.stored()) >= {"asymmetric_calibration", "epochs"}
+    # It is as it was, and the recipe fits it.
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert all("forward" not in vars(m) and type(m) is nn.Linear for m in linears)
+    quantize_(model, masquant_config(recipe))
+
+
+def test_an_error_leaves_the_model_as_it_was(model, samples):
+    broken = [dict(samples[0]), *samples[1:]]
+    broken[0]["input_features"] = broken[0]["input_features"] * float("nan")
+    with pytest.raises(ValueError, match="nan or inf in audio tokens"):
+        calibrate(model, broken, asymmetric_calibration=True)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert all("forward" not in vars(m) and type(m) is nn.Linear for m in linears)
+    assert not any(m._forward_hooks for m in linears)
+
+
+def test_what_it_is_not_for_is_refused_before_anything_runs(tmp_path):
+    def untouched():
+        raise AssertionError("the samples were asked for")
+        yield
+
+    options = dict(asymmetric_calibration=True)
+    experts = tiny_models.qwen3_vl_moe()
+    with pytest.raises(ValueError, match="linears alone, and .* is of experts: .*=Fal"):
+        calibrate(experts, untouched(), **options)
+    with pytest.raises(ValueError, match="decoder's blocks alone, and model.vis"):
+        calibrate(tiny_models.qwen25_vl(), untouched(), towers="w8a8", **options)
+    with pytest.raises(ValueError, match="needs the samples: call calibrate"):
+        MASQuantConfig(step="prepare", **options)
+    with pytest.raises(ValueError, match="no nn.ModuleList of PlainModel holds all"):
+        calibrate(tiny_models.PlainModel(), untouched(), **options)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(model, samples, tmp_path, monkeypatch):
+    from torchao_masquant.sequential.writer import Writer
+
+    model.save_pretrained(tmp_path / "model")
+    options = dict(asymmetric_calibration=True, rank=0, progress=False)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    calibrate_sequential(tmp_path / "model", samples, output=whole, **options)
+    write = Writer.write
+
+    def until_the_second(self, index, layers):
+        if index:
+            raise KeyboardInterrupt
+        write(self, index, layers)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Writer, "write", until_the_second)
+        calibrate_sequential(tmp_path / "model", samples, output=parts, **options)
+    done = calibrate_sequential(tmp_path / "model", samples, output=parts, **options)
+    assert done.resumed == 1
+    assert_same_checkpoint(whole, parts)
