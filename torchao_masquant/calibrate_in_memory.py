@@ -106,8 +106,7 @@ def calibrate(
             layers, conductor, count = calibrate_blocks(
                 model, shown, selected, router, options, progress=progress
             )
-            if options.epochs:
-                layers = learn(model, shown, layers, router, options, progress=progress)
+            conductor.tell_left_out(selected)
             return _recipe(
                 options, router, selected, {**layers, **heads}, conductor, count
             )
@@ -156,6 +155,7 @@ def calibrate(
             foldable=foldable,
             is_last=True,
         )
+        conductor.tell_left_out(selected)
         if options.epochs and factors is None:
             layers = learn(model, data, layers, router, options, progress=progress)
         return _recipe(options, router, selected, {**layers, **heads}, conductor, count)

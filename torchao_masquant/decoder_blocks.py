@@ -84,14 +84,15 @@ class BlockCalls:
         positional: of each block, its positional arguments behind the hidden states.
         added: of each block, what the model added to the output of the block before
             it (as DeepStack does), None where nothing.
-        ids: (batch, sequence) modality ids of the tokens, negative for padding; None:
-            all base.
+        known: whether the modalities of the tokens are known.
+        ids: (batch, sequence) they, negative for padding; None: all base.
     """
 
     hidden: torch.Tensor
     keywords: list[dict[str, Any]]
     positional: list[tuple[Any, ...]]
     added: list[Optional[torch.Tensor]]
+    known: bool
     ids: Optional[torch.Tensor]
 
     def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -149,8 +150,8 @@ def capture_calls(
             if "use_cache" in rest:
                 rest["use_cache"] = False
             if index == 0:
-                state["ids"] = router.call.ids
-                calls.append(BlockCalls(hidden.detach(), [], [], [], router.call.ids))
+                tokens = router.call.known, router.call.ids
+                calls.append(BlockCalls(hidden.detach(), [], [], [], *tokens))
             call = calls[-1]
             if len(call.keywords) != index:
                 raise ValueError(

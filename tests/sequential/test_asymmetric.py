@@ -120,6 +120,14 @@ def test_what_did_not_drift_is_left_as_it_is():
     torch.testing.assert_close(found.biases["linear"], means @ weight.double().t())
 
 
+def test_what_overflows_in_either_stream_is_refused():
+    for number in (0, 1):
+        both = streams()
+        both[number][1][4, 2] = np.inf
+        with pytest.raises(ValueError, match="nan or inf in vision tokens"):
+            observed(*both)
+
+
 def test_a_sink_does_not_move_the_bias():
     """One token a thousand times as loud, which the earlier linears have changed much."""
     x, exact = streams(drift=0.0)
@@ -233,3 +241,66 @@ def test_an_interrupted_run_goes_on_where_it_was(model, samples, tmp_path, monke
     done = calibrate_sequential(tmp_path / "model", samples, output=parts, **options)
     assert done.resumed == 1
     assert_same_checkpoint(whole, parts)
+
+
+class Block(nn.Module):
+    def __init__(self, second):
+        super().__init__()
+        # Read in another order than they are made in.
+        self.last = nn.Linear(32, 32)
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.of_second = second
+
+    def forward(self, hidden):
+        inner = self.of_second(self.second, torch.tanh(self.first(hidden)))
+        return hidden + self.last(inner)
+
+
+class Blocks(nn.Module):
+    """Two blocks on tokens of two modalities, which samples tell."""
+
+    def __init__(self, second=lambda linear, x: linear(x)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Block(second) for _ in range(2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def of_blocks(model, told=3, **options):
+    """A recipe, from samples of which the first say what they are."""
+    draw = torch.Generator().manual_seed(0)
+    samples = [{"x": torch.randn(2, 10, 32, generator=draw)} for _ in range(3)]
+    for sample in samples[:told]:
+        sample["modality_ids"] = torch.randint(0, 2, (2, 10), generator=draw)
+    given = dict(modalities=("text", "vision"), rank=0, scheme="w4a8", progress=False)
+    return calibrate(model, samples, asymmetric_calibration=True, **given, **options)
+
+
+def test_inputs_are_met_in_the_order_of_their_calls():
+    """Whichever order the model has its linears in."""
+    found = of_blocks(Blocks())
+    model = Blocks()
+    for block in model.layers:
+        block._modules["last"] = block._modules.pop("last")
+    same = of_blocks(model)
+    assert list(found.layers) != list(same.layers)
+    for name, layer in found.layers.items():
+        assert torch.equal(layer.qdata, same.layers[name].qdata), name
+
+
+def test_what_meets_other_tokens_is_left_out_and_named_once(caplog):
+    found = of_blocks(Blocks(lambda linear, x: x + linear(x.mean(1, keepdim=True))))
+    assert not [name for name in found.layers if "second" in name]
+    (told,) = [m for m in caplog.messages if "other tokens" in m]
+    assert "layers.*.second (2)" in told
+
+
+def test_what_has_no_one_input_is_refused():
+    with pytest.raises(ValueError, match="layers.0.second is called more than once"):
+        of_blocks(Blocks(lambda linear, x: linear(linear(x))))
+    with pytest.raises(RuntimeError, match="modality of its tokens is not known"):
+        of_blocks(Blocks(), told=1)

@@ -57,6 +57,7 @@ def in_memory(folder, samples, output, **options):
         {"base_modality": "vision", "modality_weights": {"text": 0.5}},
         {"epochs": 1, "lr": 3e-3, "head_bits": 8},
         {"asymmetric_calibration": True, "exclude": "*.layers.1.mlp.*"},
+        {"asymmetric_calibration": True, "epochs": 1, "lr": 3e-3, "rank": 0},
     ],
     ids=lambda o: " ".join(o),
 )

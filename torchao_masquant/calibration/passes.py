@@ -51,8 +51,9 @@ class Passes:
             run: runs it on a sample, which shows what shares its input.
 
         Returns:
-            Names of each pass; linears that share an input stay together. Those that the
-            sample did not reach come with the last pass: another sample may reach them.
+            Names of each pass; linears that share an input stay together, in the model's
+            order, or in that of their calls where there are two streams. Those that were
+            not reached come with the last pass: another sample may reach them.
         """
         probe = CalibrationSession(
             dict(part.linears), self.router, False, part.experts, towers=part.towers
@@ -62,6 +63,9 @@ class Passes:
             run()
         self.left_out.update(probe.not_matched)
         groups = probe.groups()
+        if self.exact is not None:
+            # Each input is met behind what the block calls before it.
+            groups = {name: groups[name] for name in probe.leaders if name in groups}
         needs = []
         for leader in groups:
             layer = probe.layers[leader]

@@ -6,7 +6,17 @@
 """One input after the other, each behind what is quantized already."""
 
 import contextlib
-from typing import Any, Iterable, Iterator, Mapping, Optional, Protocol, Sequence
+from collections import Counter
+from typing import (
+    Any,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+)
 
 import torch
 from torch import nn
@@ -19,6 +29,8 @@ from torchao_masquant.decoder_blocks import (
     decoder_blocks,
     forwards,
 )
+from torchao_masquant.learning.learn import BlockTask, frozen
+from torchao_masquant.learning.together import Alone
 from torchao_masquant.linear import quantized_forward
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.progress import progress_bar
@@ -85,11 +97,11 @@ class AsymmetricConductor:
 
         Raises:
             ValueError: as :meth:`Conductor.layers`; a linear is called with other
-                tokens in one stream than in the other.
+                tokens in one stream than in the other, or twice.
         """
         found: dict[str, LayerRecipe] = {}
         weights: dict[str, MASQuantTensor] = {}
-        passes = self.conductor.plan(block, samples[0].run_exact)
+        passes = self.conductor.plan(block, lambda: _show(block.linears, samples))
         for number, names in enumerate(passes, start=1):
             part = block.where(names.__contains__)
 
@@ -139,6 +151,38 @@ def _quantized(
         yield
 
 
+def _show(linears: Mapping[str, nn.Linear], samples: Sequence[BlockSample]) -> None:
+    """Run a block until each of its linears was called.
+
+    Raises:
+        ValueError: one is called twice: its input may be behind its own output.
+    """
+    called: Counter[str] = Counter()
+    left = set(linears)
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, args: called.update([name])
+
+    handles = [m.register_forward_pre_hook(count(n)) for n, m in linears.items()]
+    try:
+        for sample in samples:
+            called.clear()
+            sample.run_exact()
+            twice = [name for name, times in called.items() if times > 1]
+            if twice:
+                raise ValueError(
+                    f"{twice[0]} is called more than once by a call of the model, so that "
+                    "there is no one input behind what is quantized before it: exclude "
+                    "it, or calibrate with asymmetric_calibration=False."
+                )
+            left -= called.keys()
+            if not left:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _AllCalledError(Exception):
     """Ends a run that has shown what it is for."""
 
@@ -185,10 +229,11 @@ class _InMemory:
         return self._run(self.met)
 
     def _run(self, hidden: torch.Tensor) -> torch.Tensor:
-        with self.router.repeated(True, self.call.ids):
+        with self.router.repeated(self.call.known, self.call.ids):
             return self.call.run(self.index, self.block, hidden)
 
 
+@torch.inference_mode(False)
 def calibrate_blocks(
     model: nn.Module,
     samples: Iterable[Mapping[str, Any]],
@@ -220,7 +265,7 @@ def calibrate_blocks(
     blocks = decoder_blocks(model, list(selected.layers))
     conductor = AsymmetricConductor(router, options)
     found: dict[str, LayerRecipe] = {}
-    with evaluation_mode(model):
+    with evaluation_mode(model), frozen(model):
         calls = capture_calls(
             model, list(blocks.values()), samples, router, progress=progress
         )
@@ -234,12 +279,27 @@ def calibrate_blocks(
             layers: dict[str, LayerRecipe] = {}
             if chosen[name].linears:
                 layers = conductor.layers(chosen[name], ways, is_last=name == last)
+            outputs: list[torch.Tensor] = []
+            if options.epochs or name != last:
+                outputs = [way.run_exact() for way in ways]
+            if options.epochs and layers:
+                task = BlockTask(
+                    name,
+                    module,
+                    index,
+                    layers,
+                    router.modalities,
+                    options,
+                    calls,
+                    Alone(),
+                )
+                layers = task.learn([way.met for way in ways], outputs)
             found |= layers
             if name == last:
                 break
             weights = conductor.quantized(chosen[name], layers)
-            for way in ways:
-                way.exact = way.run_exact()
+            for way, output in zip(ways, outputs):
+                way.exact = output
                 with _quantized(chosen[name].linears, weights, way.ids):
                     way.met = way.run_met()
     return found, conductor.conductor, len(calls)

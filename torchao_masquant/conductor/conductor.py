@@ -121,7 +121,7 @@ class Conductor:
 
         Returns:
             On process 0 name to layer, of all but those that were called with other
-            tokens than the model's, which are named in a warning; empty elsewhere.
+            tokens than the model's (:meth:`tell_left_out`); empty elsewhere.
 
         Raises:
             ValueError: as :func:`~torchao_masquant.calibrate`.
@@ -148,9 +148,12 @@ class Conductor:
                 progress=self.progress,
                 spend_statistics=True,
             )
+        return layers
+
+    def tell_left_out(self, part: Selected) -> None:
+        """Name what has no layer, of a part that has been through :meth:`layers`."""
         if self.team.rank == 0:
             warn_of_left_out([n for n in part.layers if n in self._passes.left_out])
-        return layers
 
     def _count(self, session: CalibrationSession) -> None:
         only_towers = session.towers.keys() >= session.linears.keys()

@@ -5,6 +5,7 @@
 # LICENSE file in the root directory of this source tree.
 """Block-by-block learning of a recipe's floating point parts."""
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -31,9 +32,10 @@ from torchao_masquant.options import SolverOptions
 from torchao_masquant.progress import progress_bar
 from torchao_masquant.recipe import LayerRecipe
 from torchao_masquant.routing import Router
+from torchao_masquant.samples import evaluation_mode
 from torchao_masquant.tensor_subclasses import MASQuantTensor
 
-__all__ = ["BlockTask", "learn"]
+__all__ = ["BlockTask", "frozen", "learn"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -78,31 +80,33 @@ def learn(
     blocks = decoder_blocks(model, list(layers))
     modules = list(blocks.values())
     calls = capture_calls(model, modules, samples, router, progress=progress)
-    training = [p for p in model.parameters() if p.requires_grad]
-    modes = [m for m in model.modules() if m.training]
     learned = dict(layers)
-    try:
-        model.eval()
-        for parameter in training:
-            parameter.requires_grad_(False)
+    with evaluation_mode(model), frozen(model):
         exact = [call.hidden for call in calls]
         met = list(exact)
         bar = progress_bar(blocks.items(), desc="Learning", show=progress)
         for index, (name, block) in enumerate(bar):
-            with torch.no_grad():
-                exact = [c.run(index, block, x) for c, x in zip(calls, exact)]
+            exact = [c.run(index, block, x) for c, x in zip(calls, exact)]
             block_task = (task or BlockTask)(
                 name, block, index, learned, router.modalities, options, calls, Alone()
             )
             if block_task.linears:
                 learned |= block_task.learn(met, exact)
             met = list(block_task.quantized_outputs(learned, met))
+    return learned
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A model has no gradients inside."""
+    training = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in training:
+            parameter.requires_grad_(False)
+        yield
     finally:
-        for module in modes:
-            module.training = True
         for parameter in training:
             parameter.requires_grad_(True)
-    return learned
 
 
 class BlockTask:

@@ -152,6 +152,7 @@ class Blocks:
                     pass
 
             layers = self.conductor.layers(chosen, passes, run)
+        self.conductor.tell_left_out(chosen)
         if self.learner is not None:
             done = not self.job.options.epochs
             layers = self.learner.learn(index, layers, done=done)

@@ -239,12 +239,15 @@ class InputStatistics:
             ValueError: a token that is not left out holds nan or inf.
         """
         for index, moments in enumerate(self.moments):
+            met = [rows for rows in (x, exact) if rows is not None]
             if modality_ids is None:
-                tokens, own = (x if index == 0 else x[:0]), weights
+                met, own = [rows if index == 0 else rows[:0] for rows in met], weights
             else:
                 chosen = modality_ids == index
-                tokens, own = x[chosen], None if weights is None else weights[chosen]
-            if tokens.numel() and not torch.isfinite(tokens).all():
+                met = [rows[chosen] for rows in met]
+                own = None if weights is None else weights[chosen]
+            tokens = met[0]
+            if not all(torch.isfinite(rows).all() for rows in met):
                 raise ValueError(
                     f"{name}: its input holds nan or inf in {self.modalities[index]} "
                     "tokens, so nothing can be calibrated from it; look for the sample "
@@ -252,8 +255,6 @@ class InputStatistics:
                 )
             with threads_for(x.shape[-1]):
                 if self.drifts and len(tokens):
-                    assert exact is not None
-                    of_these = exact if modality_ids is None else exact[chosen]
                     first = moments.before + moments.count
-                    self.drifts[index].update(tokens, of_these, first)
+                    self.drifts[index].update(tokens, met[1], first)
                 moments.update(tokens, own)
