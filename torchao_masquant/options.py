@@ -461,7 +461,7 @@ class SolverOptions:
     budget: Optional[str] = option(
         None,
         "bits that a weight may take on average, '4.5 bits', with all that is stored of "
-        "the quantized linears; what is chosen for each input then are the bits of its "
+        "the quantized linears but for a head of 8 bits; what is chosen for each input then are the bits of its "
         "weights, and group size and rank where they are not given",
         Bits(),
         "Activations have the bits of the scheme; where both sides of a product are floats "
