@@ -112,6 +112,7 @@ def test_options_that_calibration_chose_are_told(tmp_path):
         separation=0.5,
         rank="auto",
         modality_weights={"audio": 0.5},
+        asymmetric_calibration=True,
     )
     path = tmp_path / "report.html"
     write_report(path, recipe=recipe)
@@ -124,6 +125,7 @@ def test_options_that_calibration_chose_are_told(tmp_path):
     assert told["low-rank pairs"] == "rank chosen for each linear, 16 bits"
     assert told["weights of the modalities"] == "audio 0.5"
     assert "GPTQ" in told["rounding of the weights"]
+    assert "asymmetric calibration" in told["rounding of the weights"]
 
 
 def test_a_real_model_is_reported(model, samples, tmp_path):

@@ -196,6 +196,10 @@ def test_time_grows_with_the_work(monkeypatch):
     assert seconds([BLOCK], processes=2) - solving / 2 == pytest.approx(2 + 8 * 3)
     with pytest.raises(ValueError, match="learn for fewer epochs, or from fewer"):
         seconds([BLOCK], forward=1e6, limit=60.0)
+    # It is for one process.
+    options = SolverOptions(asymmetric_calibration=True)
+    with pytest.raises(ValueError, match="or calibrate with asymmetric_calibration=F"):
+        seconds([BLOCK], forward=1e6, limit=60.0)
     options = SolverOptions()
     # What takes less than the measurement is not measured.
     assert seconds([{"a": (8, 8)}], limit=None) is None

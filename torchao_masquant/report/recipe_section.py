@@ -94,6 +94,8 @@ def _options(recipe: Recipe) -> Table:
     rounding = _ROUNDINGS[options.procedure.rounding]
     if options.procedure.clip:
         rounding += ", of a clipped range where that errs less"
+    if options.asymmetric_calibration:
+        rounding += ", and by what was quantized before (asymmetric calibration)"
     values = {
         "scheme": options.scheme,
         "method": method_name(options.method),

@@ -429,8 +429,11 @@ def check_time(
             )
             if len(options.alphas) + len(options.separations) > 2:
                 advice = f"give alpha and separation, not 'auto', {advice}"
+        otherwise = "start more processes"
+        if options.asymmetric_calibration:
+            otherwise = "calibrate with asymmetric_calibration=False"
         raise ValueError(
             f"the calibration would take about {seconds / 60:.0f} minutes, more than the "
-            f"{limit / 60:.0f} of max_seconds: {advice}, or start more processes."
+            f"{limit / 60:.0f} of max_seconds: {advice}, or {otherwise}."
         )
     return seconds
