@@ -254,6 +254,7 @@ DENSE_BYTES = 2 * 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
 REAL_METHODS = {
     "gptq": "SmoothQuant + GPTQ",
     "masquant, no pair": "**ours**, no pair",
+    "masquant, no pair, asymmetric": "**ours**, asymmetric, no pair",
     "masquant": "**ours**",
 }
 
