@@ -117,23 +117,14 @@ class AsymmetricConductor:
                 part, [names], run, is_last=is_last and number == len(passes)
             )
             found |= solved
-            weights |= self.quantized(block, solved)
+            for name, layer in solved.items():
+                weights[name] = layer.quantize(
+                    block.linears[name].weight.data,
+                    self.options.number_format,
+                    self.modalities,
+                    self.options.low_rank_bits,
+                )
         return found
-
-    def quantized(
-        self, block: Selected, layers: Mapping[str, LayerRecipe]
-    ) -> dict[str, MASQuantTensor]:
-        """Name to the weight of each linear that there is a layer for."""
-        return {
-            name: layer.quantize(
-                block.linears[name].weight.data,
-                self.options.number_format,
-                self.modalities,
-                self.options.low_rank_bits,
-            )
-            for name, layer in layers.items()
-            if name in block.linears
-        }
 
 
 @contextlib.contextmanager
@@ -281,29 +272,28 @@ def calibrate_blocks(
             layers: dict[str, LayerRecipe] = {}
             if chosen[name].linears:
                 layers = conductor.layers(chosen[name], ways, is_last=name == last)
-            outputs: list[torch.Tensor] = []
+            exact: list[torch.Tensor] = []
             if options.epochs or name != last:
-                outputs = [way.run_exact() for way in ways]
+                exact = [way.run_exact() for way in ways]
+            met = [way.met for way in ways]
+            task = BlockTask(
+                name,
+                module,
+                index,
+                layers,
+                router.modalities,
+                options,
+                [way.call_met for way in ways],
+                Alone(),
+            )
             if options.epochs and layers:
-                task = BlockTask(
-                    name,
-                    module,
-                    index,
-                    layers,
-                    router.modalities,
-                    options,
-                    [way.call_met for way in ways],
-                    Alone(),
-                )
-                layers = task.learn([way.met for way in ways], outputs)
+                layers = task.learn(met, exact)
             found |= layers
             if name == last:
                 break
-            weights = conductor.quantized(chosen[name], layers)
-            for way, output in zip(ways, outputs):
-                way.exact = output
-                with _quantized(chosen[name].linears, weights, way.ids):
-                    way.met = way.run_met()
+            quantized = task.quantized_outputs(layers, met)
+            for way, dense, behind in zip(ways, exact, quantized):
+                way.exact, way.met = dense, behind
     return found, conductor.conductor, len(calls)
 
 
