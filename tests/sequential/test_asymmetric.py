@@ -57,20 +57,28 @@ def observed(x, exact, dtype=torch.float64):
 
 
 def reference(weight, x, exact, factor):
-    """The same by least squares on the tokens themselves, and the biases."""
+    """The same from regressions on the tokens themselves, and the biases."""
     total = sum(len(rows) for rows in x)
-    seen = [rows - rows.mean(0) for rows in x]
-    wanted = [(rows - rows.mean(0)) @ weight.T for rows in exact]
-    # What a modality weighs: here its tokens, for none is ten times as loud.
-    tokens = np.concatenate(seen) / np.sqrt(total)
-    targets = np.concatenate(wanted) / np.sqrt(total)
-    squares = (tokens**2).sum(0)
-    ridge = np.diag(np.sqrt((squares / factor**2).mean()) * factor)
-    solution = np.linalg.lstsq(
-        np.concatenate((tokens, ridge)),
-        np.concatenate((targets, ridge @ weight.T)),
+
+    def about_means(parts):
+        # What a modality weighs: here its tokens, for none is ten times as loud.
+        rows = np.concatenate([rows - rows.mean(0) for rows in parts])
+        return rows / np.sqrt(total)
+
+    met, wanted = about_means(x), about_means(exact)
+    drift = wanted - met
+    ridge = np.diag(np.sqrt(((met**2).sum(0) / factor**2).mean()) * factor)
+    told = np.linalg.lstsq(
+        np.concatenate((wanted, ridge)),
+        np.concatenate((drift, np.zeros_like(ridge))),
         rcond=None,
-    )[0].T
+    )[0]
+    # Half of what the exact tokens do not tell of those that are met.
+    untold = 0.5 * drift.T @ (drift - wanted @ told)
+    solution = np.linalg.solve(
+        met.T @ met + ridge**2 - untold, met.T @ wanted + ridge**2
+    )
+    solution = weight @ solution.T
     means = [(e.mean(0) @ weight.T) - s.mean(0) @ solution.T for s, e in zip(x, exact)]
     return solution, np.stack(means)
 
@@ -84,7 +92,7 @@ def factor_of(x, weight):
 
 
 @pytest.mark.parametrize("case", ["any", "a channel of zeros", "a constant channel"])
-def test_it_is_the_least_squares_solution(case):
+def test_it_is_the_solution_of_two_regressions(case):
     x, exact = streams()
     for part in (*x, *exact):
         if case == "a channel of zeros":
@@ -106,6 +114,53 @@ def test_it_is_the_least_squares_solution(case):
     assert np.abs(expected - weight).max() > 0.01
     # The solution gives the mean of what it is solved for; the rest of the exact mean:
     np.testing.assert_allclose(found.biases["linear"].numpy(), biases, atol=1e-5)
+
+
+def test_what_rounding_adds_to_the_stream_shrinks_weights_half_as_much():
+    """Of tokens that are not correlated with it, and whose channels are not either."""
+    orthogonal = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 2 * WIDTH)))[0]
+    orthogonal = np.linalg.qr(orthogonal - orthogonal.mean(0))[0] * 8
+    exact, noise = orthogonal[:, :WIDTH], 0.5 * orthogonal[:, WIDTH:]
+    weight = torch.eye(WIDTH)
+    found = corrected(
+        {"linear": weight}, observed([exact + noise] * 2, [exact] * 2), SolverOptions()
+    )
+    # Variances are 1 and 1/4, and the ridge is 5/4.
+    expected = (1 + 1.25) / (1 + 0.25 / 2 + 1.25) * weight
+    torch.testing.assert_close(found.weights["linear"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["lost", "new", "turned", "few", "other"])
+def test_no_drift_makes_it_more_than_twice_the_least_squares_solution(case):
+    draw = np.random.default_rng(0)
+    count = 4 if case == "few" else 100
+    x = draw.normal(size=(count, WIDTH))
+    exact = x + 0.1 * draw.normal(size=x.shape)
+    if case == "lost":
+        exact[7, 2] = 1e4
+    if case == "new":
+        x[7, 2] = 1e4
+    if case == "turned":
+        exact = -x
+    if case == "other":
+        exact = 100 * draw.normal(size=x.shape)
+    weight = torch.eye(WIDTH)
+    found = corrected(
+        {"linear": weight}, observed([x, x], [exact, exact]), SolverOptions()
+    )
+    met, wanted = x - x.mean(0), exact - exact.mean(0)
+    factor = factor_of([x, x], np.eye(WIDTH))
+    squares = (met**2).mean(0)
+    ridge = np.diag((squares / factor**2).mean() * factor**2)
+    covariance = met.T @ met / count + ridge
+    least = (wanted.T @ met / count + ridge) @ np.linalg.inv(covariance)
+    # As far as each reaches, measured by tokens: (C - V / 2 + R) is at least half (C + R).
+    lower = np.linalg.cholesky(covariance)
+    ours, least = (
+        np.linalg.norm(w @ lower, 2)
+        for w in (found.weights["linear"].double().numpy(), least)
+    )
+    assert ours <= 2 * least * 1.01
 
 
 @pytest.mark.parametrize("low_rank_bits", [16, 8])

@@ -6,17 +6,28 @@
 """What linears are rounded for behind others that are: to undo what those have lost.
 
 A linear of weight ``W`` reads ``x`` where the one of the full-precision stream reads
-``z = x + d``, and should still give ``W z``. Of all weights the one that comes closest is
+``z = x + d``, and should still give ``W z``. With
 
-    W' = W + W D (C + R)^-1,   C = sum_m v_m E[(x - c_m) (x - c_m)^T]
-                               D = sum_m v_m E[(d - d_m) (x - c_m)^T]
+    C = sum_m v_m E[(x - c_m) (x - c_m)^T]
+    D = sum_m v_m E[(d - d_m) (x - c_m)^T]
+    V = sum_m v_m E[e (d - d_m)^T]
 
-with what a modality's error weighs, ``v_m``, as in joint rounding. ``W'`` is rounded in
-place of ``W``, and the modality's bias takes ``W d_m``. The ridge ``R`` is as large as the
-mean variance of a smoothed channel: directions that tokens hardly have would be fitted to
-what a few calibration tokens happen to do there.
+``v_m`` what a modality's error weighs, as in joint rounding, and ``e`` what the ridge
+regression of ``d`` on ``z`` leaves of it, the weight is
 
-GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695) do so for one kind of token.
+    W' = W + W (D + V / 2) (C - V / 2 + R)^-1
+
+It is rounded in place of ``W``, and the modality's bias takes ``W d_m``. The ridge ``R`` is
+as large as the mean variance of a smoothed channel: directions that tokens hardly have
+would be fitted to what a few calibration tokens happen to do there.
+
+Without ``V`` that is the regression of ``W z`` on ``x``, which shrinks: ``e``, what rounding
+has added to the stream, is in ``x`` and not in ``z``. With all of it, it is the regression
+with ``z`` as the instrument, which does not shrink and lets all of ``e`` through. Half of
+the way is Theil's k-class of estimators at k = 1/2.
+
+GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695) regress on ``x``, for one kind of
+token.
 """
 
 import dataclasses
@@ -28,7 +39,11 @@ import torch
 from torchao_masquant.options import SolverOptions
 from torchao_masquant.recipe import LayerRecipe, weight_fingerprint
 from torchao_masquant.solver.layers import shares_of
-from torchao_masquant.solver.modality_input import modality_inputs, ordinary
+from torchao_masquant.solver.modality_input import (
+    ModalityInput,
+    modality_inputs,
+    ordinary,
+)
 from torchao_masquant.solver.smoothing import WeightSizes, smoothing_factors
 from torchao_masquant.statistics.input_statistics import InputStatistics
 from torchao_masquant.tensor_subclasses import low_rank_dtype
@@ -38,6 +53,8 @@ __all__ = ["Correction", "corrected"]
 
 # Times the mean variance of a channel.
 _RIDGE = 1.0
+# How much of the way from least squares to the model's own input as the instrument.
+_WAY = 0.5
 
 
 @dataclass(frozen=True)
@@ -108,27 +125,8 @@ def corrected(
             options,
         )
         shares = shares_of(inputs, factors)
-        width = len(centers[0])
-        covariance = torch.zeros(width, width).to(centers[0])
-        cross, drifts = torch.zeros_like(covariance), []
-        for moments, drift, share, center in zip(
-            statistics.moments, statistics.drifts, shares, centers
-        ):
-            # One at a time: each has a covariance.
-            own = inputs.pop(0).covariance
-            covariance.add_(own, alpha=share)
-            rows = ordinary(moments.sample.double())
-            mean, typical = drift.sum / moments.count, drift.sampled.rows[rows].mean(0)
-            if len(rows) == moments.count and rows.all():
-                typical = mean
-            found = drift.cross / moments.count
-            found.addr_(typical, moments.mean(), alpha=-1)
-            found.addr_(mean - typical, center, alpha=-1)
-            # What is constant to within rounding tells nothing of what drifts with it.
-            found[:, own.diagonal() == 0] = 0
-            cross.add_(found, alpha=share)
-            drifts.append(typical)
-        change = _ridge_regression(covariance, cross, factors[0])
+        covariance, cross, outer, drifts = _together(statistics, inputs, shares)
+        change = _regression(covariance, cross, outer, factors[0])
         moved = torch.stack(drifts)
         result, biases = {}, {}
         for name, weight in weights.items():
@@ -142,14 +140,58 @@ def corrected(
         return Correction(dict(weights), result, biases)
 
 
-def _ridge_regression(
-    covariance: torch.Tensor, cross: torch.Tensor, factor: torch.Tensor
+def _together(
+    statistics: InputStatistics, inputs: list[ModalityInput], shares: list[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """(K, K) sums over modalities of ``E[x x^T]``, ``E[d x^T]`` and ``E[d d^T]``.
+
+    About a centre of each modality, the mean of ordinary tokens, and of their drifts.
+
+    Args:
+        inputs: spent.
+        shares: what a modality's error weighs.
+
+    Returns:
+        And (K,) mean of each modality's drift, of ordinary tokens.
+    """
+    covariance, cross, outer = (
+        torch.zeros_like(statistics.drifts[0].cross) for _ in range(3)
+    )
+    drifts = []
+    for moments, drift, share in zip(statistics.moments, statistics.drifts, shares):
+        # One at a time: each has a covariance.
+        modality = inputs.pop(0)
+        own = modality.covariance
+        covariance.add_(own, alpha=share)
+        rows = ordinary(moments.sample.double())
+        mean, typical = drift.sum / moments.count, drift.sampled.rows[rows].mean(0)
+        if len(rows) == moments.count and rows.all():
+            typical = mean
+        found = drift.cross / moments.count
+        found.addr_(typical, moments.mean(), alpha=-1)
+        found.addr_(mean - typical, modality.center, alpha=-1)
+        # What is constant to within rounding tells nothing of what drifts with it.
+        found[:, own.diagonal() == 0] = 0
+        cross.add_(found, alpha=share)
+        outer.add_(drift.outer, alpha=share / moments.count)
+        outer.addr_(typical, mean, alpha=-share)
+        outer.addr_(mean - typical, typical, alpha=-share)
+        drifts.append(typical)
+    return covariance, cross, outer, drifts
+
+
+def _regression(
+    covariance: torch.Tensor,
+    cross: torch.Tensor,
+    outer: torch.Tensor,
+    factor: torch.Tensor,
 ) -> torch.Tensor:
-    """(K, K) ``D (C + R)^-1``; spends the covariance.
+    """(K, K) ``(D + V / 2) (C - V / 2 + R)^-1``; spends what it is given.
 
     Args:
         covariance: C.
         cross: D.
+        outer: (K, K) ``E[d d^T]`` about the means.
         factor: (K,) that channels are divided by before they are rounded.
     """
     squares = factor.square()
@@ -158,5 +200,17 @@ def _ridge_regression(
         # Nothing varies, so there is nothing to tell from.
         return torch.zeros_like(covariance)
     covariance.diagonal().add_(ridge)
+    with_exact = cross + outer
+    exact = covariance + cross
+    exact += with_exact.t()
+    told = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(exact), with_exact.t(), upper=False
+    )
+    del exact, with_exact
+    # V is at most C + R, whatever the drift: a ridge regression on z errs no more than
+    # one of nothing on it, so that what is left of C + R is positive definite.
+    untold = outer.addmm_(told.t(), told, alpha=-1)
+    covariance.add_(untold, alpha=-_WAY)
+    cross.add_(untold, alpha=_WAY)
     lower = torch.linalg.cholesky(covariance)
     return torch.cholesky_solve(cross.t(), lower).t()

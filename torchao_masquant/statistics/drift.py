@@ -24,17 +24,20 @@ class Drift:
     Attributes:
         sum: (K,) ``sum_t d``.
         cross: (K, K) ``sum_t d x^T``.
+        outer: (K, K) ``sum_t d d^T``.
         sampled: ``d`` of the tokens whose ``x`` is in the modality's own sample.
     """
 
     sum: torch.Tensor
     cross: torch.Tensor
+    outer: torch.Tensor
     sampled: TokenSample
 
     @classmethod
     def zeros(cls, width: int, device: torch.device) -> "Drift":
         return cls(
             torch.zeros(width, dtype=torch.float64, device=device),
+            torch.zeros(width, width, dtype=torch.float64, device=device),
             torch.zeros(width, width, dtype=torch.float64, device=device),
             TokenSample.empty(width, dtype=torch.float64, device=device),
         )
@@ -52,3 +55,4 @@ class Drift:
         self.sampled.add(difference, first)
         self.sum += difference.sum(0)
         self.cross.addmm_(difference.t(), x)
+        self.outer.addmm_(difference.t(), difference)

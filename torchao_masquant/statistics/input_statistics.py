@@ -178,7 +178,7 @@ def statistics_bytes(
     if second_moments:
         size += (8 * width + 4 * SAMPLE_TOKENS) * width
     if drifts:
-        size += 8 * (width + SAMPLE_TOKENS + 1) * width
+        size += 8 * (2 * width + SAMPLE_TOKENS + 1) * width
     return size * modalities
 
 
@@ -196,8 +196,8 @@ class InputStatistics:
         second_moments: keep ``sum x x^T``, 8 K^2 bytes for each modality, and a sample
             of tokens.
         before: of each modality, see :class:`Moments`; None for none.
-        drifts: keep how tokens differ from those of the full-precision stream, as much
-            again as the second moments take.
+        drifts: keep how tokens differ from those of the full-precision stream, twice
+            what the second moments take.
     """
 
     def __init__(
