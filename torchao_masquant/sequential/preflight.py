@@ -236,7 +236,7 @@ def estimate(
                 # The weights that are solved for, what is quantized of the block, and
                 # what the regression has of a pair of streams.
                 work += 12 * beside + 2 * sum(map(math.prod, linears.values()))
-                work += 8 * 6 * k * k
+                work += 8 * 7 * k * k
             in_pass = max(needs[name], together)
             statistics, least = max(statistics, in_pass), max(least, needs[name])
             if in_pass + work > solving:
