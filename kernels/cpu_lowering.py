@@ -95,7 +95,8 @@ def _load(path: Any) -> Any:
             remedy = f"Delete {path}, so that it is built again"
             raise BuildError(str(error), remedy) from error
     _check_schemas()
-    torch.ops.masquant_cpu.use_brgemm(_state.choice.engine is CpuEngine.AMX)
+    if hasattr(torch.ops.masquant_cpu, "use_tiles"):
+        torch.ops.masquant_cpu.use_tiles(_state.choice.engine is CpuEngine.AMX)
     torch.ops.masquant_cpu.use_bfloat16(multiplies_bfloat16())
     return torch.ops.masquant_cpu
 
