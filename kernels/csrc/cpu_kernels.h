@@ -26,8 +26,10 @@ constexpr int kColumns = 64;
 constexpr int kStoredTokens = 4;
 constexpr int kStoredTokensOfGroups = 2;
 constexpr int kFewTokens = 16;
-//: tokens that AMX does not gain by, and channels that it multiplies at once
-constexpr int kTilesFrom = 4;
+//: tokens that AMX gains nothing by: of int8, which few tiles of tokens read as it is
+//: stored, and of packed weights, which they unpack; and channels that it multiplies at once
+constexpr int kWithoutTiles = 4;
+constexpr int kWithoutTilesOfPacked = 7;
 constexpr int kTileDepth = 512;
 //: channels of packed weights that fill a vector, and of a panel in columns
 constexpr int kBlock = 128;
@@ -234,7 +236,7 @@ void tile_tokens(const uint16_t* const* tokens, int rows, bool packed, int64_t i
                  int8_t* out);
 
 // Columns [n, n + kColumns) and channels [k, k + width), signed, as tiles
-// [2][steps][2][kTile][64]; k is a multiple of 64, a step is of 64 channels.
+// [kColumns / kTile][steps][kTile][64]; k is a multiple of 64, a step is of 64 channels.
 void tile_weights(const Weights& weights, int64_t n, int64_t k, int64_t width, int8_t* out);
 
 // The same as (value - zero) * scale in bfloat16, in steps of 32 channels. scale: (N, G);
@@ -243,9 +245,13 @@ void tile_weights_bfloat16(const Weights& weights, int64_t n, int64_t k, int64_t
                            int64_t groups, const float* scale, const int8_t* zero,
                            int8_t* out);
 
+// Whether few tiles of tokens may multiply the panel of int8 at column n as it is stored.
+bool reads_stored_tiles(const Weights& weights, int64_t n, int64_t tiles);
+
 // A panel of weights by tiles of tokens.
 struct TileProduct {
   const int8_t* panel;
+  int64_t row_bytes = 0;  // of one that is as it is stored
   const int8_t* tokens;  // at the panel's first step
   int64_t token_stride;  // from a tile of tokens to the next
   int64_t steps;

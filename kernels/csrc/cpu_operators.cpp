@@ -292,8 +292,8 @@ bool reads_columns(int64_t tokens, bool packed, int64_t width, Type type) {
 }
 
 // Whether tokens meet a matrix by AMX, whose products are of 64 channels of a group.
-bool multiplies_tiles(int64_t tokens, int64_t in_features, int64_t groups) {
-  return use_tiles && tokens > kTilesFrom &&
+bool multiplies_tiles(int64_t tokens, bool packed, int64_t in_features, int64_t groups) {
+  return use_tiles && tokens > (packed ? kWithoutTilesOfPacked : kWithoutTiles) &&
          (groups == 1 || in_features / groups % 64 == 0);
 }
 
@@ -301,7 +301,7 @@ bool multiplies_tiles(int64_t tokens, int64_t in_features, int64_t groups) {
 enum class Method { kStored, kColumns, kTiles };
 
 Method method_of(int64_t tokens, bool packed, int64_t in_features, int64_t groups) {
-  if (multiplies_tiles(tokens, in_features, groups)) return Method::kTiles;
+  if (multiplies_tiles(tokens, packed, in_features, groups)) return Method::kTiles;
   return reads_stored(tokens, packed, in_features, groups) ? Method::kStored
                                                            : Method::kColumns;
 }
@@ -311,7 +311,7 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
   const bool packed = weight_bits <= 4;
   const std::string weights = packed ? "packed int4" : "int8";
   const std::string processor = kAllKernels ? "VNNI" : kProcessor;
-  const bool tiles = multiplies_tiles(tokens, in_features, groups);
+  const bool tiles = multiplies_tiles(tokens, packed, in_features, groups);
   if (act_bits == 16) {
     const int64_t width = in_features / groups;
     if (tiles) return "AMX bfloat16, " + weights + " in tiles";
@@ -849,7 +849,10 @@ struct Tile {
 };
 
 #ifdef __AVX512VNNI__
-// What tokens and panels of a task by AMX are, tiles of tokens of which one begins stride
+//: tokens of a task by AMX: more would leave their sums no room in the second-level cache
+constexpr int64_t kMostTiled = 512;
+
+// The tokens of a task by AMX, tiles of tokens of which one begins stride
 // bytes behind the other.
 struct TiledTokens {
   const int8_t* data;
@@ -860,14 +863,17 @@ struct TiledTokens {
 // unpack(panel, k, width, out) makes tiles of weights; steps are of channels_of_step. Parts
 // of the channels take turns, small enough for the first-level cache to keep a panel's
 // half, and the second one the tokens'. scales of groups: [panels][groups][kColumns].
+// Where stored is not null, it has the panels' rows as they are stored, row_bytes each.
 template <class Unpack>
 void* sums_of_tiles(const TiledTokens& tokens, int64_t panels, int64_t in_features,
                     int64_t groups, int channels_of_step, const float* scales,
-                    const Unpack& unpack) {
+                    const Unpack& unpack, const uint8_t* stored = nullptr,
+                    int64_t row_bytes = 0) {
   const bool bfloat16 = channels_of_step == 32;
   const int64_t width = in_features / groups;
   int64_t depth = kTileDepth / (bfloat16 ? 2 : 1);
   if (scales != nullptr) depth = std::max(width, depth / width * width);
+  if (stored != nullptr) depth = in_features;
   const int64_t most = std::min(depth, round_up(in_features, 64)) / channels_of_step;
   int8_t* panel = scratch<int8_t>(kPanel, most * kColumns * 64);
   const int64_t size = tokens.count * kColumns * kTile;
@@ -876,9 +882,14 @@ void* sums_of_tiles(const TiledTokens& tokens, int64_t panels, int64_t in_featur
   for (int64_t k = 0; k < in_features; k += depth) {
     const int64_t count = std::min(depth, in_features - k);
     for (int64_t p = 0; p < panels; ++p) {
-      unpack(p, k, count, panel);
       TileProduct product;
-      product.panel = panel;
+      if (stored != nullptr) {
+        product.panel = reinterpret_cast<const int8_t*>(stored + p * kColumns * row_bytes);
+        product.row_bytes = row_bytes;
+      } else {
+        unpack(p, k, count, panel);
+        product.panel = panel;
+      }
       product.tokens = tokens.data + k / channels_of_step * kTileBytes;
       product.token_stride = tokens.stride;
       product.steps = round_up(count, 64) / channels_of_step;
@@ -984,7 +995,7 @@ class IntegerProduct {
     const int64_t panels = (columns + kColumns - 1) / kColumns;
     const int64_t all = panels * static_cast<int64_t>(experts_.size());
     const int64_t wanted = (2 * at::get_num_threads() + all - 1) / all;
-    constexpr int64_t kLeastChunk = 96, kMostTiled = 512;
+    constexpr int64_t kLeastChunk = 96;
     std::vector<Task> tasks;
     tasks.reserve(all * wanted);
     places_ = 0;
@@ -1226,7 +1237,11 @@ class IntegerProduct {
         tokens, task.panels, in_features_, groups_, 64, groups_ > 1 ? scales : nullptr,
         [&](int64_t p, int64_t k, int64_t width, int8_t* panel) {
           tile_weights(weights, task.n + p * kColumns, k, width, panel);
-        }));
+        },
+        reads_stored_tiles(weights, task.n + (task.panels - 1) * kColumns, tiles)
+            ? weights.data + task.n * weights.row_bytes
+            : nullptr,
+        weights.row_bytes));
     float* arrays = scratch<float>(kArrays, results_.array_size());
     for (int64_t p = 0; p < task.panels; ++p) {
       const int64_t n = task.n + p * kColumns;
@@ -1481,7 +1496,6 @@ void bfloat16_in_tiles(const Smooth& smooth, const Weights& weights, const float
   const int64_t in_features = weights.in_features, stride = 2 * round_up(in_features, 64);
   const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
   const int64_t tokens = static_cast<int64_t>(results.token.size());
-  constexpr int64_t kMostTiled = 512;
   const int64_t chunks = (tokens + kMostTiled - 1) / kMostTiled;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t first = tokens * chunk / chunks;
@@ -1594,7 +1608,8 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
       smooth_row_bfloat16(row_of(rows_of_x, t), type, factors(t), in_features, out);
     }
   };
-  if (type == Type::kBFloat16 && multiplies_tiles(tokens, in_features, groups)) {
+  if (type == Type::kBFloat16 &&
+      multiplies_tiles(tokens, weights.packed, in_features, groups)) {
     bfloat16_in_tiles(smooth_bfloat16, weights, scales_of_all, zeros_of_all, groups, results);
     return results.take();
   }

@@ -22,6 +22,12 @@
 
 namespace masquant {
 
+bool reads_stored_tiles(const Weights& weights, int64_t n, int64_t tiles) {
+  // The last row has nothing behind it that a step may read beyond its end.
+  return !weights.packed && tiles <= 2 &&
+         n + kColumns + (weights.in_features % 64 != 0) <= weights.out_features;
+}
+
 bool has_tiles() {
   // Linux gives a process the tiles' state when it asks, for all of its threads, those to
   // come and those of forks too. It refuses where a thread's stack for signals is too small.
@@ -54,12 +60,30 @@ Tiles::~Tiles() { _tile_release(); }
 
 namespace {
 
-// Where a row of a panel's column is, and how far its next step is from it.
+// Where a panel has a column's first step.
 inline int64_t place_of_column(int64_t column, int64_t steps) {
-  return column / 32 * steps * 2 * kTileBytes + column / 16 % 2 * kTileBytes +
-         column % 16 * 64;
+  return column / kTile * steps * kTileBytes + column % kTile * 64;
 }
-constexpr int64_t kNextStep = 2 * kTileBytes;
+
+// Asks for the next panel while one is unpacked, line by line: its rows are one piece of
+// memory, and a quarter of it beside the other is the order that the hardware reads fastest.
+class Next {
+ public:
+  // byte: of each row, from which on this panel is unpacked.
+  Next(const Weights& weights, int64_t n, int64_t byte)
+      : quarter_(kColumns / 4 * weights.row_bytes),
+        from_(weights.data + (n + kColumns) * weights.row_bytes + kColumns / 4 * byte) {}
+
+  inline void ask() {
+    _mm_prefetch(from_ + line_ % 4 * quarter_ + line_ / 4 * 64, _MM_HINT_T1);
+    ++line_;
+  }
+
+ private:
+  int64_t quarter_;
+  const uint8_t* from_;
+  uint64_t line_ = 0;
+};
 
 // Of 64 bytes the even ones first.
 inline __m512i even_bytes_first(__m512i v) {
@@ -116,25 +140,25 @@ void tile_tokens(const uint16_t* const* tokens, int rows, bool packed, int64_t i
   }
 }
 
-void tile_weights(const Weights& weights, int64_t n, int64_t k, int64_t width, int8_t* out) {
+namespace {
+
+template <bool packed>
+void unpack_tiles(const Weights& weights, int64_t n, int64_t k, int64_t width, int8_t* out) {
   const __m512i low4 = _mm512_set1_epi8(0xF), eight = _mm512_set1_epi8(8);
   const int64_t steps = (width + 63) / 64;
-  const int64_t begin = weights.packed ? k / 2 : k;
-  const int64_t end = std::min(weights.row_bytes, begin + (weights.packed ? 32 : 64) * steps);
+  const int64_t begin = packed ? k / 2 : k;
+  const int64_t end = std::min(weights.row_bytes, begin + (packed ? 32 : 64) * steps);
+  Next next(weights, n, begin);
   for (int64_t c = 0; c < kColumns; ++c) {
     // Columns behind the last are the last: their products are not looked at.
     const int64_t index = std::min(n + c, weights.out_features - 1);
     const uint8_t* row = weights.data + index * weights.row_bytes;
-    const uint8_t* next = row + kColumns * weights.row_bytes;
     int8_t* to = out + place_of_column(c, steps);
-    for (int64_t i = begin; i < end; i += 64) {
-      _mm_prefetch(next + i, _MM_HINT_T1);
-      const __m512i bytes = end - i >= 64 ? _mm512_loadu_si512(row + i)
-                                          : _mm512_maskz_loadu_epi8(mask64(end - i), row + i);
-      if (!weights.packed) {
+    const auto unpack = [&](__m512i bytes, int64_t count) __attribute__((always_inline)) {
+      if constexpr (!packed) {
         _mm512_store_si512(to, bytes);
-        to += kNextStep;
-        continue;
+        to += kTileBytes;
+        return;
       }
       // (bytes & 15) ^ 8, less 8
       const __m512i even = _mm512_sub_epi8(
@@ -142,11 +166,28 @@ void tile_weights(const Weights& weights, int64_t n, int64_t k, int64_t width, i
       const __m512i odd = _mm512_sub_epi8(
           _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), low4, eight, 0x6A), eight);
       _mm512_store_si512(to, _mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1));
-      if (end - i > 32) {
-        _mm512_store_si512(to + kNextStep, _mm512_shuffle_i64x2(even, odd, 0xEE));
+      if (count > 32) {
+        _mm512_store_si512(to + kTileBytes, _mm512_shuffle_i64x2(even, odd, 0xEE));
       }
-      to += 2 * kNextStep;
+      to += 2 * kTileBytes;
+    };
+    int64_t i = begin;
+#pragma GCC unroll 4
+    for (; i + 64 <= end; i += 64) {
+      next.ask();
+      unpack(_mm512_loadu_si512(row + i), 64);
     }
+    if (i < end) unpack(_mm512_maskz_loadu_epi8(mask64(end - i), row + i), end - i);
+  }
+}
+
+}  // namespace
+
+void tile_weights(const Weights& weights, int64_t n, int64_t k, int64_t width, int8_t* out) {
+  if (weights.packed) {
+    unpack_tiles<true>(weights, n, k, width, out);
+  } else {
+    unpack_tiles<false>(weights, n, k, width, out);
   }
 }
 
@@ -175,15 +216,15 @@ void tile_weights_bfloat16(const Weights& weights, int64_t n, int64_t k, int64_t
                            int8_t* out) {
   const int64_t steps = (width + 63) / 64 * 2;
   const int64_t group_width = weights.in_features / groups;
+  Next next(weights, n, weights.packed ? k / 2 : k);
   for (int64_t c = 0; c < kColumns; ++c) {
     const int64_t index = std::min(n + c, weights.out_features - 1);
     const uint8_t* row = weights.data + index * weights.row_bytes;
-    const uint8_t* next = row + kColumns * weights.row_bytes;
     int8_t* to = out + place_of_column(c, steps);
     int64_t group = k / group_width, end_of_group = k;
     __m512 s, z;
     __m512i table;
-    for (int64_t i = k; i < k + width; i += 64, to += 2 * kNextStep) {
+    for (int64_t i = k; i < k + width; i += 64, to += 2 * kTileBytes) {
       if (i == end_of_group) {
         s = _mm512_set1_ps(scale[index * groups + group]);
         z = _mm512_set1_ps(zero == nullptr ? 0.0f : zero[index * groups + group]);
@@ -191,21 +232,21 @@ void tile_weights_bfloat16(const Weights& weights, int64_t n, int64_t k, int64_t
         end_of_group = ++group * group_width;
       }
       if (weights.packed) {
-        _mm_prefetch(next + i / 2, _MM_HINT_T1);
+        if (i % 128 == 0) next.ask();
         const __m512i two = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(
             static_cast<__mmask32>(mask64(std::min<int64_t>(weights.row_bytes - i / 2, 32))),
             row + i / 2));
         // Five bits of an index count, of which the table ignores the first.
         _mm512_store_si512(to, _mm512_permutexvar_epi16(two, table));
-        _mm512_store_si512(to + kNextStep,
+        _mm512_store_si512(to + kTileBytes,
                            _mm512_permutexvar_epi16(_mm512_srli_epi16(two, 4), table));
         continue;
       }
-      _mm_prefetch(next + i, _MM_HINT_T1);
+      next.ask();
       for (int j = 0; j < 4; ++j) {
         const __m512 v = load<Type::kInt8>(row, i + 16 * j, mask16(weights.row_bytes - i - 16 * j));
         const __m512i half = to_bfloat16(_mm512_mul_ps(_mm512_sub_ps(v, z), s));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + j / 2 * kNextStep + j % 2 * 32),
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + j / 2 * kTileBytes + j % 2 * 32),
                            _mm512_cvtepi32_epi16(half));
       }
     }
@@ -216,13 +257,20 @@ namespace {
 
 // The intrinsics take the numbers of registers literally: 0 to 3 hold sums.
 
+// Tiles of weights from which one reads: rows lie stride bytes apart, steps step bytes.
+struct Rows {
+  const int8_t* data;
+  int64_t stride, step;
+};
+
 template <bool bfloat16>
-inline void multiply_add_two_by_two(const int8_t* a, const int8_t* b, const int8_t* c,
-                                    int64_t steps) {
-  for (int64_t i = 0; i < steps; ++i, a += kNextStep, b += kTileBytes, c += kTileBytes) {
-    _tile_loadd(4, a, 64);
+inline void multiply_add_two_by_two(const Rows& rows, int64_t next, const int8_t* b,
+                                    const int8_t* c, int64_t steps) {
+  const int8_t* a = rows.data;
+  for (int64_t i = 0; i < steps; ++i, a += rows.step, b += kTileBytes, c += kTileBytes) {
+    _tile_loadd(4, a, rows.stride);
     _tile_loadd(6, b, 64);
-    _tile_loadd(5, a + kTileBytes, 64);
+    _tile_loadd(5, a + next, rows.stride);
     _tile_loadd(7, c, 64);
     if constexpr (bfloat16) {
       _tile_dpbf16ps(0, 4, 6);
@@ -239,12 +287,13 @@ inline void multiply_add_two_by_two(const int8_t* a, const int8_t* b, const int8
 }
 
 template <bool bfloat16>
-inline void multiply_add_four_by_one(const int8_t* a, const int8_t* c, const int8_t* b,
+inline void multiply_add_four_by_one(const Rows& rows, int64_t next, const int8_t* b,
                                      int64_t steps) {
-  for (int64_t i = 0; i < steps; ++i, a += kNextStep, c += kNextStep, b += kTileBytes) {
+  const int8_t* a = rows.data;
+  for (int64_t i = 0; i < steps; ++i, a += rows.step, b += kTileBytes) {
     _tile_loadd(6, b, 64);
-    _tile_loadd(4, a, 64);
-    _tile_loadd(5, a + kTileBytes, 64);
+    _tile_loadd(4, a, rows.stride);
+    _tile_loadd(5, a + next, rows.stride);
     if constexpr (bfloat16) {
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 5, 6);
@@ -252,8 +301,8 @@ inline void multiply_add_four_by_one(const int8_t* a, const int8_t* c, const int
       _tile_dpbssd(0, 4, 6);
       _tile_dpbssd(1, 5, 6);
     }
-    _tile_loadd(4, c, 64);
-    _tile_loadd(5, c + kTileBytes, 64);
+    _tile_loadd(4, a + 2 * next, rows.stride);
+    _tile_loadd(5, a + 3 * next, rows.stride);
     if constexpr (bfloat16) {
       _tile_dpbf16ps(2, 4, 6);
       _tile_dpbf16ps(3, 5, 6);
@@ -329,22 +378,25 @@ inline void multiply_four(const TileProduct& p, char* const sums[4], const int r
 
 template <bool bfloat16>
 void multiply(const TileProduct& p, int64_t tiles) {
-  const int64_t half = p.steps * kNextStep;
+  // Unpacked, or as they are stored.
+  const int64_t stride = p.row_bytes > 0 ? p.row_bytes : 64;
+  const int64_t step_bytes = p.row_bytes > 0 ? 64 : kTileBytes;
+  const int64_t next = p.row_bytes > 0 ? kTile * p.row_bytes : p.steps * kTileBytes;
   const auto sums_of = [&](int64_t tile, int column) {
     return static_cast<char*>(p.sums) + (4 * tile + column) * kTileBytes;
   };
   int64_t tile = 0;
-  // Half of the panel at a time: the first-level cache keeps it, or all of a group's.
+  // Half of the panel at a time, which the first-level cache keeps.
   for (int first = 0; first < 4; first += 2) {
-    const int8_t* a = p.panel + first / 2 * half;
     const int rows[4] = {16 * first, 16 * first + 16, 16 * first, 16 * first + 16};
     for (tile = 0; tile + 2 <= tiles; tile += 2) {
       const int8_t* b = p.tokens + tile * p.token_stride;
       char* const sums[4] = {sums_of(tile, first), sums_of(tile, first + 1),
                              sums_of(tile + 1, first), sums_of(tile + 1, first + 1)};
       multiply_four(p, sums, rows, [&](int64_t step, int64_t steps) {
-        multiply_add_two_by_two<bfloat16>(a + step * kNextStep, b + step * kTileBytes,
-                                          b + p.token_stride + step * kTileBytes, steps);
+        const Rows a{p.panel + first * next + step * step_bytes, stride, step_bytes};
+        const int8_t* from = b + step * kTileBytes;
+        multiply_add_two_by_two<bfloat16>(a, next, from, from + p.token_stride, steps);
       });
     }
   }
@@ -353,9 +405,8 @@ void multiply(const TileProduct& p, int64_t tiles) {
   const int rows[4] = {0, 16, 32, 48};
   char* const sums[4] = {sums_of(tile, 0), sums_of(tile, 1), sums_of(tile, 2), sums_of(tile, 3)};
   multiply_four(p, sums, rows, [&](int64_t step, int64_t steps) {
-    multiply_add_four_by_one<bfloat16>(p.panel + step * kNextStep,
-                                       p.panel + half + step * kNextStep, b + step * kTileBytes,
-                                       steps);
+    const Rows a{p.panel + step * step_bytes, stride, step_bytes};
+    multiply_add_four_by_one<bfloat16>(a, next, b + step * kTileBytes, steps);
   });
 }
 
