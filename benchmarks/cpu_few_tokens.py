@@ -253,12 +253,13 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, dict[int, float]]:
         help="of one thread, whatever else runs",
     )
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--copies", type=int, default=6, help="MLPs of each")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     clock: Clock = time.perf_counter
     if options.processor_time:
         options.threads, clock = 1, time.thread_time
-    repeats, tokens, copies = options.repeats, TOKENS, 6
+    repeats, tokens, copies = options.repeats, TOKENS, options.copies
     if options.quick:
         repeats, tokens, copies = 1, (1, 17), 1
     load = os.getloadavg()[0]
@@ -275,7 +276,8 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, dict[int, float]]:
             name: {count: gigabytes(name, s) for count, s in times.items()}
             for name, times in found.items()
         }
-        told = {"engine": engine, "clock": clock.__name__, "seconds": found}
+        told = {"engine": engine, "clock": clock.__name__, "copies": copies}
+        told["seconds"] = found
         told["GB/s"] = rates
         write_report(options.json, threads, load, **told)
     return found

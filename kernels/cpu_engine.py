@@ -79,8 +79,15 @@ def _has_vnni() -> bool:
 
 
 def _has_amx() -> bool:
-    # The second asks Linux for the permission to use it, which it may refuse.
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _is_granted_amx() -> bool:
+    """Whether Linux lets this process have the tiles' state.
+
+    Not where a thread's stack for signals is too small to hold it.
+    """
+    return torch.cpu._init_amx()
 
 
 def _has_bfloat16() -> bool:
@@ -199,6 +206,8 @@ def _why_not(engine: CpuEngine, environ: Mapping[str, str]) -> str:
     }[engine]
     if not has():
         return f"the processor has no {_INSTRUCTIONS[engine]}"
+    if engine is CpuEngine.AMX and not _is_granted_amx():
+        return "Linux does not grant this process AMX"
     if engine is CpuEngine.NEON:
         # The variables' levels are those of x86.
         return ""

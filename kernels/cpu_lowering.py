@@ -31,8 +31,8 @@ AVX512-VNNI:
   each 128 channels, in planes of 8 bits that are multiplied one by one, so that nothing
   is lost that the tokens' type can tell; so do up to 16 of float32, of 24 bits;
 - others meet weights unpacked to float32. Where the processor multiplies bfloat16 faster,
-  by AVX512-BF16 more than 16 tokens of it, by AMX more than a few, meet them in it, and the
-  smoothed activations rounded to it, as a bfloat16 linear's are;
+  by AVX512-BF16 or AMX, more than 16 tokens of it meet them in it, and the smoothed
+  activations rounded to it, as a bfloat16 linear's are;
 - scales, up-projection and biases are applied to a tile before it is stored;
 - tokens are sorted by modality, so base tokens do no low-rank work.
 
@@ -99,8 +99,7 @@ def _load(path: Any) -> Any:
             remedy = f"Delete {path}, so that it is built again"
             raise BuildError(str(error), remedy) from error
     _check_schemas()
-    if hasattr(torch.ops.masquant_cpu, "use_tiles"):
-        torch.ops.masquant_cpu.use_tiles(_state.choice.engine is CpuEngine.AMX)
+    torch.ops.masquant_cpu.use_tiles(_state.choice.engine is CpuEngine.AMX)
     torch.ops.masquant_cpu.use_bfloat16(multiplies_bfloat16())
     return torch.ops.masquant_cpu
 

@@ -218,7 +218,7 @@ void transpose_columns(const float* matrix, int64_t stride, int64_t columns, int
 constexpr int kTile = 16;
 constexpr int64_t kTileBytes = 1024;
 
-// Whether there is AMX, and the process may use it: it asks for that.
+// Whether there are kernels for AMX, it is there, and the process may use it, which is asked.
 bool has_tiles();
 
 // A thread's tiles have their shapes as long as it lives. oneDNN sets its own each time.

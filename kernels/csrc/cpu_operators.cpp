@@ -31,15 +31,14 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-#ifdef __AVX512VNNI__
 //: whether products of more than a few tokens are by AMX
 std::atomic<bool> use_tiles{has_tiles()};
+#ifdef __AVX512VNNI__
 //: whether others of bfloat16 tokens that are not quantized are of bfloat16 (AVX512-BF16),
 //: which takes Intel's processors twice as long as float32
 std::atomic<bool> use_bfloat16{__builtin_cpu_supports("avx512bf16") != 0 &&
                                !__builtin_cpu_is("intel")};
 #else
-constexpr bool use_tiles = false;
 std::atomic<bool> use_bfloat16{false};
 #endif
 
@@ -297,6 +296,12 @@ bool multiplies_tiles(int64_t tokens, bool packed, int64_t in_features, int64_t 
          (groups == 1 || in_features / groups % 64 == 0);
 }
 
+// Whether tokens of bfloat16 that are not quantized do: few of them lose less in planes.
+bool multiplies_bfloat16_tiles(int64_t tokens, bool packed, int64_t in_features,
+                               int64_t groups) {
+  return tokens > kFewTokens && multiplies_tiles(tokens, packed, in_features, groups);
+}
+
 // How tokens meet a matrix.
 enum class Method { kStored, kColumns, kTiles };
 
@@ -314,7 +319,9 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
   const bool tiles = multiplies_tiles(tokens, packed, in_features, groups);
   if (act_bits == 16) {
     const int64_t width = in_features / groups;
-    if (tiles) return "AMX bfloat16, " + weights + " in tiles";
+    if (multiplies_bfloat16_tiles(tokens, packed, in_features, groups)) {
+      return "float32, of bfloat16 tokens AMX bfloat16, " + weights + " in tiles";
+    }
     if (reads_stored_floats(tokens, packed, width, Type::kBFloat16)) {
       return processor + ", planes of 8 bits, " + weights + " as stored";
     }
@@ -1609,7 +1616,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
     }
   };
   if (type == Type::kBFloat16 &&
-      multiplies_tiles(tokens, weights.packed, in_features, groups)) {
+      multiplies_bfloat16_tiles(tokens, weights.packed, in_features, groups)) {
     bfloat16_in_tiles(smooth_bfloat16, weights, scales_of_all, zeros_of_all, groups, results);
     return results.take();
   }
@@ -1757,9 +1764,7 @@ TORCH_LIBRARY(masquant_cpu, m) {
   m.def("install() -> ()", &install);
   m.def("kernel_of(int weight_bits, int act_bits, int tokens, int in_features,"
         " int groups) -> str", &kernel_of);
-#ifdef __AVX512VNNI__
   m.def("use_tiles(bool value) -> ()", [](bool value) { use_tiles = value && has_tiles(); });
-#endif
   m.def("use_bfloat16(bool value) -> ()", [](bool value) { use_bfloat16 = value; });
 }
 
