@@ -132,8 +132,7 @@ def dense(dtype: torch.dtype, packed: bool, copies: int, clock: Clock) -> Timed:
     if packed:
         onednn = torch.ops.mkldnn
         layers = [
-            [onednn._reorder_linear_weight(w, None) for w in layer]
-            for layer in layers
+            [onednn._reorder_linear_weight(w, None) for w in layer] for layer in layers
         ]
 
         def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
