@@ -93,7 +93,7 @@ $(READY): pyproject.toml
 	trap 'exit 130' INT TERM; \
 	touch $(UNFINISHED); \
 	set -x; \
-	$(INSTALL) 'pip>=21.3' && \
+	$(INSTALL) 'pip>=22.2' && \
 	{ $(BIN)/python -c 'import torch' 2>/dev/null || \
 	    $(INSTALL) $(TORCH) $(addprefix --index-url ,$(TORCH_INDEX_URL)); } && \
 	$(INSTALL) --editable '.[dev]' && \

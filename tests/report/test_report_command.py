@@ -18,6 +18,9 @@ from torchao_masquant.__main__ import main
 from torchao_masquant.report import page as page_module
 from torchao_masquant.report.result_rows import rows_of_results
 
+# What figures look like is another file's subject.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -33,12 +36,6 @@ def folder(tmp_path):
     made.evaluation("w8a8", "masquant").save(path / "evaluation.json")
     (path / "results.json").write_text(json.dumps(made.results()))
     return path
-
-
-@pytest.fixture(autouse=True)
-def _undrawn(monkeypatch):
-    """Figures are made and not drawn: what they look like is another file's subject."""
-    monkeypatch.setattr(page_module, "to_svg", lambda figure: "<svg></svg>")
 
 
 def _report(*arguments):

@@ -17,7 +17,6 @@ import pytest
 import report_sources as made
 from page_reader import read_page
 
-from torchao_masquant.report import page as page_module
 from torchao_masquant.report import write_report
 
 SECTIONS = {"evaluations", "results", "layers", "modalities", "compensation", "recipe"}
@@ -58,12 +57,6 @@ def full(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(full):
     return read_page(full[0])
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are made and not drawn, where nobody looks at them."""
-    monkeypatch.setattr(page_module, "to_svg", lambda figure: "<svg></svg>")
 
 
 def _write(tmp_path, **sources):

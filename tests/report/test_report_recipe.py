@@ -128,7 +128,8 @@ def test_options_that_calibration_chose_are_told(tmp_path):
     assert "asymmetric calibration" in told["rounding of the weights"]
 
 
-def test_a_real_model_is_reported(model, samples, tmp_path):
+def test_a_real_model_is_reported(model, samples, tmp_path, undrawn):
+    """What the page says; a real model's figures are drawn by the commands of the pages."""
     recipe = calibrate(model, samples, scheme="w4a4", include=LAYER, progress=False)
     quantized = copy.deepcopy(model)
     quantize_(quantized, masquant_config(recipe))

@@ -165,7 +165,7 @@ KINDS = [
 @pytest.fixture(scope="module", params=MAKERS)
 def made(request):
     """What makes a model, and the logits of it quantized by its recipe."""
-    dense = MAKERS[request.param]()
+    dense = MAKERS[request.param](layers=1)
     data = data_for(MAKERS[request.param])
 
     def make():
