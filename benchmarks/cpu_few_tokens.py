@@ -3,20 +3,21 @@
 #
 # This source code is licensed under the BSD 3-Clause license found in the
 # LICENSE file in the root directory of this source tree.
-"""An MLP of a 3B model on the CPU at 1 to 256 tokens, beside OpenVINO or dense linears.
+"""An MLP of a 3B model on the CPU at 1 to 1024 tokens, beside OpenVINO or dense linears.
 
-    python benchmarks/cpu_few_tokens.py [--openvino PYTHON] [--dense] [--json PATH]
+    python benchmarks/cpu_few_tokens.py [--openvino PYTHON] [--dense] [--vnni] [--json PATH]
 
 ``PYTHON`` is that of an environment with openvino and numpy. Each candidate has several
 MLPs (2048 to 11008, gate, up and down), run one after the other, so that weights come
 from memory; candidates take turns, and the median counts. Beside a time of few tokens
 are the gigabytes of weights a second. bfloat16 tokens for ours, float32 for OpenVINO,
-which quantizes them as ours do, but for "w4a16". As on a processor with AVX2 alone:
+which quantizes them as ours do, but for "w4a16" and "bfloat16". ``--vnni`` has ours also
+without AMX. As on a processor with AVX2 alone:
 
     MASQUANT_CPU_ENGINE=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \\
         MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/cpu_few_tokens.py --dense
 
-On a busy machine, ``--processor-time`` counts that of one thread, OpenVINO's apart.
+On a busy machine, ``--processor-time`` counts that of one thread, or of OpenVINO's process.
 """
 
 import argparse
@@ -36,9 +37,10 @@ from rich.console import Console
 from rich.table import Table
 
 from torchao_masquant.kernels import cpu_lowering
+from torchao_masquant.kernels.cpu_engine import CpuEngine
 
 K, N = 2048, 11008
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 #: name to bits of weights, of activations, and the width of a group
 OURS = {
     "w8a8": (8, 8, None),
@@ -50,17 +52,30 @@ OURS = {
 OPENVINO = {
     "OpenVINO int8": ("int8", 8),
     "OpenVINO int4, groups of 128": ("int4", 4),
+    "OpenVINO bfloat16": ("bfloat16", 16),
 }
 
-#: of linears that are not quantized
-DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: of linears that are not quantized; packed: by oneDNN ahead of time, as frozen weights are
+DENSE = {
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "bfloat16, packed": (torch.bfloat16, True),
+}
+WITHOUT_AMX = ", without AMX"
 
 Timed = Callable[[int], float]
 Clock = Callable[[], float]
 
 
-def ours(name: str, copies: int, clock: Clock) -> Timed:
-    """Seconds of one MLP of so many tokens."""
+def ours(name: str, copies: int, clock: Clock, tiles: bool = False) -> Timed:
+    """Seconds of one MLP of so many tokens.
+
+    Args:
+        name: of ``OURS``.
+        copies: MLPs.
+        clock: of the seconds.
+        tiles: whether AMX, where it is the engine, is used.
+    """
     bits, act_bits, width = OURS[name]
     ops = torch.ops.masquant
 
@@ -94,8 +109,12 @@ def ours(name: str, copies: int, clock: Clock) -> Timed:
             for w in weights
         ]
 
+    amx = cpu_lowering.engine().engine is CpuEngine.AMX
+
     def run(tokens: int) -> float:
         x = torch.randn(tokens, K).bfloat16()
+        if amx:
+            torch.ops.masquant_cpu.use_tiles(tiles)
         started = clock()
         for gate, up, down in layers:
             first, second = together(x, gate, up)
@@ -105,13 +124,22 @@ def ours(name: str, copies: int, clock: Clock) -> Timed:
     return run
 
 
-def dense(dtype: torch.dtype, copies: int, clock: Clock) -> Timed:
+def dense(dtype: torch.dtype, packed: bool, copies: int, clock: Clock) -> Timed:
     """The same of linears that are not quantized."""
     shapes = ((N, K), (N, K), (K, N))
     layers = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(copies)]
+    linear: Callable[..., torch.Tensor] = torch.nn.functional.linear
+    if packed:
+        onednn = torch.ops.mkldnn
+        layers = [
+            [onednn._reorder_linear_weight(w, None) for w in layer] for layer in layers
+        ]
+
+        def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return onednn._linear_pointwise(x, weight, None, "none", [], "")
 
     def run(tokens: int) -> float:
-        x, linear = torch.randn(tokens, K).to(dtype), torch.nn.functional.linear
+        x = torch.randn(tokens, K).to(dtype)
         started = clock()
         for gate, up, down in layers:
             linear(torch.nn.functional.silu(linear(x, gate)) * linear(x, up), down)
@@ -120,13 +148,16 @@ def dense(dtype: torch.dtype, copies: int, clock: Clock) -> Timed:
     return run
 
 
-def openvino(worker: subprocess.Popen, form: str, copies: int, threads: int) -> Timed:
-    """The same of the worker's."""
+def openvino(
+    worker: subprocess.Popen, form: str, copies: int, threads: int, clock: str
+) -> Timed:
+    """The same of the worker's, by a clock of ``time``."""
     assert worker.stdin is not None and worker.stdout is not None
     asked, answered = worker.stdin, worker.stdout
 
     def run(tokens: int) -> float:
-        asked.write(json.dumps([form, K, N, copies, tokens, threads]) + "\n")
+        request = [form, K, N, copies, tokens, threads, clock]
+        asked.write(json.dumps(request) + "\n")
         asked.flush()
         line = answered.readline()
         if not line:
@@ -139,6 +170,7 @@ def openvino(worker: subprocess.Popen, form: str, copies: int, threads: int) -> 
 def run(
     python: Optional[str],
     with_dense: bool,
+    with_vnni: bool,
     threads: int,
     repeats: int,
     tokens: tuple[int, ...],
@@ -149,11 +181,16 @@ def run(
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     cpu_lowering.prepare()
-    candidates = {name: ours(name, copies, clock) for name in OURS}
+    candidates = {name: ours(name, copies, clock, tiles=True) for name in OURS}
+    if with_vnni:
+        for name in OURS:
+            candidates[name + WITHOUT_AMX] = ours(name, copies, clock)
+    # Two of them outgrow the caches.
+    few = min(copies, 2)
     if with_dense:
-        # Two of them outgrow the caches.
-        for name, dtype in DENSE.items():
-            candidates[name] = dense(dtype, min(copies, 2), clock)
+        for name, (dtype, packed) in DENSE.items():
+            if not packed or torch.backends.mkldnn.is_available():
+                candidates[name] = dense(dtype, packed, few, clock)
     if python is not None:
         worker = subprocess.Popen(
             [python, Path(__file__).parent / "openvino_bench" / "worker.py"],
@@ -162,7 +199,9 @@ def run(
             text=True,
         )
         for name, (form, _) in OPENVINO.items():
-            candidates[name] = openvino(worker, form, copies, threads)
+            count = few if form == "bfloat16" else copies
+            theirs = "process_time" if clock is time.thread_time else "perf_counter"
+            candidates[name] = openvino(worker, form, count, threads, theirs)
     found: dict[str, dict[int, float]] = {name: {} for name in candidates}
     for count in tokens:
         taken: dict[str, list[float]] = {name: [] for name in candidates}
@@ -182,8 +221,9 @@ def run(
 def gigabytes(name: str, seconds: float) -> float:
     """Of weights a second."""
     if name in DENSE:
-        bits = 8 * DENSE[name].itemsize
+        bits = 8 * DENSE[name][0].itemsize
     else:
+        name = name.removesuffix(WITHOUT_AMX)
         bits = OURS[name][0] if name in OURS else OPENVINO[name][1]
     return 3 * K * N * bits / 8 / 1e9 / seconds
 
@@ -203,6 +243,7 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, dict[int, float]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--openvino", metavar="PYTHON", help="with openvino and numpy")
     parser.add_argument("--dense", action="store_true", help="also linears of floats")
+    parser.add_argument("--vnni", action="store_true", help="also ours without AMX")
     parser.add_argument("--quick", action="store_true", help="one and 17 tokens, once")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -211,18 +252,20 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, dict[int, float]]:
         help="of one thread, whatever else runs",
     )
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--copies", type=int, default=6, help="MLPs of each")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     clock: Clock = time.perf_counter
     if options.processor_time:
         options.threads, clock = 1, time.thread_time
-    repeats, tokens, copies = options.repeats, TOKENS, 6
+    repeats, tokens, copies = options.repeats, TOKENS, options.copies
     if options.quick:
         repeats, tokens, copies = 1, (1, 17), 1
     load = os.getloadavg()[0]
     threads = options.threads
     found = run(
-        options.openvino, options.dense, threads, repeats, tokens, copies, clock
+        *(options.openvino, options.dense, options.vnni),
+        *(threads, repeats, tokens, copies, clock),
     )
     engine = cpu_lowering.engine().engine.value
     title = f"{processor()}, {threads} threads, engine {engine}"
@@ -232,7 +275,8 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, dict[int, float]]:
             name: {count: gigabytes(name, s) for count, s in times.items()}
             for name, times in found.items()
         }
-        told = {"engine": engine, "clock": clock.__name__, "seconds": found}
+        told = {"engine": engine, "clock": clock.__name__, "copies": copies}
+        told["seconds"] = found
         told["GB/s"] = rates
         write_report(options.json, threads, load, **told)
     return found

@@ -59,6 +59,7 @@ _VNNI = _Kernels(
         "cpu_stored.cpp": (),
         "cpu_operators.cpp": (),
         "cpu_bfloat16.cpp": ("-mavx512bf16",),
+        "cpu_tiles.cpp": ("-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     },
     (*_AVX2_FLAGS, *_AVX512_FLAGS),
 )

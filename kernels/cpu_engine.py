@@ -32,7 +32,7 @@ _BELOW_AMX = ("AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10
 class CpuEngine(enum.Enum):
     """Kernels of the ``masquant::`` operators on a CPU, the fastest first."""
 
-    #: products by oneDNN's block kernel (AMX), all else as in VNNI
+    #: products of more than a few tokens by AMX, all else as in VNNI
     AMX = "amx"
     #: our AVX512-VNNI kernels
     VNNI = "vnni"
@@ -82,6 +82,14 @@ def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+def _is_granted_amx() -> bool:
+    """Whether Linux lets this process have the tiles' state.
+
+    Not where a thread's stack for signals is too small to hold it.
+    """
+    return torch.cpu._init_amx()
+
+
 def _has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
@@ -116,9 +124,9 @@ def _has_neon_dot() -> bool:
 
 
 def multiplies_bfloat16(environ: Optional[Mapping[str, str]] = None) -> bool:
-    """Whether bfloat16 activations that are not quantized are multiplied as such.
+    """Whether AVX512-BF16 multiplies bfloat16 activations that are not quantized.
 
-    AVX512-BF16 multiplies twice as many numbers in the time that float32 takes on AMD's
+    It multiplies twice as many numbers in the time that float32 takes on AMD's
     processors, and half as many on Intel's, which are made to do that by AMX.
 
     Args:
@@ -127,8 +135,8 @@ def multiplies_bfloat16(environ: Optional[Mapping[str, str]] = None) -> bool:
     environ = os.environ if environ is None else environ
     if not _has_bfloat16() or _onednn_limit(environ) in _BELOW_BF16:
         return False
-    engine = choose_engine(environ).engine
-    return engine is CpuEngine.AMX or (engine is CpuEngine.VNNI and not _is_intel())
+    fits = choose_engine(environ).engine in (CpuEngine.AMX, CpuEngine.VNNI)
+    return fits and not _is_intel()
 
 
 def choose_engine(environ: Optional[Mapping[str, str]] = None) -> EngineChoice:
@@ -156,8 +164,7 @@ def choose_engine(environ: Optional[Mapping[str, str]] = None) -> EngineChoice:
             f"{', '.join(names)}, or leave it unset."
         )
     engine = CpuEngine(wanted)
-    # oneDNN's block kernel runs on VNNI too, so AMX can be tried without AMX.
-    reason = _why_not(CpuEngine.VNNI if engine is CpuEngine.AMX else engine, environ)
+    reason = _why_not(engine, environ)
     if reason:
         raise ValueError(
             f"{ENGINE_VARIABLE}={wanted!r} cannot run here ({reason}): leave it unset."
@@ -199,6 +206,8 @@ def _why_not(engine: CpuEngine, environ: Mapping[str, str]) -> str:
     }[engine]
     if not has():
         return f"the processor has no {_INSTRUCTIONS[engine]}"
+    if engine is CpuEngine.AMX and not _is_granted_amx():
+        return "Linux does not grant this process AMX"
     if engine is CpuEngine.NEON:
         # The variables' levels are those of x86.
         return ""

@@ -20,6 +20,10 @@ AVX512-VNNI:
   sums of 16 output channels, and one their scales of a group. What the next panels are
   made of is asked for meanwhile. More than 48 tokens unpack the panels of all input
   channels first, which the second-level cache holds;
+- more than a few tokens (4 of int8 weights, 7 of packed ones) meet them by AMX, where there
+  is AMX. Its left operand are weights, whose rows need no transposition: up to 32 tokens
+  read int8 as it is stored, others, and packed weights, unpacked into a scratch block.
+  Integers are signed there, and exact as everywhere;
 - signed integers meet vpdpbusd, which wants unsigned ones, with 128 (packed: 8) added to
   the weights, and the sum of the token's integers times that taken off after. It adds
   up in 32 bits without saturating (the older vpmaddubsw saturates in 16);
@@ -27,8 +31,8 @@ AVX512-VNNI:
   each 128 channels, in planes of 8 bits that are multiplied one by one, so that nothing
   is lost that the tokens' type can tell; so do up to 16 of float32, of 24 bits;
 - others meet weights unpacked to float32. Where the processor multiplies bfloat16 faster,
-  more than 16 tokens of it meet them in it, and the smoothed activations rounded to it,
-  as a bfloat16 linear's are;
+  by AVX512-BF16 or AMX, more than 16 tokens of it meet them in it, and the smoothed
+  activations rounded to it, as a bfloat16 linear's are;
 - scales, up-projection and biases are applied to a tile before it is stored;
 - tokens are sorted by modality, so base tokens do no low-rank work.
 
@@ -39,7 +43,7 @@ methods, in the compiler's vectors:
   widened, which holds them; weights of 8 bits and their tokens are widened before they
   are multiplied. No product is more than the sum of such products;
 - pairs of int8 are multiplied as float32;
-- nothing is multiplied as bfloat16, or by oneDNN.
+- nothing is multiplied as bfloat16.
 """
 
 import threading
@@ -95,7 +99,7 @@ def _load(path: Any) -> Any:
             remedy = f"Delete {path}, so that it is built again"
             raise BuildError(str(error), remedy) from error
     _check_schemas()
-    torch.ops.masquant_cpu.use_brgemm(_state.choice.engine is CpuEngine.AMX)
+    torch.ops.masquant_cpu.use_tiles(_state.choice.engine is CpuEngine.AMX)
     torch.ops.masquant_cpu.use_bfloat16(multiplies_bfloat16())
     return torch.ops.masquant_cpu
 

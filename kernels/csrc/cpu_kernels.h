@@ -26,12 +26,17 @@ constexpr int kColumns = 64;
 constexpr int kStoredTokens = 4;
 constexpr int kStoredTokensOfGroups = 2;
 constexpr int kFewTokens = 16;
+//: tokens that AMX gains nothing by: of int8, which few tiles of tokens read as it is
+//: stored, and of packed weights, which they unpack; and channels that it multiplies at once
+constexpr int kWithoutTiles = 4;
+constexpr int kWithoutTilesOfPacked = 7;
+constexpr int kTileDepth = 512;
 //: channels of packed weights that fill a vector, and of a panel in columns
 constexpr int kBlock = 128;
 
 #ifdef __AVX512VNNI__
-//: whether there are kernels for panels of oneDNN's, for bfloat16, and for pairs of int8 as
-//: integers, which are floats elsewhere
+//: whether there are kernels for AMX, for bfloat16, and for pairs of int8 as integers, which
+//: are floats elsewhere
 constexpr bool kAllKernels = true;
 #else
 constexpr bool kAllKernels = false;
@@ -206,6 +211,61 @@ void column_panel(const Weights& weights, int64_t n, int64_t k, int64_t width,
 // Rows of a matrix (columns, stride) as [count][kColumns], zeros behind the columns.
 void transpose_columns(const float* matrix, int64_t stride, int64_t columns, int64_t count,
                        float* out);
+
+// ---- products by AMX (cpu_tiles.cpp), on processors that have it ----
+
+//: tokens, or output channels, of a tile, and its bytes
+constexpr int kTile = 16;
+constexpr int64_t kTileBytes = 1024;
+
+// Whether there are kernels for AMX, it is there, and the process may use it, which is asked.
+bool has_tiles();
+
+// A thread's tiles have their shapes as long as it lives. oneDNN sets its own each time.
+struct Tiles {
+  Tiles();
+  ~Tiles();
+};
+
+// Up to kTile tokens as tiles [ceil(K / 64)][16][kTile][4], zeros behind K and the last
+// token; of packed weights, each 64 channels have the even ones first.
+void tile_tokens(const int8_t* const* tokens, int rows, bool packed, int64_t in_features,
+                 int8_t* out);
+// The same of bfloat16, [ceil(K / 64)][2][16][kTile][2].
+void tile_tokens(const uint16_t* const* tokens, int rows, bool packed, int64_t in_features,
+                 int8_t* out);
+
+// Columns [n, n + kColumns) and channels [k, k + width), signed, as tiles
+// [kColumns / kTile][steps][kTile][64]; k is a multiple of 64, a step is of 64 channels.
+void tile_weights(const Weights& weights, int64_t n, int64_t k, int64_t width, int8_t* out);
+
+// The same as (value - zero) * scale in bfloat16, in steps of 32 channels. scale: (N, G);
+// zero: (N, G) or null. Of several groups, the width is a multiple of 64.
+void tile_weights_bfloat16(const Weights& weights, int64_t n, int64_t k, int64_t width,
+                           int64_t groups, const float* scale, const int8_t* zero,
+                           int8_t* out);
+
+// Whether few tiles of tokens may multiply the panel of int8 at column n as it is stored.
+bool reads_stored_tiles(const Weights& weights, int64_t n, int64_t tiles);
+
+// A panel of weights by tiles of tokens.
+struct TileProduct {
+  const int8_t* panel;
+  int64_t row_bytes = 0;  // of one that is as it is stored
+  const int8_t* tokens;  // at the panel's first step
+  int64_t token_stride;  // from a tile of tokens to the next
+  int64_t steps;
+  //: [tiles][kColumns / kTile][kTile columns][kTile tokens]: int32, of bfloat16 or groups float
+  void* sums;
+  bool add = false;  // to the sums, which groups always do
+  const float* scale = nullptr;  // of groups: [groups of the panel][kColumns]
+  int64_t steps_of_group = 0;
+};
+
+void multiply_tiles(const TileProduct& product, bool bfloat16, int64_t tiles);
+
+// A tile's sums as [kTile][kColumns].
+void rows_of_tiles(const void* sums, void* out);
 
 // ---- results ----
 

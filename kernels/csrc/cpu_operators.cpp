@@ -9,7 +9,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -32,11 +31,11 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-//: whether panels are multiplied by oneDNN's kernel (AMX) in place of ours (VNNI)
-std::atomic<bool> use_brgemm{false};
-//: whether bfloat16 tokens that are not quantized are multiplied as such (AVX512-BF16),
-//: which takes Intel's processors twice as long as float32
+//: whether products of more than a few tokens are by AMX
+std::atomic<bool> use_tiles{has_tiles()};
 #ifdef __AVX512VNNI__
+//: whether others of bfloat16 tokens that are not quantized are of bfloat16 (AVX512-BF16),
+//: which takes Intel's processors twice as long as float32
 std::atomic<bool> use_bfloat16{__builtin_cpu_supports("avx512bf16") != 0 &&
                                !__builtin_cpu_is("intel")};
 #else
@@ -291,17 +290,25 @@ bool reads_columns(int64_t tokens, bool packed, int64_t width, Type type) {
          !multiplies_bfloat16(tokens, type);
 }
 
-// Of those that do not.
-bool multiplies_by_brgemm(int64_t tokens, int64_t groups) {
-  return kAllKernels && use_brgemm && groups == 1 && tokens > kFewTokens;
+// Whether tokens meet a matrix by AMX, whose products are of 64 channels of a group.
+bool multiplies_tiles(int64_t tokens, bool packed, int64_t in_features, int64_t groups) {
+  return use_tiles && tokens > (packed ? kWithoutTilesOfPacked : kWithoutTiles) &&
+         (groups == 1 || in_features / groups % 64 == 0);
+}
+
+// Whether tokens of bfloat16 that are not quantized do: few of them lose less in planes.
+bool multiplies_bfloat16_tiles(int64_t tokens, bool packed, int64_t in_features,
+                               int64_t groups) {
+  return tokens > kFewTokens && multiplies_tiles(tokens, packed, in_features, groups);
 }
 
 // How tokens meet a matrix.
-enum class Method { kStored, kColumns, kBrgemm };
+enum class Method { kStored, kColumns, kTiles };
 
 Method method_of(int64_t tokens, bool packed, int64_t in_features, int64_t groups) {
-  if (reads_stored(tokens, packed, in_features, groups)) return Method::kStored;
-  return multiplies_by_brgemm(tokens, groups) ? Method::kBrgemm : Method::kColumns;
+  if (multiplies_tiles(tokens, packed, in_features, groups)) return Method::kTiles;
+  return reads_stored(tokens, packed, in_features, groups) ? Method::kStored
+                                                           : Method::kColumns;
 }
 
 std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
@@ -309,8 +316,12 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
   const bool packed = weight_bits <= 4;
   const std::string weights = packed ? "packed int4" : "int8";
   const std::string processor = kAllKernels ? "VNNI" : kProcessor;
+  const bool tiles = multiplies_tiles(tokens, packed, in_features, groups);
   if (act_bits == 16) {
     const int64_t width = in_features / groups;
+    if (multiplies_bfloat16_tiles(tokens, packed, in_features, groups)) {
+      return "float32, of bfloat16 tokens AMX bfloat16, " + weights + " in tiles";
+    }
     if (reads_stored_floats(tokens, packed, width, Type::kBFloat16)) {
       return processor + ", planes of 8 bits, " + weights + " as stored";
     }
@@ -318,19 +329,15 @@ std::string kernel_of(int64_t weight_bits, int64_t act_bits, int64_t tokens,
       return processor + ", planes of 8 bits, " + weights + " in columns";
     }
     const std::string type =
-        !multiplies_bfloat16(tokens, Type::kBFloat16) ? "float32, "
-        : use_brgemm ? "float32, of bfloat16 tokens oneDNN brgemm, "
-                     : "float32, of bfloat16 tokens bfloat16, ";
+        multiplies_bfloat16(tokens, Type::kBFloat16) ? "float32, of bfloat16 tokens bfloat16, "
+                                                     : "float32, ";
     return type + weights + " unpacked by panels";
   }
-  switch (method_of(tokens, packed, in_features, groups)) {
-    case Method::kStored:
-      return processor + ", " + weights + " as stored";
-    case Method::kColumns:
-      return processor + ", " + weights + " in columns" + (groups > 1 ? ", group by group" : "");
-    default:
-      return "oneDNN brgemm, " + weights + " unpacked by panels";
+  if (method_of(tokens, packed, in_features, groups) == Method::kStored) {
+    return processor + ", " + weights + " as stored";
   }
+  return (tiles ? "AMX, " + weights + " in tiles" : processor + ", " + weights + " in columns") +
+         (groups > 1 ? ", group by group" : "");
 }
 
 // ---- what is added to the product, and where the result goes ----
@@ -844,7 +851,93 @@ struct Tile {
   const Expert* expert;
   int64_t first;
   int rows;
+  //: where their copies are, in copies of a token
+  int64_t place;
 };
+
+#ifdef __AVX512VNNI__
+//: tokens of a task by AMX: more would leave their sums no room in the second-level cache
+constexpr int64_t kMostTiled = 512;
+
+// The tokens of a task by AMX, tiles of tokens of which one begins stride
+// bytes behind the other.
+struct TiledTokens {
+  const int8_t* data;
+  int64_t stride, count;
+};
+
+// Sums [panels][tiles][kColumns][kTile] of panels from column 0 on by tiles of tokens.
+// unpack(panel, k, width, out) makes tiles of weights; steps are of channels_of_step. Parts
+// of the channels take turns, small enough for the first-level cache to keep a panel's
+// half, and the second one the tokens'. scales of groups: [panels][groups][kColumns].
+// Where stored is not null, it has the panels' rows as they are stored, row_bytes each.
+template <class Unpack>
+void* sums_of_tiles(const TiledTokens& tokens, int64_t panels, int64_t in_features,
+                    int64_t groups, int channels_of_step, const float* scales,
+                    const Unpack& unpack, const uint8_t* stored = nullptr,
+                    int64_t row_bytes = 0) {
+  const bool bfloat16 = channels_of_step == 32;
+  const int64_t width = in_features / groups;
+  int64_t depth = kTileDepth / (bfloat16 ? 2 : 1);
+  if (scales != nullptr) depth = std::max(width, depth / width * width);
+  if (stored != nullptr) depth = in_features;
+  const int64_t most = std::min(depth, round_up(in_features, 64)) / channels_of_step;
+  int8_t* panel = scratch<int8_t>(kPanel, most * kColumns * 64);
+  const int64_t size = tokens.count * kColumns * kTile;
+  float* sums = scratch<float>(kProducts, panels * size);
+  if (scales != nullptr || in_features == 0) std::memset(sums, 0, panels * size * sizeof(float));
+  for (int64_t k = 0; k < in_features; k += depth) {
+    const int64_t count = std::min(depth, in_features - k);
+    for (int64_t p = 0; p < panels; ++p) {
+      TileProduct product;
+      if (stored != nullptr) {
+        product.panel = reinterpret_cast<const int8_t*>(stored + p * kColumns * row_bytes);
+        product.row_bytes = row_bytes;
+      } else {
+        unpack(p, k, count, panel);
+        product.panel = panel;
+      }
+      product.tokens = tokens.data + k / channels_of_step * kTileBytes;
+      product.token_stride = tokens.stride;
+      product.steps = round_up(count, 64) / channels_of_step;
+      product.sums = sums + p * size;
+      product.add = k > 0;
+      if (scales != nullptr) {
+        product.scale = scales + (p * groups + k / width) * kColumns;
+        product.steps_of_group = width / channels_of_step;
+      }
+      multiply_tiles(product, bfloat16, tokens.count);
+    }
+  }
+  return sums;
+}
+
+// Puts the sums of a tile's tokens, the rows from first on of the order, at column n.
+void finish_sums(const Finish& finish, const char* sums, const Results& results, int64_t first,
+                 int rows_of_tile, int64_t n) {
+  alignas(64) int32_t c[kTile * kColumns];
+  rows_of_tiles(sums, c);
+  Token tokens[kRows];
+  for (int r = 0; r < rows_of_tile; r += kRows) {
+    const int rows = std::min(kRows, rows_of_tile - r);
+    results.place(first + r, rows, n, tokens);
+    if (finish.scale != nullptr) {
+      finish_integers(finish, c + r * kColumns, tokens, rows);
+    } else {
+      finish_floats(finish, reinterpret_cast<float*>(c + r * kColumns), tokens, rows);
+    }
+  }
+}
+
+// How many panels a task has: one, or where the tokens outgrow the second-level cache as
+// many as their sums leave room for, so that each part of the tokens is read for all.
+int64_t panels_of_task(int64_t panels, int64_t tokens, int64_t bytes_of_token) {
+  constexpr int64_t kBytes = 1 << 20;
+  if (tokens * bytes_of_token <= kBytes) return 1;
+  const int64_t most = std::max<int64_t>(1, panels / (4 * at::get_num_threads()));
+  return std::clamp<int64_t>(kBytes / (tokens * kColumns * 4), 1, most);
+}
+#endif
 
 // Quantized tokens by the matrices of their experts.
 class IntegerProduct {
@@ -868,7 +961,9 @@ class IntegerProduct {
     const int64_t columns = weights_.first.out_features;
     const int64_t rows = experts_.back().end * ((columns + kColumns - 1) / kColumns) / count;
     share(count, panels_of_thread(rows, in_features_), [&](int64_t begin, int64_t end) {
-      bool brgemm = false;
+#ifdef __AVX512VNNI__
+      std::optional<Tiles> shapes;
+#endif
       for (int64_t i = begin; i < end; ++i) {
         const Task& task = tasks[i];
         switch (method_of(*task.expert)) {
@@ -878,20 +973,22 @@ class IntegerProduct {
           case Method::kColumns:
             multiply_in_columns(task);
             break;
-          case Method::kBrgemm:
-            if constexpr (kAllKernels) multiply_by_brgemm(task);
-            brgemm = true;
+          case Method::kTiles:
+#ifdef __AVX512VNNI__
+            if (!shapes) shapes.emplace();
+            multiply_in_tiles(task);
+#endif
+            break;
         }
       }
-      if (brgemm) at::native::cpublas::brgemm_release();
     });
   }
 
  private:
-  // Columns from n by the tiles [first, last).
+  // Columns from n, of so many panels, by the tiles [first, last).
   struct Task {
     const Expert* expert;
-    int64_t n, first, last;
+    int64_t n, panels, first, last;
   };
 
   Method method_of(const Expert& expert) const {
@@ -908,14 +1005,16 @@ class IntegerProduct {
     constexpr int64_t kLeastChunk = 96;
     std::vector<Task> tasks;
     tasks.reserve(all * wanted);
+    places_ = 0;
     for (const Expert& expert : experts_) {
       const Method method = method_of(expert);
+      const bool stored = method == Method::kStored, tiled = method == Method::kTiles;
       const int64_t rows = expert.rows();
       const int64_t most = std::max<int64_t>(1, rows / kLeastChunk);
-      const int64_t chunks = method == Method::kStored ? 1 : std::min(wanted, most);
-      const int64_t rows_of_tile = method == Method::kStored    ? rows
-                                   : method == Method::kColumns ? kRows
-                                                                : kLeastChunk;
+      const int64_t chunks =
+          stored ? 1
+                 : std::max(std::min(wanted, most), tiled ? (rows + kMostTiled - 1) / kMostTiled : 1);
+      const int64_t rows_of_tile = stored ? rows : tiled ? kTile : kRows;
       const int64_t first_tile = static_cast<int64_t>(tiles_.size());
       std::vector<int64_t> ends;
       for (int64_t c = 0; c < chunks; ++c) {
@@ -923,15 +1022,20 @@ class IntegerProduct {
         const int64_t tiles = (count + rows_of_tile - 1) / rows_of_tile;
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t at = count * i / tiles;
-          tiles_.push_back({&expert, expert.begin + from + at,
-                            static_cast<int>(count * (i + 1) / tiles - at)});
+          const int rows_of_this = static_cast<int>(count * (i + 1) / tiles - at);
+          tiles_.push_back({&expert, expert.begin + from + at, rows_of_this, places_});
+          places_ += tiled ? kTile : rows_of_this;
         }
         ends.push_back(static_cast<int64_t>(tiles_.size()));
       }
-      for (int64_t n = 0; n < columns; n += kColumns) {
+      int64_t step = 1;
+#ifdef __AVX512VNNI__
+      if (tiled) step = panels_of_task(panels, rows / chunks, in_features_);
+#endif
+      for (int64_t p = 0; p < panels; p += step) {
         int64_t first = first_tile;
         for (int64_t end : ends) {
-          tasks.push_back({&expert, n, first, end});
+          tasks.push_back({&expert, p * kColumns, std::min(step, panels - p), first, end});
           first = end;
         }
       }
@@ -942,9 +1046,9 @@ class IntegerProduct {
   // Makes of tokens what their products read, in the results' order.
   void prepare() {
     const int64_t tokens = experts_.back().end, padded = round_up(in_features_, kBlock);
-    stride_ = std::max(stored_token_bytes(weights_.first.packed, in_features_),
-                       4 * blocks_.steps);
-    copy_ = scratch<int8_t>(kTokens, tokens * stride_);
+    stride_ = std::max({stored_token_bytes(weights_.first.packed, in_features_),
+                        4 * blocks_.steps, round_up(in_features_, 64)});
+    copy_ = scratch<int8_t>(kTokens, places_ * stride_);
     start_stride_ = std::max(groups_, groups_ > 1 ? padded / kBlock * 16 : 0);
     starts_ = scratch<int32_t>(kShared, tokens * start_stride_);
     token_.resize(tokens);
@@ -954,16 +1058,18 @@ class IntegerProduct {
       for (int64_t i = begin; i < end; ++i) {
         const Tile& tile = tiles_[i];
         const Method method = method_of(*tile.expert);
-        if (method == Method::kColumns) {
-          prepare_columns(tile);
-          continue;
-        }
-        for (int64_t t = tile.first; t < tile.first + tile.rows; ++t) {
-          if (method == Method::kStored) {
-            prepare_stored(t);
-          } else {
-            prepare_brgemm(t);
-          }
+        switch (method) {
+          case Method::kStored:
+            for (int r = 0; r < tile.rows; ++r) prepare_stored(tile.first + r, tile.place + r);
+            break;
+          case Method::kColumns:
+            prepare_columns(tile);
+            break;
+          case Method::kTiles:
+#ifdef __AVX512VNNI__
+            prepare_tiles(tile);
+#endif
+            break;
         }
       }
     });
@@ -971,8 +1077,8 @@ class IntegerProduct {
 
   const int8_t* quantized(int64_t i) const { return q_ + results_.order[i] * in_features_; }
 
-  void prepare_stored(int64_t i) {
-    int8_t* to = copy_ + i * stride_;
+  void prepare_stored(int64_t i, int64_t place) {
+    int8_t* to = copy_ + place * stride_;
     token_[i] = to;
     store_token(quantized(i), weights_.first.packed, in_features_, to);
     if (groups_ > 1) {
@@ -986,7 +1092,7 @@ class IntegerProduct {
 
   void prepare_columns(const Tile& tile) {
     const uint32_t offset = static_cast<uint32_t>(weights_.first.offset());
-    int8_t* to = copy_ + tile.first * stride_;
+    int8_t* to = copy_ + tile.place * stride_;
     int32_t* start = starts_ + tile.first * start_stride_;
     const int64_t width = in_features_ / groups_;
     for (int r = 0; r < tile.rows; ++r) {
@@ -1003,13 +1109,14 @@ class IntegerProduct {
     }
   }
 
-  // Padded and unsigned.
-  void prepare_brgemm(int64_t i) {
-    int8_t* to = copy_ + i * stride_;
-    std::memcpy(to, quantized(i), in_features_);
-    std::memset(to + in_features_, 0, round_up(in_features_, 4) - in_features_);
-    for (int64_t k = 0; k < round_up(in_features_, 4); ++k) to[k] ^= -128;
+#ifdef __AVX512VNNI__
+  void prepare_tiles(const Tile& tile) {
+    const int8_t* tokens[kTile];
+    for (int r = 0; r < tile.rows; ++r) tokens[r] = quantized(tile.first + r);
+    tile_tokens(tokens, tile.rows, weights_.first.packed, in_features_,
+                copy_ + tile.place * stride_);
   }
+#endif
 
   const float* scales_of(const Expert& expert, int64_t n) const {
     return scale_ + (expert.number * weights_.first.out_features + n) * groups_;
@@ -1099,7 +1206,7 @@ class IntegerProduct {
                       const float* scales, const Sums& sums) const {
     ColumnProduct product;
     product.packed = weights_.first.packed;
-    product.tokens = copy_ + tile.first * stride_ + 4 * block.first_step * tile.rows;
+    product.tokens = copy_ + tile.place * stride_ + 4 * block.first_step * tile.rows;
     product.panel = panel;
     product.start = starts_ + tile.first * start_stride_ + block.group * tile.rows;
     product.continues = !block.begins;
@@ -1121,33 +1228,38 @@ class IntegerProduct {
     }
   }
 
-  void multiply_by_brgemm(const Task& task) const {
+#ifdef __AVX512VNNI__
+  void multiply_in_tiles(const Task& task) const {
     const Expert& expert = *task.expert;
-    const int64_t n = task.n, padded = round_up(in_features_, 4);
-    Finish finish =
-        results_.finish(expert.number, n, scratch<float>(kArrays, results_.array_size()));
-    int8_t* panel = scratch<int8_t>(kPanel, round_up(in_features_, 64) * kColumns);
-    pack_panel(weights_[expert.number], n, 0, in_features_, panel);
-    alignas(64) int32_t column_excess[kColumns];
-    sum_columns(panel, in_features_, column_excess);
-    finish.column_excess = column_excess;
-    float* scales = scratch<float>(kFloats, kColumns);
-    transpose_columns(scales_of(expert, n), 1, finish.columns, 1, scales);
-    finish.scale = scales;
-    Token tokens[kRows];
-    for (int64_t i = task.first; i < task.last; ++i) {
-      const Tile& tile = tiles_[i];
-      int32_t* products = scratch<int32_t>(kProducts, tile.rows * kColumns);
-      at::native::cpublas::brgemm(
-          tile.rows, kColumns, padded, stride_, kColumns, kColumns, false,
-          reinterpret_cast<const unsigned char*>(copy_ + tile.first * stride_), panel, products);
-      for (int t = 0; t < tile.rows; t += kRows) {
-        const int rows = std::min(kRows, tile.rows - t);
-        results_.place(tile.first + t, rows, n, tokens);
-        finish_integers(finish, products + t * kColumns, tokens, rows);
+    const Weights weights = weights_[expert.number];
+    const int64_t tiles = task.last - task.first, size = groups_ * kColumns;
+    float* scales = scratch<float>(kFloats, task.panels * size);
+    for (int64_t p = 0; p < task.panels; ++p) {
+      const int64_t n = task.n + p * kColumns;
+      const int64_t columns = std::min<int64_t>(kColumns, weights.out_features - n);
+      transpose_columns(scales_of(expert, n), groups_, columns, groups_, scales + p * size);
+    }
+    const TiledTokens tokens{copy_ + tiles_[task.first].place * stride_, kTile * stride_, tiles};
+    const char* sums = static_cast<const char*>(sums_of_tiles(
+        tokens, task.panels, in_features_, groups_, 64, groups_ > 1 ? scales : nullptr,
+        [&](int64_t p, int64_t k, int64_t width, int8_t* panel) {
+          tile_weights(weights, task.n + p * kColumns, k, width, panel);
+        },
+        reads_stored_tiles(weights, task.n + (task.panels - 1) * kColumns, tiles)
+            ? weights.data + task.n * weights.row_bytes
+            : nullptr,
+        weights.row_bytes));
+    float* arrays = scratch<float>(kArrays, results_.array_size());
+    for (int64_t p = 0; p < task.panels; ++p) {
+      const int64_t n = task.n + p * kColumns;
+      Finish finish = results_.finish(expert.number, n, arrays);
+      if (groups_ == 1) finish.scale = scales + p * size;
+      for (int64_t i = task.first; i < task.last; ++i, sums += 4 * kTileBytes) {
+        finish_sums(finish, sums, results_, tiles_[i].first, tiles_[i].rows, n);
       }
     }
   }
+#endif
 
   const Experts& experts_;
   const int8_t* q_;
@@ -1158,7 +1270,7 @@ class IntegerProduct {
   Results& results_;
   std::vector<Tile> tiles_;
   //: of tokens in the results' order: copies, stride_ bytes each; what sums begin with
-  int64_t stride_ = 0, start_stride_ = 0;
+  int64_t places_ = 0, stride_ = 0, start_stride_ = 0;
   int8_t* copy_ = nullptr;
   int32_t* starts_ = nullptr;
   //: of those that read weights as stored
@@ -1382,6 +1494,61 @@ bool floats_in_columns(const Smooth& smooth, const Weights& weights, const float
   return true;
 }
 
+#ifdef __AVX512VNNI__
+// Tokens of bfloat16 by weights of it. smooth(t, row, out) writes a token's, rounded to it;
+// row is scratch.
+template <class Smooth>
+void bfloat16_in_tiles(const Smooth& smooth, const Weights& weights, const float* scale,
+                       const int8_t* zero, int64_t groups, Results& results) {
+  const int64_t in_features = weights.in_features, stride = 2 * round_up(in_features, 64);
+  const int64_t panels = (weights.out_features + kColumns - 1) / kColumns;
+  const int64_t tokens = static_cast<int64_t>(results.token.size());
+  const int64_t chunks = (tokens + kMostTiled - 1) / kMostTiled;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = tokens * chunk / chunks;
+    const int64_t count = tokens * (chunk + 1) / chunks - first;
+    const int64_t tiles = (count + kTile - 1) / kTile;
+    const auto tile_from = [&](int64_t i) { return first + count * i / tiles; };
+    int8_t* tiled = scratch<int8_t>(kTokens, tiles * kTile * stride);
+    at::parallel_for(0, tiles, 1 + 4096 / (in_features + 1), [&](int64_t begin, int64_t end) {
+      float* row = scratch<float>(kRow, (1 + kTile / 2) * in_features);
+      uint16_t* halves = reinterpret_cast<uint16_t*>(row + in_features);
+      for (int64_t i = begin; i < end; ++i) {
+        const uint16_t* pointers[kTile];
+        const int rows = static_cast<int>(tile_from(i + 1) - tile_from(i));
+        for (int r = 0; r < rows; ++r) {
+          smooth(results.order[tile_from(i) + r], row, halves + r * in_features);
+          pointers[r] = halves + r * in_features;
+        }
+        tile_tokens(pointers, rows, weights.packed, in_features, tiled + i * kTile * stride);
+      }
+    });
+    const int64_t step = panels_of_task(panels, count, stride);
+    const int64_t tasks = (panels + step - 1) / step;
+    share(tasks, panels_of_thread(count * step, in_features), [&](int64_t begin, int64_t end) {
+      const Tiles shapes;
+      float* arrays = scratch<float>(kArrays, results.array_size());
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t from = task * step, to = std::min(panels, from + step);
+        const char* sums = static_cast<const char*>(sums_of_tiles(
+            {tiled, kTile * stride, tiles}, to - from, in_features, 1, 32, nullptr,
+            [&](int64_t p, int64_t k, int64_t width, int8_t* panel) {
+              tile_weights_bfloat16(weights, (from + p) * kColumns, k, width, groups, scale,
+                                    zero, panel);
+            }));
+        for (int64_t n = from * kColumns; n < to * kColumns; n += kColumns) {
+          const Finish finish = results.finish(0, n, arrays);
+          for (int64_t i = 0; i < tiles; ++i, sums += 4 * kTileBytes) {
+            finish_sums(finish, sums, results, tile_from(i),
+                        static_cast<int>(tile_from(i + 1) - tile_from(i)), n);
+          }
+        }
+      }
+    });
+  }
+}
+#endif
+
 Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Tensor& qdata,
                           const Tensor& scale, const MaybeTensor& zero_point,
                           const MaybeTensor& l1, const MaybeTensor& l2,
@@ -1438,6 +1605,22 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
   };
   const float* scales_of_all = channel_scale.const_data_ptr<float>();
   const int8_t* zeros_of_all = zero.defined() ? zero.const_data_ptr<int8_t>() : nullptr;
+#ifdef __AVX512VNNI__
+  // Rounded to bfloat16; row is scratch.
+  const auto smooth_bfloat16 = [&](int64_t t, float* row, uint16_t* out) {
+    if (hadamard_size > 1) {
+      smooth(t, row);
+      to_bfloat16_row(row, in_features, out);
+    } else {
+      smooth_row_bfloat16(row_of(rows_of_x, t), type, factors(t), in_features, out);
+    }
+  };
+  if (type == Type::kBFloat16 &&
+      multiplies_bfloat16_tiles(tokens, weights.packed, in_features, groups)) {
+    bfloat16_in_tiles(smooth_bfloat16, weights, scales_of_all, zeros_of_all, groups, results);
+    return results.take();
+  }
+#endif
   if (reads_stored_floats(tokens, weights.packed, width, type) &&
       few_floats(smooth, type == Type::kFloat32 ? 3 : 2, weights, scales_of_all, zeros_of_all,
                  groups, results)) {
@@ -1449,7 +1632,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
     return results.take();
   }
 
-  const bool bfloat16 = multiplies_bfloat16(tokens, type), brgemm = bfloat16 && use_brgemm;
+  const bool bfloat16 = multiplies_bfloat16(tokens, type);
   // As many tokens at once as leave room for the panel in the second-level cache.
   constexpr int64_t kMostDepth = 256;
   const int64_t depth_of_block = bfloat16 ? kMostDepth : kMostDepth / 2;
@@ -1462,23 +1645,17 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
     float* smoothed = scratch<float>(kShared, count * stride);
     uint16_t* halves = reinterpret_cast<uint16_t*>(smoothed);
     at::parallel_for(0, count, 1 + 16384 / (in_features + 1), [&](int64_t begin, int64_t end) {
-      const bool rotated = hadamard_size > 1;
-      float* row = bfloat16 && rotated ? scratch<float>(kRow, in_features) : nullptr;
+      float* row = bfloat16 ? scratch<float>(kRow, in_features) : nullptr;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = results.order[first + i];
-        if constexpr (kAllKernels) {
-          if (bfloat16) {
-            uint16_t* out = halves + i * stride;
-            if (rotated) {
-              smooth(t, row);
-              to_bfloat16_row(row, in_features, out);
-            } else {
-              smooth_row_bfloat16(row_of(rows_of_x, t), type, factors(t), in_features, out);
-            }
-            if (stride > in_features) out[in_features] = 0;
-            continue;
-          }
+#ifdef __AVX512VNNI__
+        if (bfloat16) {
+          uint16_t* out = halves + i * stride;
+          smooth_bfloat16(t, row, out);
+          if (stride > in_features) out[in_features] = 0;
+          continue;
         }
+#endif
         smooth(t, smoothed + i * in_features);
       }
     });
@@ -1515,13 +1692,6 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
             if (bfloat16) {
               expand_panel_bfloat16(panel, k, depth, width, scales, zeros, halves_of_panel);
               const int64_t even = round_up(depth, 2);
-              if (brgemm) {
-                at::native::cpublas::brgemm(
-                    count, kColumns, even, stride, kColumns, kColumns, k > 0,
-                    reinterpret_cast<const at::BFloat16*>(halves + k),
-                    reinterpret_cast<const at::BFloat16*>(halves_of_panel), products);
-                continue;
-              }
               for (int64_t i = 0; i < count; i += kRows) {
                 const int rows = static_cast<int>(std::min<int64_t>(kRows, count - i));
                 for (int r = 0; r < rows; ++r) half_pointers[r] = halves + (i + r) * stride + k;
@@ -1545,7 +1715,6 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& act_pre_scale, const Te
           finish_floats(finish, products + i * kColumns, tile, rows);
         }
       }
-      if (brgemm) at::native::cpublas::brgemm_release();
     });
   }
   return results.take();
@@ -1595,7 +1764,7 @@ TORCH_LIBRARY(masquant_cpu, m) {
   m.def("install() -> ()", &install);
   m.def("kernel_of(int weight_bits, int act_bits, int tokens, int in_features,"
         " int groups) -> str", &kernel_of);
-  m.def("use_brgemm(bool value) -> ()", [](bool value) { use_brgemm = value; });
+  m.def("use_tiles(bool value) -> ()", [](bool value) { use_tiles = value && has_tiles(); });
   m.def("use_bfloat16(bool value) -> ()", [](bool value) { use_bfloat16 = value; });
 }
 

@@ -26,6 +26,8 @@ const char* const kProcessor = kInstructions;
 
 bool has_processor() { return has_instructions(); }
 
+bool has_tiles() { return false; }
+
 int32_t Weights::offset() const { return packed ? 8 : kByteOffset; }
 
 // ---- activations ----

@@ -236,7 +236,9 @@ def test_table_of_linears_on_a_cpu_is_the_committed_result():
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu_few_tokens.json", "cpu_few_tokens_avx2.json", "cpu_experts.json"]
+    "name",
+    [f"cpu_few_tokens{kind}.json" for kind in ("", "_amx", "_avx2")]
+    + ["cpu_experts.json"],
 )
 def test_tables_of_milliseconds_are_the_committed_results(name: str):
     found = json.loads((RESULTS / name).read_text())["seconds"]

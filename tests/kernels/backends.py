@@ -84,15 +84,15 @@ class Cpu(Backend):
 
     def ways(self, operator: str) -> Iterator[str]:
         threads = torch.get_num_threads()
-        brgemm = cpu_lowering.engine().engine is CpuEngine.AMX
+        amx = cpu_lowering.engine().engine is CpuEngine.AMX
         try:
-            # oneDNN's block kernel runs on VNNI where there is no AMX.
-            for way, blocks, count in (("VNNI", False, 1), ("blocks", True, 2)):
-                torch.ops.masquant_cpu.use_brgemm(blocks)
-                torch.set_num_threads(count)
-                yield f"{way}, {count} threads"
+            for tiles in {False, amx}:
+                torch.ops.masquant_cpu.use_tiles(tiles)
+                for count in (1, 2):
+                    torch.set_num_threads(count)
+                    yield f"{'AMX' if tiles else 'vectors'}, {count} threads"
         finally:
-            torch.ops.masquant_cpu.use_brgemm(brgemm)
+            torch.ops.masquant_cpu.use_tiles(amx)
             torch.set_num_threads(threads)
 
     def run(self, operator: str, *args: Any) -> Any:

@@ -29,6 +29,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         for instructions in ("amx", "vnni", "avx_vnni", "avx2", "neon_dot"):
             found = instructions in has
             monkeypatch.setattr(cpu_engine, f"_has_{instructions}", lambda f=found: f)
+        monkeypatch.setattr(cpu_engine, "_is_granted_amx", lambda: True)
 
     return become
 
@@ -105,20 +106,22 @@ def test_where_bfloat16_is_multiplied(machine, monkeypatch: pytest.MonkeyPatch) 
     assert not multiplies_bfloat16({})
 
 
-def test_intels_processors_multiply_bfloat16_by_amx_alone(
+def test_intels_processors_have_slow_bfloat16_but_in_amx(
     machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_engine, "_has_bfloat16", lambda: True)
     monkeypatch.setattr(cpu_engine, "_is_intel", lambda: True)
     for amx in (False, True):
         machine(*ALL[0 if amx else 1 :])
-        assert multiplies_bfloat16({}) is amx
+        assert not multiplies_bfloat16({})
 
 
 def test_an_engine_that_cannot_be_raises(machine) -> None:
     machine("avx2")
     with pytest.raises(ValueError, match="cannot run here .*no AVX512-VNNI"):
         choose_engine({"MASQUANT_CPU_ENGINE": "vnni"})
+    with pytest.raises(ValueError, match="cannot run here .*no AMX"):
+        choose_engine({"MASQUANT_CPU_ENGINE": "amx"})
     with pytest.raises(ValueError, match="choose one of amx, vnni, avx_vnni, avx2"):
         choose_engine({"MASQUANT_CPU_ENGINE": "AVX"})
 

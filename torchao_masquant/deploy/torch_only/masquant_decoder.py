@@ -54,7 +54,6 @@ class Decoder:
             # No process takes it twice.
             if not hasattr(torch.ops.masquant_cpu, "int_linear"):
                 torch.ops.load_library(str(place / LIBRARY))
-            torch.ops.masquant_cpu.use_brgemm(torch.cpu._is_amx_tile_supported())
         # Mapped from the file: processes on one machine share it.
         self._weights = torch.load(
             place / WEIGHTS, mmap=True, weights_only=True, map_location="cpu"
