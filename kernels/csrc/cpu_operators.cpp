@@ -855,10 +855,10 @@ struct Tile {
   int64_t place;
 };
 
-#ifdef __AVX512VNNI__
 //: tokens of a task by AMX: more would leave their sums no room in the second-level cache
 constexpr int64_t kMostTiled = 512;
 
+#ifdef __AVX512VNNI__
 // The tokens of a task by AMX, tiles of tokens of which one begins stride
 // bytes behind the other.
 struct TiledTokens {

@@ -201,9 +201,10 @@ def test_portable_kernels_pass_the_operators_cases() -> None:
     environment = {**os.environ, "MASQUANT_CPU_ENGINE": "avx2"}
     try:
         choose_engine(environment)
-        library = cpu_build.build_library(CpuEngine.AVX2)
+        cpu_build.find_compiler()
     except (ValueError, cpu_build.BuildError) as error:
         pytest.skip(str(error))
+    library = cpu_build.build_library(CpuEngine.AVX2)
     environment.pop("PYTEST_ADDOPTS", None)
     cases = Path(__file__).with_name("test_operators.py")
     quietly = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
