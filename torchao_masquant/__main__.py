@@ -6,12 +6,14 @@
 """``python -m torchao_masquant``, and the command ``masquant``."""
 
 import contextlib
+import os
 import sys
 from typing import Optional, Sequence
 
 from torchao_masquant.cli.commands import main_parser
 from torchao_masquant.cli.ending import WRONG_USAGE, is_debugging, run
 from torchao_masquant.cli.noise import plain_messages, quiet_libraries
+from torchao_masquant.cli.waiting_threads import spin_shortly
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -26,6 +28,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     Raises:
         SystemExit: with 2 where the arguments are wrong, with 0 after help.
     """
+    if arguments is None:
+        # It is this process's command, so that how its threads wait is for it to say.
+        spin_shortly(os.environ)
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = main_parser()
     if not given:

@@ -130,3 +130,29 @@ def test_calibrate_names_the_library_and_not_the_class_behind_which_it_broke(
     last = ended.stderr.splitlines()[-1]
     assert "needs torchvision, which is installed but cannot be imported" in last
     assert "operator torchvision::nms does not exist" in last
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "GOMP_SPINCOUNT = '3000'"),
+        ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "OMP_WAIT_POLICY = 'PASSIVE'"),
+    ],
+    ids=["by default", "the user's number", "the user's policy"],
+)
+def test_threads_of_a_command_sleep_soon_unless_the_user_says_how_they_wait(
+    given, expected
+):
+    """GCC's OpenMP, which torch loads, says what it has read."""
+    own = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {k: v for k, v in os.environ.items() if k not in own}
+    done = subprocess.run(
+        [sys.executable, "-m", "torchao_masquant", "doctor"],
+        env={**environment, "OMP_DISPLAY_ENV": "VERBOSE", **given},
+        capture_output=True,
+        text=True,
+    )
+    assert expected in done.stdout + done.stderr
+    if "OMP_WAIT_POLICY" in given:
+        assert "GOMP_SPINCOUNT = '3000'" not in done.stdout + done.stderr
