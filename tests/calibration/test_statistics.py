@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torchao_masquant.calibration.groups import SharedInputs
-from torchao_masquant.statistics import input_statistics as statistics
+from torchao_masquant.statistics import squares
 from torchao_masquant.statistics.input_statistics import (
     InputStatistics,
     Moments,
@@ -47,7 +47,7 @@ def test_moments_equal_numpy_over_chunks(dtype, mean):
 
 
 def test_wide_tokens_are_multiplied_a_few_columns_at_a_time(monkeypatch):
-    monkeypatch.setattr(statistics, "_COLUMNS", 5)
+    monkeypatch.setattr(squares, "_COLUMNS", 5)
     chunks = torch.randn(3, 40, 13, generator=torch.Generator().manual_seed(0))
     found = Moments.zeros(13, torch.device("cpu"), True)
     for chunk in chunks:

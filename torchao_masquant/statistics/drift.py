@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from torchao_masquant.statistics.squares import add_squares
 from torchao_masquant.statistics.token_sample import TokenSample
 
 __all__ = ["Drift"]
@@ -55,4 +56,4 @@ class Drift:
         self.sampled.add(difference, first)
         self.sum += difference.sum(0)
         self.cross.addmm_(difference.t(), x)
-        self.outer.addmm_(difference.t(), difference)
+        add_squares(self.outer, difference)

@@ -11,6 +11,7 @@ from typing import Any, Optional, Sequence
 import torch
 
 from torchao_masquant.statistics.drift import Drift
+from torchao_masquant.statistics.squares import add_squares
 from torchao_masquant.statistics.token_sample import SAMPLE_TOKENS, TokenSample
 from torchao_masquant.threads import threads_for
 
@@ -20,10 +21,6 @@ __all__ = [
     "SAMPLE_TOKENS",
     "statistics_bytes",
 ]
-
-# Columns of tokens that are multiplied at a time: of a symmetric product of wide ones only
-# the half below the diagonal is then computed.
-_COLUMNS = 4096
 
 # Relative error of a sum of float64 squares over a million tokens, with room to spare.
 ROUNDING = 1e-11
@@ -102,7 +99,7 @@ class Moments:
             self.sum += weights @ x
             x = x * weights.sqrt()[:, None]
         if self.outer is not None:
-            _add_squares(self.outer, x)
+            add_squares(self.outer, x)
 
     def absmax(self, center: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(K,) float64, ``max_t |x - center|``; zeros without a token.
@@ -142,19 +139,6 @@ class Moments:
         covariance[still] = 0
         covariance[:, still] = 0
         return covariance
-
-
-def _add_squares(outer: torch.Tensor, x: torch.Tensor) -> None:
-    """Add ``x^T x`` to a symmetric (K, K)."""
-    k = x.shape[1]
-    if k <= _COLUMNS:
-        outer.addmm_(x.t(), x)
-        return
-    for start in range(0, k, _COLUMNS):
-        end = min(start + _COLUMNS, k)
-        product = x[:, start:end].t() @ x[:, :end]
-        outer[start:end, :end] += product
-        outer[:start, start:end] += product[:, :start].t()
 
 
 def statistics_bytes(
